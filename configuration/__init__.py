@@ -1,0 +1,85 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Configs by name: the shapes of released and published models, and configs of checkpoint folders."""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig
+from modeling_deepseekmoe.registration import CONFIG_CLASSES
+
+_PRESETS = resources.files(__name__) / "presets"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published model's shape.
+
+    Attributes:
+        name: the preset's name.
+        config: its config, of the model's own dialect.
+        source: where the shape was published, and what of it is inferred.
+        ffn_multiple: the size of a token's activated experts in standard FFNs (8 * hidden_size**2 parameters) where
+            the paper counts FLOPs with a rounded value; `None` where the real widths give it.
+    """
+
+    name: str
+    config: DeepseekMoeConfig
+    source: str
+    ffn_multiple: float | None
+
+
+def list_presets() -> list[str]:
+    """Names of all presets, sorted."""
+    return sorted(entry.name.removesuffix(".json") for entry in _PRESETS.iterdir() if entry.name.endswith(".json"))
+
+
+def read_preset(name: str) -> Preset:
+    """The preset `name`.
+
+    Raises:
+        ValueError: for an unknown name; the message lists the known ones.
+    """
+    if name not in list_presets():
+        raise ValueError(f"preset={name!r} is not allowed: it must be one of {', '.join(list_presets())}.")
+    content = json.loads((_PRESETS / f"{name}.json").read_text(encoding="utf-8"))
+    return Preset(name, config_from_dict(content["config"]), content["source"], content.get("ffn_multiple"))
+
+
+def load_preset(name: str) -> DeepseekMoeConfig:
+    """The config of the preset `name`; raises `ValueError` for an unknown name."""
+    return read_preset(name).config
+
+
+def config_from_dict(content: dict[str, Any]) -> DeepseekMoeConfig:
+    """A config of this package from the content of an official `config.json`, whatever is registered with AutoConfig.
+
+    Raises:
+        ValueError: for a model type that is not of the family, or a field that is not allowed.
+    """
+    classes = {config_class.model_type: config_class for config_class in CONFIG_CLASSES}
+    model_type = content.get("model_type")
+    if model_type not in classes:
+        raise ValueError(f"model_type={model_type!r} is not allowed: it must be one of {', '.join(classes)}.")
+    return classes[model_type].from_dict(content)
+
+
+def load_config(folder: str | Path) -> DeepseekMoeConfig:
+    """The config of a checkpoint folder, read as this package's class.
+
+    Raises:
+        ValueError: if the folder has no `config.json`, or one that is not of the family.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"folder={str(folder)!r} is not allowed: it must hold a config.json.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    return config_from_dict(content)
+
+
+__all__ = ["Preset", "config_from_dict", "list_presets", "load_config", "load_preset", "read_preset"]

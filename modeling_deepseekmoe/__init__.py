@@ -1,0 +1,82 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""DeepSeekMoE for the Hugging Face ecosystem. Importing the package registers the family with AutoModel."""
+
+from importlib import import_module
+from typing import Any
+
+from .configuration_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
+from .registration import register
+
+__version__ = "0.1.0"
+
+# Imported when first used: the model classes alone take as long as the whole of `import torch`.
+_LAZY = {
+    "balancing": ("expert_balance_loss",),
+    "inspection": ("ModelReport", "inspect_model"),
+    "modeling_classification": (
+        "DeepseekForSequenceClassification",
+        "DeepseekForTokenClassification",
+        "DeepseekMoeForSequenceClassification",
+        "DeepseekMoeForTokenClassification",
+        "DeepseekV2ForSequenceClassification",
+        "DeepseekV2ForTokenClassification",
+        "DeepseekV3ForSequenceClassification",
+        "DeepseekV3ForTokenClassification",
+    ),
+    "modeling_deepseekmoe": (
+        "DeepseekForCausalLM",
+        "DeepseekModel",
+        "DeepseekMoeForCausalLM",
+        "DeepseekMoeModel",
+        "DeepseekMoePreTrainedModel",
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Model",
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Model",
+    ),
+    "routing": ("RoutingPlan", "route"),
+}
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
+
+__all__ = [
+    "DeepseekConfig",
+    "DeepseekForCausalLM",
+    "DeepseekForSequenceClassification",
+    "DeepseekForTokenClassification",
+    "DeepseekModel",
+    "DeepseekMoeConfig",
+    "DeepseekMoeForCausalLM",
+    "DeepseekMoeForSequenceClassification",
+    "DeepseekMoeForTokenClassification",
+    "DeepseekMoeModel",
+    "DeepseekMoePreTrainedModel",
+    "DeepseekV2Config",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV2ForSequenceClassification",
+    "DeepseekV2ForTokenClassification",
+    "DeepseekV2Model",
+    "DeepseekV3Config",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3ForSequenceClassification",
+    "DeepseekV3ForTokenClassification",
+    "DeepseekV3Model",
+    "ModelReport",
+    "RoutingPlan",
+    "expert_balance_loss",
+    "inspect_model",
+    "register",
+    "route",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register()

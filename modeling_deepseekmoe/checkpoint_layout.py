@@ -1,0 +1,144 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The official per-expert tensor layout: its mapping to stacked parameters, and what a checkpoint must hold.
+
+On disk every routed expert has three tensors, `...mlp.experts.N.{gate,up,down}_proj.weight`. In memory they are two
+stacked parameters, `...mlp.experts.gate_up_proj` (E, 2I, D) and `...mlp.experts.down_proj` (E, D, I).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from safetensors import safe_open
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.utils import logging
+
+from .configuration_deepseekmoe import DeepseekMoeConfig
+
+logger = logging.get_logger(__name__)
+
+MODEL_TYPES = ("deepseekmoe", "deepseek", "deepseek_v2", "deepseek_v3")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_EXPERT_NAME = re.compile(r"^(layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+_LAYER_NAME = re.compile(r"^layers\.(\d+)\.")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def register_checkpoint_layout() -> None:
+    """Tell transformers how per-expert tensors become stacked parameters, and back when saving.
+
+    The mapping of `deepseek_v2` and `deepseek_v3` equals the one that transformers holds for its own classes; it is
+    registered again because transformers applies a mapping to classes from outside only where they registered it.
+    """
+    for model_type in MODEL_TYPES:
+        stacking = [
+            WeightConverter(
+                source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+                target_patterns="mlp.experts.gate_up_proj",
+                operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+            ),
+            WeightConverter(
+                source_patterns="mlp.experts.*.down_proj.weight",
+                target_patterns="mlp.experts.down_proj",
+                operations=[MergeModulelist(dim=0)],
+            ),
+        ]
+        register_checkpoint_conversion_mapping(model_type, stacking, overwrite=True)
+
+
+def read_shapes(files: Iterable[str]) -> Shapes:
+    """Names and shapes of all tensors in some safetensors files, read from the headers alone."""
+    shapes: Shapes = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
+                shapes[name] = tuple(handle.get_slice(name).get_shape())
+    return shapes
+
+
+def mtp_layers(config: DeepseekMoeConfig) -> range:
+    """Indices of the multi-token-prediction layers in a checkpoint: they follow the decoder layers."""
+    return range(config.num_hidden_layers, config.num_hidden_layers + (config.num_nextn_predict_layers or 0))
+
+
+def check_checkpoint(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, ...]], expected: Shapes) -> None:
+    """Check a checkpoint's names and shapes before anything is read from it.
+
+    Args:
+        config: the model's config.
+        found: names and shapes in the checkpoint, per-expert or stacked.
+        expected: names and shapes of the model's own state dict (stacked).
+
+    Raises:
+        ValueError: if an expert of a MoE layer is missing, if there is one too many, or if a tensor has the wrong
+            shape. Tensors other than experts that are missing or unknown are left to transformers' loading report.
+    """
+    found = {name.removeprefix("model."): shape for name, shape in found.items()}
+    expected = {name.removeprefix("model."): shape for name, shape in expected.items()}
+    _report_mtp_tensors(config, found)
+    _check_experts(config, found)
+    for name, shape in found.items():
+        wanted = _expected_shape(name, expected)
+        if wanted is not None and tuple(shape) != wanted:
+            raise ValueError(
+                f"Checkpoint tensor {name} has shape {tuple(shape)}, which is not allowed: "
+                f"the config asks for {wanted}."
+            )
+
+
+def _report_mtp_tensors(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+    layers = mtp_layers(config)
+    ignored = [name for name in found if (match := _LAYER_NAME.match(name)) and int(match[1]) in layers]
+    if ignored:
+        logger.warning(
+            f"{len(ignored)} tensors of the multi-token-prediction layer(s) "
+            f"{', '.join(map(str, layers))} are in the checkpoint and are not loaded: the model predicts one token."
+        )
+
+
+def _check_experts(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+    present: dict[int, dict[str, set[int]]] = {}
+    for name in found:
+        if match := _EXPERT_NAME.match(name):
+            layer = present.setdefault(int(match[2]), {projection: set() for projection in _PROJECTIONS})
+            layer[match[4]].add(int(match[3]))
+    wanted = set(range(config.n_routed_experts or 0))
+    for layer_idx in sorted(set(present) | set(config.moe_layers)):
+        if layer_idx in mtp_layers(config) or f"layers.{layer_idx}.mlp.experts.gate_up_proj" in found:
+            continue
+        moe_layer = config.is_moe_layer(layer_idx) and layer_idx < config.num_hidden_layers
+        experts = present.get(layer_idx, {projection: set() for projection in _PROJECTIONS})
+        for projection, ids in experts.items():
+            prefix = f"layers.{layer_idx}.mlp.experts"
+            allowed = f"experts 0 to {len(wanted) - 1} (n_routed_experts={len(wanted)})" if moe_layer else "no expert"
+            for problem, odd in (("is missing", wanted - ids if moe_layer else set()),
+                                 ("is one too many", ids - wanted if moe_layer else ids)):  # fmt: skip
+                if odd:
+                    more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+                    raise ValueError(
+                        f"Checkpoint tensor {prefix}.{min(odd)}.{projection}.weight {problem}{more}: "
+                        f"layer {layer_idx} must hold {allowed}."
+                    )
+
+
+def _expected_shape(name: str, expected: Shapes) -> tuple[int, ...] | None:
+    if name in expected:
+        return expected[name]
+    match = _EXPERT_NAME.match(name)
+    if match is None:
+        return None
+    if match[4] == "down_proj":
+        stacked = expected.get(f"{match[1]}.down_proj")
+        return None if stacked is None else stacked[1:]
+    stacked = expected.get(f"{match[1]}.gate_up_proj")
+    return None if stacked is None else (stacked[1] // 2, stacked[2])
+
+
+def shapes_of(state_dict: Mapping[str, torch.Tensor]) -> Shapes:
+    """Names and shapes of a state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+
+__all__ = ["MODEL_TYPES", "check_checkpoint", "mtp_layers", "read_shapes", "register_checkpoint_layout", "shapes_of"]

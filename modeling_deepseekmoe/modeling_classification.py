@@ -1,0 +1,188 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Classification heads of the DeepSeekMoE family: of sequences and of tokens, with the auxiliary loss in training."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .configuration_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
+from .modeling_deepseekmoe import DeepseekMoeModel, DeepseekMoeModelOutput, DeepseekMoePreTrainedModel
+
+
+@dataclass
+class DeepseekMoeSequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """Output of the sequence classifier, with the decoder's `aux_loss`."""
+
+    aux_loss: torch.Tensor | None = None
+
+
+@dataclass
+class DeepseekMoeTokenClassifierOutput(TokenClassifierOutput):
+    """Output of the token classifier, with the decoder's `aux_loss`."""
+
+    aux_loss: torch.Tensor | None = None
+
+
+class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
+    """The decoder with a classification head on the last real token of every sequence."""
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DeepseekMoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DeepseekMoeSequenceClassifierOutput:
+        """Classify sequences; arguments as for [`DeepseekMoeModel`]; `labels` (B,) are classes, or targets of a
+        regression. `logits` have the shape (B, num_labels).
+
+        Raises:
+            ValueError: for several sequences without `attention_mask` and `config.pad_token_id`.
+        """
+        outputs: DeepseekMoeModelOutput = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        logits = self.score(outputs.last_hidden_state)
+        last_token = self._last_real_token(input_ids, attention_mask, logits)
+        logits = logits[torch.arange(logits.shape[0], device=logits.device), last_token]
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            items = torch.tensor(labels.shape[0], device=logits.device)
+            loss = self._loss_with_auxiliary(loss, outputs.aux_loss, items, **kwargs)
+        return DeepseekMoeSequenceClassifierOutput(
+            loss=loss,
+            aux_loss=outputs.aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_real_token(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Index (B,) of the rightmost token that is not padding, whichever side the padding is on."""
+        batch_size, length = logits.shape[:2]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        elif batch_size == 1:
+            real = torch.ones(1, length, dtype=torch.bool)
+        else:
+            raise ValueError(
+                "attention_mask=None is not allowed for several sequences while config.pad_token_id is null: "
+                "give the mask, or set the padding token."
+            )
+        positions = torch.arange(length, device=logits.device)
+        return (positions * real.to(logits.device)).argmax(dim=-1)
+
+
+class DeepseekMoeForTokenClassification(DeepseekMoePreTrainedModel):
+    """The decoder with a classification head on every token."""
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DeepseekMoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DeepseekMoeTokenClassifierOutput:
+        """Classify tokens; arguments as for [`DeepseekMoeModel`]; `labels` (B, S) are classes, -100 where there is no
+        loss. `logits` have the shape (B, S, num_labels)."""
+        outputs: DeepseekMoeModelOutput = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        logits = self.score(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+            loss = self._loss_with_auxiliary(loss, outputs.aux_loss, (labels != -100).sum(), **kwargs)
+        return DeepseekMoeTokenClassifierOutput(
+            loss=loss,
+            aux_loss=outputs.aux_loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ dialects
+class DeepseekForSequenceClassification(DeepseekMoeForSequenceClassification):
+    """The sequence classifier of the first generation, `model_type: deepseek`."""
+
+    config_class = DeepseekConfig
+    config: DeepseekConfig
+
+
+class DeepseekForTokenClassification(DeepseekMoeForTokenClassification):
+    """The token classifier of the first generation, `model_type: deepseek`."""
+
+    config_class = DeepseekConfig
+    config: DeepseekConfig
+
+
+class DeepseekV2ForSequenceClassification(DeepseekMoeForSequenceClassification):
+    """The sequence classifier of the second generation, `model_type: deepseek_v2`."""
+
+    config_class = DeepseekV2Config
+    config: DeepseekV2Config
+
+
+class DeepseekV2ForTokenClassification(DeepseekMoeForTokenClassification):
+    """The token classifier of the second generation, `model_type: deepseek_v2`."""
+
+    config_class = DeepseekV2Config
+    config: DeepseekV2Config
+
+
+class DeepseekV3ForSequenceClassification(DeepseekMoeForSequenceClassification):
+    """The sequence classifier of the third generation, `model_type: deepseek_v3`."""
+
+    config_class = DeepseekV3Config
+    config: DeepseekV3Config
+
+
+class DeepseekV3ForTokenClassification(DeepseekMoeForTokenClassification):
+    """The token classifier of the third generation, `model_type: deepseek_v3`."""
+
+    config_class = DeepseekV3Config
+    config: DeepseekV3Config
+
+
+__all__ = [
+    "DeepseekForSequenceClassification",
+    "DeepseekForTokenClassification",
+    "DeepseekMoeForSequenceClassification",
+    "DeepseekMoeForTokenClassification",
+    "DeepseekMoeSequenceClassifierOutput",
+    "DeepseekMoeTokenClassifierOutput",
+    "DeepseekV2ForSequenceClassification",
+    "DeepseekV2ForTokenClassification",
+    "DeepseekV3ForSequenceClassification",
+    "DeepseekV3ForTokenClassification",
+]

@@ -1,0 +1,529 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The DeepSeekMoE model family.
+
+Attention, norm, rotary embedding, dense FFN, masks, cache and losses are those of transformers. What is ours is the
+MoE: the gate, the stacked routed experts, the block that adds the shared experts, and the auxiliary loss on its way
+from the block to `outputs.loss`.
+
+Shape letters: B batch, S sequence, T = B * S tokens, D hidden, E routed experts, K chosen experts, I expert width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3MLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .balancing import expert_balance_loss
+from .checkpoint_layout import check_checkpoint, mtp_layers, read_shapes, register_checkpoint_layout, shapes_of
+from .configuration_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
+from .routing import RoutingPlan, route
+
+ATTENTION_CLASSES: dict[str, type[nn.Module]] = {"mha": LlamaAttention, "mla": DeepseekV3Attention}
+
+register_checkpoint_layout()
+
+
+@dataclass
+class DeepseekMoeModelOutput(MoeModelOutputWithPast):
+    """Output of the decoder.
+
+    Attributes:
+        aux_loss (`torch.FloatTensor` of shape ()): sum of the layers' auxiliary losses, coefficients included; in
+            training, and in evaluation if `output_router_logits` is set.
+    """
+
+    aux_loss: torch.Tensor | None = None
+
+
+class DeepseekMoeGate(nn.Module):
+    """The router: one centroid per routed expert (the rows of `weight`), and for `noaux_tc` the balancing bias."""
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.topk_method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        else:
+            self.e_score_correction_bias = None
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, RoutingPlan]:
+        """Route tokens.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape (T, D)).
+
+        Returns:
+            The raw gate logits (T, E) and the [`RoutingPlan`].
+        """
+        config = self.config
+        if config.router_dtype == "float32":
+            with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+                router_logits = F.linear(hidden_states.float(), self.weight.float())
+        else:
+            router_logits = F.linear(hidden_states, self.weight)
+        num_groups, top_k_groups = config.gate_groups
+        plan = route(
+            router_logits,
+            config.num_experts_per_tok,
+            score_function=config.scoring_func,
+            correction_bias=self.e_score_correction_bias,
+            num_groups=num_groups,
+            top_k_groups=top_k_groups,
+            group_score="top2_sum" if config.topk_method == "noaux_tc" else "max",
+            normalize=config.gate_normalizes,
+            scaling_factor=config.gate_scaling_factor,
+        )
+        return router_logits, plan
+
+
+@use_experts_implementation
+class DeepseekMoeExperts(nn.Module):
+    """The routed experts, stacked: `gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I). This forward is the `"eager"`
+    implementation; `experts_implementation` chooses another one that transformers offers."""
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of the chosen experts' outputs, weighted.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape (T, D)).
+            top_k_index (`torch.LongTensor` of shape (T, K)): expert ids; the id E stands for an expert that another
+                rank of an expert-parallel group holds, and is passed over.
+            top_k_weights (`torch.Tensor` of shape (T, K)).
+
+        Returns:
+            `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
+        """
+        output = torch.zeros_like(hidden_states)
+        expert_ids, weights = top_k_index.flatten(), top_k_weights.flatten().unsqueeze(-1)
+        order = expert_ids.argsort(stable=True)
+        counts = torch.bincount(expert_ids, minlength=self.num_experts + 1).tolist()
+        # unbind() once, since indexing a stacked parameter E times makes E gradients of the whole stack.
+        experts = zip(order.split(counts), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=False)
+        for slots, gate_up_proj, down_proj in experts:
+            if len(slots) == 0:
+                continue
+            tokens = slots // top_k_index.shape[-1]
+            gate, up = F.linear(hidden_states[tokens], gate_up_proj).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, down_proj) * weights[slots]
+            output.index_add_(0, tokens, expert_output.to(output.dtype))
+        return output
+
+
+class DeepseekMoeBlock(nn.Module):
+    """Routed experts plus shared experts (arXiv 2401.06066, eq. 9, without the residual)."""
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = DeepseekMoeGate(config)
+        self.experts = DeepseekMoeExperts(config)
+        self.shared_experts = (
+            DeepseekV3MLP(config, config.shared_intermediate_size) if config.shared_intermediate_size else None
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        compute_aux_loss: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Apply the block.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape (B, S, D)).
+            token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens, for the auxiliary loss.
+            compute_aux_loss (`bool`): whether the auxiliary loss is wanted.
+
+        Returns:
+            The output (B, S, D) and the auxiliary loss, a scalar, or `None` where it is unwanted or switched off.
+        """
+        _, plan = self.gate(hidden_states.flatten(0, 1))
+        output = self.experts(hidden_states.flatten(0, 1), plan.expert_ids, plan.weights).view_as(hidden_states)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        if not compute_aux_loss or self.config.aux_loss_alpha == 0:
+            return output, None
+        batch_shape = hidden_states.shape[:2]
+        aux_loss = expert_balance_loss(
+            plan.scores.unflatten(0, batch_shape),
+            plan.expert_ids.unflatten(0, batch_shape),
+            self.config.aux_loss_alpha,
+            token_mask=token_mask,
+            sequence_wise=self.config.seq_aux,
+        )
+        return output, aux_loss
+
+
+class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then a MoE block or a dense FFN, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DeepseekMoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = ATTENTION_CLASSES[config.attention_type](config=config, layer_idx=layer_idx)
+        self.mlp = DeepseekMoeBlock(config) if config.is_moe_layer(layer_idx) else DeepseekV3MLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        compute_aux_loss: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Apply the layer; returns the hidden states (B, S, D) and the auxiliary loss. The loss is an output, not
+        something kept on the side, so that it has its gradient under both modes of gradient checkpointing."""
+        attention_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
+        )
+        hidden_states = hidden_states + attention_output
+        residual, hidden_states, aux_loss = hidden_states, self.post_attention_layernorm(hidden_states), None
+        if isinstance(self.mlp, DeepseekMoeBlock):
+            hidden_states, aux_loss = self.mlp(hidden_states, token_mask, compute_aux_loss)
+        else:
+            hidden_states = self.mlp(hidden_states)
+        return residual + hidden_states, aux_loss
+
+
+class DeepseekMoePreTrainedModel(PreTrainedModel):
+    """What all models of the family share: initialisation, checkpoints, parallel plans, recorded outputs."""
+
+    config_class = DeepseekMoeConfig
+    config: DeepseekMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepseekMoeDecoderLayer"]  # noqa: RUF012 - read, never changed; as transformers declares it
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": DeepseekMoeDecoderLayer,
+        "attentions": [OutputRecorder(attention, index=1) for attention in ATTENTION_CLASSES.values()],
+        "router_logits": OutputRecorder(DeepseekMoeGate, index=0),
+    }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
+
+    def __init__(self, config: DeepseekMoeConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        # Read from the checkpoint's names by transformers; what is left out is reported by `check_checkpoint`.
+        self._keys_to_ignore_on_load_unexpected = [rf"(^|\.)layers\.{idx}\." for idx in mtp_layers(config)]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the decorator in the source of the class's own module; this family has two modules.
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DeepseekMoeGate):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepseekMoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: "DeepseekMoePreTrainedModel",
+        state_dict: dict[str, torch.Tensor] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Check names and shapes first: transformers would stack whatever experts it finds."""
+        shapes = None
+        if state_dict is not None:
+            shapes = shapes_of(state_dict)
+        elif checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            shapes = read_shapes(checkpoint_files)
+        if shapes is not None:
+            as_stored = load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes
+            check_checkpoint(model.config, shapes, shapes_of(model.state_dict()) if as_stored else {})
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
+    def _loss_with_auxiliary(
+        self, loss: torch.Tensor, aux_loss: torch.Tensor | None, items: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """Add the auxiliary loss to the task loss, in training only.
+
+        A trainer that passes `num_items_in_batch` does not divide by the number of accumulated micro-batches, so the
+        auxiliary loss of each one counts by its share of the items: `items` of this micro-batch over
+        `num_items_in_batch`. With micro-batches of equal item counts this is their plain mean.
+        """
+        if not self.training or aux_loss is None:
+            return loss
+        num_items = kwargs.get("num_items_in_batch")
+        if num_items is not None:
+            aux_loss = aux_loss * (items / torch.as_tensor(num_items, device=aux_loss.device))
+        return loss + aux_loss.to(loss.device)
+
+
+class DeepseekMoeModel(DeepseekMoePreTrainedModel):
+    """The decoder: token embedding, decoder layers, final norm."""
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(DeepseekMoeDecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DeepseekMoeModelOutput:
+        """Run the decoder.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape (B, S), *optional*): token ids; these or `inputs_embeds`.
+            attention_mask (`torch.Tensor`, *optional*): (B, past + S), 0 for padding; or a prepared 4-D mask, which
+                says nothing about padding, so that the auxiliary loss then counts every token.
+            position_ids (`torch.LongTensor` of shape (B, S), *optional*).
+            past_key_values (`Cache`, *optional*).
+            inputs_embeds (`torch.FloatTensor` of shape (B, S, D), *optional*).
+            use_cache (`bool`, *optional*).
+            kwargs: among others `output_hidden_states`, `output_attentions`, `output_router_logits`.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: exactly one of them must be given.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = positions.unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        token_mask = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            token_mask = attention_mask[:, -inputs_embeds.shape[1] :]
+        wants_router_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
+        compute_aux_loss = bool(self.training or wants_router_logits)
+
+        hidden_states, aux_losses = inputs_embeds, []
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for decoder_layer in self.layers:
+            hidden_states, aux_loss = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                token_mask=token_mask,
+                compute_aux_loss=compute_aux_loss,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+        return DeepseekMoeModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            aux_loss=_sum(aux_losses, hidden_states) if compute_aux_loss else None,
+        )
+
+
+def _sum(losses: list[torch.Tensor], reference: torch.Tensor) -> torch.Tensor:
+    """Sum of scalars that may lie on several devices; a float32 zero where there are none."""
+    total = torch.zeros((), dtype=torch.float32, device=reference.device)
+    for loss in losses:
+        total = total + loss.to(total.device)
+    return total
+
+
+class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head.
+
+    In training `outputs.loss` is the cross entropy plus the auxiliary loss, and `outputs.aux_loss` the latter alone,
+    coefficient included; in evaluation `outputs.loss` is the cross entropy alone. Under gradient accumulation with
+    `num_items_in_batch` the auxiliary loss of a micro-batch counts by its share of the items.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__(config)
+        self.model = DeepseekMoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        """Predict the next tokens; arguments as for [`DeepseekMoeModel`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape (B, S), *optional*): token ids, -100 where there is no loss; shifted
+                inside.
+            logits_to_keep (`int` or `torch.Tensor`): compute only the last logits (0: all), or those at these indices.
+            kwargs: `num_items_in_batch` and `shift_labels` go to the loss.
+
+        Returns:
+            `MoeCausalLMOutputWithPast`; `router_logits` holds the raw gate logits (T, E) of every MoE layer.
+        """
+        outputs: DeepseekMoeModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            targets = kwargs.get("shift_labels")
+            targets = labels[..., 1:] if targets is None else targets
+            loss = self._loss_with_auxiliary(loss, outputs.aux_loss, (targets != -100).sum(), **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=outputs.aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ dialects
+# The official generations: the same modules under the official class names, so that a checkpoint is saved under the
+# model type and architecture it was loaded from.
+class DeepseekModel(DeepseekMoeModel):
+    """The decoder of the first generation, `model_type: deepseek`."""
+
+    config_class = DeepseekConfig
+    config: DeepseekConfig
+
+
+class DeepseekForCausalLM(DeepseekMoeForCausalLM):
+    """The language model of the first generation, `model_type: deepseek`."""
+
+    config_class = DeepseekConfig
+    config: DeepseekConfig
+
+
+class DeepseekV2Model(DeepseekMoeModel):
+    """The decoder of the second generation, `model_type: deepseek_v2`."""
+
+    config_class = DeepseekV2Config
+    config: DeepseekV2Config
+
+
+class DeepseekV2ForCausalLM(DeepseekMoeForCausalLM):
+    """The language model of the second generation, `model_type: deepseek_v2`."""
+
+    config_class = DeepseekV2Config
+    config: DeepseekV2Config
+
+
+class DeepseekV3Model(DeepseekMoeModel):
+    """The decoder of the third generation, `model_type: deepseek_v3`."""
+
+    config_class = DeepseekV3Config
+    config: DeepseekV3Config
+
+
+class DeepseekV3ForCausalLM(DeepseekMoeForCausalLM):
+    """The language model of the third generation, `model_type: deepseek_v3`."""
+
+    config_class = DeepseekV3Config
+    config: DeepseekV3Config
+
+
+__all__ = [
+    "DeepseekForCausalLM",
+    "DeepseekModel",
+    "DeepseekMoeBlock",
+    "DeepseekMoeExperts",
+    "DeepseekMoeForCausalLM",
+    "DeepseekMoeGate",
+    "DeepseekMoeModel",
+    "DeepseekMoeModelOutput",
+    "DeepseekMoePreTrainedModel",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV2Model",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3Model",
+]

@@ -1,0 +1,68 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Registration with transformers' Auto classes."""
+
+from transformers import AutoConfig
+
+from .configuration_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
+
+CONFIG_CLASSES: tuple[type[DeepseekMoeConfig], ...] = (
+    DeepseekMoeConfig,
+    DeepseekConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+)
+_NATIVE_TYPES = ("deepseek_v2", "deepseek_v3")
+
+
+def register(override_native: bool = False) -> None:
+    """Register the family with AutoConfig and the AutoModel classes. Importing the package calls it once.
+
+    The model types `deepseekmoe` and `deepseek` are always ours. `deepseek_v2` and `deepseek_v3` checkpoints keep
+    loading with transformers' own classes unless `override_native` is true. Calling it again with another value
+    switches over; the model classes of this package can be used directly in either case.
+
+    Args:
+        override_native (`bool`): make AutoConfig and AutoModel load `deepseek_v2` and `deepseek_v3` with this
+            package's classes.
+    """
+    for config_class in CONFIG_CLASSES:
+        if config_class.model_type not in _NATIVE_TYPES or override_native:
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    if not override_native:
+        _restore_native()
+    # The model classes take seconds to import, and no Auto class needs them before a config of theirs exists.
+    DeepseekMoeConfig.before_first_config = _register_models
+
+
+def _restore_native() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    ours = {config_class.model_type: config_class for config_class in CONFIG_CLASSES}
+    for model_type in _NATIVE_TYPES:
+        if CONFIG_MAPPING._extra_content.get(model_type) is ours[model_type]:
+            del CONFIG_MAPPING._extra_content[model_type]
+
+
+def _register_models() -> None:
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
+
+    from . import modeling_classification as classifiers
+    from . import modeling_deepseekmoe as models
+
+    for config_class in CONFIG_CLASSES:
+        prefix = config_class.__name__.removesuffix("Config")
+        for auto_class, module, head in (
+            (AutoModel, models, "Model"),
+            (AutoModelForCausalLM, models, "ForCausalLM"),
+            (AutoModelForSequenceClassification, classifiers, "ForSequenceClassification"),
+            (AutoModelForTokenClassification, classifiers, "ForTokenClassification"),
+        ):
+            auto_class.register(config_class, getattr(module, prefix + head), exist_ok=True)
+
+
+__all__ = ["register"]
