@@ -64,6 +64,58 @@ def inspect(
             typer.echo(f"{tensors} tensors read, all values finite.", err=as_json)
 
 
+@app.command()
+def upcycle(
+    source: Annotated[str, typer.Argument(help="Folder or hub id of a dense Llama, Mistral, Qwen2 or SmolLM2 model.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    shared_width: Annotated[int, typer.Option(help="Neurons of each FFN that become the shared experts.")],
+    shards: Annotated[int, typer.Option(help="G, shards of the other neurons; top-K is G.")],
+    copies: Annotated[int, typer.Option(help="C, copies of every shard; there are G * C routed experts.")],
+    first_k_dense: Annotated[int, typer.Option(help="First layers that stay dense.")] = 0,
+    router_std: Annotated[float, typer.Option(help="Standard deviation of the router's rows.")] = 0.1,
+    noise: Annotated[float, typer.Option(help="Noise on the routed experts, in their standard deviations.")] = 0.0,
+    dialect: Annotated[str, typer.Option(help="deepseekmoe or deepseek.")] = "deepseekmoe",
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the source folder.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest allowed logit difference.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Seed of the router and the noise.")] = 0,
+) -> None:
+    """Turn a dense model into a DeepSeekMoE that computes the same, and verify it before anything is written."""
+    from modeling_deepseekmoe.conversion import UpcyclingError, UpcyclingPlan
+    from modeling_deepseekmoe.conversion import upcycle as run
+
+    with _exit_codes():
+        plan = UpcyclingPlan(
+            shared_width=shared_width,
+            num_shards=shards,
+            num_copies=copies,
+            first_k_dense=first_k_dense,
+            router_std=router_std,
+            noise=noise,
+            dialect=dialect,
+            seed=seed,
+        )
+        try:
+            check = run(source, destination, plan, gguf_file=gguf_file, tolerance=tolerance, report=typer.echo)
+        except UpcyclingError as error:
+            raise FailedCheck(str(error)) from error
+        typer.echo(f"{destination}: {check}")
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes instead of the full run.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for plots, figures and the model.")] = Path("runs/demo"),
+) -> None:
+    """Upcycle a real model, fine-tune it on real text, save it, load it again and generate."""
+    from .demo import QUICK, DemoError, DemoSettings, run_demo
+
+    with _exit_codes():
+        try:
+            run_demo(output, QUICK if quick else DemoSettings(), typer.echo)
+        except DemoError as error:
+            raise FailedCheck(str(error)) from error
+
+
 def main() -> None:
     """Entry point of the `deepseekmoe` command."""
     app()

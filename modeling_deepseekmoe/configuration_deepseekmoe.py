@@ -238,6 +238,14 @@ class DeepseekMoeConfig(PreTrainedConfig):
                 output.pop(name, None)
         return output
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to `config.json`: [`to_dict`] without transformers' own defaults, and with the dtype also
+        under the name by which the official code and older releases know it, `torch_dtype`."""
+        output = super().to_diff_dict()
+        if output.get("dtype") is not None:
+            output["torch_dtype"] = output["dtype"]
+        return output
+
     # ------------------------------------------------------------------------------------------------------ the checks
     def _refuse(self, field: str, allowed: str) -> None:
         raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r} is not allowed: {allowed}.")

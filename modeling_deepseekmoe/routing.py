@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-GROUP_SCORES = ("max", "top2_sum")
-
 
 @dataclass(frozen=True)
 class RoutingPlan:
@@ -92,7 +90,7 @@ def _keep_best_groups(scores: torch.Tensor, num_groups: int, top_k_groups: int, 
     elif group_score == "top2_sum":
         group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
     else:
-        raise ValueError(f"group_score={group_score!r} is not allowed: it must be one of {GROUP_SCORES}.")
+        raise ValueError(f"group_score={group_score!r} is not allowed: it must be 'max' or 'top2_sum'.")
     best_groups = group_scores.topk(top_k_groups, dim=-1).indices
     dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, best_groups, False)
     return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)

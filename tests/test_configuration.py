@@ -1,0 +1,181 @@
+"""The config: official files as they are, each generation's rules, and clear errors."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Golden
+from transformers import AutoConfig
+
+from modeling_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
+from modeling_deepseekmoe.configuration import config_from_dict, list_presets, load_config, load_preset
+
+MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+
+
+def test_official_files_are_read_as_they_are(golden: Golden) -> None:
+    config = AutoConfig.from_pretrained(golden.folder)
+    for field, value in golden.config.items():
+        if field in ("rope_scaling", "rope_theta", "torch_dtype"):
+            continue
+        assert getattr(config, field) == value, field
+    assert config.rope_parameters["rope_theta"] == golden.config["rope_theta"]
+    assert config.attention_type == ("mla" if "kv_lora_rank" in golden.config else "mha")
+
+
+def test_the_released_16b_file_gets_the_class_defaults_that_it_omits() -> None:
+    config = load_preset("deepseek-moe-16b")
+    assert (config.aux_loss_alpha, config.seq_aux, config.router_dtype) == (0.001, True, "auto")
+
+
+def test_round_trip_through_json(golden: Golden) -> None:
+    config = AutoConfig.from_pretrained(golden.folder)
+    again = config_from_dict(json.loads(config.to_json_string()))
+    assert again.to_diff_dict() == config.to_diff_dict()
+    assert again.rope_parameters == config.rope_parameters
+
+
+def test_aliases(tiny_config: Callable[..., DeepseekMoeConfig]) -> None:
+    config = tiny_config(router_aux_loss_coef=0.5, num_experts=16)
+    assert (config.aux_loss_alpha, config.n_routed_experts, config.num_local_experts) == (0.5, 16, 16)
+    config.router_aux_loss_coef = 0.25
+    assert config.aux_loss_alpha == 0.25
+    with pytest.raises(ValueError, match="n_routed_experts=2"):
+        tiny_config(num_local_experts=2)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields", "scaling", "normalizes"),
+    [
+        (DeepseekConfig, {"norm_topk_prob": True, "routed_scaling_factor": 3.0}, 1.0, True),
+        (DeepseekConfig, {"norm_topk_prob": True, "num_experts_per_tok": 1}, 1.0, False),
+        (DeepseekV2Config, {"norm_topk_prob": False, "routed_scaling_factor": 3.0}, 3.0, False),
+        (DeepseekV2Config, {"norm_topk_prob": True, "routed_scaling_factor": 3.0}, 1.0, True),
+        (
+            DeepseekV2Config,
+            {"norm_topk_prob": True, "num_experts_per_tok": 1, "routed_scaling_factor": 3.0},
+            3.0,
+            False,
+        ),
+        (DeepseekV3Config, {"norm_topk_prob": True, "routed_scaling_factor": 3.0}, 3.0, True),
+        (DeepseekMoeConfig, {"norm_topk_prob": True, "routed_scaling_factor": 3.0}, 3.0, True),
+    ],
+)
+def test_scaling_rules_by_generation(config_class: type, fields: dict, scaling: float, normalizes: bool) -> None:
+    base = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 1, "topk_group": 1}
+    config = config_class(**{**base, **fields})
+    assert (config.gate_scaling_factor, config.gate_normalizes) == (scaling, normalizes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "moe_layers", "shared_width"),
+    [
+        ({"n_routed_experts": 0}, (), 32),
+        ({"n_routed_experts": None, "n_shared_experts": None, "num_experts_per_tok": None}, (), 0),
+        ({"n_shared_experts": 0, "num_experts_per_tok": 1, "first_k_dense_replace": 0}, (0, 1, 2), 0),
+        (
+            {"n_shared_experts": 0, "num_experts_per_tok": 2, "first_k_dense_replace": 0, "moe_layer_freq": 2},
+            (0, 2),
+            0,
+        ),
+        ({"n_routed_experts": 64, "num_experts_per_tok": 8, "n_shared_experts": 0}, (1, 2), 0),
+        ({"n_routed_experts": 63, "num_experts_per_tok": 7, "n_shared_experts": 1}, (1, 2), 16),
+    ],
+    ids=["dense", "dense-null", "gshard-top1", "gshard-every-second", "fine-grained", "shared-isolation"],
+)
+def test_the_systems_that_the_papers_compare(
+    tiny_model: Callable, fields: dict, moe_layers: tuple[int, ...], shared_width: int
+) -> None:
+    import torch
+
+    model = tiny_model(**fields)
+    assert model.config.moe_layers == moe_layers
+    assert model.config.shared_intermediate_size == shared_width
+    outputs = model(torch.arange(12)[None], labels=torch.arange(12)[None])
+    outputs.loss.backward()
+    assert outputs.loss.isfinite() and bool(outputs.aux_loss > 0) == bool(moe_layers)
+
+
+WRONG = [
+    ({"num_experts_per_tok": 9}, r"num_experts_per_tok=9 .* between 1 and n_routed_experts=8"),
+    ({"num_experts_per_tok": 0}, r"num_experts_per_tok=0 .* at least 1"),
+    ({"topk_method": "noaux_tc", "n_group": 3, "topk_group": 1}, r"n_group=3 .* divide n_routed_experts=8"),
+    ({"topk_method": "noaux_tc", "n_group": 4, "topk_group": 5}, r"topk_group=5 .* between 1 and n_group=4"),
+    ({"topk_method": "noaux_tc", "n_group": 4, "topk_group": 1}, r"num_experts_per_tok=3 .* hold only 2"),
+    ({"topk_method": "noaux_tc", "n_group": 8, "topk_group": 4}, r"n_group=8 .* at most 4"),
+    ({"topk_method": "group_limited_greedy"}, r"n_group=None .* at least 1"),
+    ({"scoring_func": "tanh"}, r"scoring_func='tanh' .* 'softmax', 'sigmoid'"),
+    ({"topk_method": "gready"}, r"topk_method='gready' .* 'greedy', 'group_limited_greedy', 'noaux_tc'"),
+    ({"router_dtype": "bfloat16"}, r"router_dtype='bfloat16' .* 'float32', 'auto'"),
+    ({"routed_scaling_factor": 0}, r"routed_scaling_factor=0 .* above 0"),
+    ({"attention_type": "mla"}, r"kv_lora_rank=None .* needs kv_lora_rank, qk_nope_head_dim"),
+    ({"kv_lora_rank": 16, "v_head_dim": 8}, r"qk_nope_head_dim=None .* qk_nope_head_dim, qk_rope_head_dim is absent"),
+    ({**MLA, "qk_rope_head_dim": 3}, r"qk_rope_head_dim=3 .* even"),
+    ({"attention_type": "gqa"}, r"attention_type='gqa' .* 'mha', 'mla'"),
+    ({"hidden_size": -32}, r"hidden_size=-32 .* at least 1"),
+    ({"hidden_size": 33}, r"hidden_size=33 .* multiple of num_attention_heads=4"),
+    ({"vocab_size": 0}, r"vocab_size=0 .* at least 1"),
+    ({"moe_intermediate_size": -1}, r"moe_intermediate_size=-1 .* at least 1"),
+    ({"n_routed_experts": -8}, r"n_routed_experts=-8 .* at least 0"),
+    ({"n_shared_experts": -1}, r"n_shared_experts=-1 .* at least 0"),
+    ({"n_routed_experts": 8.0}, r"n_routed_experts=8\.0 .* integer"),
+    ({"moe_layer_freq": 0}, r"moe_layer_freq=0 .* at least 1"),
+    ({"num_key_value_heads": 3}, r"num_key_value_heads=3 .* divide num_attention_heads=4"),
+    ({"aux_loss_alpha": -0.1}, r"aux_loss_alpha=-0\.1 .* at least 0"),
+    ({"aux_loss_alpha": float("nan")}, r"aux_loss_alpha=nan .* at least 0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG, ids=[str(fields) for fields, _ in WRONG])
+def test_wrong_values(tiny_config: Callable[..., DeepseekMoeConfig], fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields", "message"),
+    [
+        (DeepseekConfig, {"attention_type": "mla", **MLA}, "attention_type='mla'"),
+        (DeepseekConfig, {"n_routed_experts": 8, "num_experts_per_tok": 2, "scoring_func": "sigmoid"}, "scoring_func"),
+        (DeepseekConfig, {"head_dim": 64}, "head_dim=64"),
+        (
+            DeepseekV2Config,
+            {"n_routed_experts": 8, "num_experts_per_tok": 2, "topk_method": "noaux_tc"},
+            "topk_method",
+        ),
+        (DeepseekV3Config, {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    ],
+)
+def test_a_dialect_refuses_what_its_official_code_cannot_compute(
+    config_class: type, fields: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_class(**fields)
+
+
+def test_bias_balancing_works_with_a_softmax_gate_too(tiny_model: Callable) -> None:
+    gate = tiny_model(topk_method="noaux_tc").model.layers[1].mlp.gate
+    assert gate.e_score_correction_bias.shape == (8,)
+
+
+def test_presets_are_valid_and_named() -> None:
+    assert {"deepseekmoe-2b", "deepseek-moe-16b", "deepseekmoe-145b", "deepseek-v2-lite", "deepseek-v2", "deepseek-v3",
+            "moonlight-16b-a3b", "gshard-137b", "dense"} == set(list_presets())  # fmt: skip
+    for name in list_presets():
+        assert isinstance(load_preset(name), DeepseekMoeConfig)
+    assert load_preset("dense").moe_layers == ()
+    with pytest.raises(ValueError, match=r"preset='deepseek-v9' .* deepseek-v3"):
+        load_preset("deepseek-v9")
+
+
+def test_a_folder_is_read_whatever_is_registered(golden: Golden, tmp_path: Path) -> None:
+    assert load_config(golden.folder).to_diff_dict() == AutoConfig.from_pretrained(golden.folder).to_diff_dict()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"model_type='llama' .* deepseekmoe, deepseek, deepseek_v2, deepseek_v3"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type"')
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_config(tmp_path)
