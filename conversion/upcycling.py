@@ -42,7 +42,10 @@ class UpcyclingPlan:
         num_shards: G, the shards of the other neurons, and the number of experts that a token uses.
         num_copies: C, the copies of every shard.
         first_k_dense: the first layers that keep their dense FFN.
-        router_std: standard deviation of the router's rows.
+        router_std: standard deviation of the router's rows. A small one keeps the copies' logits close, so that the
+            first updates break the virtual groups: tokens then take shards of several copies, some twice and some not
+            at all. SmolLM2-135M, 20 steps at 1e-4, held-out perplexity from 23.0 to 21.5 with 0.02, 18.3 with 0.1,
+            17.1 with 0.3.
         noise: standard deviation of Gaussian noise on the routed experts, in units of each tensor's own standard
             deviation; 0 keeps all copies equal, and the model exact.
         dialect: `"deepseekmoe"`, or `"deepseek"`, which has no scaling factor and no tied embeddings: G is folded
@@ -54,7 +57,7 @@ class UpcyclingPlan:
     num_shards: int
     num_copies: int
     first_k_dense: int = 0
-    router_std: float = 0.02
+    router_std: float = 0.3
     noise: float = 0.0
     dialect: str = "deepseekmoe"
     seed: int = 0

@@ -7,9 +7,11 @@ stacked parameters, `...mlp.experts.gate_up_proj` (E, 2I, D) and `...mlp.experts
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import logging
@@ -136,9 +138,57 @@ def _expected_shape(name: str, expected: Shapes) -> tuple[int, ...] | None:
     return None if stacked is None else (stacked[1] // 2, stacked[2])
 
 
+def stack_expert_tensors(
+    module: nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Let `load_state_dict` of the stacked experts read per-expert tensors too (a `load_state_dict` pre-hook).
+
+    `from_pretrained` stacks through transformers' mapping, but Trainer resumes with a plain `load_state_dict` of the
+    saved file, which is in the official names: without this the experts of a resumed run would be random. A shard
+    that holds only some of the experts sets those and leaves the others.
+    """
+    intermediate = module.gate_up_proj.shape[1] // 2
+    rows = {"gate_proj": slice(0, intermediate), "up_proj": slice(intermediate, None), "down_proj": slice(None)}
+    for stack, projections in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        names = {
+            f"{prefix}{expert}.{projection}.weight": (expert, rows[projection])
+            for expert in range(module.num_experts)
+            for projection in projections
+        }
+        found = [name for name in names if name in state_dict]
+        if not found:
+            continue
+        missing_keys += [name for name in names if name not in state_dict]
+        parameter = getattr(module, stack).detach()
+        stacked = torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.clone()
+        for name in found:
+            tensor, (expert, where) = state_dict.pop(name), names[name]
+            target = stacked[expert, where]
+            if tensor.shape != target.shape:
+                error_msgs.append(f"size mismatch for {name}: {tuple(tensor.shape)}, not {tuple(target.shape)}.")
+            else:
+                target.copy_(tensor)
+        state_dict[f"{prefix}{stack}"] = stacked
+
+
 def shapes_of(state_dict: Mapping[str, torch.Tensor]) -> Shapes:
     """Names and shapes of a state dict."""
     return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
 
 
-__all__ = ["MODEL_TYPES", "check_checkpoint", "mtp_layers", "read_shapes", "register_checkpoint_layout", "shapes_of"]
+__all__ = [
+    "MODEL_TYPES",
+    "check_checkpoint",
+    "mtp_layers",
+    "read_shapes",
+    "register_checkpoint_layout",
+    "shapes_of",
+    "stack_expert_tensors",
+]

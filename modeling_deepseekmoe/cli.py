@@ -72,7 +72,7 @@ def upcycle(
     shards: Annotated[int, typer.Option(help="G, shards of the other neurons; top-K is G.")],
     copies: Annotated[int, typer.Option(help="C, copies of every shard; there are G * C routed experts.")],
     first_k_dense: Annotated[int, typer.Option(help="First layers that stay dense.")] = 0,
-    router_std: Annotated[float, typer.Option(help="Standard deviation of the router's rows.")] = 0.1,
+    router_std: Annotated[float, typer.Option(help="Standard deviation of the router's rows.")] = 0.3,
     noise: Annotated[float, typer.Option(help="Noise on the routed experts, in their standard deviations.")] = 0.0,
     dialect: Annotated[str, typer.Option(help="deepseekmoe or deepseek.")] = "deepseekmoe",
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the source folder.")] = None,

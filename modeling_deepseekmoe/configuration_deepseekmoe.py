@@ -304,6 +304,10 @@ class DeepseekMoeConfig(PreTrainedConfig):
             self.head_dim = self._default_head_dim()
 
     def _check_attention(self) -> None:
+        if self.attention_type == "mla" and self.num_key_value_heads != self.num_attention_heads:
+            self._refuse(
+                "num_key_value_heads", f"with MLA it must equal num_attention_heads={self.num_attention_heads}"
+            )
         if self.head_dim % 2:
             field = "qk_rope_head_dim" if self.attention_type == "mla" else "head_dim"
             self._refuse(field, "the rotary embedding needs an even number")

@@ -57,15 +57,13 @@ class DemoSettings:
         required_gain: share by which the held-out perplexity must fall.
     """
 
-    steps: int = 60
+    steps: int = 40
     batch_size: int = 4
     block_size: int = 128
     learning_rate: float = 1e-4
     held_out_blocks: int = 64
     new_tokens: int = 48
-    plan: UpcyclingPlan = field(
-        default_factory=lambda: UpcyclingPlan(shared_width=384, num_shards=6, num_copies=4, router_std=0.1)
-    )
+    plan: UpcyclingPlan = field(default_factory=lambda: UpcyclingPlan(shared_width=384, num_shards=6, num_copies=4))
     required_gain: float = 0.10
 
 
@@ -201,13 +199,11 @@ def obtain_dense_model(
 
 def _hub_unreachable() -> str | None:
     """Why the hub cannot be used, or `None` if it answers."""
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub import hf_hub_download
 
     try:
-        HfApi().model_info(HUB_REPOSITORY, timeout=5)
-    except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        hf_hub_download(HUB_REPOSITORY, "config.json", etag_timeout=5)
+    except OSError as error:  # offline mode, no connection, or an HTTP error: all of them are OSErrors
         return type(error).__name__
     return None
 

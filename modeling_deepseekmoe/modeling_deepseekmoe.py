@@ -34,7 +34,14 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balancing import expert_balance_loss
-from .checkpoint_layout import check_checkpoint, mtp_layers, read_shapes, register_checkpoint_layout, shapes_of
+from .checkpoint_layout import (
+    check_checkpoint,
+    mtp_layers,
+    read_shapes,
+    register_checkpoint_layout,
+    shapes_of,
+    stack_expert_tensors,
+)
 from .configuration_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
 from .routing import RoutingPlan, route
 
@@ -110,6 +117,7 @@ class DeepseekMoeExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+        self.register_load_state_dict_pre_hook(stack_expert_tensors)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -14,7 +14,7 @@ def loss_by_loop(scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, se
     batch, length, experts = scores.shape
     top_k = ids.shape[-1]
     where = [[(b, s) for s in range(length) if mask[b, s]] for b in range(batch)]
-    parts = [part for part in where if part] if sequence_wise else [sum(where, [])]
+    parts = [part for part in where if part] if sequence_wise else [[token for part in where for token in part]]
     total = scores.new_zeros(())
     for part in parts:
         for expert in range(experts):

@@ -166,3 +166,29 @@ def test_state_dict_argument_is_checked_too(v1: Golden) -> None:
     del tensors[f"{PREFIX}.0.down_proj.weight"]
     with pytest.raises(ValueError, match=r"experts\.0\.down_proj\.weight is missing"):
         DeepseekForCausalLM.from_pretrained(None, config=v1.model().config, state_dict=tensors)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_load_state_dict_reads_the_official_names(v3: Golden, parts: int) -> None:
+    """As Trainer resumes: a plain `load_state_dict` of the saved file, or of one shard after the other."""
+    model, reference = AutoModelForCausalLM.from_config(v3.model().config), v3.model()
+    tensors = v3.tensors
+    for part in range(parts):
+        shard = {name: tensors[name] for name in sorted(tensors)[part::parts]}
+        result = model.load_state_dict(shard, strict=parts == 1)
+        assert not result.unexpected_keys
+        assert bool(result.missing_keys) == (parts > 1)
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_load_state_dict_reports_missing_and_wrong_experts(v1: Golden) -> None:
+    model, tensors = v1.model(), v1.tensors
+    del tensors[f"{PREFIX}.5.up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*experts\.5\.up_proj\.weight"):
+        model.load_state_dict(tensors)
+    tensors[f"{PREFIX}.5.up_proj.weight"] = torch.zeros(3, 3)
+    with pytest.raises(
+        RuntimeError, match=r"size mismatch for .*experts\.5\.up_proj\.weight: \(3, 3\), not \(24, 64\)"
+    ):
+        model.load_state_dict(tensors)

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from modeling_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
 from modeling_deepseekmoe.configuration import config_from_dict, list_presets, load_config, load_preset
 
-MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 
 
 def test_official_files_are_read_as_they_are(golden: Golden) -> None:
@@ -111,6 +111,7 @@ WRONG = [
     ({"routed_scaling_factor": 0}, r"routed_scaling_factor=0 .* above 0"),
     ({"attention_type": "mla"}, r"kv_lora_rank=None .* needs kv_lora_rank, qk_nope_head_dim"),
     ({"kv_lora_rank": 16, "v_head_dim": 8}, r"qk_nope_head_dim=None .* qk_nope_head_dim, qk_rope_head_dim is absent"),
+    ({**MLA, "num_key_value_heads": 2}, r"num_key_value_heads=2 .* equal num_attention_heads=4"),
     ({**MLA, "qk_rope_head_dim": 3}, r"qk_rope_head_dim=3 .* even"),
     ({"attention_type": "gqa"}, r"attention_type='gqa' .* 'mha', 'mla'"),
     ({"hidden_size": -32}, r"hidden_size=-32 .* at least 1"),
@@ -136,7 +137,7 @@ def test_wrong_values(tiny_config: Callable[..., DeepseekMoeConfig], fields: dic
 @pytest.mark.parametrize(
     ("config_class", "fields", "message"),
     [
-        (DeepseekConfig, {"attention_type": "mla", **MLA}, "attention_type='mla'"),
+        (DeepseekConfig, {**MLA, "attention_type": "mla"}, "attention_type='mla'"),
         (DeepseekConfig, {"n_routed_experts": 8, "num_experts_per_tok": 2, "scoring_func": "sigmoid"}, "scoring_func"),
         (DeepseekConfig, {"head_dim": 64}, "head_dim=64"),
         (

@@ -1,0 +1,268 @@
+"""The model: auxiliary loss on its way to the loss, padding, checkpointing, precision, implementations, heads."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import EXPERTS_IMPLEMENTATIONS, Golden
+from tolerances import SAME_COMPUTATION
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, expert_balance_loss
+
+MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+V3_LIKE = {**MLA, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 4, "topk_group": 2,
+           "norm_topk_prob": True, "routed_scaling_factor": 2.5}  # fmt: skip
+VARIANTS = {"mha": {}, "mla": MLA, "mla-noaux": V3_LIKE, "batch-wise": {"seq_aux": False}}
+ids = torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(5))
+
+
+def padded_batch(side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three sequences of 11, 7 and 4 real tokens, padded to 11."""
+    mask = torch.zeros(3, 11, dtype=torch.long)
+    batch = torch.zeros(3, 11, dtype=torch.long)
+    for row, length in enumerate((11, 7, 4)):
+        where = slice(11 - length, 11) if side == "left" else slice(0, length)
+        mask[row, where], batch[row, where] = 1, ids[row, :length]
+    return batch, mask
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_loss_includes_the_auxiliary_loss_and_evaluation_does_not(tiny_model: Callable, variant: str) -> None:
+    model = tiny_model(**VARIANTS[variant])
+    training = model(ids, labels=ids)
+    evaluation = model.eval()(ids, labels=ids)
+    assert training.aux_loss > 0 and evaluation.aux_loss is None
+    torch.testing.assert_close(training.loss, evaluation.loss + training.aux_loss)
+    requested = model(ids, labels=ids, output_router_logits=True)
+    torch.testing.assert_close(requested.aux_loss, training.aux_loss)
+    torch.testing.assert_close(requested.loss, evaluation.loss)
+
+
+def test_auxiliary_loss_without_labels_and_switched_off(tiny_model: Callable) -> None:
+    assert tiny_model()(ids).aux_loss > 0 and tiny_model()(ids).loss is None
+    assert tiny_model(aux_loss_alpha=0.0)(ids).aux_loss == 0
+    assert tiny_model(n_routed_experts=0)(ids).aux_loss == 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_router_logits_are_raw(tiny_model: Callable, variant: str) -> None:
+    model = tiny_model(**VARIANTS[variant]).eval()
+    gate_inputs = []
+    for layer in model.config.moe_layers:
+        model.model.layers[layer].mlp.gate.register_forward_pre_hook(lambda _, args: gate_inputs.append(args[0]))
+    logits = model(ids, output_router_logits=True).router_logits
+    assert len(logits) == len(model.config.moe_layers) == 2
+    for layer, layer_input, layer_logits in zip(model.config.moe_layers, gate_inputs, logits, strict=True):
+        weight = model.model.layers[layer].mlp.gate.weight
+        torch.testing.assert_close(layer_logits, layer_input @ weight.T)
+    assert model(ids).router_logits is None
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_counts_nowhere(tiny_model: Callable, side: str, variant: str) -> None:
+    """The auxiliary loss of a padded batch is that of its sequences without padding."""
+    model = tiny_model(**VARIANTS[variant], num_hidden_layers=2)  # one MoE layer
+    batch, mask = padded_batch(side)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    aux_loss = model(batch, attention_mask=mask, position_ids=positions).aux_loss
+    singles = [model(ids[row : row + 1, :length], output_router_logits=True) for row, length in enumerate((11, 7, 4))]
+    if model.config.seq_aux:
+        expected = torch.stack([single.aux_loss for single in singles]).mean()
+    else:
+        scores = torch.cat([single.router_logits[0] for single in singles]).softmax(-1)[None]
+        expected = expert_balance_loss(scores, scores.topk(3).indices, model.config.aux_loss_alpha)
+    torch.testing.assert_close(aux_loss, expected, atol=SAME_COMPUTATION, rtol=SAME_COMPUTATION)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(tiny_model: Callable, variant: str, use_reentrant: bool) -> None:
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        model = tiny_model(**VARIANTS[variant], aux_loss_alpha=1.0)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        outputs = model(ids, labels=ids)
+        outputs.loss.backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return {**found, "loss": outputs.loss.detach(), "aux_loss": outputs.aux_loss.detach()}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain["model.layers.1.mlp.gate.weight"].abs().max() > 0
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_the_auxiliary_loss_alone_reaches_the_gate_under_reentrant_checkpointing(tiny_model: Callable) -> None:
+    model = tiny_model()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    model(ids).aux_loss.backward()
+    assert model.model.layers[1].mlp.gate.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("variant", ["mha", "mla-noaux"])
+@pytest.mark.parametrize("implementation", EXPERTS_IMPLEMENTATIONS[1:])
+def test_experts_implementations_agree(tiny_model: Callable, variant: str, implementation: str) -> None:
+    def run(name: str) -> dict[str, torch.Tensor]:
+        model = tiny_model(**VARIANTS[variant])
+        model.set_experts_implementation(name)
+        assert model.config._experts_implementation == name
+        model(ids, labels=ids).loss.backward()
+        return {key: parameter.grad for key, parameter in model.named_parameters()}
+
+    reference, other = run("eager"), run(implementation)
+    for name, gradient in reference.items():
+        torch.testing.assert_close(other[name], gradient, atol=SAME_COMPUTATION, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("variant", ["mha", "mla"])
+@torch.no_grad()
+def test_attention_implementations_agree(tiny_model: Callable, variant: str) -> None:
+    model = tiny_model(**VARIANTS[variant]).eval()
+    batch, mask = padded_batch("left")
+    logits = {}
+    for name in ("eager", "sdpa", "flex_attention"):
+        model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name
+        logits[name] = model(batch, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(logits["sdpa"], logits["eager"], atol=SAME_COMPUTATION, rtol=1e-4)
+    torch.testing.assert_close(logits["flex_attention"], logits["eager"], atol=SAME_COMPUTATION, rtol=1e-4)
+
+
+def test_eager_experts_match_a_loop_over_tokens(tiny_model: Callable) -> None:
+    experts = tiny_model().eval().model.layers[1].mlp.experts
+    experts.config._experts_implementation = "eager"
+    hidden, chosen = torch.randn(7, 32), torch.stack([torch.randperm(8)[:3] for _ in range(7)])
+    chosen[0, 2] = 8  # the id that stands for an expert of another rank
+    weights = torch.rand(7, 3)
+    expected = torch.zeros(7, 32)
+    for token in range(7):
+        for expert, weight in zip(chosen[token], weights[token], strict=True):
+            if expert < 8:
+                gate, up = (experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
+                expected[token] += weight * (experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(experts(hidden, chosen, weights), expected, atol=1e-5, rtol=1e-5)
+    assert experts(hidden[:0], chosen[:0], weights[:0]).shape == (0, 32)
+
+
+def test_hidden_states_and_attentions(tiny_model: Callable) -> None:
+    model = tiny_model(**MLA).eval()
+    model.set_attn_implementation("eager")
+    outputs = model(ids, output_hidden_states=True, output_attentions=True)
+    assert [tuple(state.shape) for state in outputs.hidden_states] == [(3, 11, 32)] * 4
+    assert [tuple(attention.shape) for attention in outputs.attentions] == [(3, 4, 11, 11)] * 3
+
+
+def test_router_stays_float32_under_autocast(tiny_config: Callable[..., DeepseekMoeConfig]) -> None:
+    for router_dtype, expected in (("float32", torch.float32), ("auto", torch.bfloat16)):
+        torch.manual_seed(0)
+        model = DeepseekMoeForCausalLM(tiny_config(router_dtype=router_dtype)).eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(ids, output_router_logits=True)
+        assert {logits.dtype for logits in outputs.router_logits} == {expected}
+
+
+def test_auto_router_dtype_follows_the_model(tiny_model: Callable) -> None:
+    model = tiny_model(router_dtype="auto").to(torch.bfloat16).eval()
+    assert model(ids, output_router_logits=True).router_logits[0].dtype == torch.bfloat16
+    model = tiny_model(router_dtype="float32").to(torch.bfloat16).eval()
+    outputs = model(ids, output_router_logits=True)
+    assert outputs.router_logits[0].dtype == torch.float32 and outputs.logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("variant", ["mha", "mla-noaux"])
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_compiled_equals_eager(tiny_model: Callable, variant: str, implementation: str) -> None:
+    model = tiny_model(**VARIANTS[variant]).eval()
+    model.set_experts_implementation(implementation)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        expected, found = model(ids, use_cache=False).logits, compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=SAME_COMPUTATION, rtol=1e-4)
+
+
+def test_compiled_training_step_equals_eager(tiny_model: Callable) -> None:
+    def gradients(compiled: bool) -> dict[str, torch.Tensor]:
+        model = tiny_model()
+        model.set_experts_implementation("grouped_mm")
+        step = torch.compile(model, fullgraph=True) if compiled else model
+        step(ids, labels=ids, use_cache=False).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    for (name, expected), found in zip(gradients(False).items(), gradients(True).values(), strict=True):
+        torch.testing.assert_close(found, expected, atol=SAME_COMPUTATION, rtol=1e-4, msg=name)
+
+
+def test_sequence_classification(tiny_config: Callable[..., DeepseekMoeConfig]) -> None:
+    model = AutoModelForSequenceClassification.from_config(tiny_config(num_labels=3)).train()
+    labels = torch.tensor([0, 2, 1])
+    logits = {}
+    for side in ("left", "right"):
+        batch, mask = padded_batch(side)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        outputs = model(batch, attention_mask=mask, position_ids=positions, labels=labels)
+        logits[side] = outputs.logits
+        task_loss = torch.nn.functional.cross_entropy(outputs.logits, labels)
+        torch.testing.assert_close(outputs.loss, task_loss + outputs.aux_loss)
+    torch.testing.assert_close(logits["left"], logits["right"], atol=SAME_COMPUTATION, rtol=1e-4)
+    without_mask = model(padded_batch("right")[0]).logits  # found by the padding token
+    torch.testing.assert_close(without_mask, logits["right"], atol=SAME_COMPUTATION, rtol=1e-4)
+    model.config.pad_token_id = None
+    assert model(ids[:1]).logits.shape == (1, 3)
+    with pytest.raises(ValueError, match=r"attention_mask=None is not allowed .*pad_token_id"):
+        model(ids)
+
+
+def test_token_classification(tiny_config: Callable[..., DeepseekMoeConfig]) -> None:
+    model = AutoModelForTokenClassification.from_config(tiny_config(num_labels=5)).train()
+    labels = torch.randint(5, ids.shape)
+    labels[:, 0] = -100
+    outputs = model(ids, labels=labels)
+    task_loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(outputs.loss, task_loss + outputs.aux_loss)
+    halves = [model(ids[part], labels=labels[part], num_items_in_batch=30) for part in (slice(0, 1), slice(1, 3))]
+    shares = [10 / 30, 20 / 30]
+    for half, share in zip(halves, shares, strict=True):
+        assert half.loss.item() < half.aux_loss.item() + 10
+        task = torch.nn.functional.cross_entropy(half.logits.flatten(0, 1), labels[: len(half.logits)].flatten())
+        if share == 10 / 30:
+            torch.testing.assert_close(half.loss, (task + half.aux_loss) * share)
+
+
+def test_only_one_kind_of_input(tiny_model: Callable) -> None:
+    with pytest.raises(ValueError, match="exactly one"):
+        tiny_model()(None)
+    embeddings = tiny_model().model.embed_tokens(ids)
+    with pytest.raises(ValueError, match="exactly one"):
+        tiny_model()(ids, inputs_embeds=embeddings)
+
+
+def test_tied_embeddings(tiny_model: Callable, tmp_path) -> None:
+    model = tiny_model(tie_word_embeddings=True).eval()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    again = DeepseekMoeForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_initialisation(tiny_model: Callable) -> None:
+    model = tiny_model(**V3_LIKE, hidden_size=256, initializer_range=0.02)
+    block = model.model.layers[1].mlp
+    for parameter in (block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj):
+        assert parameter.std().item() == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(block.gate.e_score_correction_bias, torch.zeros(8))
+
+
+@pytest.mark.parametrize("name", ["v1-mha", "v3-noaux"])
+def test_parallel_plans_name_existing_modules(name: str) -> None:
+    import re
+
+    model = Golden(name).model()
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    for plan in (model.tp_plan, {f"model.{key}": value for key, value in model.config.base_model_ep_plan.items()}):
+        for pattern in plan:
+            regex = re.compile(pattern.replace(".", r"\.").replace("*", r"\d+"))
+            assert any(regex.fullmatch(candidate) for candidate in names), pattern

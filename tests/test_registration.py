@@ -1,0 +1,84 @@
+"""Registration with the Auto classes."""
+
+import subprocess
+import sys
+
+import pytest
+import transformers
+from conftest import GOLDEN_NAMES, Golden
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import modeling_deepseekmoe
+from modeling_deepseekmoe import register
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_native_types_are_left_alone_by_default(name: str) -> None:
+    register()
+    native = name.startswith(("v2", "v3"))
+    config = AutoConfig.from_pretrained(Golden(name).folder)
+    assert type(config).__module__.startswith("transformers." if native else "modeling_deepseekmoe.")
+    model = AutoModelForCausalLM.from_pretrained(Golden(name).folder)
+    assert type(model).__module__.startswith("transformers." if native else "modeling_deepseekmoe.")
+    register(override_native=True)
+    model = AutoModelForCausalLM.from_pretrained(Golden(name).folder)
+    assert type(model).__module__ == "modeling_deepseekmoe.modeling_deepseekmoe"
+    assert type(model).__name__ == Golden(name).config["architectures"][0]
+    register()
+    assert type(AutoConfig.from_pretrained(Golden(name).folder)) is type(config)
+
+
+@pytest.mark.parametrize("prefix", ["DeepseekMoe", "Deepseek", "DeepseekV2", "DeepseekV3"])
+@pytest.mark.parametrize("override", [True, False])
+def test_every_head_of_every_dialect(prefix: str, override: bool) -> None:
+    register(override_native=override)
+    config = getattr(modeling_deepseekmoe, f"{prefix}Config")(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        n_routed_experts=0, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    for auto, head in (
+        ("AutoModel", "Model"),
+        ("AutoModelForCausalLM", "ForCausalLM"),
+        ("AutoModelForSequenceClassification", "ForSequenceClassification"),
+        ("AutoModelForTokenClassification", "ForTokenClassification"),
+    ):
+        model = getattr(transformers, auto).from_config(config)
+        assert type(model) is getattr(modeling_deepseekmoe, prefix + head)
+
+
+def test_base_model_and_head_load_each_others_checkpoints(v3: Golden, tmp_path) -> None:
+    import torch
+
+    base = AutoModel.from_pretrained(v3.folder)
+    base.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, again.model.get_parameter(name)), name
+
+
+def test_a_folder_without_tokenizer_is_no_concern_of_ours(v3: Golden) -> None:
+    with pytest.raises((OSError, ValueError)):
+        AutoTokenizer.from_pretrained(v3.folder)
+
+
+def test_import_registers_and_imports_no_model_code() -> None:
+    script = (
+        "import sys, modeling_deepseekmoe\n"
+        "assert 'transformers.modeling_utils' not in sys.modules\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(Golden('v1-mha').folder)!r})\n"
+        "assert type(model).__name__ == 'DeepseekForCausalLM'\n"
+        "assert not hasattr(model.config, 'auto_map') and model._auto_class is None\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("missing", ["triton", "peft", "accelerate", "matplotlib"])
+def test_import_and_load_without_optional_packages(missing: str) -> None:
+    script = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import torch, modeling_deepseekmoe\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(Golden('v1-mha').folder)!r})\n"
+        "assert model(torch.arange(4)[None]).logits.isfinite().all()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,161 @@
+"""transformers' Trainer: the loss falls, interrupted equals uninterrupted, accumulated equals whole."""
+
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from tolerances import SAME_COMPUTATION
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from modeling_deepseekmoe import DeepseekMoeForCausalLM
+
+V3_LIKE = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+           "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}  # fmt: skip
+
+
+class Rows(Dataset):
+    """Rows of a dictionary of tensors."""
+
+    def __init__(self, **columns: torch.Tensor) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+def reference_text(rows: int, length: int) -> torch.Tensor:
+    """Pages of Python's language reference as characters (rows, length), ids 3 to 95."""
+    text = "".join(topics[name] for name in sorted(topics))[: rows * length]
+    ids = torch.tensor([min(max(ord(character) - 32, 0), 92) + 3 for character in text])
+    return ids.view(rows, length)
+
+
+def arguments(folder: Path, **kwargs: object) -> TrainingArguments:
+    defaults = {"output_dir": str(folder), "report_to": "none", "save_strategy": "no", "logging_steps": 1,
+                "per_device_train_batch_size": 4, "learning_rate": 3e-3, "use_cpu": True, "disable_tqdm": True,
+                "seed": 7}  # fmt: skip
+    return TrainingArguments(**{**defaults, **kwargs})
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("variant", [{}, V3_LIKE], ids=["v1", "v3"])
+def test_the_loss_falls_on_real_text(tiny_model: Callable, tmp_path: Path, variant: dict) -> None:
+    rows = reference_text(64, 48)
+    trainer = Trainer(
+        tiny_model(**variant, initializer_range=0.05),
+        arguments(tmp_path, max_steps=40, per_device_train_batch_size=8),
+        train_dataset=Rows(input_ids=rows, labels=rows),
+        eval_dataset=Rows(input_ids=rows[:8], labels=rows[:8]),
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    found = losses(trainer)
+    assert sum(found[-5:]) < 0.9 * sum(found[:5])
+    assert trainer.evaluate()["eval_loss"] < before
+
+
+class StopAt(TrainerCallback):
+    """Interrupts training after some steps, as a killed job whose last checkpoint is that step's."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+@pytest.mark.parametrize("variant", [{}, V3_LIKE], ids=["v1", "v3"])
+def test_interrupted_and_resumed_equals_uninterrupted(tiny_model: Callable, tmp_path: Path, variant: dict) -> None:
+    rows = reference_text(32, 24)
+    data = Rows(input_ids=rows, labels=rows)
+    whole = Trainer(tiny_model(**variant), arguments(tmp_path / "a", max_steps=12), train_dataset=data)
+    whole.train()
+
+    part = arguments(tmp_path / "b", max_steps=12, save_steps=6, save_strategy="steps")
+    Trainer(tiny_model(**variant), part, train_dataset=data, callbacks=[StopAt(6)]).train()
+    assert (tmp_path / "b" / "checkpoint-6").is_dir()
+    # A fresh, differently initialised model: everything must come from the checkpoint.
+    resumed = Trainer(DeepseekMoeForCausalLM(whole.model.config), part, train_dataset=data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-6"))
+
+    assert losses(resumed)[-6:] == losses(whole)[-6:]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def one_step(
+    model: DeepseekMoeForCausalLM, data: Dataset, folder: Path, accumulate: int, **kwargs: object
+) -> dict[str, torch.Tensor]:
+    """The parameters after one SGD step on eight sequences, in one batch or in several."""
+    settings = arguments(folder, max_steps=1, per_device_train_batch_size=8 // accumulate, optim="sgd",
+                         gradient_accumulation_steps=accumulate, learning_rate=1.0, max_grad_norm=0.0,
+                         lr_scheduler_type="constant", **kwargs)  # fmt: skip
+    Trainer(model, settings, train_dataset=data).train()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+def test_four_times_two_sequences_equal_eight(
+    tiny_model: Callable, tmp_path: Path, checkpointing: bool | None
+) -> None:
+    """Equal lengths: the task loss and the sequence-wise auxiliary loss (large here, so that it is not lost)."""
+    rows = reference_text(8, 24)
+    data = Rows(input_ids=rows, labels=rows)
+    extra = {} if checkpointing is None else {
+        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}
+    }  # fmt: skip
+    start = {name: parameter.detach().clone() for name, parameter in tiny_model().named_parameters()}
+    once = one_step(tiny_model(aux_loss_alpha=1.0), data, tmp_path, 1)
+    accumulated = one_step(tiny_model(aux_loss_alpha=1.0), data, tmp_path, 4, **extra)
+    without = one_step(tiny_model(aux_loss_alpha=0.0), data, tmp_path, 1)
+    gate = "model.layers.1.mlp.gate.weight"
+    assert (once[gate] - without[gate]).abs().max() > 1e-3
+    for name, parameter in once.items():
+        assert not torch.equal(parameter, start[name]) or name.endswith("bias")
+        torch.testing.assert_close(accumulated[name], parameter, atol=SAME_COMPUTATION, rtol=1e-4, msg=name)
+
+
+def test_accumulation_with_padding_of_different_lengths(tiny_model: Callable, tmp_path: Path) -> None:
+    rows = reference_text(8, 24)
+    lengths = torch.tensor([24, 5, 17, 9, 24, 12, 3, 20])
+    mask = (torch.arange(24)[None] < lengths[:, None]).long()
+    data = Rows(input_ids=rows * mask, labels=rows.masked_fill(mask == 0, -100), attention_mask=mask)
+    once = one_step(tiny_model(aux_loss_alpha=0.0), data, tmp_path, 1)
+    accumulated = one_step(tiny_model(aux_loss_alpha=0.0), data, tmp_path, 4)
+    for name, parameter in once.items():
+        torch.testing.assert_close(accumulated[name], parameter, atol=SAME_COMPUTATION, rtol=1e-4, msg=name)
+
+
+def test_a_plain_loop_that_divides_by_the_number_of_micro_batches(tiny_model: Callable) -> None:
+    """Without `num_items_in_batch` the loss is a mean, and so is the auxiliary loss."""
+    rows = reference_text(8, 24)
+
+    def gradients(parts: int) -> dict[str, torch.Tensor]:
+        model = tiny_model(aux_loss_alpha=1.0)
+        for part in rows.chunk(parts):
+            (model(part, labels=part).loss / parts).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    accumulated = gradients(4)
+    for name, gradient in gradients(1).items():
+        torch.testing.assert_close(accumulated[name], gradient, atol=SAME_COMPUTATION, rtol=1e-4, msg=name)
+
+
+def test_shares_of_micro_batches_at_unequal_lengths(tiny_model: Callable) -> None:
+    """A micro-batch's auxiliary loss counts by its share of the items that the trainer counted."""
+    model, rows = tiny_model(), reference_text(2, 24)
+    labels = rows.clone()
+    labels[:, 12:] = -100  # 22 targets, after the shift
+    outputs = model(rows, labels=labels, num_items_in_batch=torch.tensor(88))
+    task = model.eval()(rows, labels=labels, num_items_in_batch=torch.tensor(88)).loss
+    torch.testing.assert_close(outputs.loss, task + outputs.aux_loss * 22 / 88)
