@@ -66,6 +66,11 @@ class UpcyclingPlan:
         for field, minimum in (("shared_width", 0), ("num_shards", 1), ("num_copies", 1), ("first_k_dense", 0)):
             if getattr(self, field) < minimum:
                 raise ValueError(f"{field}={getattr(self, field)} is not allowed: it must be at least {minimum}.")
+        if self.num_shards == 1 < self.num_copies:
+            raise ValueError(
+                f"num_shards=1 is not allowed with num_copies={self.num_copies}: it must be at least 2, because "
+                "the weight of a single chosen expert is not normalised and would not be 1."
+            )
         for field in ("router_std", "noise"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field}={getattr(self, field)} is not allowed: it must be at least 0.")

@@ -2,9 +2,11 @@
 """Configuration of the DeepSeekMoE family: one superset config and one thin dialect per released generation."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from transformers.configuration_utils import PreTrainedConfig
+
+from .parallel_plans import EXPERT_PARALLEL_PLAN, PIPELINE_PLAN, tensor_parallel_plan
 
 ATTENTION_TYPES = ("mha", "mla")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
@@ -13,34 +15,9 @@ ROUTER_DTYPES = ("float32", "auto")
 
 _MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
-_MHA_TP_PLAN = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-}
-_MLA_TP_PLAN = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.q_b_proj": "colwise",
-    "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
-    "layers.*.self_attn.kv_b_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-}
-_DENSE_TP_PLAN = {
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
-}
-_ROUTED_TP_PLAN = {
-    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-    "layers.*.mlp.experts.down_proj": "rowwise",
-    "layers.*.mlp.experts": "moe_tp_experts",
-}
-_SHARED_TP_PLAN = {
-    "layers.*.mlp.shared_experts.gate_proj": "colwise",
-    "layers.*.mlp.shared_experts.up_proj": "colwise",
-    "layers.*.mlp.shared_experts.down_proj": "rowwise",
-}
+
+# An integer or null. Which fields may be null depends on other fields, which a type cannot say: the checks below do.
+OptionalInt: TypeAlias = Any
 
 
 class DeepseekMoeConfig(PreTrainedConfig):
@@ -97,21 +74,16 @@ class DeepseekMoeConfig(PreTrainedConfig):
         "num_local_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
     }
-    base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
-    base_model_ep_plan: ClassVar[dict[str, Any] | None] = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
-    }
+    base_model_pp_plan: ClassVar[dict[str, Any] | None] = PIPELINE_PLAN
+    base_model_ep_plan: ClassVar[dict[str, Any] | None] = EXPERT_PARALLEL_PLAN
 
     # What the official code of a generation can compute; a dialect narrows these.
     allowed_attention_types: ClassVar[tuple[str, ...]] = ATTENTION_TYPES
     allowed_scoring_functions: ClassVar[tuple[str, ...]] = SCORING_FUNCTIONS
     allowed_topk_methods: ClassVar[tuple[str, ...]] = TOPK_METHODS
+
+    # Whether the dialect's config.json keeps to the names of the official code where transformers has newer ones.
+    official_names: ClassVar[bool] = False
 
     # Called before the first config is made: the package registers the model classes here, because importing them
     # takes seconds and nothing needs them before a config exists. Unused in a copy of this file on the Hub.
@@ -123,29 +95,29 @@ class DeepseekMoeConfig(PreTrainedConfig):
     moe_intermediate_size: int = 1408
     num_hidden_layers: int = 28
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    n_routed_experts: int | None = 64
-    n_shared_experts: int | None = 2
-    num_experts_per_tok: int | None = 6
+    num_key_value_heads: OptionalInt = None
+    head_dim: OptionalInt = None
+    n_routed_experts: OptionalInt = 64
+    n_shared_experts: OptionalInt = 2
+    num_experts_per_tok: OptionalInt = 6
     first_k_dense_replace: int = 1
     moe_layer_freq: int = 1
     scoring_func: str = "softmax"
     topk_method: str = "greedy"
-    n_group: int | None = None
-    topk_group: int | None = None
+    n_group: OptionalInt = None
+    topk_group: OptionalInt = None
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
     router_dtype: str = "float32"
     aux_loss_alpha: float = 0.001
     seq_aux: bool = True
     output_router_logits: bool = False
-    attention_type: str | None = None
-    kv_lora_rank: int | None = None
-    q_lora_rank: int | None = None
-    qk_nope_head_dim: int | None = None
-    qk_rope_head_dim: int | None = None
-    v_head_dim: int | None = None
+    attention_type: str = ""
+    kv_lora_rank: OptionalInt = None
+    q_lora_rank: OptionalInt = None
+    qk_nope_head_dim: OptionalInt = None
+    qk_rope_head_dim: OptionalInt = None
+    v_head_dim: OptionalInt = None
     rope_interleave: bool = True
     rope_parameters: dict | None = None
     attention_bias: bool = False
@@ -156,8 +128,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     num_nextn_predict_layers: int = 0
     use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 100000
+    pad_token_id: OptionalInt = None
+    bos_token_id: OptionalInt = 100000
     eos_token_id: int | list[int] | None = 100001
     pretraining_tp: int = 1
     tie_word_embeddings: bool = False
@@ -172,7 +144,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
             setattr(self, alias, kwargs.pop(alias))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.attention_type is None:
+        if not self.attention_type:
             self.attention_type = "mla" if self.kv_lora_rank is not None else "mha"
         self._check_one_of("attention_type", self.allowed_attention_types)
         self._check_sizes()
@@ -180,7 +152,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
         self._check_attention()
         if self.n_routed_experts:
             self._check_routing()
-        self.base_model_tp_plan = self._tensor_parallel_plan()
+        self.base_model_tp_plan = tensor_parallel_plan(self)
         super().__post_init__(**kwargs)
 
     # ------------------------------------------------------------------------------------------------ derived values
@@ -221,15 +193,11 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
     # -------------------------------------------------------------------------------------------------- serialization
     def to_dict(self) -> dict[str, Any]:
-        """The config as a dictionary under the official names: `rope_theta` and `rope_scaling` for the rotary
-        embedding, and nothing that can be derived from the other fields."""
+        """The config as a dictionary, without what can be derived from the other fields. An official dialect keeps
+        to the official names: `rope_theta` and `rope_scaling` for the rotary embedding."""
         output = super().to_dict()
-        rope_parameters = dict(output.pop("rope_parameters", None) or {})
-        rope_type = rope_parameters.pop("rope_type", "default")
-        rope_parameters.pop("type", None)
-        if "rope_theta" in rope_parameters:
-            output["rope_theta"] = rope_parameters.pop("rope_theta")
-        output["rope_scaling"] = None if rope_type == "default" else {**rope_parameters, "type": rope_type}
+        if self.official_names:
+            _rename_rope_parameters(output, self.default_theta)
         output.pop("qk_head_dim", None)
         if output.get("head_dim") == self._default_head_dim():
             del output["head_dim"]
@@ -239,10 +207,10 @@ class DeepseekMoeConfig(PreTrainedConfig):
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to `config.json`: [`to_dict`] without transformers' own defaults, and with the dtype also
-        under the name by which the official code and older releases know it, `torch_dtype`."""
+        """What is written to `config.json`: [`to_dict`] without transformers' own defaults; for an official dialect
+        the dtype also under the name by which the official code and older releases know it, `torch_dtype`."""
         output = super().to_diff_dict()
-        if output.get("dtype") is not None:
+        if self.official_names and output.get("dtype") is not None:
             output["torch_dtype"] = output["dtype"]
         return output
 
@@ -341,17 +309,18 @@ class DeepseekMoeConfig(PreTrainedConfig):
         if self.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
             self._refuse("n_group", f"noaux_tc ranks groups by their best two experts: at most {experts // 2}")
 
-    def _tensor_parallel_plan(self) -> dict[str, str]:
-        plan = dict(_MLA_TP_PLAN if self.attention_type == "mla" else _MHA_TP_PLAN)
-        if self.attention_type == "mla":
-            plan.pop("layers.*.self_attn.q_b_proj" if self.q_lora_rank is None else "layers.*.self_attn.q_proj")
-        if len(self.moe_layers) < self.num_hidden_layers:
-            plan |= _DENSE_TP_PLAN
-        if self.moe_layers:
-            plan |= _ROUTED_TP_PLAN
-            if self.shared_intermediate_size:
-                plan |= _SHARED_TP_PLAN
-        return plan
+
+def _rename_rope_parameters(output: dict[str, Any], default_theta: float) -> None:
+    """Replace transformers' `rope_parameters` by the official `rope_theta` and `rope_scaling`, in place."""
+    rope_parameters = dict(output.pop("rope_parameters", None) or {})
+    rope_type = rope_parameters.pop("rope_type", "default")
+    rope_theta = rope_parameters.pop("rope_theta", default_theta)
+    rope_parameters.pop("type", None)
+    output["rope_scaling"] = None if rope_type == "default" else {**rope_parameters, "type": rope_type}
+    # Trainer reads the file as a bare PreTrainedConfig when it resumes, and fails on YaRN's rope_scaling beside a
+    # rope_theta. The default of the official classes is therefore left out there: every reader falls back to it.
+    if rope_type != "yarn" or rope_theta != default_theta:
+        output["rope_theta"] = rope_theta
 
 
 class DeepseekConfig(DeepseekMoeConfig):
@@ -359,6 +328,7 @@ class DeepseekConfig(DeepseekMoeConfig):
     softmax gate in the input's dtype, no scaling factor. Defaults are those of the official configuration class."""
 
     model_type = "deepseek"
+    official_names = True
     allowed_attention_types = ("mha",)
     allowed_scoring_functions = ("softmax",)
     allowed_topk_methods = ("greedy",)
@@ -368,9 +338,9 @@ class DeepseekConfig(DeepseekMoeConfig):
     moe_intermediate_size: int = 1407
     num_hidden_layers: int = 30
     num_attention_heads: int = 32
-    n_routed_experts: int | None = None
-    n_shared_experts: int | None = None
-    num_experts_per_tok: int | None = None
+    n_routed_experts: OptionalInt = None
+    n_shared_experts: OptionalInt = None
+    num_experts_per_tok: OptionalInt = None
     first_k_dense_replace: int = 0
     router_dtype: str = "auto"
     max_position_embeddings: int = 2048
@@ -391,6 +361,7 @@ class DeepseekV2Config(DeepseekMoeConfig):
     Defaults are those of the official configuration class."""
 
     model_type = "deepseek_v2"
+    official_names = True
     allowed_attention_types = ("mla",)
     allowed_scoring_functions = ("softmax",)
     allowed_topk_methods = ("greedy", "group_limited_greedy")
@@ -400,15 +371,15 @@ class DeepseekV2Config(DeepseekMoeConfig):
     moe_intermediate_size: int = 1407
     num_hidden_layers: int = 30
     num_attention_heads: int = 32
-    n_routed_experts: int | None = None
-    n_shared_experts: int | None = None
-    num_experts_per_tok: int | None = None
+    n_routed_experts: OptionalInt = None
+    n_shared_experts: OptionalInt = None
+    num_experts_per_tok: OptionalInt = None
     first_k_dense_replace: int = 0
-    kv_lora_rank: int | None = 512
-    q_lora_rank: int | None = 1536
-    qk_nope_head_dim: int | None = 128
-    qk_rope_head_dim: int | None = 64
-    v_head_dim: int | None = 128
+    kv_lora_rank: OptionalInt = 512
+    q_lora_rank: OptionalInt = 1536
+    qk_nope_head_dim: OptionalInt = 128
+    qk_rope_head_dim: OptionalInt = 64
+    v_head_dim: OptionalInt = 128
     max_position_embeddings: int = 2048
 
     @property
@@ -423,6 +394,7 @@ class DeepseekV3Config(DeepseekMoeConfig):
     `aux_loss_alpha` is 0: the released code computes no auxiliary loss. A value above 0 is honoured."""
 
     model_type = "deepseek_v3"
+    official_names = True
     allowed_attention_types = ("mla",)
     allowed_scoring_functions = ("sigmoid",)
     allowed_topk_methods = ("noaux_tc",)
@@ -433,24 +405,24 @@ class DeepseekV3Config(DeepseekMoeConfig):
     moe_intermediate_size: int = 2048
     num_hidden_layers: int = 61
     num_attention_heads: int = 128
-    n_routed_experts: int | None = 256
-    n_shared_experts: int | None = 1
-    num_experts_per_tok: int | None = 8
+    n_routed_experts: OptionalInt = 256
+    n_shared_experts: OptionalInt = 1
+    num_experts_per_tok: OptionalInt = 8
     first_k_dense_replace: int = 3
     scoring_func: str = "sigmoid"
     topk_method: str = "noaux_tc"
-    n_group: int | None = 8
-    topk_group: int | None = 4
+    n_group: OptionalInt = 8
+    topk_group: OptionalInt = 4
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
     aux_loss_alpha: float = 0.0
-    kv_lora_rank: int | None = 512
-    q_lora_rank: int | None = 1536
-    qk_nope_head_dim: int | None = 128
-    qk_rope_head_dim: int | None = 64
-    v_head_dim: int | None = 128
+    kv_lora_rank: OptionalInt = 512
+    q_lora_rank: OptionalInt = 1536
+    qk_nope_head_dim: OptionalInt = 128
+    qk_rope_head_dim: OptionalInt = 64
+    v_head_dim: OptionalInt = 128
     num_nextn_predict_layers: int = 1
-    bos_token_id: int | None = 0
+    bos_token_id: OptionalInt = 0
     eos_token_id: int | list[int] | None = 1
 
 

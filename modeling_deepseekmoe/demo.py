@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import torch
+from huggingface_hub import constants
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -199,13 +201,14 @@ def obtain_dense_model(
 
 def _hub_unreachable() -> str | None:
     """Why the hub cannot be used, or `None` if it answers."""
-    from huggingface_hub import hf_hub_download
-
+    # One short request: huggingface_hub's own would be retried for half a minute.
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
     try:
-        hf_hub_download(HUB_REPOSITORY, "config.json", etag_timeout=5)
-    except OSError as error:  # offline mode, no connection, or an HTTP error: all of them are OSErrors
-        return type(error).__name__
-    return None
+        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5):
+            return None
+    except OSError as error:  # no name, no route, a time-out, a refusal
+        return str(error)
 
 
 def _wheel_folder(cache: Path) -> Path:
@@ -234,10 +237,11 @@ def reference_blocks(tokenizer: PreTrainedTokenizerBase, block_size: int) -> tup
 
     names = sorted(topics)
     held_out = set(names[::8])
-    return tuple(
+    train, test = (
         _blocks([topics[name] for name in names if (name in held_out) == wanted], tokenizer, block_size)
         for wanted in (False, True)
-    )  # type: ignore[return-value]
+    )
+    return train, test
 
 
 def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.Tensor:
@@ -267,6 +271,7 @@ def fine_tune(
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
+        dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",
         report_to="none",

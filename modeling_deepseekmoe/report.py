@@ -20,7 +20,7 @@ def _new_axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def plot_loss_curve(
-    steps: Sequence[int], losses: Sequence[float], path: str | Path, title: str = "Training loss"
+    steps: Sequence[float], losses: Sequence[float], path: str | Path, title: str = "Training loss"
 ) -> None:
     """Write the loss of every step as a PNG.
 

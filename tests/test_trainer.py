@@ -6,11 +6,20 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from conftest import TINY
 from tolerances import SAME_COMPUTATION
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from modeling_deepseekmoe import DeepseekMoeForCausalLM
+from modeling_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekMoeForCausalLM, DeepseekV3Config
 
 V3_LIKE = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
            "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}  # fmt: skip
@@ -74,18 +83,37 @@ class StopAt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-@pytest.mark.parametrize("variant", [{}, V3_LIKE], ids=["v1", "v3"])
-def test_interrupted_and_resumed_equals_uninterrupted(tiny_model: Callable, tmp_path: Path, variant: dict) -> None:
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32,
+        "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "rope_theta": 5e5, "original_max_position_embeddings": 32,
+          "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # fmt: skip
+RESUMED = {
+    "deepseekmoe": DeepseekMoeConfig(**TINY),
+    "deepseekmoe-llama3-rope": DeepseekMoeConfig(**TINY, rope_parameters=LLAMA3),
+    "deepseek": DeepseekConfig(**TINY),
+    "deepseek_v3-yarn": DeepseekV3Config(**{**TINY, **V3_LIKE, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+                                         rope_parameters=YARN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_interrupted_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    def model(seed: int = 0) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(RESUMED[name])
+
     rows = reference_text(32, 24)
     data = Rows(input_ids=rows, labels=rows)
-    whole = Trainer(tiny_model(**variant), arguments(tmp_path / "a", max_steps=12), train_dataset=data)
+    whole = Trainer(model(), arguments(tmp_path / "a", max_steps=12), train_dataset=data)
     whole.train()
 
     part = arguments(tmp_path / "b", max_steps=12, save_steps=6, save_strategy="steps")
-    Trainer(tiny_model(**variant), part, train_dataset=data, callbacks=[StopAt(6)]).train()
+    Trainer(model(), part, train_dataset=data, callbacks=[StopAt(6)]).train()
     assert (tmp_path / "b" / "checkpoint-6").is_dir()
     # A fresh, differently initialised model: everything must come from the checkpoint.
-    resumed = Trainer(DeepseekMoeForCausalLM(whole.model.config), part, train_dataset=data)
+    resumed = Trainer(model(seed=1), part, train_dataset=data)
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-6"))
 
     assert losses(resumed)[-6:] == losses(whole)[-6:]

@@ -1,0 +1,61 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+ARGS ?=
+
+.PHONY: help demo test test-slow test-gpu test-oldest lint format benchmark clean
+
+help:
+	@echo "make demo [ARGS=--quick]  upcycle, fine-tune, save, reload and use a real model"
+	@echo "make test                 the tests, with coverage"
+	@echo "make test-slow            tests that take minutes or several processes"
+	@echo "make test-gpu             tests that need a GPU"
+	@echo "make test-oldest          the tests with the oldest supported transformers and peft"
+	@echo "make lint | format        ruff and mypy | ruff's formatter"
+	@echo "make benchmark            the comparison with transformers' own classes"
+
+demo: $(VENV)/.installed
+	$(BIN)/deepseekmoe demo $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest --cov --cov-fail-under=95 $(ARGS)
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/against_transformers.py
+
+# torch comes first and alone, so that the constraint decides its build before anything else asks for it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,demo]'
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+		--editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

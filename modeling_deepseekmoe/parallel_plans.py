@@ -1,0 +1,56 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Plans that tell transformers how to spread a model over devices: by tensor, by expert and by layer."""
+
+from typing import Any
+
+PIPELINE_PLAN: dict[str, Any] = {
+    "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+    "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+    "norm": (["hidden_states"], ["hidden_states"]),
+}
+EXPERT_PARALLEL_PLAN: dict[str, Any] = {
+    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj": "grouped_gemm",
+    "layers.*.mlp.experts": "ep_dispatch_experts",
+}
+
+_MHA = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+_MLA = {
+    "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+    "layers.*.self_attn.kv_b_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+_ROUTED = {
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+    "layers.*.mlp.experts": "moe_tp_experts",
+}
+
+
+def _ffn(prefix: str) -> dict[str, str]:
+    return {f"{prefix}.gate_proj": "colwise", f"{prefix}.up_proj": "colwise", f"{prefix}.down_proj": "rowwise"}
+
+
+def tensor_parallel_plan(config: Any) -> dict[str, str]:
+    """The tensor-parallel plan of a [`DeepseekMoeConfig`]: a rule for every kind of module that the model has, and
+    none for others, because transformers warns of rules that match nothing."""
+    if config.attention_type == "mla":
+        query = "q_proj" if config.q_lora_rank is None else "q_b_proj"
+        plan = {**_MLA, f"layers.*.self_attn.{query}": "colwise"}
+    else:
+        plan = dict(_MHA)
+    if len(config.moe_layers) < config.num_hidden_layers:
+        plan |= _ffn("layers.*.mlp")
+    if config.moe_layers:
+        plan |= _ROUTED
+        if config.shared_intermediate_size:
+            plan |= _ffn("layers.*.mlp.shared_experts")
+    return plan
+
+
+__all__ = ["EXPERT_PARALLEL_PLAN", "PIPELINE_PLAN", "tensor_parallel_plan"]

@@ -1,0 +1,88 @@
+"""The command line: output, exit codes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Golden
+from safetensors.torch import save_file
+from test_upcycling import source  # noqa: F401 - a fixture
+from typer.testing import CliRunner
+
+from modeling_deepseekmoe.cli import app
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_inspect_prints_a_table_or_json() -> None:
+    code, output = run("inspect", "deepseek-v2-lite")
+    assert code == 0 and "15,706,484,224" in output and "2.661 B" in output
+    code, output = run("inspect", "deepseek-v2-lite", "--json")
+    assert code == 0 and json.loads(output)["total_parameters"] == 15_706_484_224
+
+
+def test_inspect_check(v1: Golden, tmp_path: Path) -> None:
+    config, tensors = json.dumps(v1.config), v1.tensors
+    (tmp_path / "config.json").write_text(config)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert run("inspect", tmp_path, "--check")[0] == 0
+    code, output = run("inspect", tmp_path, "--check", "--json")
+    assert code == 0 and '"total_parameters"' in output
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    code, output = run("inspect", tmp_path, "--check")
+    assert code == 1 and re.search(r"experts\.3\.up_proj\.weight .* 1 of 1536 values .* not finite", output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "nothing"), "'nothing' is not allowed"),
+        (("inspect", "dense", "--lora-rank", "0"), "lora_rank=0"),
+        (("inspect", "dense", "--check"), "has no weights"),
+        (("upcycle", "x", ".", "--shared-width", "-1", "--shards", "4", "--copies", "2"), "shared_width=-1"),
+    ],
+)
+def test_mistakes_exit_with_2(arguments: tuple[str, ...], message: str) -> None:
+    code, output = run(*arguments)
+    assert code == 2 and message in output
+
+
+def test_upcycle(source: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = ("--shared-width", 16, "--shards", 4, "--copies", 3)
+    code, output = run("upcycle", source, tmp_path / "moe", *options, "--dialect", "deepseek")
+    assert code == 0 and "greedy text of 32 tokens the same" in output
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["model_type"] == "deepseek"
+    code, output = run("upcycle", source, tmp_path / "other", *options, "--tolerance", 0)
+    assert code == 1 and "differs from the dense model" in output
+    code, output = run("upcycle", source, tmp_path / "moe", *options)
+    assert code == 2 and "must not exist" in output
+
+
+def test_demo_reports_the_step_that_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from modeling_deepseekmoe import demo
+
+    def fail(*_: object) -> None:
+        raise OSError("no model here")
+
+    monkeypatch.setattr(demo, "obtain_dense_model", fail)
+    code, output = run("demo", "--quick", "--output", tmp_path)
+    assert code == 1
+    assert "Step 1 (Obtain SmolLM2-135M-Instruct): OSError: no model here" in output
+
+
+def test_help_names_every_command() -> None:
+    code, output = run("--help")
+    assert code == 0 and all(name in output for name in ("inspect", "upcycle", "demo"))
+
+
+def test_torch_threads_are_left_alone() -> None:
+    before = torch.get_num_threads()
+    run("inspect", "dense")
+    assert torch.get_num_threads() == before

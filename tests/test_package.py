@@ -1,0 +1,106 @@
+"""The package itself: public names, layers of the files that travel to the Hub, docstrings, dependencies."""
+
+import ast
+import importlib
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import modeling_deepseekmoe
+
+ROOT = Path(__file__).parent.parent
+CORE = ROOT / "modeling_deepseekmoe"
+# These travel to the Hub beside the weights and must work where the package is not installed.
+STARRED = ("balancing", "checkpoint_layout", "configuration_deepseekmoe", "modeling_classification",
+           "modeling_deepseekmoe", "parallel_plans", "routing")  # fmt: skip
+FOREIGN = ("torch", "transformers", "safetensors")
+PUBLIC_MODULES = [
+    *(f"modeling_deepseekmoe.{path.stem}" for path in sorted(CORE.glob("*.py")) if path.stem != "__init__"),
+    "modeling_deepseekmoe.configuration",
+    "modeling_deepseekmoe.conversion",
+    "modeling_deepseekmoe.conversion.upcycling",
+]
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(level, module) of every import statement of a file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or ""))
+        elif isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("name", STARRED)
+def test_starred_files_import_nothing_that_does_not_travel(name: str) -> None:
+    import sys
+
+    for level, module in imports(CORE / f"{name}.py"):
+        if level:
+            assert level == 1 and module in STARRED, f"{name}: from {'.' * level}{module}"
+        else:
+            top = module.split(".")[0]
+            assert top in FOREIGN or top in sys.stdlib_module_names, f"{name}: {module}"
+
+
+def test_public_api() -> None:
+    names = modeling_deepseekmoe.__all__
+    assert names == sorted(set(names))
+    assert dir(modeling_deepseekmoe) == names
+    for name in names:
+        assert getattr(modeling_deepseekmoe, name) is not None
+    for prefix in ("DeepseekMoe", "Deepseek", "DeepseekV2", "DeepseekV3"):
+        for head in ("Config", "Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification"):
+            assert prefix + head in names
+    with pytest.raises(AttributeError, match="no attribute 'DeepseekV9Model'"):
+        _ = modeling_deepseekmoe.DeepseekV9Model
+
+
+@pytest.mark.parametrize("name", PUBLIC_MODULES)
+def test_public_names_are_documented_and_typed(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for exported in getattr(module, "__all__", []):
+        item = getattr(module, exported)
+        if not (inspect.isclass(item) or inspect.isfunction(item)):
+            continue
+        assert item.__doc__, f"{name}.{exported} has no docstring"
+        functions = [item] if inspect.isfunction(item) else [
+            member for key, member in vars(item).items() if inspect.isfunction(member) and not key.startswith("_")
+        ]  # fmt: skip
+        for function in functions:
+            if function.__module__ == module.__name__:
+                assert function.__doc__ or "@wraps" in (inspect.getsource(function)), function.__qualname__
+                assert "return" in function.__annotations__, function.__qualname__
+
+
+def test_every_module_has_an_explicit_all() -> None:
+    for name in PUBLIC_MODULES:
+        module = importlib.import_module(name)
+        if name.endswith(".cli"):
+            continue
+        assert isinstance(module.__all__, list), name
+        for exported in module.__all__:
+            assert hasattr(module, exported), f"{name}.{exported}"
+
+
+def test_dependencies_are_the_agreed_ones() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[<>=]", requirement)[0] for requirement in project["dependencies"]}
+    assert names == {"torch", "transformers", "accelerate", "peft", "safetensors", "huggingface-hub"}
+    assert project["version"] == modeling_deepseekmoe.__version__
+
+
+def test_version_is_in_the_changelog() -> None:
+    assert f"## [{modeling_deepseekmoe.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_files_are_short_enough_to_read() -> None:
+    for path in [*CORE.glob("*.py"), *(ROOT / "conversion").glob("*.py"), *(ROOT / "configuration").glob("*.py")]:
+        limit = 600 if path.stem == "modeling_deepseekmoe" else 450
+        assert len(path.read_text().splitlines()) <= limit, path.name

@@ -1,0 +1,219 @@
+"""Upcycling: the MoE computes exactly what the dense model computed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tolerances import UPCYCLED_LOGITS
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from modeling_deepseekmoe import DeepseekForCausalLM, DeepseekMoeForCausalLM
+from modeling_deepseekmoe.conversion import UpcyclingError, UpcyclingPlan, upcycle, upcycle_model, verify_upcycling
+from modeling_deepseekmoe.conversion.upcycling import add_noise
+
+COMMON = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+DENSE = {
+    "llama": LlamaConfig(**COMMON),
+    "llama-tied": LlamaConfig(**COMMON, tie_word_embeddings=True),
+    "llama-bias": LlamaConfig(**COMMON, attention_bias=True),
+    "llama-linear-rope": LlamaConfig(
+        **COMMON, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ),
+    "mistral": MistralConfig(**COMMON, sliding_window=None),
+    "qwen2": Qwen2Config(**COMMON),
+}
+PLAN = UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3)
+text = torch.randint(256, (2, 25), generator=torch.Generator().manual_seed(3))
+
+
+def dense_model(name: str) -> PreTrainedModel:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(DENSE[name]).eval()
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("dialect", ["deepseekmoe", "deepseek"])
+def test_equals_the_dense_model(name: str, dialect: str, tmp_path: Path) -> None:
+    dense = dense_model(name)
+    model = upcycle_model(dense, UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, dialect=dialect))
+    check = verify_upcycling(dense, model, text, tolerance=UPCYCLED_LOGITS)
+    assert check.passed and check.new_tokens == 32, str(check)
+    assert type(model) is {"deepseek": DeepseekForCausalLM, "deepseekmoe": DeepseekMoeForCausalLM}[dialect]
+    config = model.config
+    assert (config.n_routed_experts, config.num_experts_per_tok, config.n_shared_experts) == (12, 4, 2)
+    assert config.moe_intermediate_size == 8 and config.moe_layers == (0, 1, 2)
+    assert config.tie_word_embeddings == (name == "llama-tied" and dialect == "deepseekmoe")
+
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(text).logits, model(text).logits)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        UpcyclingPlan(shared_width=0, num_shards=1, num_copies=1),
+        UpcyclingPlan(shared_width=0, num_shards=6, num_copies=2),
+        UpcyclingPlan(shared_width=24, num_shards=2, num_copies=4),
+        UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, first_k_dense=2),
+        UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, first_k_dense=3),
+        UpcyclingPlan(shared_width=16, num_shards=4, num_copies=8, router_std=0.02, seed=5),
+    ],
+    ids=str,
+)
+def test_every_division(plan: UpcyclingPlan) -> None:
+    dense = dense_model("llama")
+    model = upcycle_model(dense, plan)
+    assert verify_upcycling(dense, model, text).passed
+    assert model.config.moe_layers == tuple(range(plan.first_k_dense, 3))
+
+
+def test_tokens_use_different_copies_and_the_router_learns() -> None:
+    model = upcycle_model(dense_model("llama"), PLAN).train()
+    _, plan = model.model.layers[1].mlp.gate(torch.randn(200, 32))
+    assert len(set((plan.expert_ids // 4)[:, 0].tolist())) == 3
+    model(text, labels=text).loss.backward()
+    assert model.model.layers[1].mlp.gate.weight.grad.abs().max() > 0
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    first, second = (upcycle_model(dense_model("llama"), PLAN).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_noise_separates_the_copies() -> None:
+    model = upcycle_model(dense_model("llama"), PLAN)
+    stack = model.model.layers[0].mlp.experts.down_proj
+    assert torch.equal(stack[0], stack[4])
+    std = stack.std().item()
+    add_noise(model, 0.1)
+    assert (stack[0] - stack[4]).std().item() == pytest.approx(0.1 * std * 2**0.5, rel=0.2)
+
+
+def test_the_dense_model_is_not_touched() -> None:
+    dense = dense_model("llama-tied")
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    model = upcycle_model(dense, UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, dialect="deepseek"))
+    add_noise(model, 1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shared_width": -1}, r"shared_width=-1 .* at least 0"),
+        ({"num_shards": 0}, r"num_shards=0 .* at least 1"),
+        ({"num_shards": 1}, r"num_shards=1 is not allowed with num_copies=3"),
+        ({"num_copies": 0}, r"num_copies=0 .* at least 1"),
+        ({"first_k_dense": -1}, r"first_k_dense=-1 .* at least 0"),
+        ({"router_std": -1.0}, r"router_std=-1\.0 .* at least 0"),
+        ({"noise": float("nan")}, r"noise=nan .* at least 0"),
+        ({"dialect": "deepseek_v3"}, r"dialect='deepseek_v3' .* 'deepseekmoe' or 'deepseek'"),
+        ({"num_shards": 5}, r"num_shards=5 .* divide the 32 neurons"),
+        ({"shared_width": 48}, r"divide the 0 neurons"),
+        ({"shared_width": 8, "num_shards": 2}, r"shared_width=8 .* multiple of the expert width 20"),
+    ],
+)
+def test_wrong_plans(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        upcycle_model(
+            dense_model("llama"), UpcyclingPlan(**{"shared_width": 16, "num_shards": 4, "num_copies": 3, **fields})
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LlamaConfig(**COMMON, mlp_bias=True), "mlp_bias=True"),
+        (MistralConfig(**COMMON, sliding_window=64), r"sliding_window=64 .* max_position_embeddings=128"),
+    ],
+)
+def test_sources_that_cannot_be_kept_exactly(config: LlamaConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        upcycle_model(AutoModelForCausalLM.from_config(config), PLAN)
+
+
+def test_other_architectures_are_refused(tiny_model: Callable) -> None:
+    with pytest.raises(ValueError, match=r"model_type='deepseekmoe' .* llama, mistral, qwen2"):
+        upcycle_model(tiny_model(), PLAN)
+
+
+def test_rope_that_the_first_generation_lacks_is_refused() -> None:
+    config = LlamaConfig(**COMMON, rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4})
+    dense = AutoModelForCausalLM.from_config(config).eval()
+    assert verify_upcycling(dense, upcycle_model(dense, PLAN), text).passed
+    with pytest.raises(ValueError, match=r"rope_type='yarn' .* dialect 'deepseek'"):
+        upcycle_model(dense, UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, dialect="deepseek"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A dense checkpoint folder with a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path / "dense"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="Ā", eos_token="ā").save_pretrained(folder)
+    dense_model("llama").to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_becomes_a_folder(source: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    check = upcycle(source, tmp_path / "moe", PLAN, report=lines.append)
+    assert check.passed and any("Compared with the dense model" in line for line in lines)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert model.dtype == torch.bfloat16  # the source's
+    assert (tmp_path / "moe" / "tokenizer.json").is_file()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_noise_is_applied_after_the_check(source: Path, tmp_path: Path) -> None:
+    noisy = UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, noise=0.5)
+    assert upcycle(source, tmp_path / "moe", noisy).passed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32)
+    assert not verify_upcycling(dense_model("llama"), model, text).passed
+
+
+def test_a_used_destination_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("mine")
+    for destination in (tmp_path / "used", tmp_path / "used" / "file"):
+        with pytest.raises(ValueError, match="must not exist, or be an empty folder"):
+            upcycle(source, destination, PLAN)
+    (tmp_path / "empty").mkdir()
+    assert upcycle(source, tmp_path / "empty", PLAN).passed
+
+
+def test_nothing_is_written_if_the_models_differ(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UpcyclingError, match=r"differs from the dense model: max \|logit difference\|"):
+        upcycle(source, tmp_path / "moe", PLAN, tolerance=0.0)
+    assert not (tmp_path / "moe").exists() and not list(tmp_path.glob("*.partial"))
