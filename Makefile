@@ -8,7 +8,7 @@ ARGS ?=
 
 help:
 	@echo "make demo [ARGS=--quick]  upcycle, fine-tune, save, reload and use a real model"
-	@echo "make test                 the tests, with coverage"
+	@echo "make test                 lint, types and the tests, with coverage"
 	@echo "make test-slow            tests that take minutes or several processes"
 	@echo "make test-gpu             tests that need a GPU"
 	@echo "make test-oldest          the tests with the oldest supported transformers and peft"
@@ -18,7 +18,7 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/deepseekmoe demo $(ARGS)
 
-test: $(VENV)/.installed
+test: lint
 	$(BIN)/python -m pytest --cov --cov-fail-under=95 $(ARGS)
 
 test-slow: $(VENV)/.installed
@@ -42,7 +42,8 @@ format: $(VENV)/.installed
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/against_transformers.py
 
-# torch comes first and alone, so that the constraint decides its build before anything else asks for it.
+# torch comes first and alone, so that the constraint decides its version before anything else asks for one. Which
+# build pip takes, for a GPU or for the CPU, is for pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL).
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)

@@ -59,6 +59,8 @@ def config_from_dict(content: dict[str, Any]) -> DeepseekMoeConfig:
     Raises:
         ValueError: for a model type that is not of the family, or a field that is not allowed.
     """
+    if not isinstance(content, dict):
+        raise ValueError(f"A config of type {type(content).__name__} is not allowed: it must be a dictionary.")
     classes = {config_class.model_type: config_class for config_class in CONFIG_CLASSES}
     model_type = content.get("model_type")
     if model_type not in classes:

@@ -9,6 +9,7 @@ factor G makes them 1, and shared plus routed experts add up to the dense FFN.
 """
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from modeling_deepseekmoe import DeepseekConfig, DeepseekMoeConfig
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekForCausalLM, DeepseekMoeForCausalLM
 
 SOURCE_MODEL_TYPES = ("llama", "mistral", "qwen2")
+STORED_DTYPES = ("keep", "float32", "bfloat16", "float16")
 _DEEPSEEK_ROPE_TYPES = ("default", "linear", "dynamic")
 _CHECK_TEXT = (
     "A function definition defines a user-defined function object. The definition does not execute the function body; "
@@ -131,19 +133,21 @@ def upcycle(
     destination: str | Path,
     plan: UpcyclingPlan,
     *,
+    dtype: str = "keep",
     gguf_file: str | None = None,
     tolerance: float = 1e-3,
     report: Callable[[str], None] = lambda line: None,
 ) -> UpcyclingCheck:
     """Upcycle a checkpoint folder and verify the result against the dense model before it is written.
 
-    Both models are compared in float32; the result is saved in the source's dtype, tokenizer and generation config
-    included. `destination` appears only when it is complete.
+    The weights are compared as they will be stored, computed with in float32. Tokenizer and generation config come
+    along. `destination` appears only when it is complete.
 
     Args:
         source: folder or hub id of a dense checkpoint (Llama, Mistral, Qwen2, SmolLM2).
         destination: folder to write; it must not exist or be empty.
         plan: how the FFNs are divided.
+        dtype: what to store: `"keep"` (the source's dtype), `"float32"`, `"bfloat16"` or `"float16"`.
         gguf_file: name of a GGUF file inside `source` (needs the `gguf` package).
         tolerance: largest allowed difference of the logits.
         report: receives a line of progress at every step.
@@ -155,39 +159,51 @@ def upcycle(
         ValueError: for a source or a plan that cannot be upcycled, or a destination in use.
         UpcyclingError: if the result does not equal the dense model. Nothing is written then.
     """
-    destination = Path(destination)
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(STORED_DTYPES)}.")
+    destination = Path(destination).absolute()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"destination={str(destination)!r} is not allowed: it must not exist, or be an empty folder.")
     kwargs = {"gguf_file": gguf_file} if gguf_file is not None else {}
     report(f"Loading the dense model from {source}")
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs).eval()
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **kwargs).eval()
     tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-    report(f"Dividing {dense.config.num_hidden_layers} FFNs of width {dense.config.intermediate_size}")
-    model, check = _upcycle_and_verify(dense, plan, tokenizer, tolerance)
-    report(f"Compared with the dense model: {check}")
+    stored = dense.dtype if dtype == "keep" else getattr(torch, dtype)
+    dense.float()
 
-    model.to(_stored_dtype(source, kwargs))
-    partial = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    report(f"Dividing {dense.config.num_hidden_layers} FFNs of width {dense.config.intermediate_size}")
+    model = upcycle_model(dense, plan)
+    for parameter in model.parameters():  # not the rotary embedding's buffers, which are never stored
+        parameter.data = parameter.data.to(stored).float()
+    check = verify_upcycling(dense, model, tokenizer(_CHECK_TEXT, return_tensors="pt").input_ids, tolerance=tolerance)
+    report(f"Compared with the dense model: {check}")
+    if not check.passed:
+        hint = ""
+        if plan.dialect == "deepseek" and stored != torch.float32:
+            hint = (
+                f" Dialect 'deepseek' folds the factor num_shards={plan.num_shards} into the down projections: exact "
+                f"in {stored} only for a power of two. Choose one, or dtype='float32'."
+            )
+        raise UpcyclingError(f"The upcycled model differs from the dense model: {check}.{hint}")
+    if plan.noise:
+        add_noise(model, plan.noise, plan.seed)
     report(f"Saving to {destination}")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if destination.exists():
-        destination.rmdir()
-    partial.rename(destination)
+    _save(model.to(stored), tokenizer, destination)
     return check
 
 
-def _upcycle_and_verify(
-    dense: PreTrainedModel, plan: UpcyclingPlan, tokenizer: PreTrainedTokenizerBase, tolerance: float
-) -> tuple[DeepseekMoeForCausalLM, UpcyclingCheck]:
-    model = upcycle_model(dense, plan)
-    check = verify_upcycling(dense, model, tokenizer(_CHECK_TEXT, return_tensors="pt").input_ids, tolerance=tolerance)
-    if not check.passed:
-        raise UpcyclingError(f"The upcycled model differs from the dense model: {check}.")
-    if plan.noise:
-        add_noise(model, plan.noise, plan.seed)
-    return model, check
+def _save(model: DeepseekMoeForCausalLM, tokenizer: PreTrainedTokenizerBase, destination: Path) -> None:
+    """Write into a folder beside the destination, which then takes its name."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.replace(destination)  # an empty folder may be there
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def upcycle_model(dense: PreTrainedModel, plan: UpcyclingPlan) -> DeepseekMoeForCausalLM:
@@ -221,6 +237,11 @@ def upcycled_config(dense: Any, plan: UpcyclingPlan) -> DeepseekMoeConfig:
         raise ValueError(
             f"rope_type={rope_parameters['rope_type']!r} is not allowed for dialect 'deepseek': it must be one of "
             f"{', '.join(_DEEPSEEK_ROPE_TYPES)}."
+        )
+    if plan.first_k_dense >= dense.num_hidden_layers:
+        raise ValueError(
+            f"first_k_dense={plan.first_k_dense} is not allowed: it must be below num_hidden_layers="
+            f"{dense.num_hidden_layers}."
         )
     width = plan.shard_width(dense.intermediate_size)
     shared: dict[str, Any] = {
@@ -367,14 +388,6 @@ def _check_source(dense: Any) -> None:
 def _has_attention_bias(dense: Any) -> bool:
     # Qwen2 has biases on queries, keys and values, always, and says so in no field.
     return dense.model_type == "qwen2" or bool(getattr(dense, "attention_bias", False))
-
-
-def _stored_dtype(source: str | Path, kwargs: dict[str, Any]) -> torch.dtype:
-    from transformers import AutoConfig
-
-    if kwargs:
-        return torch.float32  # a GGUF file is dequantised to float32
-    return AutoConfig.from_pretrained(source).dtype or torch.float32
 
 
 __all__ = [

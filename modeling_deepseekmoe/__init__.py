@@ -4,7 +4,8 @@
 from importlib import import_module
 from typing import Any
 
-from .configuration_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
+from .configuration_deepseekmoe import DeepseekMoeConfig
+from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .registration import register
 
 __version__ = "0.1.0"

@@ -40,8 +40,8 @@ def expert_balance_loss(
         )
     num_experts, top_k = scores.shape[-1], expert_ids.shape[-1]
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    scores = scores / scores.sum(dim=-1, keepdim=True)
-    mask = scores.new_ones(scores.shape[:2]) if token_mask is None else token_mask.to(scores)
+    scores = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    mask = scores.new_ones(scores.shape[:2]) if token_mask is None else (token_mask != 0).to(scores)
     if not sequence_wise:
         scores, expert_ids, mask = scores.flatten(0, 1)[None], expert_ids.flatten(0, 1)[None], mask.flatten()[None]
 

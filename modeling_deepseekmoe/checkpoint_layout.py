@@ -51,9 +51,12 @@ def register_checkpoint_layout() -> None:
 
 
 def read_shapes(files: Iterable[str]) -> Shapes:
-    """Names and shapes of all tensors in some safetensors files, read from the headers alone."""
+    """Names and shapes of all tensors in some checkpoint files; no weight is read (a pickled one is mapped)."""
     shapes: Shapes = {}
     for file in files:
+        if not str(file).endswith(".safetensors"):
+            shapes |= shapes_of(torch.load(file, map_location="meta", weights_only=True, mmap=True))
+            continue
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
                 shapes[name] = tuple(handle.get_slice(name).get_shape())
@@ -108,7 +111,8 @@ def _check_experts(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, ...
             layer[match[4]].add(int(match[3]))
     wanted = set(range(config.n_routed_experts or 0))
     for layer_idx in sorted(set(present) | set(config.moe_layers)):
-        if layer_idx in mtp_layers(config) or f"layers.{layer_idx}.mlp.experts.gate_up_proj" in found:
+        stacks = {f"layers.{layer_idx}.mlp.experts.{stack}" for stack in ("gate_up_proj", "down_proj")}
+        if layer_idx in mtp_layers(config) or stacks <= found.keys():
             continue
         moe_layer = config.is_moe_layer(layer_idx) and layer_idx < config.num_hidden_layers
         experts = present.get(layer_idx, {projection: set() for projection in _PROJECTIONS})
@@ -165,8 +169,11 @@ def stack_expert_tensors(
         found = [name for name in names if name in state_dict]
         if not found:
             continue
-        missing_keys += [name for name in names if name not in state_dict]
+        missing = [name for name in names if name not in state_dict]
         parameter = getattr(module, stack).detach()
+        missing_keys += missing
+        if parameter.is_meta and missing:
+            continue  # there are no values for the others to keep
         stacked = torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.clone()
         for name in found:
             tensor, (expert, where) = state_dict.pop(name), names[name]

@@ -29,7 +29,7 @@ def _exit_codes() -> Iterator[None]:
     except FailedCheck as error:
         typer.echo(f"Failed: {error}", err=True)
         raise typer.Exit(1) from error
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
 
@@ -75,6 +75,7 @@ def upcycle(
     router_std: Annotated[float, typer.Option(help="Standard deviation of the router's rows.")] = 0.3,
     noise: Annotated[float, typer.Option(help="Noise on the routed experts, in their standard deviations.")] = 0.0,
     dialect: Annotated[str, typer.Option(help="deepseekmoe or deepseek.")] = "deepseekmoe",
+    dtype: Annotated[str, typer.Option(help="Dtype to save in: keep, float32, bfloat16 or float16.")] = "keep",
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the source folder.")] = None,
     tolerance: Annotated[float, typer.Option(help="Largest allowed logit difference.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Seed of the router and the noise.")] = 0,
@@ -95,7 +96,15 @@ def upcycle(
             seed=seed,
         )
         try:
-            check = run(source, destination, plan, gguf_file=gguf_file, tolerance=tolerance, report=typer.echo)
+            check = run(
+                source,
+                destination,
+                plan,
+                dtype=dtype,
+                gguf_file=gguf_file,
+                tolerance=tolerance,
+                report=typer.echo,
+            )
         except UpcyclingError as error:
             raise FailedCheck(str(error)) from error
         typer.echo(f"{destination}: {check}")

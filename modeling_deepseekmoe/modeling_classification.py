@@ -9,8 +9,14 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast, Toke
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .configuration_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
-from .modeling_deepseekmoe import DeepseekMoeModel, DeepseekMoeModelOutput, DeepseekMoePreTrainedModel
+from .configuration_deepseekmoe import DeepseekMoeConfig
+from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
+from .modeling_deepseekmoe import (
+    DeepseekMoeModel,
+    DeepseekMoeModelOutput,
+    DeepseekMoePreTrainedModel,
+    _share_of_items,
+)
 
 
 @dataclass
@@ -62,7 +68,10 @@ class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-            items = torch.tensor(labels.shape[0], device=logits.device)
+            items = (labels != -100).sum()
+            if self.config.problem_type in ("regression", "multi_label_classification"):
+                # The losses of these problems are means that know nothing of the other micro-batches.
+                loss = loss * _share_of_items(items, loss.device, **kwargs)
             loss = self._loss_with_auxiliary(loss, outputs.aux_loss, items, **kwargs)
         return DeepseekMoeSequenceClassifierOutput(
             loss=loss,

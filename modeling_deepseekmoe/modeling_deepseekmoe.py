@@ -42,7 +42,8 @@ from .checkpoint_layout import (
     shapes_of,
     stack_expert_tensors,
 )
-from .configuration_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
+from .configuration_deepseekmoe import DeepseekMoeConfig
+from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .routing import RoutingPlan, route
 
 ATTENTION_CLASSES: dict[str, type[nn.Module]] = {"mha": LlamaAttention, "mla": DeepseekV3Attention}
@@ -73,6 +74,16 @@ class DeepseekMoeGate(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
         else:
             self.e_score_correction_bias = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "DeepseekMoeGate":
+        """Move and cast, but keep the bias in float32, whatever the model becomes: its updates are far below
+        bfloat16's resolution."""
+        before = self.e_score_correction_bias
+        super()._apply(*args, **kwargs)
+        after = self.e_score_correction_bias
+        if after is not None and after.dtype != torch.float32:
+            self.e_score_correction_bias = (after if before.is_meta else before).to(after.device, torch.float32)
+        return self
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, RoutingPlan]:
         """Route tokens.
@@ -181,13 +192,13 @@ class DeepseekMoeBlock(nn.Module):
         output = self.experts(hidden_states.flatten(0, 1), plan.expert_ids, plan.weights).view_as(hidden_states)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
-        if not compute_aux_loss or self.config.aux_loss_alpha == 0:
+        if not compute_aux_loss or self.config.balance_loss_alpha == 0:
             return output, None
         batch_shape = hidden_states.shape[:2]
         aux_loss = expert_balance_loss(
             plan.scores.unflatten(0, batch_shape),
             plan.expert_ids.unflatten(0, batch_shape),
-            self.config.aux_loss_alpha,
+            self.config.balance_loss_alpha,
             token_mask=token_mask,
             sequence_wise=self.config.seq_aux,
         )
@@ -248,6 +259,7 @@ class DeepseekMoePreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
 
     def __init__(self, config: DeepseekMoeConfig, *args: Any, **kwargs: Any) -> None:
+        config.check_fields()
         super().__init__(config, *args, **kwargs)
         # Read from the checkpoint's names by transformers; what is left out is reported by `check_checkpoint`.
         self._keys_to_ignore_on_load_unexpected = [rf"(^|\.)layers\.{idx}\." for idx in mtp_layers(config)]
@@ -281,7 +293,7 @@ class DeepseekMoePreTrainedModel(PreTrainedModel):
         shapes = None
         if state_dict is not None:
             shapes = shapes_of(state_dict)
-        elif checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
+        elif checkpoint_files and not any(str(file).endswith(".gguf") for file in checkpoint_files):
             shapes = read_shapes(checkpoint_files)
         if shapes is not None:
             as_stored = load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes
@@ -301,10 +313,13 @@ class DeepseekMoePreTrainedModel(PreTrainedModel):
         """
         if not self.training or aux_loss is None:
             return loss
-        num_items = kwargs.get("num_items_in_batch")
-        if num_items is not None:
-            aux_loss = aux_loss * (items / torch.as_tensor(num_items, device=aux_loss.device))
-        return loss + aux_loss.to(loss.device)
+        return loss + (aux_loss * _share_of_items(items, aux_loss.device, **kwargs)).to(loss.device)
+
+
+def _share_of_items(items: torch.Tensor, device: torch.device, **kwargs: Any) -> torch.Tensor | float:
+    """`items` of this micro-batch over a trainer's `num_items_in_batch`; 1 without it."""
+    num_items = kwargs.get("num_items_in_batch")
+    return 1.0 if num_items is None else items.to(device) / torch.as_tensor(num_items, device=device)
 
 
 class DeepseekMoeModel(DeepseekMoePreTrainedModel):
@@ -366,9 +381,11 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             position_ids=position_ids,
         )
         token_mask = None
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             token_mask = attention_mask[:, -inputs_embeds.shape[1] :]
-        wants_router_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
+        wants_router_logits = kwargs.get("output_router_logits")
+        if wants_router_logits is None:
+            wants_router_logits = self.config.output_router_logits
         compute_aux_loss = bool(self.training or wants_router_logits)
 
         hidden_states, aux_losses = inputs_embeds, []

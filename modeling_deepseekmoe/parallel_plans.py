@@ -8,12 +8,12 @@ PIPELINE_PLAN: dict[str, Any] = {
     "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
     "norm": (["hidden_states"], ["hidden_states"]),
 }
-EXPERT_PARALLEL_PLAN: dict[str, Any] = {
+
+_EXPERT_PARALLEL = {
     "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
     "layers.*.mlp.experts.down_proj": "grouped_gemm",
     "layers.*.mlp.experts": "ep_dispatch_experts",
 }
-
 _MHA = {
     "layers.*.self_attn.q_proj": "colwise",
     "layers.*.self_attn.k_proj": "colwise",
@@ -30,6 +30,15 @@ _ROUTED = {
     "layers.*.mlp.experts.down_proj": "rowwise",
     "layers.*.mlp.experts": "moe_tp_experts",
 }
+
+
+def expert_parallel_plan() -> dict[str, str] | None:
+    """The expert-parallel plan; `None` for a transformers that cannot dispatch tokens to experts on other devices
+    without help from the gate (5.17 cannot, 5.23 can)."""
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    known = set(ALL_PARALLEL_STYLES.keys())
+    return dict(_EXPERT_PARALLEL) if known.issuperset(_EXPERT_PARALLEL.values()) else None
 
 
 def _ffn(prefix: str) -> dict[str, str]:
@@ -53,4 +62,4 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
     return plan
 
 
-__all__ = ["EXPERT_PARALLEL_PLAN", "PIPELINE_PLAN", "tensor_parallel_plan"]
+__all__ = ["PIPELINE_PLAN", "expert_parallel_plan", "tensor_parallel_plan"]

@@ -3,7 +3,8 @@
 
 from transformers import AutoConfig
 
-from .configuration_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
+from .configuration_deepseekmoe import DeepseekMoeConfig
+from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 
 CONFIG_CLASSES: tuple[type[DeepseekMoeConfig], ...] = (
     DeepseekMoeConfig,
@@ -50,6 +51,11 @@ def _register_models() -> None:
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.tokenization_auto import (
+        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+        TOKENIZER_MAPPING_NAMES,
+    )
 
     from . import modeling_classification as classifiers
     from . import modeling_deepseekmoe as models
@@ -63,6 +69,12 @@ def _register_models() -> None:
             (AutoModelForTokenClassification, classifiers, "ForTokenClassification"),
         ):
             auto_class.register(config_class, getattr(module, prefix + head), exist_ok=True)
+        # Trainer's label smoothing shifts the labels only of models whose class name it finds here.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(config_class.model_type, f"{prefix}ForCausalLM")
+        # The first generation's tokenizer is byte-level under the name of Llama's, as those of V2 and V3, which
+        # transformers lists here itself: under that name it would lose its spaces.
+        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(config_class.model_type)
+        TOKENIZER_MAPPING_NAMES.setdefault(config_class.model_type, "TokenizersBackend")
 
 
 __all__ = ["register"]

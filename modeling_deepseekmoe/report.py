@@ -8,12 +8,19 @@ from typing import Any
 import torch
 
 
-def _new_axes(width: float, height: float) -> tuple[Any, Any]:
+def require_matplotlib() -> None:
+    """Raise an `ImportError` that says what to install if matplotlib is missing."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'modeling-deepseekmoe[report]'") from error
+
+
+def _new_axes(width: float, height: float) -> tuple[Any, Any]:
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
@@ -64,4 +71,4 @@ def plot_expert_load(loads: Mapping[int, torch.Tensor], path: str | Path, title:
     figure.savefig(path)
 
 
-__all__ = ["plot_expert_load", "plot_loss_curve"]
+__all__ = ["plot_expert_load", "plot_loss_curve", "require_matplotlib"]

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "0")
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM
+from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
 
 GOLDEN_ROOT = Path(__file__).parent / "data" / "golden"
-GOLDEN_NAMES = sorted(path.name for path in GOLDEN_ROOT.iterdir())
+GOLDEN_NAMES = sorted(path.name for path in GOLDEN_ROOT.iterdir() if path.is_dir())
 TRAINABLE_NAMES = [name for name in GOLDEN_NAMES if not name.startswith("v3")]
 EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
@@ -51,16 +52,47 @@ class Golden:
 
 
 @pytest.fixture(autouse=True)
-def override_native(request: pytest.FixtureRequest) -> Iterator[None]:
-    """AutoModel loads every generation with this package's classes, unless a test is marked otherwise."""
+def override_native() -> Iterator[None]:
+    """AutoModel loads every generation with this package's classes; a test may register otherwise."""
     modeling_deepseekmoe.register(override_native=True)
     yield
     modeling_deepseekmoe.register()
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def fresh_state() -> None:
+    """The same random numbers in every test, and no compiled code of another one."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """Counts the calls of an experts implementation of transformers, or of the eager one of this package."""
+
+    def count(implementation: str) -> list[str]:
+        calls: list[str] = []
+        if implementation == "eager":
+            original = DeepseekMoeExperts.forward.__wrapped__
+
+            def argsort(tensor: torch.Tensor, **kwargs: object) -> torch.Tensor:
+                calls.append(implementation)
+                return torch_argsort(tensor, **kwargs)
+
+            torch_argsort = torch.Tensor.argsort
+            assert "argsort" in original.__code__.co_names
+            monkeypatch.setattr(torch.Tensor, "argsort", argsort)
+        else:
+            original = ALL_EXPERTS_FUNCTIONS[implementation]
+
+            def forward(*args: object) -> torch.Tensor:
+                calls.append(implementation)
+                return original(*args)
+
+            monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, implementation, forward)
+        return calls
+
+    return count
 
 
 @pytest.fixture(params=GOLDEN_NAMES)
@@ -78,6 +110,9 @@ def v3() -> Golden:
     return Golden("v3-noaux")
 
 
+MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+V3_LIKE = {**MLA, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 4, "topk_group": 2,
+           "norm_topk_prob": True, "routed_scaling_factor": 2.5}  # fmt: skip
 TINY = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -113,3 +148,20 @@ def tiny_model(tiny_config: Callable[..., DeepseekMoeConfig]) -> Callable[..., D
         return DeepseekMoeForCausalLM(tiny_config(**kwargs)).train()
 
     return make
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A dense checkpoint folder with a byte-level tokenizer."""
+    from test_upcycling import dense_model
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path / "dense"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="Ā", eos_token="ā").save_pretrained(folder)
+    dense_model("llama").to(torch.bfloat16).save_pretrained(folder)
+    return folder

@@ -45,15 +45,20 @@ def test_values_and_gradients(sequence_wise: bool, masked: bool) -> None:
 
 @pytest.mark.parametrize("sequence_wise", [True, False])
 def test_a_balanced_router_gives_alpha(sequence_wise: bool) -> None:
-    ids = torch.arange(8).repeat(3).view(2, 6, 2)[:, :4].contiguous().view(1, 8, 2) % 8
-    scores = torch.full((1, 8, 8), 1 / 8, dtype=torch.float64)
+    """Every expert chosen equally often: alpha, whatever the affinities; and for uniform affinities, any choice."""
+    ids = torch.stack([torch.arange(8), (torch.arange(8) + 3) % 8], dim=-1)[None]
+    scores = torch.rand(1, 8, 8, dtype=torch.float64).softmax(-1)
+    assert expert_balance_loss(scores, ids, ALPHA, sequence_wise=sequence_wise) == pytest.approx(ALPHA, abs=1e-15)
+    ids, scores = torch.zeros(1, 8, 2, dtype=torch.long), torch.full((1, 8, 8), 1 / 8, dtype=torch.float64)
     assert expert_balance_loss(scores, ids, ALPHA, sequence_wise=sequence_wise) == pytest.approx(ALPHA, abs=1e-15)
 
 
 def test_sigmoid_affinities_are_normalised() -> None:
-    scores, ids = torch.rand(2, 4, 6, dtype=torch.float64), torch.randint(6, (2, 4, 2))
-    twice = expert_balance_loss(2 * scores, ids, ALPHA)
-    assert twice == pytest.approx(float(expert_balance_loss(scores, ids, ALPHA)), abs=DOUBLE)
+    scores, ids = torch.rand(2, 4, 6, dtype=torch.float64), torch.rand(2, 4, 6).topk(2).indices
+    mask = torch.ones(2, 4, dtype=torch.long)
+    expected = loss_by_loop(scores / scores.sum(-1, keepdim=True), ids, mask, True)
+    scale = torch.rand(2, 4, 1, dtype=torch.float64) + 0.5  # another one for every token
+    assert (expert_balance_loss(scale * scores, ids, ALPHA) - expected).abs() <= DOUBLE
 
 
 def test_only_padding_gives_zero() -> None:

@@ -2,14 +2,17 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Golden
 from safetensors.torch import load_file, save_file
+from tolerances import GOLDEN_LOGITS
 from transformers import AutoModelForCausalLM
 
+import modeling_deepseekmoe
 from modeling_deepseekmoe import DeepseekForCausalLM, DeepseekV3ForCausalLM
 
 
@@ -51,7 +54,12 @@ def test_load_and_save_keeps_names_bytes_and_type(golden: Golden, variant: str, 
     model.save_pretrained(tmp_path / "saved", max_shard_size="60KB" if variant == "sharded" else "1GB")
 
     saved = read(tmp_path / "saved")
-    assert len(list((tmp_path / "saved").glob("*.safetensors"))) == 1 or variant == "sharded"
+    files = sorted(path.name for path in (tmp_path / "saved").glob("*.safetensors"))
+    if variant == "sharded":
+        index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())["weight_map"]
+        assert len(files) > 5 and index.keys() == tensors.keys() and sorted(set(index.values())) == files
+    else:
+        assert files == ["model.safetensors"]
     assert saved.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert saved[name].dtype == tensor.dtype, name
@@ -77,16 +85,38 @@ def test_stacked_parameters_on_disk_load_too(v1: Golden, tmp_path: Path) -> None
         assert torch.equal(parameter, again.get_parameter(name)), name
 
 
-def test_saved_official_dialect_loads_natively(v3: Golden, tmp_path: Path) -> None:
-    """What was loaded as `deepseek_v3` is read by transformers' own class, which never heard of this package."""
-    from transformers import DeepseekV3Config as NativeConfig
-    from transformers import DeepseekV3ForCausalLM as NativeModel
-
-    v3.model().save_pretrained(tmp_path)
-    native = NativeModel.from_pretrained(tmp_path, config=NativeConfig.from_pretrained(tmp_path)).eval()
+@pytest.mark.parametrize("name", ["v2-lite", "v2-group-limited", "v3-noaux"])
+def test_saved_official_dialect_loads_natively(name: str, tmp_path: Path) -> None:
+    """What was loaded as an official dialect is read by transformers' own class, which never heard of this package."""
+    golden, register = Golden(name), modeling_deepseekmoe.register
+    golden.model().save_pretrained(tmp_path)
+    register(override_native=False)
+    native = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(native).__module__.startswith("transformers.")
     with torch.no_grad():
-        logits = native(v3.expected["input_ids"]).logits
-    torch.testing.assert_close(logits, v3.expected["logits"], atol=1e-4, rtol=0)
+        logits = native(golden.expected["input_ids"]).logits
+    torch.testing.assert_close(logits, golden.expected["logits"], atol=GOLDEN_LOGITS, rtol=0)
+
+
+def test_names_of_remote_code_are_not_written_where_the_code_is_not(v1: Golden, tmp_path: Path) -> None:
+    """The released config.json files name modeling files that lie beside them."""
+    remote = {"AutoConfig": "configuration_deepseek.DeepseekConfig",
+              "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM"}  # fmt: skip
+    folder = write(tmp_path / "source", {**v1.config, "auto_map": remote}, v1.tensors)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    qualified = {key: f"someone/repository--{value}" for key, value in remote.items()}
+    model.config.auto_map = qualified
+    assert model.config.to_diff_dict()["auto_map"] == qualified
+
+
+def test_the_family_saves_per_expert_tensors_too(tiny_model: Callable, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    names = read(tmp_path).keys()
+    assert "model.layers.1.mlp.experts.7.down_proj.weight" in names
+    assert not any(name.endswith(("gate_up_proj", "experts.down_proj")) for name in names)
 
 
 def test_bias_stays_float32(v3: Golden) -> None:
@@ -118,7 +148,7 @@ def test_mtp_tensors_are_ignored_with_one_message(
     assert isinstance(model, DeepseekV3ForCausalLM)
     with torch.no_grad():
         logits = model(v3.expected["input_ids"]).logits
-    torch.testing.assert_close(logits, v3.expected["logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, v3.expected["logits"], atol=GOLDEN_LOGITS, rtol=0)
 
 
 PREFIX = "model.layers.1.mlp.experts"
@@ -132,6 +162,7 @@ PREFIX = "model.layers.1.mlp.experts"
         ("extra", r"layers\.1\.mlp\.experts\.8\.down_proj\.weight is one too many.*experts 0 to 7"),
         ("in a dense layer", r"layers\.0\.mlp\.experts\.0\.gate_proj\.weight is one too many.*no expert"),
         ("expert shape", r"layers\.1\.mlp\.experts\.5\.up_proj\.weight has shape \(23, 64\).*\(24, 64\)"),
+        ("one stack of two", r"layers\.1\.mlp\.experts\.0\.gate_proj\.weight is missing"),
         ("other shape", r"layers\.0\.self_attn\.q_proj\.weight has shape \(64, 63\).*\(64, 64\)"),
     ],
 )
@@ -148,11 +179,26 @@ def test_wrong_checkpoints_are_refused(v1: Golden, tmp_path: Path, change: str, 
         tensors["model.layers.0.mlp.experts.0.gate_proj.weight"] = torch.zeros(24, 64)
     elif change == "expert shape":
         tensors[f"{PREFIX}.5.up_proj.weight"] = torch.zeros(23, 64)
+    elif change == "one stack of two":
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
+        tensors[f"{PREFIX}.gate_up_proj"] = torch.zeros(8, 48, 64)
     else:
         tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(64, 63)
     folder = write(tmp_path / "wrong", v1.config, tensors, shards)
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_pickled_checkpoints_are_checked_too(v1: Golden, tmp_path: Path) -> None:
+    tensors = v1.tensors
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(v1.config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+    del tensors[f"{PREFIX}.2.gate_proj.weight"]
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"experts\.2\.gate_proj\.weight is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
 
 
 def test_mismatched_sizes_can_be_ignored_on_request(v1: Golden, tmp_path: Path) -> None:
@@ -182,6 +228,22 @@ def test_load_state_dict_reads_the_official_names(v3: Golden, parts: int) -> Non
         assert bool(result.missing_keys) == (parts > 1)
     for name, tensor in reference.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_part_of_the_experts_does_not_fill_a_model_without_values(v1: Golden) -> None:
+    def empty() -> torch.nn.Module:
+        config = v1.model().config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+    model, tensors = empty(), v1.tensors
+    model.load_state_dict(tensors, assign=True)
+    assert torch.equal(model.model.layers[1].mlp.experts.down_proj[3], tensors[f"{PREFIX}.3.down_proj.weight"])
+    model = empty()
+    del tensors[f"{PREFIX}.3.down_proj.weight"]
+    result = model.load_state_dict(tensors, assign=True, strict=False)
+    assert f"{PREFIX}.3.down_proj.weight" in result.missing_keys
+    assert model.model.layers[1].mlp.experts.down_proj.is_meta
 
 
 def test_load_state_dict_reports_missing_and_wrong_experts(v1: Golden) -> None:

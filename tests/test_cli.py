@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import Golden
 from safetensors.torch import save_file
-from test_upcycling import source  # noqa: F401 - a fixture
+from test_upcycling import spoil_one_expert
 from typer.testing import CliRunner
 
 from modeling_deepseekmoe.cli import app
@@ -34,6 +33,9 @@ def test_inspect_check(v1: Golden, tmp_path: Path) -> None:
     assert run("inspect", tmp_path, "--check")[0] == 0
     code, output = run("inspect", tmp_path, "--check", "--json")
     assert code == 0 and '"total_parameters"' in output
+    (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
+    code, output = run("inspect", tmp_path, "--check")
+    assert code == 1 and "model.safetensors is not a readable safetensors file" in output
     tensors["model.layers.1.mlp.experts.3.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors")
     code, output = run("inspect", tmp_path, "--check")
@@ -46,7 +48,7 @@ def test_inspect_check(v1: Golden, tmp_path: Path) -> None:
         (("inspect", "nothing"), "'nothing' is not allowed"),
         (("inspect", "dense", "--lora-rank", "0"), "lora_rank=0"),
         (("inspect", "dense", "--check"), "has no weights"),
-        (("upcycle", "x", ".", "--shared-width", "-1", "--shards", "4", "--copies", "2"), "shared_width=-1"),
+        (("upcycle", "x", "y", "--shared-width", "-1", "--shards", "4", "--copies", "2"), "shared_width=-1"),
     ],
 )
 def test_mistakes_exit_with_2(arguments: tuple[str, ...], message: str) -> None:
@@ -54,13 +56,13 @@ def test_mistakes_exit_with_2(arguments: tuple[str, ...], message: str) -> None:
     assert code == 2 and message in output
 
 
-def test_upcycle(source: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_upcycle(source: Path, tmp_path: Path) -> None:
     options = ("--shared-width", 16, "--shards", 4, "--copies", 3)
     code, output = run("upcycle", source, tmp_path / "moe", *options, "--dialect", "deepseek")
     assert code == 0 and "greedy text of 32 tokens the same" in output
     assert json.loads((tmp_path / "moe" / "config.json").read_text())["model_type"] == "deepseek"
-    code, output = run("upcycle", source, tmp_path / "other", *options, "--tolerance", 0)
-    assert code == 1 and "differs from the dense model" in output
+    code, output = run("upcycle", tmp_path / "nowhere", tmp_path / "other", *options)
+    assert code == 2 and "nowhere" in output
     code, output = run("upcycle", source, tmp_path / "moe", *options)
     assert code == 2 and "must not exist" in output
 
@@ -82,7 +84,8 @@ def test_help_names_every_command() -> None:
     assert code == 0 and all(name in output for name in ("inspect", "upcycle", "demo"))
 
 
-def test_torch_threads_are_left_alone() -> None:
-    before = torch.get_num_threads()
-    run("inspect", "dense")
-    assert torch.get_num_threads() == before
+def test_upcycle_that_fails_its_check(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_one_expert(monkeypatch)
+    code, output = run("upcycle", source, tmp_path / "moe", "--shared-width", 16, "--shards", 4, "--copies", 3)
+    assert code == 1 and "differs from the dense model" in output
+    assert not (tmp_path / "moe").exists()

@@ -5,13 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Golden
+from conftest import MLA, Golden
 from transformers import AutoConfig
 
 from modeling_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekV2Config, DeepseekV3Config
 from modeling_deepseekmoe.configuration import config_from_dict, list_presets, load_config, load_preset
-
-MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 
 
 def test_official_files_are_read_as_they_are(golden: Golden) -> None:
@@ -123,6 +121,20 @@ WRONG = [
     ({"n_routed_experts": 8.0}, r"n_routed_experts=8\.0 .* integer"),
     ({"moe_layer_freq": 0}, r"moe_layer_freq=0 .* at least 1"),
     ({"num_key_value_heads": 3}, r"num_key_value_heads=3 .* divide num_attention_heads=4"),
+    (
+        {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 1},
+        r"n_group=3 .* divide n_routed_experts=8",
+    ),
+    ({"first_k_dense_replace": None}, r"first_k_dense_replace=None .* at least 0"),
+    ({"hidden_act": "nope"}, r"hidden_act='nope' .* 'silu'"),
+    ({"rms_norm_eps": float("inf")}, r"rms_norm_eps=inf .* finite"),
+    ({"rope_parameters": "x"}, r"rope_parameters='x' .* dictionary"),
+    ({"rope_scaling": {"type": "foo", "factor": 2.0}}, r"rope_type 'foo' must be one of .*'linear'"),
+    ({"norm_topk_prob": "false"}, r"norm_topk_prob='false' .* true or false"),
+    ({"tie_word_embeddings": "false"}, r"tie_word_embeddings='false' .* true or false"),
+    ({"attention_dropout": 2.0}, r"attention_dropout=2\.0 .* below 1"),
+    ({"pad_token_id": 96}, r"pad_token_id=96 .* vocab_size=96"),
+    ({"aux_loss_alpha": float("inf")}, r"aux_loss_alpha=inf .* finite"),
     ({"aux_loss_alpha": -0.1}, r"aux_loss_alpha=-0\.1 .* at least 0"),
     ({"aux_loss_alpha": float("nan")}, r"aux_loss_alpha=nan .* at least 0"),
 ]
@@ -140,6 +152,7 @@ def test_wrong_values(tiny_config: Callable[..., DeepseekMoeConfig], fields: dic
         (DeepseekConfig, {**MLA, "attention_type": "mla"}, "attention_type='mla'"),
         (DeepseekConfig, {"n_routed_experts": 8, "num_experts_per_tok": 2, "scoring_func": "sigmoid"}, "scoring_func"),
         (DeepseekConfig, {"head_dim": 64}, "head_dim=64"),
+        (DeepseekConfig, {"hidden_size": 130, "num_attention_heads": 4, "head_dim": 32}, "head_dim=32"),
         (
             DeepseekV2Config,
             {"n_routed_experts": 8, "num_experts_per_tok": 2, "topk_method": "noaux_tc"},
@@ -180,3 +193,23 @@ def test_a_folder_is_read_whatever_is_registered(golden: Golden, tmp_path: Path)
     (tmp_path / "config.json").write_text('{"model_type"')
     with pytest.raises(ValueError, match="not valid JSON"):
         load_config(tmp_path)
+
+
+def test_overrides_at_load_time_are_checked_and_derived_from(golden: Golden) -> None:
+    with pytest.raises(ValueError, match=r"num_experts_per_tok=20 .* n_routed_experts=8"):
+        AutoConfig.from_pretrained(golden.folder, num_experts_per_tok=20)
+    config = AutoConfig.from_pretrained(golden.folder, num_experts=16, router_aux_loss_coef=0.25)
+    assert (config.n_routed_experts, config.aux_loss_alpha) == (16, 0.25)
+    config, unused = AutoConfig.from_pretrained(golden.folder, return_unused_kwargs=True, vocab_size=50, nonsense=1)
+    assert config.vocab_size == 50 and unused == {"nonsense": 1}
+
+
+def test_a_head_width_that_nothing_else_gives_survives_saving(tiny_config: Callable[..., DeepseekMoeConfig]) -> None:
+    for fields in ({"hidden_size": 130, "head_dim": 32}, {"hidden_size": 32, "head_dim": 16}, {"hidden_size": 32}):
+        config = tiny_config(**fields)
+        assert config_from_dict(json.loads(config.to_json_string())).head_dim == config.head_dim
+
+
+def test_wrong_content_of_a_config_file() -> None:
+    with pytest.raises(ValueError, match="type list is not allowed"):
+        config_from_dict([1, 2])  # type: ignore[arg-type]

@@ -26,7 +26,26 @@ def test_released_models(name: str, total: int, activated: float, cache: int) ->
     assert report.total_parameters == total
     assert report.activated_parameters == pytest.approx(activated, rel=5e-4)
     assert report.kv_cache_elements_per_token == cache
-    assert report.load_bytes["bfloat16"] == 2 * total
+    assert report.kv_cache_bytes_per_token == 2 * cache
+    assert report.load_bytes["float32"] == 2 * report.load_bytes["bfloat16"] == 4 * total
+    assert report.load_bytes["float8_e4m3 (128 x 128 blocks)"] == pytest.approx(total, rel=3e-4)
+    assert report.full_bytes == 16 * total
+    assert report.lora_bytes == 2 * total + 16 * report.lora_parameters
+
+
+def test_shares_of_v2_lite() -> None:
+    report = inspect_model("deepseek-v2-lite")
+    assert report.routed_parameters == 26 * 64 * 3 * 2048 * 1408
+    assert report.shared_parameters == 26 * 2 * 3 * 2048 * 1408
+    without_input_embedding = report.activated_parameters - 102400 * 2048
+    assert without_input_embedding == pytest.approx(2.45e9, rel=2e-3)
+    assert report.forward_flops_per_token == 2 * without_input_embedding
+
+
+def test_a_preset_is_not_hidden_by_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dense").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert inspect_model("dense").total_parameters == 197_931_520
 
 
 def test_moonlight_without_embeddings() -> None:

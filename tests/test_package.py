@@ -14,8 +14,8 @@ import modeling_deepseekmoe
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "modeling_deepseekmoe"
 # These travel to the Hub beside the weights and must work where the package is not installed.
-STARRED = ("balancing", "checkpoint_layout", "configuration_deepseekmoe", "modeling_classification",
-           "modeling_deepseekmoe", "parallel_plans", "routing")  # fmt: skip
+STARRED = ("balancing", "checkpoint_layout", "configuration_deepseekmoe", "configuration_dialects",
+           "modeling_classification", "modeling_deepseekmoe", "parallel_plans", "routing")  # fmt: skip
 FOREIGN = ("torch", "transformers", "safetensors")
 PUBLIC_MODULES = [
     *(f"modeling_deepseekmoe.{path.stem}" for path in sorted(CORE.glob("*.py")) if path.stem != "__init__"),
@@ -75,8 +75,9 @@ def test_public_names_are_documented_and_typed(name: str) -> None:
         ]  # fmt: skip
         for function in functions:
             if function.__module__ == module.__name__:
-                assert function.__doc__ or "@wraps" in (inspect.getsource(function)), function.__qualname__
-                assert "return" in function.__annotations__, function.__qualname__
+                assert function.__doc__, function.__qualname__
+                parameters = set(inspect.signature(function).parameters) - {"self", "cls"}
+                assert function.__annotations__.keys() >= parameters | {"return"}, function.__qualname__
 
 
 def test_every_module_has_an_explicit_all() -> None:
@@ -87,6 +88,30 @@ def test_every_module_has_an_explicit_all() -> None:
         assert isinstance(module.__all__, list), name
         for exported in module.__all__:
             assert hasattr(module, exported), f"{name}.{exported}"
+
+
+def test_configuration_and_conversion_are_imported_by_their_full_names() -> None:
+    for path in [*ROOT.glob("*/*.py"), *ROOT.glob("tests/scripts/*.py")]:
+        for level, module in imports(path):
+            assert level or module.split(".")[0] not in ("configuration", "conversion"), path
+
+
+def test_python_blocks_of_the_readme_compile_and_its_commands_exist() -> None:
+    from typer.testing import CliRunner
+
+    from modeling_deepseekmoe.cli import app
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("modeling_deepseekmoe"):
+                for alias in node.names:
+                    assert hasattr(importlib.import_module(node.module), alias.name), alias.name
+    for command in re.findall(r"^deepseekmoe (\w+)", readme, re.MULTILINE):
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
+    assert "RESULTS" not in readme
 
 
 def test_dependencies_are_the_agreed_ones() -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tolerances import SAME_COMPUTATION
 
 from modeling_deepseekmoe import route
 
@@ -57,7 +58,17 @@ def test_against_a_loop_over_tokens(name: str, tokens: int) -> None:
     for token in range(tokens):
         ids, weights = route_token(logits[token].double().tolist(), bias.double().tolist(), 4, case)
         assert plan.expert_ids[token].tolist() == ids
-        assert plan.weights[token].tolist() == pytest.approx(weights, rel=1e-5)
+        assert plan.weights[token].tolist() == pytest.approx(weights, rel=SAME_COMPUTATION)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (5, 5), (7, 3), (8, 8)])
+def test_odd_sizes(experts: int, top_k: int) -> None:
+    logits = torch.randn(11, experts)
+    plan = route(logits, top_k, normalize=True)
+    for token in range(11):
+        ids, weights = route_token(logits[token].double().tolist(), [0.0] * experts, top_k, {**CASES["v1-norm"]})
+        assert plan.expert_ids[token].tolist() == ids
+        assert plan.weights[token].tolist() == pytest.approx(weights, rel=SAME_COMPUTATION)
 
 
 def test_dropped_groups_stay_dropped_where_biased_scores_are_negative() -> None:

@@ -6,8 +6,8 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from conftest import TINY
-from tolerances import SAME_COMPUTATION
+from conftest import MLA, TINY, V3_LIKE
+from tolerances import assert_same
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -19,10 +19,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_deepseekmoe import DeepseekConfig, DeepseekMoeConfig, DeepseekMoeForCausalLM, DeepseekV3Config
-
-V3_LIKE = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
-           "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}  # fmt: skip
+from modeling_deepseekmoe import (
+    DeepseekConfig,
+    DeepseekMoeConfig,
+    DeepseekMoeForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+)
 
 
 class Rows(Dataset):
@@ -93,7 +96,8 @@ RESUMED = {
     "deepseekmoe": DeepseekMoeConfig(**TINY),
     "deepseekmoe-llama3-rope": DeepseekMoeConfig(**TINY, rope_parameters=LLAMA3),
     "deepseek": DeepseekConfig(**TINY),
-    "deepseek_v3-yarn": DeepseekV3Config(**{**TINY, **V3_LIKE, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v2-yarn": DeepseekV2Config(**{**TINY, **MLA, "q_lora_rank": 12}, rope_parameters=YARN),
+    "deepseek_v3-yarn": DeepseekV3Config(**{**TINY, **V3_LIKE, "q_lora_rank": None},
                                          rope_parameters=YARN),
 }  # fmt: skip
 
@@ -146,11 +150,15 @@ def test_four_times_two_sequences_equal_eight(
     once = one_step(tiny_model(aux_loss_alpha=1.0), data, tmp_path, 1)
     accumulated = one_step(tiny_model(aux_loss_alpha=1.0), data, tmp_path, 4, **extra)
     without = one_step(tiny_model(aux_loss_alpha=0.0), data, tmp_path, 1)
+    plain = tiny_model(aux_loss_alpha=1.0)
+    plain(rows, labels=rows).loss.backward()
+    for name, parameter in plain.named_parameters():
+        assert_same(start[name] - once[name], parameter.grad, name)
     gate = "model.layers.1.mlp.gate.weight"
     assert (once[gate] - without[gate]).abs().max() > 1e-3
     for name, parameter in once.items():
-        assert not torch.equal(parameter, start[name]) or name.endswith("bias")
-        torch.testing.assert_close(accumulated[name], parameter, atol=SAME_COMPUTATION, rtol=1e-4, msg=name)
+        assert not torch.equal(parameter, start[name])
+        assert_same(accumulated[name], parameter, name)
 
 
 def test_accumulation_with_padding_of_different_lengths(tiny_model: Callable, tmp_path: Path) -> None:
@@ -161,7 +169,7 @@ def test_accumulation_with_padding_of_different_lengths(tiny_model: Callable, tm
     once = one_step(tiny_model(aux_loss_alpha=0.0), data, tmp_path, 1)
     accumulated = one_step(tiny_model(aux_loss_alpha=0.0), data, tmp_path, 4)
     for name, parameter in once.items():
-        torch.testing.assert_close(accumulated[name], parameter, atol=SAME_COMPUTATION, rtol=1e-4, msg=name)
+        assert_same(accumulated[name], parameter, name)
 
 
 def test_a_plain_loop_that_divides_by_the_number_of_micro_batches(tiny_model: Callable) -> None:
@@ -176,7 +184,7 @@ def test_a_plain_loop_that_divides_by_the_number_of_micro_batches(tiny_model: Ca
 
     accumulated = gradients(4)
     for name, gradient in gradients(1).items():
-        torch.testing.assert_close(accumulated[name], gradient, atol=SAME_COMPUTATION, rtol=1e-4, msg=name)
+        assert_same(accumulated[name], gradient, name)
 
 
 def test_shares_of_micro_batches_at_unequal_lengths(tiny_model: Callable) -> None:
@@ -186,4 +194,24 @@ def test_shares_of_micro_batches_at_unequal_lengths(tiny_model: Callable) -> Non
     labels[:, 12:] = -100  # 22 targets, after the shift
     outputs = model(rows, labels=labels, num_items_in_batch=torch.tensor(88))
     task = model.eval()(rows, labels=labels, num_items_in_batch=torch.tensor(88)).loss
-    torch.testing.assert_close(outputs.loss, task + outputs.aux_loss * 22 / 88)
+    assert_same(outputs.loss, task + outputs.aux_loss * 22 / 88)
+
+
+@pytest.mark.parametrize("config_class", [DeepseekMoeConfig, DeepseekConfig])
+def test_label_smoothing_shifts_the_labels(config_class: type, tmp_path: Path) -> None:
+    """A model that Trainer does not know by its class name would learn to copy its input."""
+    rows = reference_text(8, 24)
+    model = AutoModelForCausalLM.from_config(config_class(**TINY)).eval()
+    trainer = Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=Rows(input_ids=rows))
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, {"input_ids": rows, "labels": rows})
+        logits = model(rows).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), label_smoothing=0.1)
+    assert_same(loss, expected)
+
+
+def test_evaluation_keeps_neither_router_logits_nor_aux_loss(tiny_model: Callable, tmp_path: Path) -> None:
+    rows = reference_text(8, 24)
+    model = tiny_model(output_router_logits=True)
+    trainer = Trainer(model, arguments(tmp_path), eval_dataset=Rows(input_ids=rows, labels=rows))
+    assert trainer.predict(Rows(input_ids=rows, labels=rows)).predictions.shape == (8, 24, 96)

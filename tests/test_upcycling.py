@@ -1,6 +1,8 @@
 """Upcycling: the MoE computes exactly what the dense model computed."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,18 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
 from modeling_deepseekmoe import DeepseekForCausalLM, DeepseekMoeForCausalLM
-from modeling_deepseekmoe.conversion import UpcyclingError, UpcyclingPlan, upcycle, upcycle_model, verify_upcycling
+from modeling_deepseekmoe.conversion import (
+    UpcyclingError,
+    UpcyclingPlan,
+    upcycle,
+    upcycle_model,
+    upcycling,
+    verify_upcycling,
+)
 from modeling_deepseekmoe.conversion.upcycling import add_noise
 
 COMMON = {
@@ -48,7 +56,7 @@ text = torch.randint(256, (2, 25), generator=torch.Generator().manual_seed(3))
 
 def dense_model(name: str) -> PreTrainedModel:
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(DENSE[name]).eval()
+    model = AutoModelForCausalLM.from_config(deepcopy(DENSE[name])).eval()
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             torch.nn.init.normal_(parameter)
@@ -59,7 +67,7 @@ def dense_model(name: str) -> PreTrainedModel:
 @pytest.mark.parametrize("dialect", ["deepseekmoe", "deepseek"])
 def test_equals_the_dense_model(name: str, dialect: str, tmp_path: Path) -> None:
     dense = dense_model(name)
-    model = upcycle_model(dense, UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, dialect=dialect))
+    model = upcycle_model(dense, replace(PLAN, dialect=dialect))
     check = verify_upcycling(dense, model, text, tolerance=UPCYCLED_LOGITS)
     assert check.passed and check.new_tokens == 32, str(check)
     assert type(model) is {"deepseek": DeepseekForCausalLM, "deepseekmoe": DeepseekMoeForCausalLM}[dialect]
@@ -80,9 +88,8 @@ def test_equals_the_dense_model(name: str, dialect: str, tmp_path: Path) -> None
         UpcyclingPlan(shared_width=0, num_shards=1, num_copies=1),
         UpcyclingPlan(shared_width=0, num_shards=6, num_copies=2),
         UpcyclingPlan(shared_width=24, num_shards=2, num_copies=4),
-        UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, first_k_dense=2),
-        UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, first_k_dense=3),
-        UpcyclingPlan(shared_width=16, num_shards=4, num_copies=8, router_std=0.02, seed=5),
+        replace(PLAN, first_k_dense=2),
+        replace(PLAN, num_copies=8, router_std=0.02, seed=5),
     ],
     ids=str,
 )
@@ -118,7 +125,7 @@ def test_noise_separates_the_copies() -> None:
 def test_the_dense_model_is_not_touched() -> None:
     dense = dense_model("llama-tied")
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    model = upcycle_model(dense, UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, dialect="deepseek"))
+    model = upcycle_model(dense, replace(PLAN, dialect="deepseek"))
     add_noise(model, 1.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
 
@@ -134,6 +141,7 @@ def test_the_dense_model_is_not_touched() -> None:
         ({"router_std": -1.0}, r"router_std=-1\.0 .* at least 0"),
         ({"noise": float("nan")}, r"noise=nan .* at least 0"),
         ({"dialect": "deepseek_v3"}, r"dialect='deepseek_v3' .* 'deepseekmoe' or 'deepseek'"),
+        ({"first_k_dense": 3}, r"first_k_dense=3 .* below num_hidden_layers=3"),
         ({"num_shards": 5}, r"num_shards=5 .* divide the 32 neurons"),
         ({"shared_width": 48}, r"divide the 0 neurons"),
         ({"shared_width": 8, "num_shards": 2}, r"shared_width=8 .* multiple of the expert width 20"),
@@ -168,22 +176,7 @@ def test_rope_that_the_first_generation_lacks_is_refused() -> None:
     dense = AutoModelForCausalLM.from_config(config).eval()
     assert verify_upcycling(dense, upcycle_model(dense, PLAN), text).passed
     with pytest.raises(ValueError, match=r"rope_type='yarn' .* dialect 'deepseek'"):
-        upcycle_model(dense, UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, dialect="deepseek"))
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A dense checkpoint folder with a byte-level tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    folder = tmp_path / "dense"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="Ā", eos_token="ā").save_pretrained(folder)
-    dense_model("llama").to(torch.bfloat16).save_pretrained(folder)
-    return folder
+        upcycle_model(dense, replace(PLAN, dialect="deepseek"))
 
 
 def test_a_folder_becomes_a_folder(source: Path, tmp_path: Path) -> None:
@@ -193,11 +186,23 @@ def test_a_folder_becomes_a_folder(source: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
     assert model.dtype == torch.bfloat16  # the source's
     assert (tmp_path / "moe" / "tokenizer.json").is_file()
-    assert not list(tmp_path.glob("*.partial"))
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "moe"}
+
+
+def test_the_dtype_that_is_stored_is_the_one_that_is_verified(source: Path, tmp_path: Path) -> None:
+    """Dialect `deepseek` multiplies the down projections by G: exact in bfloat16 for a power of two only."""
+    six = UpcyclingPlan(shared_width=0, num_shards=6, num_copies=2, dialect="deepseek")
+    with pytest.raises(UpcyclingError, match=r"num_shards=6 .* power of two"):
+        upcycle(source, tmp_path / "six", six)
+    assert upcycle(source, tmp_path / "six", six, dtype="float32").passed
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "six").dtype == torch.float32
+    assert upcycle(source, tmp_path / "four", replace(PLAN, dialect="deepseek")).passed
+    with pytest.raises(ValueError, match=r"dtype='int8' .* keep, float32"):
+        upcycle(source, tmp_path / "other", six, dtype="int8")
 
 
 def test_noise_is_applied_after_the_check(source: Path, tmp_path: Path) -> None:
-    noisy = UpcyclingPlan(shared_width=16, num_shards=4, num_copies=3, noise=0.5)
+    noisy = replace(PLAN, noise=0.5)
     assert upcycle(source, tmp_path / "moe", noisy).passed
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32)
     assert not verify_upcycling(dense_model("llama"), model, text).passed
@@ -213,7 +218,22 @@ def test_a_used_destination_is_refused(source: Path, tmp_path: Path) -> None:
     assert upcycle(source, tmp_path / "empty", PLAN).passed
 
 
-def test_nothing_is_written_if_the_models_differ(source: Path, tmp_path: Path) -> None:
+def spoil_one_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the division wrong in one expert of one layer."""
+    divide = upcycling._upcycled_tensors
+
+    def spoiled(*args: object) -> dict[str, torch.Tensor]:
+        tensors = divide(*args)
+        tensors["model.layers.1.mlp.experts.down_proj"][3] *= 1.5
+        return tensors
+
+    monkeypatch.setattr(upcycling, "_upcycled_tensors", spoiled)
+
+
+def test_nothing_is_written_if_the_models_differ(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_one_expert(monkeypatch)
     with pytest.raises(UpcyclingError, match=r"differs from the dense model: max \|logit difference\|"):
-        upcycle(source, tmp_path / "moe", PLAN, tolerance=0.0)
-    assert not (tmp_path / "moe").exists() and not list(tmp_path.glob("*.partial"))
+        upcycle(source, tmp_path / "moe", PLAN)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}

@@ -1,5 +1,7 @@
 """The one table of tolerances. Nothing else in the tests decides how equal is equal."""
 
+import torch
+
 GOLDEN_LOGITS = 1e-4
 GOLDEN_WEIGHTS = 1e-5
 GOLDEN_TASK_LOSS = 1e-5
@@ -9,3 +11,12 @@ CACHED_LOGITS = 1e-4
 SAME_COMPUTATION = 1e-5  # float32, the same sums in another order
 DOUBLE = 1e-10  # float64 against an independent loop
 UPCYCLED_LOGITS = 1e-3
+LOW_PRECISION_LOSS = 0.1  # bfloat16 or float16 against float32
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, name: str = "tensor") -> None:
+    """The same computation in another order: SAME_COMPUTATION, absolute, and relative to the largest value."""
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(
+        found, expected, atol=SAME_COMPUTATION * scale, rtol=0, msg=lambda message: f"{name}: {message}"
+    )

@@ -1,0 +1,143 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The released generations: thin subclasses with the model type, the defaults and the rules of each one's code."""
+
+from typing import Any
+
+from .configuration_deepseekmoe import DeepseekMoeConfig, OptionalInt
+
+
+class OfficialConfig(DeepseekMoeConfig):
+    """What the dialects share: their `config.json` keeps to the names that the official code reads."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As [`DeepseekMoeConfig.to_dict`], with `rope_theta` and `rope_scaling` for the rotary embedding."""
+        output = super().to_dict()
+        _rename_rope_parameters(output, self.default_theta)
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As [`DeepseekMoeConfig.to_diff_dict`], with the dtype also under its older name, `torch_dtype`."""
+        output = super().to_diff_dict()
+        if output.get("dtype") is not None:
+            output["torch_dtype"] = output["dtype"]
+        return output
+
+
+def _rename_rope_parameters(output: dict[str, Any], default_theta: float) -> None:
+    """Replace transformers' `rope_parameters` by the official `rope_theta` and `rope_scaling`, in place."""
+    rope_parameters = dict(output.pop("rope_parameters", None) or {})
+    rope_type = rope_parameters.pop("rope_type", "default")
+    rope_theta = rope_parameters.pop("rope_theta", default_theta)
+    rope_parameters.pop("type", None)
+    output["rope_scaling"] = None if rope_type == "default" else {**rope_parameters, "type": rope_type}
+    # Trainer reads the file as a bare PreTrainedConfig when it resumes, and fails on YaRN's rope_scaling beside a
+    # rope_theta. The default of the official classes is therefore left out there: every reader falls back to it.
+    if rope_type != "yarn" or rope_theta != default_theta:
+        output["rope_theta"] = rope_theta
+
+
+class DeepseekConfig(OfficialConfig):
+    """The first generation, `model_type: deepseek` (DeepSeekMoE 16B; arXiv 2401.06066): plain multi-head attention,
+    softmax gate in the input's dtype, no scaling factor. Defaults are those of the official configuration class."""
+
+    model_type = "deepseek"
+    allowed_attention_types = ("mha",)
+    allowed_scoring_functions = ("softmax",)
+    allowed_topk_methods = ("greedy",)
+
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    moe_intermediate_size: int = 1407
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 32
+    n_routed_experts: OptionalInt = None
+    n_shared_experts: OptionalInt = None
+    num_experts_per_tok: OptionalInt = None
+    first_k_dense_replace: int = 0
+    router_dtype: str = "auto"
+    max_position_embeddings: int = 2048
+
+    @property
+    def gate_scaling_factor(self) -> float:
+        """Always 1: the first generation has no scaling factor."""
+        return 1.0
+
+    def _check_attention(self) -> None:
+        super()._check_attention()
+        if self.head_dim != self._default_head_dim():
+            self._refuse("head_dim", f"model_type 'deepseek' has hidden_size / heads = {self._default_head_dim()}")
+
+
+class DeepseekV2Config(OfficialConfig):
+    """The second generation, `model_type: deepseek_v2` (arXiv 2405.04434): MLA, softmax gate, device-limited routing.
+    Defaults are those of the official configuration class."""
+
+    model_type = "deepseek_v2"
+    allowed_attention_types = ("mla",)
+    allowed_scoring_functions = ("softmax",)
+    allowed_topk_methods = ("greedy", "group_limited_greedy")
+
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    moe_intermediate_size: int = 1407
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 32
+    n_routed_experts: OptionalInt = None
+    n_shared_experts: OptionalInt = None
+    num_experts_per_tok: OptionalInt = None
+    first_k_dense_replace: int = 0
+    kv_lora_rank: OptionalInt = 512
+    q_lora_rank: OptionalInt = 1536
+    qk_nope_head_dim: OptionalInt = 128
+    qk_rope_head_dim: OptionalInt = 64
+    v_head_dim: OptionalInt = 128
+    max_position_embeddings: int = 2048
+
+    @property
+    def gate_scaling_factor(self) -> float:
+        """The second generation scales only where it does not normalise."""
+        return 1.0 if self.gate_normalizes else float(self.routed_scaling_factor)
+
+
+class DeepseekV3Config(OfficialConfig):
+    """The third generation, `model_type: deepseek_v3` (arXiv 2412.19437; R1, Moonlight): MLA, sigmoid gate,
+    auxiliary-loss-free balancing through a bias. Defaults are those of the official configuration class. Its
+    `aux_loss_alpha` has no effect, as in the released code, which computes no auxiliary loss."""
+
+    model_type = "deepseek_v3"
+    allowed_attention_types = ("mla",)
+    allowed_scoring_functions = ("sigmoid",)
+    allowed_topk_methods = ("noaux_tc",)
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    moe_intermediate_size: int = 2048
+    num_hidden_layers: int = 61
+    num_attention_heads: int = 128
+    n_routed_experts: OptionalInt = 256
+    n_shared_experts: OptionalInt = 1
+    num_experts_per_tok: OptionalInt = 8
+    first_k_dense_replace: int = 3
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    n_group: OptionalInt = 8
+    topk_group: OptionalInt = 4
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    kv_lora_rank: OptionalInt = 512
+    q_lora_rank: OptionalInt = 1536
+    qk_nope_head_dim: OptionalInt = 128
+    qk_rope_head_dim: OptionalInt = 64
+    v_head_dim: OptionalInt = 128
+    num_nextn_predict_layers: int = 1
+    bos_token_id: OptionalInt = 0
+    eos_token_id: int | list[int] | None = 1
+
+    @property
+    def balance_loss_alpha(self) -> float:
+        """Always 0: the released code of the third generation computes no auxiliary loss."""
+        return 0.0
+
+
+__all__ = ["DeepseekConfig", "DeepseekV2Config", "DeepseekV3Config", "OfficialConfig"]

