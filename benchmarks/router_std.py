@@ -1,8 +1,9 @@
 """How fast an upcycled model learns, by the standard deviation of its router's rows; beside it, the dense model.
 
 SmolLM2-135M-Instruct, 2 shared and 24 routed experts (top-6), 20 AdamW steps of 4 x 128 tokens of Python's language
-reference on FFNs, experts and gates; perplexity on held-out pages. Writes benchmarks/results/router_std.json and prints
-a table. About six minutes on two cores.
+reference on FFNs, experts and gates; perplexity on held-out pages. Prints a table and writes
+benchmarks/results/router_std.json.
+About six minutes on two cores.
 """
 
 import json

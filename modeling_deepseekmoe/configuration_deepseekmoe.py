@@ -6,9 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
-from transformers.activations import ACT2CLS
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .parallel_plans import PIPELINE_PLAN, expert_parallel_plan, tensor_parallel_plan
 
@@ -159,6 +157,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
         if not self.attention_type:
             self.attention_type = "mla" if self.kv_lora_rank is not None else "mha"
         self.check_fields()
+        self.base_model_tp_plan = tensor_parallel_plan(self)
+        self.base_model_ep_plan = expert_parallel_plan()
         super().__post_init__(**kwargs)
         self._check_rope()
 
@@ -187,8 +187,6 @@ class DeepseekMoeConfig(PreTrainedConfig):
         self._check_attention()
         if self.n_routed_experts:
             self._check_routing()
-        self.base_model_tp_plan = tensor_parallel_plan(self)
-        self.base_model_ep_plan = expert_parallel_plan()
 
     # ------------------------------------------------------------------------------------------------ derived values
     def is_moe_layer(self, layer_idx: int) -> bool:
@@ -289,6 +287,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
     def _check_kinds(self) -> None:
         """Fields that are neither sizes nor part of the routing."""
+        from transformers.activations import ACT2CLS  # slow to import, and loaded with the models anyway
+
         self._check_one_of("hidden_act", tuple(ACT2CLS))
         for field in ("norm_topk_prob", "seq_aux", "attention_bias", "tie_word_embeddings", "rope_interleave"):
             if not isinstance(getattr(self, field), bool | None):
@@ -301,6 +301,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
             self._refuse("pad_token_id", f"it must be null or a token below vocab_size={self.vocab_size}")
 
     def _check_rope(self) -> None:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
             known = ", ".join(map(repr, sorted({"default", *ROPE_INIT_FUNCTIONS})))

@@ -61,7 +61,8 @@ def test_base_model_and_head_load_each_others_checkpoints(v3: Golden, tmp_path) 
 def test_import_registers_and_imports_no_model_code() -> None:
     script = (
         "import sys, modeling_deepseekmoe\n"
-        "assert 'transformers.modeling_utils' not in sys.modules\n"
+        "slow = {'transformers.modeling_utils', 'transformers.activations', 'transformers.integrations.hub_kernels'}\n"
+        "assert not slow & sys.modules.keys(), slow & sys.modules.keys()\n"
         "from transformers import AutoConfig, AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(Golden('v1-mha').folder)!r})\n"
         "assert type(model).__name__ == 'DeepseekForCausalLM'\n"
