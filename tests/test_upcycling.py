@@ -237,3 +237,15 @@ def test_nothing_is_written_if_the_models_differ(
     with pytest.raises(UpcyclingError, match=r"differs from the dense model: max \|logit difference\|"):
         upcycle(source, tmp_path / "moe", PLAN)
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_an_interrupted_save_leaves_nothing_behind(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(DeepseekMoeForCausalLM, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        upcycle(source, tmp_path / "moe", PLAN)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
