@@ -3,7 +3,10 @@
 import ast
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -38,8 +41,6 @@ def imports(path: Path) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("name", STARRED)
 def test_starred_files_import_nothing_that_does_not_travel(name: str) -> None:
-    import sys
-
     for level, module in imports(CORE / f"{name}.py"):
         if level:
             assert level == 1 and module in STARRED, f"{name}: from {'.' * level}{module}"
@@ -129,3 +130,22 @@ def test_files_are_short_enough_to_read() -> None:
     for path in [*CORE.glob("*.py"), *(ROOT / "conversion").glob("*.py"), *(ROOT / "configuration").glob("*.py")]:
         limit = 600 if path.stem == "modeling_deepseekmoe" else 450
         assert len(path.read_text().splitlines()) <= limit, path.name
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_everything_and_nothing_beside_the_package(tmp_path: Path) -> None:
+    """Installed elsewhere and used from another folder; building it fetches setuptools."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    assert {path.name.split("-")[0] for path in (tmp_path / "site").iterdir()} == {"bin", "modeling_deepseekmoe"}
+    script = (
+        "import modeling_deepseekmoe\n"
+        "from modeling_deepseekmoe.configuration import list_presets\n"
+        "from modeling_deepseekmoe.conversion import upcycle\n"
+        f"assert modeling_deepseekmoe.__file__.startswith({str(tmp_path)!r})\n"
+        "assert 'dense' in list_presets()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
