@@ -2,7 +2,7 @@
 """Measures of a model on text: perplexity and the load of every expert."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -78,7 +78,7 @@ def expert_load(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict
     return loads
 
 
-def _counting_hook(counts: torch.Tensor):  # type: ignore[no-untyped-def]
+def _counting_hook(counts: torch.Tensor) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, output: tuple[torch.Tensor, RoutingPlan]) -> None:
         chosen = output[1].expert_ids.flatten()
         counts.add_(torch.bincount(chosen, minlength=len(counts)).cpu())
