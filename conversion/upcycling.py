@@ -168,12 +168,12 @@ def upcycle(
     dense = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **kwargs).eval()
     tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     stored = dense.dtype if dtype == "keep" else getattr(torch, dtype)
-    dense.float()
+    _cast(dense, torch.float32)
 
     report(f"Dividing {dense.config.num_hidden_layers} FFNs of width {dense.config.intermediate_size}")
     model = upcycle_model(dense, plan)
-    for parameter in model.parameters():  # not the rotary embedding's buffers, which are never stored
-        parameter.data = parameter.data.to(stored).float()
+    _cast(model, stored)
+    _cast(model, torch.float32)
     check = verify_upcycling(dense, model, tokenizer(_CHECK_TEXT, return_tensors="pt").input_ids, tolerance=tolerance)
     report(f"Compared with the dense model: {check}")
     if not check.passed:
@@ -187,8 +187,16 @@ def upcycle(
     if plan.noise:
         add_noise(model, plan.noise, plan.seed)
     report(f"Saving to {destination}")
-    _save(model.to(stored), tokenizer, destination)
+    _cast(model, stored)
+    _save(model, tokenizer, destination)
     return check
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters. Not `model.to`: it would round the rotary embedding's buffers, which are never stored, and
+    transformers refuses it for a model that came from a GGUF file."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _save(model: DeepseekMoeForCausalLM, tokenizer: PreTrainedTokenizerBase, destination: Path) -> None:

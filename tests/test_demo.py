@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from modeling_deepseekmoe import demo
+from modeling_deepseekmoe.conversion import UpcyclingPlan, upcycle
+from modeling_deepseekmoe.inspection import check_weights
 
 
 @pytest.mark.slow
@@ -23,6 +25,15 @@ def test_quick_demo(tmp_path: Path) -> None:
     for name in ("loss.png", "expert_load.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert sum(line.startswith("[") for line in lines) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["deepseekmoe", "deepseek"])
+def test_upcycling_of_the_gguf_file(tmp_path: Path, dialect: str) -> None:
+    folder = demo._wheel_folder(tmp_path)
+    plan = UpcyclingPlan(shared_width=384, num_shards=6, num_copies=4, dialect=dialect)
+    assert upcycle(folder, tmp_path / "moe", plan, gguf_file=demo.GGUF_FILE).passed
+    assert check_weights(tmp_path / "moe") > 2000
 
 
 def test_train_and_held_out_pages_are_apart() -> None:
