@@ -327,22 +327,20 @@ def _upcycled_tensors(
     dense: PreTrainedModel, config: DeepseekMoeConfig, plan: UpcyclingPlan
 ) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(plan.seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in dense.state_dict().items():
-        if ".mlp." not in name or not config.is_moe_layer(_layer_of(name)):
-            tensors[name] = tensor
+    divided = tuple(f"model.layers.{layer_idx}.mlp." for layer_idx in config.moe_layers)
+    tensors = {name: tensor for name, tensor in dense.state_dict().items() if not name.startswith(divided)}
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     elif dense.config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    for layer_idx in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer_idx}"
-        if config.attention_bias and f"{prefix}.self_attn.o_proj.bias" not in tensors:
-            weight = tensors[f"{prefix}.self_attn.o_proj.weight"]
-            tensors[f"{prefix}.self_attn.o_proj.bias"] = weight.new_zeros(weight.shape[0])
-        if config.is_moe_layer(layer_idx):
-            block = _divide_ffn(dense.get_submodule(f"{prefix}.mlp"), config, plan, generator)
-            tensors |= {f"{prefix}.mlp.{name}": tensor for name, tensor in block.items()}
+    if config.attention_bias:
+        for layer_idx in range(config.num_hidden_layers):
+            output = f"model.layers.{layer_idx}.self_attn.o_proj"
+            if f"{output}.bias" not in tensors:  # Qwen2
+                tensors[f"{output}.bias"] = torch.zeros_like(tensors[f"{output}.weight"][:, 0])
+    for prefix in divided:
+        block = _divide_ffn(dense.get_submodule(prefix.removesuffix(".")), config, plan, generator)
+        tensors |= {prefix + name: tensor for name, tensor in block.items()}
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -369,10 +367,6 @@ def _divide_ffn(
             "shared_experts.down_proj.weight": down[:, :cut].clone(),
         }
     return tensors
-
-
-def _layer_of(name: str) -> int:
-    return int(name.split(".layers.")[1].split(".")[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- the source

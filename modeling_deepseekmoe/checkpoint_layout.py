@@ -107,25 +107,22 @@ def _check_experts(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, ...
     present: dict[int, dict[str, set[int]]] = {}
     for name in found:
         if match := _EXPERT_NAME.match(name):
-            layer = present.setdefault(int(match[2]), {projection: set() for projection in _PROJECTIONS})
-            layer[match[4]].add(int(match[3]))
-    wanted = set(range(config.n_routed_experts or 0))
+            present.setdefault(int(match[2]), {}).setdefault(match[4], set()).add(int(match[3]))
+    routed = set(range(config.n_routed_experts or 0))
     for layer_idx in sorted(set(present) | set(config.moe_layers)):
         stacks = {f"layers.{layer_idx}.mlp.experts.{stack}" for stack in ("gate_up_proj", "down_proj")}
         if layer_idx in mtp_layers(config) or stacks <= found.keys():
             continue
-        moe_layer = config.is_moe_layer(layer_idx) and layer_idx < config.num_hidden_layers
-        experts = present.get(layer_idx, {projection: set() for projection in _PROJECTIONS})
-        for projection, ids in experts.items():
-            prefix = f"layers.{layer_idx}.mlp.experts"
-            allowed = f"experts 0 to {len(wanted) - 1} (n_routed_experts={len(wanted)})" if moe_layer else "no expert"
-            for problem, odd in (("is missing", wanted - ids if moe_layer else set()),
-                                 ("is one too many", ids - wanted if moe_layer else ids)):  # fmt: skip
+        wanted = routed if layer_idx in config.moe_layers else set()
+        allowed = f"experts 0 to {len(wanted) - 1} (n_routed_experts={len(wanted)})" if wanted else "no expert"
+        for projection in _PROJECTIONS:
+            ids = present.get(layer_idx, {}).get(projection, set())
+            for problem, odd in (("is missing", wanted - ids), ("is one too many", ids - wanted)):
                 if odd:
                     more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
                     raise ValueError(
-                        f"Checkpoint tensor {prefix}.{min(odd)}.{projection}.weight {problem}{more}: "
-                        f"layer {layer_idx} must hold {allowed}."
+                        f"Checkpoint tensor layers.{layer_idx}.mlp.experts.{min(odd)}.{projection}.weight "
+                        f"{problem}{more}: layer {layer_idx} must hold {allowed}."
                     )
 
 

@@ -105,7 +105,7 @@ def run_demo(
 
     with step("Obtain SmolLM2-135M-Instruct"):
         require_matplotlib()
-        dense, tokenizer, origin = obtain_dense_model(Path(output), echo)
+        dense, tokenizer, origin = obtain_dense_model(output, echo)
     with step("Read the Python language reference"):
         train, held_out = reference_blocks(tokenizer, settings.block_size)
         held_out = sample_blocks(held_out, settings.held_out_blocks)

@@ -38,8 +38,8 @@ def perplexity(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> float
     loss, tokens = 0.0, 0
     with evaluating(model):
         for input_ids in batches:
-            targets = input_ids[:, 1:].numel()
-            loss += float(model(input_ids.to(model.device), labels=input_ids.to(model.device)).loss) * targets
+            input_ids, targets = input_ids.to(model.device), input_ids[:, 1:].numel()
+            loss += float(model(input_ids, labels=input_ids).loss) * targets
             tokens += targets
     if not tokens:
         raise ValueError("batches is empty: at least one batch of tokens is needed.")
@@ -59,15 +59,14 @@ def expert_load(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict
     Raises:
         ValueError: if the model has no MoE layer of this family.
     """
-    loads: dict[int, torch.Tensor] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, DeepseekMoeGate):
-            layer_idx = int(name.split("layers.")[1].split(".")[0])
-            counts = loads.setdefault(layer_idx, torch.zeros(module.weight.shape[0], dtype=torch.long))
-            handles.append(module.register_forward_hook(_counting_hook(counts)))
-    if not loads:
+    gates = [module for module in model.modules() if isinstance(module, DeepseekMoeGate)]
+    if not gates:
         raise ValueError(f"{type(model).__name__} has no MoE layer of this family: there is no load to measure.")
+    loads = {layer_idx: torch.zeros(model.config.n_routed_experts, dtype=torch.long)
+             for layer_idx in model.config.moe_layers}  # fmt: skip
+    handles = [
+        gate.register_forward_hook(_counting_hook(counts)) for gate, counts in zip(gates, loads.values(), strict=True)
+    ]
     try:
         with evaluating(model):
             for input_ids in batches:

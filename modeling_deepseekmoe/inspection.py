@@ -113,11 +113,10 @@ def inspect_model(name_or_folder: str | Path, lora_rank: int = 16) -> ModelRepor
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank={lora_rank} is not allowed: it must be at least 1.")
-    if (Path(name_or_folder) / "config.json").is_file() or (
-        Path(name_or_folder).is_dir() and str(name_or_folder) not in list_presets()
-    ):
-        return report_on(load_config(name_or_folder), str(name_or_folder), lora_rank=lora_rank)
-    if str(name_or_folder) not in list_presets():
+    folder, is_preset = Path(name_or_folder), str(name_or_folder) in list_presets()
+    if (folder / "config.json").is_file() or (folder.is_dir() and not is_preset):
+        return report_on(load_config(folder), str(folder), lora_rank=lora_rank)
+    if not is_preset:
         raise ValueError(
             f"{str(name_or_folder)!r} is not allowed: it must be a folder with a config.json, or one of the presets "
             f"{', '.join(list_presets())}."
