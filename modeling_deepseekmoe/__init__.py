@@ -12,7 +12,16 @@ __version__ = "0.1.0"
 
 # Imported when first used: the model classes alone take as long as the whole of `import torch`.
 _LAZY = {
-    "balancing": ("expert_balance_loss",),
+    "balancing": (
+        "communication_balance_loss",
+        "device_balance_loss",
+        "expert_balance_loss",
+        "max_violation",
+        "router_z_loss",
+        "sequence_balance_loss",
+    ),
+    "bias_update": ("bias_step", "take_router_load", "track_router_load", "untrack_router_load", "update_router_bias"),
+    "callbacks": ("LoadBalancingCallback", "RouterStatsCallback"),
     "inspection": ("ModelReport", "inspect_model"),
     "modeling_classification": (
         "DeepseekForSequenceClassification",
@@ -35,6 +44,8 @@ _LAZY = {
         "DeepseekV3ForCausalLM",
         "DeepseekV3Model",
     ),
+    "router_load": ("RouterLoad",),
+    "router_stats": ("RouterStats",),
     "routing": ("RoutingPlan", "route"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
@@ -61,12 +72,26 @@ __all__ = [
     "DeepseekV3ForSequenceClassification",
     "DeepseekV3ForTokenClassification",
     "DeepseekV3Model",
+    "LoadBalancingCallback",
     "ModelReport",
+    "RouterLoad",
+    "RouterStats",
+    "RouterStatsCallback",
     "RoutingPlan",
+    "bias_step",
+    "communication_balance_loss",
+    "device_balance_loss",
     "expert_balance_loss",
     "inspect_model",
+    "max_violation",
     "register",
     "route",
+    "router_z_loss",
+    "sequence_balance_loss",
+    "take_router_load",
+    "track_router_load",
+    "untrack_router_load",
+    "update_router_bias",
 ]
 
 

@@ -1,7 +1,23 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Balance losses, as pure functions of affinities and choices."""
+"""Balance losses and the measure of imbalance, as pure functions of affinities and choices.
+
+Shape letters: B batch, S sequence, E routed experts, K chosen experts of a token, D device groups.
+
+In every loss only the affinities carry a gradient; how often an expert or a device was chosen is a constant. Padding
+enters neither the frequencies nor the means, and a sequence of nothing but padding does not enter the mean over
+sequences. The arithmetic is float32, and float64 for float64 input.
+"""
+
+import math
+from typing import NamedTuple
 
 import torch
+
+from .configuration_deepseekmoe import DeepseekMoeConfig
+from .routing import RoutingPlan
+
+# The order of the losses wherever they stand in one vector.
+LOSS_NAMES = ("expert", "device", "communication", "sequence", "router_z")
 
 
 def expert_balance_loss(
@@ -14,46 +30,293 @@ def expert_balance_loss(
 ) -> torch.Tensor:
     """Expert-level balance loss, alpha * sum_i f_i P_i (arXiv 2401.06066, eq. 12 to 14).
 
-    f_i = E / (K T) * (tokens that chose expert i) and P_i = mean over tokens of the affinity s_it; only P carries a
-    gradient. A perfectly balanced router gives exactly alpha. Affinities that do not sum to one (a sigmoid gate's)
-    are divided by their sum over the experts first (2412.19437, eq. 19).
+    f_i = E / (K T) * (tokens that chose expert i) and P_i = mean over tokens of the affinity s_it. A perfectly
+    balanced router gives exactly alpha. Affinities that do not sum to one (a sigmoid gate's) are divided by their sum
+    over the experts first (2412.19437, eq. 19).
 
     Args:
         scores (`torch.Tensor` of shape (B, S, E)): affinities of every token and routed expert.
         expert_ids (`torch.LongTensor` of shape (B, S, K)): the chosen experts.
-        alpha (`float`): coefficient.
-        token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens. Padding enters neither f nor
-            P, and a sequence of nothing but padding does not enter the mean over sequences.
+        alpha (`float`): coefficient, at least 0.
+        token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens.
         sequence_wise (`bool`): compute f and P for each sequence and average the losses (`seq_aux` in the official
             configs), instead of over all tokens of the batch.
 
     Returns:
-        `torch.Tensor`: a float32 scalar (float64 for float64 scores); 0 where every token is padding.
+        `torch.Tensor`: a scalar; 0 where every token is padding.
 
     Raises:
-        ValueError: if `token_mask` is not of shape (B, S).
+        ValueError: for a negative `alpha`, or shapes that do not belong together.
     """
-    if token_mask is not None and token_mask.shape != scores.shape[:2]:
+    _check(alpha, scores, token_mask, expert_ids)
+    return alpha * _expert_loss(_balance(scores, expert_ids, token_mask, sequence_wise))
+
+
+def device_balance_loss(
+    scores: torch.Tensor,
+    expert_ids: torch.Tensor,
+    alpha: float,
+    num_device_groups: int,
+    *,
+    token_mask: torch.Tensor | None = None,
+    sequence_wise: bool = True,
+) -> torch.Tensor:
+    """Device-level balance loss, alpha * sum_d f'_d P'_d (arXiv 2401.06066, eq. 15 to 17).
+
+    The experts lie on D devices in equal groups of consecutive ones; f'_d is the mean of f_i over the group and P'_d
+    the sum of P_i, with f and P of [`expert_balance_loss`]. Perfectly balanced devices give exactly alpha.
+
+    Args:
+        scores, expert_ids, token_mask, sequence_wise: as for [`expert_balance_loss`].
+        alpha (`float`): coefficient, at least 0.
+        num_device_groups (`int`): D, a divisor of E.
+
+    Returns:
+        `torch.Tensor`: a scalar.
+
+    Raises:
+        ValueError: for a negative `alpha`, a D that does not divide E, or shapes that do not belong together.
+    """
+    _check(alpha, scores, token_mask, expert_ids)
+    _check_device_groups(num_device_groups, scores.shape[-1])
+    return alpha * _device_loss(_balance(scores, expert_ids, token_mask, sequence_wise), num_device_groups)
+
+
+def communication_balance_loss(
+    scores: torch.Tensor,
+    expert_ids: torch.Tensor,
+    alpha: float,
+    num_device_groups: int,
+    max_devices_per_token: int,
+    *,
+    token_mask: torch.Tensor | None = None,
+    sequence_wise: bool = True,
+) -> torch.Tensor:
+    """Communication balance loss, alpha * sum_d f''_d P''_d (arXiv 2405.04434, eq. 29 to 31).
+
+    f''_d = D / (M T) * (tokens sent to device d), each token counted once however many of its experts lie there, and
+    P''_d is the sum of P_i over the group. Where every token is sent to M devices, and every device gets equally
+    many, the loss is alpha.
+
+    Args:
+        scores, expert_ids, token_mask, sequence_wise: as for [`expert_balance_loss`].
+        alpha (`float`): coefficient, at least 0.
+        num_device_groups (`int`): D, a divisor of E.
+        max_devices_per_token (`int`): M, between 1 and D.
+
+    Returns:
+        `torch.Tensor`: a scalar.
+
+    Raises:
+        ValueError: for a negative `alpha`, a D that does not divide E, an M outside 1 to D, or shapes that do not
+            belong together.
+    """
+    _check(alpha, scores, token_mask, expert_ids)
+    _check_device_groups(num_device_groups, scores.shape[-1])
+    if not 1 <= max_devices_per_token <= num_device_groups:
         raise ValueError(
-            f"token_mask of shape {tuple(token_mask.shape)} is not allowed: it must be (batch, sequence) = "
-            f"{tuple(scores.shape[:2])}."
+            f"max_devices_per_token={max_devices_per_token} is not allowed: it must lie between 1 and "
+            f"num_device_groups={num_device_groups}."
         )
+    balance = _balance(scores, expert_ids, token_mask, sequence_wise)
+    return alpha * _communication_loss(balance, num_device_groups, max_devices_per_token)
+
+
+def sequence_balance_loss(
+    scores: torch.Tensor, top_k: int, alpha: float, *, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Complementary sequence-wise balance loss, alpha * sum_i f_i P_i for every sequence, averaged (arXiv 2412.19437,
+    eq. 17 to 20).
+
+    As [`expert_balance_loss`] for every sequence, except that f counts the K highest affinities themselves: neither
+    the balancing bias nor the groups, which decide where the token really goes, enter it.
+
+    Args:
+        scores (`torch.Tensor` of shape (B, S, E)): affinities, without bias.
+        top_k (`int`): K, between 1 and E.
+        alpha (`float`): coefficient, at least 0.
+        token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens.
+
+    Returns:
+        `torch.Tensor`: a scalar.
+
+    Raises:
+        ValueError: for a negative `alpha`, a K outside 1 to E, or shapes that do not belong together.
+    """
+    _check(alpha, scores, token_mask)
+    if not 1 <= top_k <= scores.shape[-1]:
+        raise ValueError(f"top_k={top_k} is not allowed: it must lie between 1 and the {scores.shape[-1]} experts.")
+    return alpha * _expert_loss(_balance(scores, scores.detach().topk(top_k, dim=-1).indices, token_mask, True))
+
+
+def router_z_loss(
+    router_logits: torch.Tensor, alpha: float, *, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Router z-loss, alpha * mean over tokens of (log sum_i exp(logit_i))^2 (arXiv 2202.08906, eq. 5).
+
+    Args:
+        router_logits (`torch.Tensor` of shape (B, S, E)): raw gate logits.
+        alpha (`float`): coefficient, at least 0.
+        token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens.
+
+    Returns:
+        `torch.Tensor`: a scalar; 0 where every token is padding.
+
+    Raises:
+        ValueError: for a negative `alpha` or a mask of another shape.
+    """
+    _check(alpha, router_logits, token_mask)
+    logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
+    squares = logits.logsumexp(dim=-1).square()
+    if token_mask is None:
+        return alpha * squares.mean()
+    real = token_mask != 0
+    return alpha * squares.masked_fill(~real, 0.0).sum() / real.sum().clamp(min=1)
+
+
+def auxiliary_losses(
+    config: DeepseekMoeConfig, router_logits: torch.Tensor, plan: RoutingPlan, token_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The losses that a config asks for, coefficients included.
+
+    Args:
+        config: gives the coefficients, `config.loss_alphas`.
+        router_logits (`torch.Tensor` of shape (B, S, E)): raw gate logits.
+        plan: the [`RoutingPlan`] of the B * S tokens.
+        token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens.
+
+    Returns:
+        `torch.Tensor` of shape (5,) in the order of `LOSS_NAMES`, 0 for losses that are switched off; `None` if all
+        of them are.
+    """
+    alphas = config.loss_alphas
+    if not alphas:
+        return None
+    batch_shape = router_logits.shape[:2]
+    scores, expert_ids = plan.scores.unflatten(0, batch_shape), plan.expert_ids.unflatten(0, batch_shape)
+    _check(0.0, scores, token_mask, expert_ids)
+    num_groups, max_devices = config.device_groups
+    losses: dict[str, torch.Tensor] = {}
+    if "expert" in alphas or "device" in alphas or "communication" in alphas:
+        balance = _balance(scores, expert_ids, token_mask, config.seq_aux)
+        if "expert" in alphas:
+            losses["expert"] = alphas["expert"] * _expert_loss(balance)
+        if "device" in alphas:
+            losses["device"] = alphas["device"] * _device_loss(balance, num_groups)
+        if "communication" in alphas:
+            losses["communication"] = alphas["communication"] * _communication_loss(balance, num_groups, max_devices)
+    if "sequence" in alphas:
+        top_k = config.num_experts_per_tok
+        losses["sequence"] = sequence_balance_loss(scores, top_k, alphas["sequence"], token_mask=token_mask)
+    if "router_z" in alphas:
+        losses["router_z"] = router_z_loss(router_logits, alphas["router_z"], token_mask=token_mask)
+    zero = scores.new_zeros(())
+    return torch.stack([losses.get(name, zero) for name in LOSS_NAMES])
+
+
+def max_violation(tokens_per_expert: torch.Tensor) -> torch.Tensor:
+    """MaxVio, (max_i load_i - mean load) / mean load (arXiv 2408.15664, eq. 4).
+
+    Args:
+        tokens_per_expert (`torch.Tensor` of shape (..., E)): tokens of every expert, for example (layers, E).
+
+    Returns:
+        `torch.FloatTensor` of shape (...): 0 for a balanced load, E / K - 1 where all tokens choose the same K
+        experts; NaN where there are no tokens.
+    """
+    load = tokens_per_expert.float()
+    mean = load.mean(dim=-1)
+    return (load.amax(dim=-1) - mean) / mean
+
+
+class _Balance(NamedTuple):
+    """What the losses on choices are made of, for every sequence, or for the whole batch as one row."""
+
+    scores: torch.Tensor  # (B, S, E), sum 1 over the experts
+    expert_ids: torch.Tensor  # (B, S, K)
+    mask: torch.Tensor  # (B, S), 1 for real tokens
+    f: torch.Tensor  # (B, E)
+    p: torch.Tensor  # (B, E)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Real tokens of every row (B, 1), at least 1."""
+        return self.mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def mean(self, products: torch.Tensor) -> torch.Tensor:
+        """Sum of (B, ...), divided by the rows that hold a real token."""
+        rows = (self.mask.sum(dim=1) > 0).sum().clamp(min=1)
+        return products.sum() / rows
+
+
+def _balance(
+    scores: torch.Tensor, expert_ids: torch.Tensor, token_mask: torch.Tensor | None, sequence_wise: bool
+) -> _Balance:
     num_experts, top_k = scores.shape[-1], expert_ids.shape[-1]
     scores = scores if scores.dtype == torch.float64 else scores.float()
     scores = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
     mask = scores.new_ones(scores.shape[:2]) if token_mask is None else (token_mask != 0).to(scores)
     if not sequence_wise:
         scores, expert_ids, mask = scores.flatten(0, 1)[None], expert_ids.flatten(0, 1)[None], mask.flatten()[None]
-
-    tokens = mask.sum(dim=1)  # (B,)
-    divisor = tokens.clamp(min=1).unsqueeze(-1)
+    tokens = mask.sum(dim=1, keepdim=True).clamp(min=1)
     choices = torch.zeros_like(scores[:, 0]).scatter_add_(
         1, expert_ids.flatten(1), mask.repeat_interleave(top_k, dim=1)
     )
-    f = choices * num_experts / (top_k * divisor)  # (B, E)
-    p = (scores * mask.unsqueeze(-1)).sum(dim=1) / divisor  # (B, E)
-    sequences = (tokens > 0).sum().clamp(min=1)
-    return alpha * (f * p).sum() / sequences
+    f = choices * num_experts / (top_k * tokens)
+    p = (scores * mask.unsqueeze(-1)).sum(dim=1) / tokens
+    return _Balance(scores, expert_ids, mask, f, p)
 
 
-__all__ = ["expert_balance_loss"]
+def _expert_loss(balance: _Balance) -> torch.Tensor:
+    return balance.mean(balance.f * balance.p)
+
+
+def _device_loss(balance: _Balance, num_groups: int) -> torch.Tensor:
+    f, p = (values.unflatten(-1, (num_groups, -1)) for values in (balance.f, balance.p))
+    return balance.mean(f.mean(dim=-1) * p.sum(dim=-1))
+
+
+def _communication_loss(balance: _Balance, num_groups: int, max_devices: int) -> torch.Tensor:
+    devices = balance.expert_ids // (balance.f.shape[-1] // num_groups)
+    sent = balance.mask.new_zeros(*balance.mask.shape, num_groups).scatter_(-1, devices, 1.0)
+    sent = (sent * balance.mask.unsqueeze(-1)).sum(dim=1)  # (B, D)
+    f = sent * num_groups / (max_devices * balance.tokens)
+    return balance.mean(f * balance.p.unflatten(-1, (num_groups, -1)).sum(dim=-1))
+
+
+def _check(
+    alpha: float, values: torch.Tensor, token_mask: torch.Tensor | None, expert_ids: torch.Tensor | None = None
+) -> None:
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha={alpha} is not allowed: it must be a finite number of at least 0.")
+    if values.ndim != 3:
+        raise ValueError(f"A tensor of shape {tuple(values.shape)} is not allowed: it must be (batch, sequence, E).")
+    shape = tuple(values.shape[:2])
+    if token_mask is not None and token_mask.shape != shape:
+        raise ValueError(
+            f"token_mask of shape {tuple(token_mask.shape)} is not allowed: it must be (batch, sequence) = {shape}."
+        )
+    if expert_ids is not None and (expert_ids.ndim != 3 or expert_ids.shape[:2] != shape):
+        raise ValueError(
+            f"expert_ids of shape {tuple(expert_ids.shape)} are not allowed: they must be (batch, sequence, K) with "
+            f"(batch, sequence) = {shape}."
+        )
+
+
+def _check_device_groups(num_device_groups: int, num_experts: int) -> None:
+    if num_device_groups < 1 or num_experts % num_device_groups:
+        raise ValueError(
+            f"num_device_groups={num_device_groups} is not allowed: it must divide the {num_experts} experts evenly."
+        )
+
+
+__all__ = [
+    "LOSS_NAMES",
+    "auxiliary_losses",
+    "communication_balance_loss",
+    "device_balance_loss",
+    "expert_balance_loss",
+    "max_violation",
+    "router_z_loss",
+    "sequence_balance_loss",
+]

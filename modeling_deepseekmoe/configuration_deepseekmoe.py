@@ -21,6 +21,13 @@ _OWN_MODULES = (
     "modeling_deepseekmoe",
     "modeling_classification",
 )
+_LOSS_ALPHAS = (
+    "aux_loss_alpha",
+    "device_balance_alpha",
+    "communication_balance_alpha",
+    "sequence_balance_alpha",
+    "router_z_loss_alpha",
+)
 _MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -70,8 +77,20 @@ class DeepseekMoeConfig(PreTrainedConfig):
             from the input's dtype (V1). Everything after the logits is float32 in both.
         aux_loss_alpha (`float`): coefficient of the expert-level balance loss in training (alias
             `router_aux_loss_coef`), counted on the experts that were chosen, bias included; 0 turns it off.
-        seq_aux (`bool`): compute that loss for each row of the batch and average, else over all tokens of the batch.
-            Sequences packed into one row count as one.
+        seq_aux (`bool`): compute this loss and the next two for each row of the batch and average, else over all
+            tokens of the batch. Sequences packed into one row count as one.
+        device_balance_alpha, communication_balance_alpha (`float`): coefficients of the losses that balance devices
+            and what is sent to them (0.05 and 0.02 in V2).
+        sequence_balance_alpha (`float`): coefficient of V3's sequence-wise balance loss, which ignores the bias
+            (1e-4 there).
+        router_z_loss_alpha (`float`): coefficient of the router z-loss.
+        n_device_groups (`int`, *optional*): D, devices that the experts are thought to lie on, in equal groups of
+            consecutive ones; `n_group` when absent. Needed by the two device losses and by token dropping.
+        max_devices_per_token (`int`, *optional*): M of the communication loss; when absent, `topk_group` if the
+            groups of the gate are the devices, else at most K.
+        token_drop_capacity_factor (`float`, *optional*): in training, drop the choices of lowest affinity beyond this
+            multiple of a device's mean load (1.0 in V2; absent: none). A dropped choice has the weight 0.
+        token_drop_protected_share (`float`): chance of a sequence to have none of its tokens dropped.
         output_router_logits (`bool`): return the raw gate logits of every MoE layer.
         attention_type (`str`, *optional*): `"mha"` (also grouped-query) or `"mla"`; when absent, `"mla"` if
             `kv_lora_rank` is set.
@@ -124,6 +143,14 @@ class DeepseekMoeConfig(PreTrainedConfig):
     router_dtype: str = "float32"
     aux_loss_alpha: float = 0.001
     seq_aux: bool = True
+    device_balance_alpha: float = 0.0
+    communication_balance_alpha: float = 0.0
+    sequence_balance_alpha: float = 0.0
+    router_z_loss_alpha: float = 0.0
+    n_device_groups: OptionalInt = None
+    max_devices_per_token: OptionalInt = None
+    token_drop_capacity_factor: float | None = None
+    token_drop_protected_share: float = 0.1
     output_router_logits: bool = False
     attention_type: str = ""
     kv_lora_rank: OptionalInt = None
@@ -187,6 +214,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
         self._check_attention()
         if self.n_routed_experts:
             self._check_routing()
+            self._check_balancing()
 
     # ------------------------------------------------------------------------------------------------ derived values
     def is_moe_layer(self, layer_idx: int) -> bool:
@@ -213,9 +241,24 @@ class DeepseekMoeConfig(PreTrainedConfig):
         return bool(self.norm_topk_prob) and (self.num_experts_per_tok or 0) > 1
 
     @property
-    def balance_loss_alpha(self) -> float:
-        """Coefficient of the expert-level balance loss in training."""
-        return float(self.aux_loss_alpha)
+    def loss_alphas(self) -> dict[str, float]:
+        """Coefficients of the auxiliary losses that are switched on, by name."""
+        alphas = {
+            "expert": self.aux_loss_alpha,
+            "device": self.device_balance_alpha,
+            "communication": self.communication_balance_alpha,
+            "sequence": self.sequence_balance_alpha,
+            "router_z": self.router_z_loss_alpha,
+        }
+        return {name: float(alpha) for name, alpha in alphas.items() if alpha}
+
+    @property
+    def device_groups(self) -> tuple[int, int]:
+        """D, the number of devices, and M, how many of them a token is sent to at most."""
+        groups, kept = self.gate_groups
+        devices = self.n_device_groups or groups
+        limit = kept if devices == groups and kept < groups else min(devices, self.num_experts_per_tok or 1)
+        return devices, self.max_devices_per_token or limit
 
     @property
     def gate_scaling_factor(self) -> float:
@@ -265,6 +308,13 @@ class DeepseekMoeConfig(PreTrainedConfig):
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             self._refuse(field, f"it must be an integer of at least {minimum}" + (" or null" if optional else ""))
 
+    def _check_number(self, field: str, maximum: float = math.inf) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+            self._refuse(field, "it must be a finite number of at least 0")
+        if value > maximum:
+            self._refuse(field, f"it must be at most {maximum}")
+
     def _check_sizes(self) -> None:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             self._check_integer(field, 1)
@@ -276,10 +326,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
             self._check_integer(field, 0, optional=True)
         for field in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim"):
             self._check_integer(field, 1, optional=True)
-        for field in ("rms_norm_eps", "initializer_range", "aux_loss_alpha", "attention_dropout"):
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                self._refuse(field, "it must be a finite number of at least 0")
+        for field in ("rms_norm_eps", "initializer_range", "attention_dropout", *_LOSS_ALPHAS):
+            self._check_number(field)
         if self.num_attention_heads % self.num_key_value_heads:
             self._refuse(
                 "num_key_value_heads", f"it must divide num_attention_heads={self.num_attention_heads} evenly"
@@ -371,6 +419,24 @@ class DeepseekMoeConfig(PreTrainedConfig):
             )
         if self.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
             self._refuse("n_group", f"noaux_tc ranks groups by their best two experts: at most {experts // 2}")
+
+    def _check_balancing(self) -> None:
+        experts = self.n_routed_experts
+        self._check_integer("n_device_groups", 1, optional=True)
+        self._check_integer("max_devices_per_token", 1, optional=True)
+        self._check_number("token_drop_protected_share", maximum=1.0)
+        devices, limit = self.device_groups
+        if experts % devices:
+            self._refuse("n_device_groups", f"it must divide n_routed_experts={experts} evenly")
+        if limit > devices:
+            self._refuse("max_devices_per_token", f"it must lie between 1 and n_device_groups={devices}")
+        if self.token_drop_capacity_factor is not None:
+            self._check_number("token_drop_capacity_factor")
+            if self.token_drop_capacity_factor == 0:
+                self._refuse("token_drop_capacity_factor", "it must be above 0, or null for no dropping")
+        for field in ("device_balance_alpha", "communication_balance_alpha", "token_drop_capacity_factor"):
+            if getattr(self, field) and devices < 2:
+                self._refuse(field, "it needs devices to balance: set n_device_groups to at least 2")
 
 
 def _targets(auto_map: dict[str, Any]) -> list[str]:

@@ -1,9 +1,20 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """The released generations: thin subclasses with the model type, the defaults and the rules of each one's code."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from .configuration_deepseekmoe import DeepseekMoeConfig, OptionalInt
+
+_OWN_FIELDS = (
+    "device_balance_alpha",
+    "communication_balance_alpha",
+    "sequence_balance_alpha",
+    "router_z_loss_alpha",
+    "n_device_groups",
+    "max_devices_per_token",
+    "token_drop_capacity_factor",
+    "token_drop_protected_share",
+)
 
 
 class OfficialConfig(DeepseekMoeConfig):
@@ -16,10 +27,14 @@ class OfficialConfig(DeepseekMoeConfig):
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """As [`DeepseekMoeConfig.to_diff_dict`], with the dtype also under its older name, `torch_dtype`."""
+        """As [`DeepseekMoeConfig.to_diff_dict`], with the dtype also under its older name, `torch_dtype`, and without
+        the fields of this package that the official code does not know, unless they are set."""
         output = super().to_diff_dict()
         if output.get("dtype") is not None:
             output["torch_dtype"] = output["dtype"]
+        for field in _OWN_FIELDS:
+            if output.get(field) == getattr(type(self), field):
+                output.pop(field, None)
         return output
 
 
@@ -101,13 +116,19 @@ class DeepseekV2Config(OfficialConfig):
 
 class DeepseekV3Config(OfficialConfig):
     """The third generation, `model_type: deepseek_v3` (arXiv 2412.19437; R1, Moonlight): MLA, sigmoid gate,
-    auxiliary-loss-free balancing through a bias. Defaults are those of the official configuration class. Its
-    `aux_loss_alpha` has no effect, as in the released code, which computes no auxiliary loss."""
+    auxiliary-loss-free balancing through a bias. Defaults are those of the official configuration class.
+
+    Its `aux_loss_alpha` has no effect, as in the released code, which computes no auxiliary loss. The loss of this
+    generation is the sequence-wise one: `router_aux_loss_coef` is an alias of `sequence_balance_alpha` here."""
 
     model_type = "deepseek_v3"
     allowed_attention_types = ("mla",)
     allowed_scoring_functions = ("sigmoid",)
     allowed_topk_methods = ("noaux_tc",)
+    attribute_map: ClassVar[dict[str, str]] = {
+        **DeepseekMoeConfig.attribute_map,
+        "router_aux_loss_coef": "sequence_balance_alpha",
+    }
 
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -135,9 +156,12 @@ class DeepseekV3Config(OfficialConfig):
     eos_token_id: int | list[int] | None = 1
 
     @property
-    def balance_loss_alpha(self) -> float:
-        """Always 0: the released code of the third generation computes no auxiliary loss."""
-        return 0.0
+    def loss_alphas(self) -> dict[str, float]:
+        """As [`DeepseekMoeConfig.loss_alphas`], without the expert-level loss, which the released code does not
+        compute."""
+        alphas = super().loss_alphas
+        alphas.pop("expert", None)
+        return alphas
 
 
 __all__ = ["DeepseekConfig", "DeepseekV2Config", "DeepseekV3Config", "OfficialConfig"]

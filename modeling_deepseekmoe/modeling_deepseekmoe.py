@@ -33,7 +33,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .balancing import expert_balance_loss
+from .balancing import auxiliary_losses
 from .checkpoint_layout import (
     check_checkpoint,
     mtp_layers,
@@ -44,7 +44,20 @@ from .checkpoint_layout import (
 )
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
+from .replaced_forward import keep_auxiliary_loss
+from .router_load import (
+    NO_RECORD,
+    RouterLoadCounter,
+    RoutingContext,
+    RoutingRecord,
+    count_tokens,
+    load_of_records,
+    remind_of_updates,
+    sum_of_entropies,
+    sum_of_losses,
+)
 from .routing import RoutingPlan, route
+from .token_dropping import drop_tokens
 
 ATTENTION_CLASSES: dict[str, type[nn.Module]] = {"mha": LlamaAttention, "mla": DeepseekV3Attention}
 
@@ -173,36 +186,51 @@ class DeepseekMoeBlock(nn.Module):
         )
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        token_mask: torch.Tensor | None = None,
-        compute_aux_loss: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden_states: torch.Tensor, context: RoutingContext = NO_RECORD
+    ) -> tuple[torch.Tensor, RoutingRecord | None]:
         """Apply the block.
 
         Args:
             hidden_states (`torch.Tensor` of shape (B, S, D)).
-            token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens, for the auxiliary loss.
-            compute_aux_loss (`bool`): whether the auxiliary loss is wanted.
+            context ([`RoutingContext`]): padding, and what is wanted beside the output.
 
         Returns:
-            The output (B, S, D) and the auxiliary loss, a scalar, or `None` where it is unwanted or switched off.
+            The output (B, S, D), and the [`RoutingRecord`] if the context asks for it.
         """
-        _, plan = self.gate(hidden_states.flatten(0, 1))
-        output = self.experts(hidden_states.flatten(0, 1), plan.expert_ids, plan.weights).view_as(hidden_states)
+        tokens = hidden_states.flatten(0, 1)
+        router_logits, plan = self.gate(tokens)
+        weights, dropped = plan.weights, None
+        capacity_factor = self.config.token_drop_capacity_factor
+        if self.training and capacity_factor is not None:
+            weights, dropped = self._drop_tokens(plan, capacity_factor, context)
+        output = self.experts(tokens, plan.expert_ids, weights).view_as(hidden_states)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
-        if not compute_aux_loss or self.config.balance_loss_alpha == 0:
+        if not context.record:
             return output, None
-        batch_shape = hidden_states.shape[:2]
-        aux_loss = expert_balance_loss(
-            plan.scores.unflatten(0, batch_shape),
-            plan.expert_ids.unflatten(0, batch_shape),
-            self.config.balance_loss_alpha,
-            token_mask=token_mask,
-            sequence_wise=self.config.seq_aux,
+        record = RoutingRecord(
+            losses=auxiliary_losses(
+                self.config, router_logits.view(*hidden_states.shape[:2], -1), plan, context.token_mask
+            ),
+            tokens_per_expert=count_tokens(plan.expert_ids, plan.scores.shape[-1], context.token_mask),
+            dropped=dropped,
+            entropy=sum_of_entropies(plan.scores, context.token_mask) if context.measure_entropy else None,
         )
-        return output, aux_loss
+        return output, record
+
+    def _drop_tokens(
+        self, plan: RoutingPlan, capacity_factor: float, context: RoutingContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        mask, protected = context.token_mask, context.protected
+        if protected is not None:
+            protected = protected.repeat_interleave(len(plan.expert_ids) // len(protected))
+        return drop_tokens(
+            plan,
+            self.config.device_groups[0],
+            capacity_factor,
+            token_mask=None if mask is None else mask.flatten(),
+            protected=protected,
+        )
 
 
 class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
@@ -219,22 +247,22 @@ class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        token_mask: torch.Tensor | None = None,
-        compute_aux_loss: bool = False,
+        routing: RoutingContext = NO_RECORD,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Apply the layer; returns the hidden states (B, S, D) and the auxiliary loss. The loss is an output, not
-        something kept on the side, so that it has its gradient under both modes of gradient checkpointing."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Apply the layer; returns the hidden states (B, S, D) and, where they were asked for, the fields of the
+        block's [`RoutingRecord`]. They are outputs, one by one, and not something kept on the side, so that the
+        losses have a gradient under both modes of gradient checkpointing."""
         attention_output, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
         )
         hidden_states = hidden_states + attention_output
-        residual, hidden_states, aux_loss = hidden_states, self.post_attention_layernorm(hidden_states), None
+        residual, hidden_states, record = hidden_states, self.post_attention_layernorm(hidden_states), None
         if isinstance(self.mlp, DeepseekMoeBlock):
-            hidden_states, aux_loss = self.mlp(hidden_states, token_mask, compute_aux_loss)
+            hidden_states, record = self.mlp(hidden_states, routing)
         else:
             hidden_states = self.mlp(hidden_states)
-        return residual + hidden_states, aux_loss
+        return (residual + hidden_states, *(record or ()))
 
 
 class DeepseekMoePreTrainedModel(PreTrainedModel):
@@ -334,6 +362,9 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.router_load = RouterLoadCounter(config.moe_layers, config.n_routed_experts or 0)
+        if config.moe_layers and config.topk_method == "noaux_tc":
+            remind_of_updates(self)
         self.post_init()
 
     @merge_with_config_defaults
@@ -380,43 +411,49 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        token_mask = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            token_mask = attention_mask[:, -inputs_embeds.shape[1] :]
-        wants_router_logits = kwargs.get("output_router_logits")
-        if wants_router_logits is None:
-            wants_router_logits = self.config.output_router_logits
-        compute_aux_loss = bool(self.training or wants_router_logits)
-
-        hidden_states, aux_losses = inputs_embeds, []
+        routing = self._routing_context(attention_mask, inputs_embeds, kwargs.get("output_router_logits"))
+        hidden_states, records = inputs_embeds, []
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for decoder_layer in self.layers:
-            hidden_states, aux_loss = decoder_layer(
+            hidden_states, *record = decoder_layer(
                 hidden_states,
                 attention_mask=causal_mask,
-                token_mask=token_mask,
-                compute_aux_loss=compute_aux_loss,
+                routing=routing,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-            if aux_loss is not None:
-                aux_losses.append(aux_loss)
+            if record:
+                records.append(RoutingRecord(*record))
+        # A forward without gradients is no part of a training step, in whatever mode the model is.
+        if records and self.training and torch.is_grad_enabled():
+            mask = routing.token_mask
+            self.router_load.add(load_of_records(records, inputs_embeds.shape[:2].numel() if mask is None else mask))
         return DeepseekMoeModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
-            aux_loss=_sum(aux_losses, hidden_states) if compute_aux_loss else None,
+            aux_loss=sum_of_losses(records, hidden_states.device) if routing.record else None,
         )
 
-
-def _sum(losses: list[torch.Tensor], reference: torch.Tensor) -> torch.Tensor:
-    """Sum of scalars that may lie on several devices; a float32 zero where there are none."""
-    total = torch.zeros((), dtype=torch.float32, device=reference.device)
-    for loss in losses:
-        total = total + loss.to(total.device)
-    return total
+    def _routing_context(
+        self, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, output_router_logits: bool | None
+    ) -> RoutingContext:
+        config, (batch_size, length) = self.config, inputs_embeds.shape[:2]
+        token_mask, protected = None, None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            token_mask = attention_mask[:, -length:]
+        if self.training and config.token_drop_capacity_factor is not None:
+            # Drawn once for all layers, so that a recomputed layer drops the same tokens.
+            protected = torch.rand(batch_size, device=inputs_embeds.device) < config.token_drop_protected_share
+        wants_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        return RoutingContext(
+            token_mask=token_mask,
+            protected=protected,
+            record=bool(self.training or wants_router_logits),
+            measure_entropy=self.training and self.router_load.measure_entropy,
+        )
 
 
 class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
@@ -438,6 +475,9 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, keep_auxiliary_loss(value, self) if name == "forward" else value)
 
     @can_return_tuple
     def forward(

@@ -199,7 +199,9 @@ def test_overrides_at_load_time_are_checked_and_derived_from(golden: Golden) -> 
     with pytest.raises(ValueError, match=r"num_experts_per_tok=20 .* n_routed_experts=8"):
         AutoConfig.from_pretrained(golden.folder, num_experts_per_tok=20)
     config = AutoConfig.from_pretrained(golden.folder, num_experts=16, router_aux_loss_coef=0.25)
-    assert (config.n_routed_experts, config.aux_loss_alpha) == (16, 0.25)
+    assert (config.n_routed_experts, config.router_aux_loss_coef) == (16, 0.25)
+    alias = "sequence_balance_alpha" if golden.name.startswith("v3") else "aux_loss_alpha"
+    assert getattr(config, alias) == 0.25
     config, unused = AutoConfig.from_pretrained(golden.folder, return_unused_kwargs=True, vocab_size=50, nonsense=1)
     assert config.vocab_size == 50 and unused == {"nonsense": 1}
 

@@ -62,7 +62,9 @@ def test_training_losses_and_gradients(name: str, implementation: str) -> None:
     aux_losses: dict[int, torch.Tensor] = {}
     for layer in model.config.moe_layers:
         block = model.model.layers[layer].mlp
-        block.register_forward_hook(lambda _, __, output, layer=layer: aux_losses.update({layer: output[1]}))
+        block.register_forward_hook(
+            lambda _, __, output, layer=layer: aux_losses.update({layer: output[1].losses.sum()})
+        )
     outputs = model(expected["input_ids"], labels=expected["input_ids"])
     outputs.loss.backward()
 

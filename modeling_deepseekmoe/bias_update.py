@@ -1,0 +1,336 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Auxiliary-loss-free balancing (arXiv 2408.15664): the update of the gates' bias after every optimizer step.
+
+Works on the models of this package, which count their choices themselves, and on every other model whose MoE blocks
+have the structure of transformers' DeepSeek-V3: `experts`, called with (hidden states, ids, weights), and somewhere
+beside them a bias named `e_score_correction_bias`. There the counting is switched on with [`track_router_load`].
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.utils import logging
+
+from .modeling_deepseekmoe import DeepseekMoeModel
+from .router_load import RouterLoad, RouterLoadCounter, count_tokens
+
+logger = logging.get_logger(__name__)
+
+UPDATES = ("sign", "centered_sign", "proportional")
+BIAS_NAME = "e_score_correction_bias"
+
+
+@dataclass(frozen=True)
+class BiasedGate:
+    """One MoE layer's gate with a balancing bias.
+
+    Attributes:
+        name: the name of its MoE block in the model.
+        owner: the module that holds the bias.
+        router: the module whose parameters are the gate.
+        experts: the module that receives the choices.
+    """
+
+    name: str
+    owner: nn.Module
+    router: nn.Module
+    experts: nn.Module
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """The bias itself, E values, float32 from the first call on: updates are far below bfloat16's resolution."""
+        bias = getattr(self.owner, BIAS_NAME)
+        if bias.dtype != torch.float32:
+            if isinstance(bias, nn.Parameter):
+                bias.data = bias.data.float()
+            else:
+                setattr(self.owner, BIAS_NAME, bias.float())
+        return getattr(self.owner, BIAS_NAME)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether none of the gate's parameters is trained, so that its bias is left alone too."""
+        return not any(parameter.requires_grad for parameter in self.router.parameters())
+
+
+def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
+    """All gates of a model that have a balancing bias, found by their structure, in the order of the layers.
+
+    Args:
+        model: a model of this package or another one, wrapped (DDP, PEFT) or not.
+
+    Raises:
+        ValueError: if a bias has no experts beside it, or if biases differ in size.
+    """
+    gates, owners = [], set()
+    for name, block in model.named_modules():
+        experts = getattr(block, "experts", None)
+        if not isinstance(experts, nn.Module):
+            continue
+        beside = [child for child in block.children() if child is not experts]
+        for module in (block, *(module for child in beside for module in child.modules())):
+            if isinstance(getattr(module, BIAS_NAME, None), torch.Tensor):
+                owner = _owner_of_bias(module)
+                router = next((child for child in beside if owner in child.modules()), None)
+                gates.append(BiasedGate(name, owner, router or getattr(block, "gate", block), experts))
+                owners.add(owner)
+                break
+    for name, module in model.named_modules():
+        if module not in owners and isinstance(module._buffers.get(BIAS_NAME), torch.Tensor) and not _is_copy(name):
+            raise ValueError(f"{name}.{BIAS_NAME} is not understood: there are no `experts` beside it.")
+    if len({gate.bias.numel() for gate in gates}) > 1:
+        raise ValueError(f"{type(model).__name__}: gates with different numbers of experts are not supported.")
+    return gates
+
+
+def _owner_of_bias(module: nn.Module) -> nn.Module:
+    """The module that holds the bias which `module` shows: PEFT's wrappers show that of the copy in use."""
+    bias = getattr(module, BIAS_NAME)
+    return next(part for part in module.modules() if bias is {**part._buffers, **part._parameters}.get(BIAS_NAME))
+
+
+def _is_copy(name: str) -> bool:
+    """Whether PEFT keeps this module only as the original of a trained copy."""
+    return ".original_module" in name or ".modules_to_save" in name
+
+
+def bias_step(tokens_per_expert: torch.Tensor, update_rate: float = 1e-3, update: str = "sign") -> torch.Tensor:
+    """What one update adds to the bias.
+
+    With the load c_i of an expert over the whole global batch and the violation e_i = mean(c) - c_i:
+
+    - `"sign"`: gamma * sign(e_i) (arXiv 2408.15664, algorithm 1; V3),
+    - `"centered_sign"`: gamma * (sign(e_i) - mean(sign(e))), which keeps the sum of the bias (Moonlight),
+    - `"proportional"`: gamma * e_i / mean(c), the violation itself relative to the mean load.
+
+    The sign is taken of whole numbers, and is exact.
+
+    Args:
+        tokens_per_expert (`torch.LongTensor` of shape (..., E)): c.
+        update_rate (`float`): gamma, above 0.
+        update (`str`): the rule.
+
+    Returns:
+        `torch.FloatTensor` of shape (..., E); 0 for a layer without tokens.
+
+    Raises:
+        ValueError: for an unknown rule or a rate that is not a positive number.
+    """
+    check_update(update_rate, update)
+    counts = tokens_per_expert.long()
+    total = counts.sum(dim=-1, keepdim=True)
+    violation = total - counts.shape[-1] * counts  # E times the paper's
+    if update == "proportional":
+        return update_rate * (violation / total.clamp(min=1)).float()
+    step = violation.sign().float()
+    if update == "centered_sign":
+        step = step - step.mean(dim=-1, keepdim=True)
+    return update_rate * step
+
+
+def check_update(update_rate: float, update: str) -> None:
+    """Raise a `ValueError` for an unknown rule or a rate that is not a positive number."""
+    if update not in UPDATES:
+        raise ValueError(f"update={update!r} is not allowed: it must be one of {', '.join(map(repr, UPDATES))}.")
+    if not isinstance(update_rate, (int, float)) or not 0 < update_rate < math.inf:
+        raise ValueError(f"update_rate={update_rate!r} is not allowed: it must be a finite number above 0.")
+
+
+def update_router_bias(
+    model: nn.Module, update_rate: float = 1e-3, update: str = "sign", *, process_group: Any = None
+) -> RouterLoad:
+    """Update the bias of a model's gates from the tokens of the whole global batch; call it after `optimizer.step()`.
+
+    The counts of all micro-batches since the last call are summed over the ranks, so that every rank makes the same
+    update. Only forward passes in training mode and with gradients count, padding never does, and gates of which
+    nothing is trained keep their bias.
+
+    Args:
+        model: a model of this package, or another one after [`track_router_load`]; wrapped or not.
+        update_rate (`float`): gamma, above 0.
+        update (`str`): `"sign"`, `"centered_sign"` or `"proportional"`, see [`bias_step`].
+        process_group: the data-parallel ranks; `None` for all.
+
+    Returns:
+        The [`RouterLoad`] of the step, summed over the ranks: what [`RouterStats`] adds up.
+
+    Raises:
+        ValueError: for a model without a balancing bias, if nothing was counted, or for arguments that are not
+            allowed.
+    """
+    check_update(update_rate, update)
+    gates = require_biased_gates(model)
+    load = take_router_load(model, process_group=process_group)
+    apply_bias_step(gates, bias_step(load.tokens_per_expert, update_rate, update))
+    router_load_counter(model).steps_without_update = 0
+    return load
+
+
+@torch.no_grad()
+def apply_bias_step(gates: list[BiasedGate], step: torch.Tensor) -> None:
+    """Add a step (L, E) to the bias of every gate that is not frozen, in place."""
+    for gate, change in zip(gates, step, strict=True):
+        if not gate.frozen:
+            gate.bias.add_(change.to(gate.bias.device).view_as(gate.bias))
+
+
+def require_biased_gates(model: nn.Module) -> list[BiasedGate]:
+    """[`find_biased_gates`], and a `ValueError` if there is none."""
+    gates = find_biased_gates(model)
+    if not gates:
+        raise ValueError(
+            f"{type(model).__name__} has no gate with a balancing bias ({BIAS_NAME}), so that there is nothing to "
+            "update: it takes a model with topk_method='noaux_tc'. Other gates are balanced by aux_loss_alpha."
+        )
+    return gates
+
+
+def take_router_load(model: nn.Module, *, process_group: Any = None) -> RouterLoad:
+    """What the gates did in training since the last call, summed over the ranks; the counting begins again.
+
+    [`update_router_bias`] does this itself; call it instead for a model without a bias, to feed [`RouterStats`].
+
+    Args:
+        model: a model of this package, or another one after [`track_router_load`]; wrapped or not.
+        process_group: the data-parallel ranks; `None` for all.
+
+    Raises:
+        ValueError: if nothing was counted.
+    """
+    counter = router_load_counter(model)
+    distributed = dist.is_available() and dist.is_initialized()
+    if counter.load is None and not distributed:
+        raise ValueError(
+            f"{type(model).__name__}: no token was routed in training since the last update. Only forward passes with "
+            "gradients, in training mode, are counted."
+        )
+    device = next(model.parameters()).device
+    return counter.take(device).all_reduce(process_group, replicas=_replicas(model))
+
+
+def _replicas(model: nn.Module) -> int:
+    """Ranks that are given the same tokens: those of transformers' tensor parallelism."""
+    sizes = [getattr(module, "_tp_size", None) or 1 for module in model.modules()]
+    return max(sizes)
+
+
+def router_load_counter(model: nn.Module) -> RouterLoadCounter:
+    """The counter of a model.
+
+    Raises:
+        ValueError: if the model is not of this package and [`track_router_load`] was not called.
+    """
+    for module in model.modules():
+        if isinstance(module, DeepseekMoeModel):
+            return module.router_load
+        if module in _TRACKERS:
+            return _TRACKERS[module].counter
+    raise ValueError(
+        f"{type(model).__name__} does not count its tokens itself: call track_router_load(model) before training."
+    )
+
+
+# ------------------------------------------------------------------------------------------- models of other packages
+class _Tracker:
+    """Hooks that count the choices of a model which does not do so itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        gates = require_biased_gates(model)
+        self.counter = RouterLoadCounter(tuple(range(len(gates))), gates[0].bias.numel())
+        self.counting = False
+        self.token_mask: torch.Tensor | None = None
+        self.handles = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        for idx, gate in enumerate(gates):
+            hook = self._counting_hook(idx, gate.name)
+            self.handles.append(gate.experts.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    @torch.compiler.disable
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.counting = model.training and torch.is_grad_enabled()
+        mask = kwargs.get("attention_mask")
+        self.token_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        if not self.counting:
+            return
+        inputs: Any = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        load = RouterLoad.zeros(len(self.counter.layers), self.counter.num_experts, inputs.device)
+        load.micro_batches += 1
+        load.tokens += inputs.shape[:2].numel() if self.token_mask is None else (self.token_mask != 0).sum()
+        self.counter.add(load)
+
+    def _counting_hook(self, idx: int, name: str) -> Any:
+        @torch.compiler.disable
+        def hook(experts: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            # A graph task is running: this is a backward pass, which recomputes a checkpointed layer.
+            if not self.counting or torch._C._current_graph_task_id() != -1:
+                return
+            expert_ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+            if not isinstance(expert_ids, torch.Tensor) or expert_ids.is_floating_point() or expert_ids.ndim != 2:
+                raise ValueError(
+                    f"{name}.experts was not called with (hidden states, expert ids, weights): its tokens cannot be "
+                    "counted."
+                )
+            counts = count_tokens(expert_ids.long(), self.counter.num_experts, self.token_mask)
+            if self.counter.load is not None:
+                mine = self.counter.load.tokens_per_expert
+                mine[idx] += counts.to(mine.device)
+
+        return hook
+
+
+_TRACKERS: WeakKeyDictionary[nn.Module, _Tracker] = WeakKeyDictionary()
+
+
+def track_router_load(model: nn.Module) -> RouterLoadCounter:
+    """Begin to count the tokens of every expert in training, and forget what was counted before.
+
+    Models of this package always count. On others, hooks are set on the experts; padding is what the 2-D
+    `attention_mask` of the call says. Recomputation under gradient checkpointing is not counted.
+
+    Args:
+        model: the model whose forward is called with the batch: give the whole one, PEFT's wrapper included.
+
+    Returns:
+        The model's [`RouterLoadCounter`].
+
+    Raises:
+        ValueError: for a model of another package without a balancing bias.
+    """
+    if not any(isinstance(module, DeepseekMoeModel) for module in model.modules()):
+        untrack_router_load(model)
+        _TRACKERS[model] = _Tracker(model)
+    counter = router_load_counter(model)
+    counter.load = None
+    return counter
+
+
+def untrack_router_load(model: nn.Module) -> None:
+    """Remove the hooks of [`track_router_load`]; models of this package go on counting."""
+    tracker = _TRACKERS.pop(model, None)
+    if tracker is not None:
+        tracker.remove()
+
+
+__all__ = [
+    "UPDATES",
+    "BiasedGate",
+    "apply_bias_step",
+    "bias_step",
+    "check_update",
+    "find_biased_gates",
+    "require_biased_gates",
+    "router_load_counter",
+    "take_router_load",
+    "track_router_load",
+    "untrack_router_load",
+    "update_router_bias",
+]

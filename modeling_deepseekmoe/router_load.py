@@ -1,0 +1,272 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What the gates did in training since the last optimizer step: counted exactly, kept on the device.
+
+A block's record leaves its layer as an output and is added up by the model, outside of whatever is checkpointed: a
+recomputed layer makes a record that nobody reads, so that nothing is counted twice. What is added up is no buffer,
+because DDP overwrites buffers with those of rank 0 at every forward.
+
+Shape letters: L MoE layers, E routed experts.
+"""
+
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from transformers.utils import logging
+
+from .balancing import LOSS_NAMES
+
+logger = logging.get_logger(__name__)
+
+STEPS_UNTIL_WARNING = 50
+
+
+class RoutingContext(NamedTuple):
+    """What the layers are told about the batch. A named tuple, so that hooks which move tensors between devices look
+    inside.
+
+    Attributes:
+        token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens.
+        protected (`torch.BoolTensor` of shape (B,), *optional*): sequences of which no token is dropped.
+        record (`bool`): whether the block's record is wanted.
+        measure_entropy (`bool`): whether the record holds the entropy.
+    """
+
+    token_mask: torch.Tensor | None = None
+    protected: torch.Tensor | None = None
+    record: bool = False
+    measure_entropy: bool = False
+
+
+NO_RECORD = RoutingContext()
+
+
+class RoutingRecord(NamedTuple):
+    """What one MoE block did with one micro-batch.
+
+    Attributes:
+        losses (`torch.FloatTensor` of shape (5,), *optional*): auxiliary losses in the order of `LOSS_NAMES`,
+            coefficients included, differentiable.
+        tokens_per_expert (`torch.LongTensor` of shape (E,)): real tokens that chose each expert.
+        dropped (`torch.LongTensor` of shape (), *optional*): choices that were dropped.
+        entropy (`torch.FloatTensor` of shape (), *optional*): sum over the real tokens of the entropy, in nats, of
+            their affinities (divided by their sum).
+    """
+
+    losses: torch.Tensor | None
+    tokens_per_expert: torch.Tensor
+    dropped: torch.Tensor | None
+    entropy: torch.Tensor | None
+
+
+@dataclass
+class RouterLoad:
+    """What the gates of a model did with one or several micro-batches. Tensors can be added up and reduced.
+
+    Attributes:
+        tokens_per_expert (`torch.LongTensor` of shape (L, E)): real tokens that chose each expert.
+        tokens (`torch.LongTensor` of shape ()): real tokens.
+        micro_batches (`torch.LongTensor` of shape ()): micro-batches.
+        dropped (`torch.LongTensor` of shape (L,)): choices that were dropped.
+        entropy (`torch.FloatTensor` of shape (L,)): sum over the tokens of the entropy of their affinities, in nats;
+            0 where it was not measured.
+        losses (`torch.FloatTensor` of shape (5,)): sum over micro-batches and layers of the auxiliary losses in the
+            order of `LOSS_NAMES`.
+    """
+
+    tokens_per_expert: torch.Tensor
+    tokens: torch.Tensor
+    micro_batches: torch.Tensor
+    dropped: torch.Tensor
+    entropy: torch.Tensor
+    losses: torch.Tensor
+
+    @classmethod
+    def zeros(cls, num_layers: int, num_experts: int, device: torch.device | str | None = None) -> "RouterLoad":
+        """Nothing, for L layers of E experts."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            tokens_per_expert=zeros(num_layers, num_experts),
+            tokens=zeros(),
+            micro_batches=zeros(),
+            dropped=zeros(num_layers),
+            entropy=zeros(num_layers, dtype=torch.float32),
+            losses=zeros(len(LOSS_NAMES), dtype=torch.float32),
+        )
+
+    def add_(self, other: "RouterLoad") -> None:
+        """Add another load to this one, in place, on this one's device."""
+        for field in fields(self):
+            mine = getattr(self, field.name)
+            mine.add_(getattr(other, field.name).to(mine.device))
+
+    def all_reduce(self, process_group: Any = None, replicas: int = 1) -> "RouterLoad":
+        """The sum over the ranks of a process group, in one collective; this load where there is none.
+
+        Args:
+            process_group: the group; `None` for all ranks.
+            replicas: ranks that hold the same tokens, and so count each of them (tensor parallelism).
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        values = [getattr(self, field.name) for field in fields(self)]
+        flat = torch.cat([value.double().flatten() for value in values])  # whole numbers are exact up to 2^53
+        dist.all_reduce(flat, group=process_group)
+        parts = (flat / replicas).split([value.numel() for value in values])
+        return RouterLoad(*(part.view_as(value).to(value.dtype) for part, value in zip(parts, values, strict=True)))
+
+
+class RouterLoadCounter:
+    """Adds up the records of a model's blocks until somebody takes them.
+
+    Attributes:
+        layers (`tuple[int, ...]`): indices of the MoE layers.
+        num_experts (`int`): E.
+        measure_entropy (`bool`): whether blocks are asked for the entropy too.
+        load ([`RouterLoad`], *optional*): what was counted since the last `take`; `None` if nothing was.
+    """
+
+    def __init__(self, layers: tuple[int, ...], num_experts: int) -> None:
+        self.layers = layers
+        self.num_experts = num_experts
+        self.measure_entropy = False
+        self.load: RouterLoad | None = None
+        self.steps_without_update = 0
+
+    def add(self, load: RouterLoad) -> None:
+        """Add the load of one micro-batch."""
+        if self.load is None:
+            self.load = RouterLoad.zeros(len(self.layers), self.num_experts, load.tokens_per_expert.device)
+        self.load.add_(load)
+
+    def take(self, device: torch.device | str | None = None) -> RouterLoad:
+        """Return what was counted and begin again; zeros on `device` if nothing was."""
+        load, self.load = self.load, None
+        return RouterLoad.zeros(len(self.layers), self.num_experts, device) if load is None else load
+
+
+def count_tokens(expert_ids: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Real tokens that chose each expert, without synchronising with the host.
+
+    Args:
+        expert_ids (`torch.LongTensor` of shape (T, K)): the choices.
+        num_experts (`int`): E.
+        token_mask (`torch.Tensor` of T elements, *optional*): nonzero for real tokens.
+
+    Returns:
+        `torch.LongTensor` of shape (E,).
+    """
+    ones = torch.ones_like(expert_ids)
+    if token_mask is not None:
+        ones = (token_mask.reshape(-1, 1) != 0).to(expert_ids.dtype).expand_as(expert_ids)
+    counts = torch.zeros(num_experts, dtype=torch.long, device=expert_ids.device)
+    return counts.scatter_add_(0, expert_ids.flatten(), ones.flatten())
+
+
+def sum_of_entropies(scores: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Sum over the real tokens of the entropy, in nats, of their affinities divided by their sum.
+
+    Args:
+        scores (`torch.FloatTensor` of shape (T, E)): affinities.
+        token_mask (`torch.Tensor` of T elements, *optional*): nonzero for real tokens.
+    """
+    scores = scores.detach()
+    shares = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    entropies = torch.special.entr(shares).sum(dim=-1)
+    return entropies.sum() if token_mask is None else (entropies * (token_mask.flatten() != 0)).sum()
+
+
+def sum_of_losses(records: list[RoutingRecord], device: torch.device) -> torch.Tensor:
+    """Sum of all losses of all layers, which may lie on several devices; a float32 zero where there are none."""
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for record in records:
+        if record.losses is not None:
+            total = total + record.losses.sum().to(device)
+    return total
+
+
+def load_of_records(records: list[RoutingRecord], tokens: torch.Tensor | int) -> RouterLoad:
+    """The load of one micro-batch from the records of all layers.
+
+    Args:
+        records: one for every MoE layer, at least one; they may lie on several devices.
+        tokens (`torch.Tensor` of shape (B, S), or `int`): a mask, nonzero for real tokens, or their number.
+    """
+    device = records[0].tokens_per_expert.device
+    if isinstance(tokens, torch.Tensor):
+        tokens = (tokens != 0).sum()
+
+    def stack(values: list[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
+        zero = torch.zeros((), dtype=dtype, device=device)
+        return torch.stack([zero if value is None else value.detach().to(device, dtype) for value in values])
+
+    losses = [record.losses for record in records if record.losses is not None]
+    return RouterLoad(
+        tokens_per_expert=torch.stack([record.tokens_per_expert.to(device) for record in records]),
+        tokens=torch.as_tensor(tokens, device=device),
+        micro_batches=torch.ones((), dtype=torch.long, device=device),
+        dropped=stack([record.dropped for record in records], torch.long),
+        entropy=stack([record.entropy for record in records], torch.float32),
+        losses=stack([*losses], torch.float32).sum(dim=0) if losses else torch.zeros(len(LOSS_NAMES), device=device),
+    )
+
+
+# ------------------------------------------------------------------------------------- the reminder to update the bias
+_watched: WeakSet[nn.Module] = WeakSet()
+
+
+def remind_of_updates(model: nn.Module) -> None:
+    """Warn, once, if `model` trains for 50 optimizer steps while nothing updates the bias of its gates.
+
+    Args:
+        model: a module with a [`RouterLoadCounter`] as `router_load`.
+    """
+    _count_optimizer_steps()
+    _watched.add(model)
+
+
+@cache
+def _count_optimizer_steps() -> None:
+    register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def _count_optimizer_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    for model in list(_watched):
+        counter: RouterLoadCounter = model.router_load
+        if counter.load is None or not _gates_train(model):
+            continue  # another model's optimizer, or routing that is meant to stay as it is
+        counter.steps_without_update += 1
+        if counter.steps_without_update >= STEPS_UNTIL_WARNING:
+            _watched.discard(model)
+            logger.warning(
+                f"{type(model).__name__} has trained for {STEPS_UNTIL_WARNING} steps, and nothing updates the bias of "
+                "its gates (topk_method='noaux_tc'): nothing balances its experts. Add "
+                "callbacks=[LoadBalancingCallback()] to the Trainer, or call update_router_bias(model) after every "
+                "optimizer.step(); both are in the package modeling_deepseekmoe."
+            )
+
+
+def _gates_train(model: nn.Module) -> bool:
+    return any(parameter.requires_grad for name, parameter in model.named_parameters() if ".gate." in name)
+
+
+__all__ = [
+    "NO_RECORD",
+    "RouterLoad",
+    "RouterLoadCounter",
+    "RoutingContext",
+    "RoutingRecord",
+    "count_tokens",
+    "load_of_records",
+    "remind_of_updates",
+    "sum_of_entropies",
+    "sum_of_losses",
+]
