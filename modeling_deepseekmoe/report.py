@@ -44,6 +44,32 @@ def plot_loss_curve(
     figure.savefig(path)
 
 
+def plot_curves(
+    curves: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    log_scale: bool = False,
+) -> None:
+    """Write several curves over the same steps, counted from 1, as a PNG.
+
+    Args:
+        curves: for every name in the legend, a value for each step.
+        path: the file to write.
+        title, xlabel, ylabel: heading and names of the axes, with units.
+        log_scale: logarithmic vertical axis.
+    """
+    figure, axes = _new_axes(8, 4.5)
+    for name, values in curves.items():
+        axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=name)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log_scale else "linear")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
 def plot_expert_load(loads: Mapping[int, torch.Tensor], path: str | Path, title: str = "Expert load by layer") -> None:
     """Write a heatmap of layers x experts as a PNG: each expert's tokens over the mean of its layer, so that 1 is a
     balanced load and 0 a dead expert.
@@ -71,4 +97,4 @@ def plot_expert_load(loads: Mapping[int, torch.Tensor], path: str | Path, title:
     figure.savefig(path)
 
 
-__all__ = ["plot_expert_load", "plot_loss_curve", "require_matplotlib"]
+__all__ = ["plot_curves", "plot_expert_load", "plot_loss_curve", "require_matplotlib"]

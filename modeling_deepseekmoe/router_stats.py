@@ -43,10 +43,10 @@ class RouterStats:
         """Add the [`RouterLoad`] of one optimizer step, summed over the ranks."""
         violation = max_violation(load.tokens_per_expert)
         if self.load is None:
-            self.load, self._batch_violation = load, violation
-        else:
-            self.load.add_(load)
-            self._batch_violation.add_(violation)
+            self.load = RouterLoad.zeros(*load.tokens_per_expert.shape, violation.device)
+            self._batch_violation = torch.zeros_like(violation)
+        self.load.add_(load)
+        self._batch_violation.add_(violation.to(self._batch_violation.device))
         self.steps += 1
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ LOW_PRECISION_LOSS = 0.1  # bfloat16 or float16 against float32
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor, name: str = "tensor") -> None:
     """The same computation in another order: SAME_COMPUTATION, absolute, and relative to the largest value."""
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(
         found, expected, atol=SAME_COMPUTATION * scale, rtol=0, msg=lambda message: f"{name}: {message}"
     )

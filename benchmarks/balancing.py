@@ -1,0 +1,258 @@
+"""How balanced, and how good: no balancing, the auxiliary loss, loss-free balancing, loss-free plus sequence loss.
+
+Trains a small DeepSeekMoE from scratch on the docstrings of Python's standard library and the pages of its language
+reference, with every method and several seeds, and compares them as arXiv 2408.15664 does: validation perplexity,
+MaxVio of the whole validation set (MaxVio_global) and of every training batch (MaxVio_batch). All methods have the
+same sigmoid gate, data order, schedule and, for a seed, initial weights.
+
+Prints a table, and writes benchmarks/results/balancing.json and balancing.png. The runs share the cores: one thread
+and one process a core. About half an hour on two cores; `--steps 20 --seeds 1` to try it.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import sysconfig
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, max_violation, take_router_load
+from modeling_deepseekmoe.bias_update import update_router_bias
+from modeling_deepseekmoe.evaluation import expert_load, perplexity
+from modeling_deepseekmoe.report import plot_curves
+
+RESULTS = Path(__file__).parent / "results"
+VOCAB_SIZE = 2048
+AUXILIARY_ALPHAS = (1e-1, 1e-2, 1e-3)
+MODEL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "n_routed_experts": 32,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run's settings; the learning rate rises for 5% of the steps and falls to 0 as a cosine, and the update rate
+    of the bias with it."""
+
+    steps: int = 1200
+    batch_size: int = 8
+    block_size: int = 128
+    learning_rate: float = 3e-3
+    update_rate: float = 5e-3
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to balance: a balancing bias or not, and the coefficients of the losses."""
+
+    name: str
+    bias: bool = False
+    alpha: float = 0.0
+    sequence_alpha: float = 0.0
+
+
+METHODS = (
+    Method("no balancing"),
+    *(Method(f"auxiliary loss, {alpha:g}", alpha=alpha) for alpha in AUXILIARY_ALPHAS),
+    Method("loss-free", bias=True),
+    Method("loss-free + sequence loss, 0.0001", bias=True, sequence_alpha=1e-4),
+)
+
+
+def documents() -> list[str]:
+    """Docstrings of the standard library, tests left out, and pages of the language reference; each text once."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = dict.fromkeys(topics[name] for name in sorted(topics))
+    for path in sorted(root.rglob("*.py")):
+        if {"site-packages", "test", "tests", "idle_test"} & set(path.relative_to(root).parts):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # a template or a file in another encoding: no text for a reader
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                found.setdefault(ast.get_docstring(node) or "", None)
+    return [text for text in found if len(text) >= 40]
+
+
+def token_blocks(block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and validation blocks (N, block_size); a tenth of the documents, by their hash, is for validation."""
+    texts = documents()
+    held_out = [hashlib.sha256(text.encode()).digest()[0] < 26 for text in texts]
+    training = [text for text, held in zip(texts, held_out, strict=True) if not held]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(training, trainer)
+
+    def blocks(wanted: bool) -> torch.Tensor:
+        chosen = [text for text, held in zip(texts, held_out, strict=True) if held == wanted]
+        ids = [token for encoding in tokenizer.encode_batch(chosen) for token in [*encoding.ids, 0]]
+        return torch.tensor(ids[: len(ids) // block_size * block_size]).view(-1, block_size)
+
+    return blocks(False), blocks(True)
+
+
+def run(job: tuple[Method, int, Training, torch.Tensor, torch.Tensor]) -> dict:
+    """Train and measure one model."""
+    method, seed, settings, training, validation = job
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(seed)
+    config = DeepseekMoeConfig(
+        **MODEL,
+        topk_method="noaux_tc" if method.bias else "greedy",
+        aux_loss_alpha=method.alpha,
+        sequence_balance_alpha=method.sequence_alpha,
+    )
+    model = DeepseekMoeForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    warmup = max(1, settings.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))),
+    )
+    order = torch.Generator().manual_seed(seed)
+    batch_violations, losses, begin = [], [], time.perf_counter()
+    for _ in range(settings.steps):
+        batch = training[torch.randint(len(training), (settings.batch_size,), generator=order)]
+        outputs = model(batch, labels=batch)
+        outputs.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if method.bias:
+            load = update_router_bias(model, settings.update_rate * schedule.get_last_lr()[0] / settings.learning_rate)
+        else:
+            load = take_router_load(model)
+        schedule.step()
+        batch_violations.append(max_violation(load.tokens_per_expert).mean().item())
+        losses.append((outputs.loss - outputs.aux_loss).item())
+    loads = expert_load(model, validation.split(32))
+    return {
+        "method": method.name,
+        "seed": seed,
+        "perplexity": perplexity(model, validation.split(32)),
+        "max_violation_global": max_violation(torch.stack(list(loads.values()))).mean().item(),
+        "max_violation_batch": statistics.mean(batch_violations[-settings.steps // 5 :]),
+        "seconds": time.perf_counter() - begin,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "batch_violations": batch_violations,
+        "losses": losses,
+    }
+
+
+def summarize(runs: list[dict]) -> list[dict]:
+    """Mean, lowest and highest over the seeds for every method."""
+    rows = []
+    for method in METHODS:
+        mine = [run for run in runs if run["method"] == method.name]
+        row: dict = {"method": method.name}
+        for measure in ("perplexity", "max_violation_global", "max_violation_batch"):
+            values = [run[measure] for run in mine]
+            row[measure] = {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Run everything, write the results, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=Training.steps)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    settings = Training(steps=options.steps)
+    begin = time.perf_counter()
+    training, validation = token_blocks(settings.block_size)
+    jobs = [(method, seed, settings, training, validation) for seed in range(options.seeds) for method in METHODS]
+    runs = []
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for result in pool.imap_unordered(run, jobs):
+            runs.append(result)
+            print(
+                f"{len(runs)}/{len(jobs)} {result['method']}, seed {result['seed']}: perplexity "
+                f"{result['perplexity']:.2f}, MaxVio_global {result['max_violation_global']:.3f}, "
+                f"{result['seconds']:.0f} s",
+                flush=True,
+            )
+    rows = summarize(runs)
+    figures = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cores": os.cpu_count(),
+        "minutes": (time.perf_counter() - begin) / 60,
+        "model": MODEL,
+        "parameters": runs[0]["parameters"],
+        "training": asdict(settings),
+        "training_tokens": settings.steps * settings.batch_size * settings.block_size,
+        "corpus_tokens": training.numel(),
+        "validation_tokens": validation.numel(),
+        "seeds": options.seeds,
+        "rows": rows,
+        "runs": [{key: run[key] for key in run if key not in ("losses", "batch_violations")} for run in runs],
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "balancing.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    curves = {}
+    for method in METHODS:
+        mine = [run["batch_violations"] for run in runs if run["method"] == method.name]
+        curves[method.name] = [statistics.mean(values) for values in zip(*mine, strict=True)]
+    plot_curves(
+        curves,
+        options.output / "balancing.png",
+        title=f"Imbalance of the training batches, mean of {options.seeds} seeds",
+        xlabel="optimizer step",
+        ylabel="MaxVio_batch, mean over the layers",
+        log_scale=True,
+    )
+    print(f"\n{figures['parameters']:,} parameters, {figures['training_tokens']:,} training tokens,", end=" ")
+    print(f"{options.seeds} seeds, {figures['minutes']:.0f} minutes")
+    print("| | validation perplexity | MaxVio_global | MaxVio_batch, last fifth |\n| --- | --- | --- | --- |")
+    for row in rows:
+        cells = [
+            f"{row[measure]['mean']:.{digits}f} ({row[measure]['min']:.{digits}f} to {row[measure]['max']:.{digits}f})"
+            for measure, digits in (("perplexity", 2), ("max_violation_global", 3), ("max_violation_batch", 3))
+        ]
+        print(f"| {row['method']} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

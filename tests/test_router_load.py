@@ -1,0 +1,203 @@
+"""The counts of tokens are whole numbers, and exact, however the training step is made."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import V3_LIKE
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DeepseekV3Config as NativeConfig
+from transformers import DeepseekV3ForCausalLM as NativeModel
+
+from modeling_deepseekmoe import RouterLoad, RouterStats, take_router_load, track_router_load
+from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeGate
+
+batch = torch.randint(3, 96, (8, 12), generator=torch.Generator().manual_seed(5))
+everything = torch.ones_like(batch)
+CHECKPOINTING = {"plain": None, "reentrant": True, "non-reentrant": False}
+
+
+def native_model() -> NativeModel:
+    """transformers' own DeepSeek-V3, small."""
+    torch.manual_seed(0)
+    config = NativeConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3,
+        first_k_dense_replace=1, n_group=4, topk_group=2, kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=8,
+        qk_rope_head_dim=4, v_head_dim=8, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return NativeModel(config).train()
+
+
+def reference_counts(model: nn.Module, rows: torch.Tensor, mask: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+    """Tokens of every expert (L, E), counted token by token from the gates of an evaluation pass."""
+    chosen: list[torch.Tensor] = []
+    handles = []
+    for module in model.modules():
+        if isinstance(module, DeepseekMoeGate):
+            handles.append(module.register_forward_hook(lambda _, __, output: chosen.append(output[1].expert_ids)))
+        elif type(module).__name__ == "DeepseekV3TopkRouter":
+            handles.append(module.register_forward_hook(lambda _, __, output: chosen.append(output[2])))
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        model(rows, attention_mask=mask, **kwargs)
+    model.train(training)
+    for handle in handles:
+        handle.remove()
+    counts = torch.zeros(len(chosen), 8, dtype=torch.long)
+    for layer, ids in enumerate(chosen):
+        for token, real in zip(ids.tolist(), mask.flatten().tolist(), strict=True):
+            for expert in token if real else ():
+                counts[layer, expert] += 1
+    return counts
+
+
+@pytest.fixture(params=["ours", "ours-softmax", "native"])
+def model(request: pytest.FixtureRequest, tiny_model: Callable) -> nn.Module:
+    if request.param == "native":
+        model = native_model()
+        track_router_load(model)
+        return model
+    return tiny_model(**(V3_LIKE if request.param == "ours" else {}))
+
+
+def checkpointed(model: nn.Module, use_reentrant: bool | None) -> nn.Module:
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_counts_of_a_step(model: nn.Module, checkpointing: str, accumulate: int, padding: str | None) -> None:
+    mask = everything
+    if padding:
+        lengths = torch.tensor([12, 5, 9, 1, 12, 7, 3, 10])[:, None]
+        positions = torch.arange(12)[None]
+        mask = (positions < lengths if padding == "right" else positions >= 12 - lengths).long()
+    expected = reference_counts(model, batch, mask)
+    assert model(batch[:1]).logits is not None  # in training, before the step: taken away
+    take_router_load(model)
+    checkpointed(model, CHECKPOINTING[checkpointing])
+    for rows, part in zip(batch.chunk(accumulate), mask.chunk(accumulate), strict=True):
+        model(rows, attention_mask=part, labels=rows).loss.backward()
+    load = take_router_load(model)
+    assert torch.equal(load.tokens_per_expert, expected)
+    assert load.tokens_per_expert.dtype == torch.long
+    assert (load.tokens, load.micro_batches) == (mask.sum(), accumulate)
+    assert load.tokens_per_expert.sum(dim=1).tolist() == [int(mask.sum()) * 3] * 2
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_only_some_layers_checkpointed(model: nn.Module, use_reentrant: bool) -> None:
+    expected = reference_counts(model, batch, everything)
+    layer = model.model.layers[1]
+    layer.gradient_checkpointing = True  # the other layers run as they are
+    layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=use_reentrant)
+    model(batch, labels=batch).loss.backward()
+    assert torch.equal(take_router_load(model).tokens_per_expert, expected)
+
+
+def test_packed_sequences(model: nn.Module) -> None:
+    """Three sequences in every row, told apart by their positions."""
+    positions = torch.tensor([*range(5), *range(4), *range(3)]).repeat(8, 1)
+    expected = reference_counts(model, batch, everything, position_ids=positions)
+    model(batch, position_ids=positions, labels=batch).loss.backward()
+    assert torch.equal(take_router_load(model).tokens_per_expert, expected)
+
+
+def test_evaluation_and_forwards_without_gradients_do_not_count(model: nn.Module) -> None:
+    expected = reference_counts(model, batch, everything)
+    model(batch[:4], labels=batch[:4]).loss.backward()
+    model.eval()
+    model(batch, labels=batch)
+    model.generate(batch[:1, :4], max_new_tokens=3, do_sample=False)
+    model.train()
+    with torch.no_grad():
+        model(batch, labels=batch)
+    model(batch[4:], labels=batch[4:]).loss.backward()
+    assert torch.equal(take_router_load(model).tokens_per_expert, expected)
+
+
+def test_compiled(model: nn.Module) -> None:
+    native = isinstance(model, NativeModel)
+    model.set_experts_implementation("batched_mm")
+    expected = reference_counts(model, batch, everything)
+    compiled = torch.compile(model, fullgraph=not native)
+    for _ in range(3):
+        compiled(batch, labels=batch).loss.backward()
+    assert torch.equal(take_router_load(model).tokens_per_expert, 3 * expected)
+
+
+def test_lora_with_a_frozen_gate(model: nn.Module) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    expected = reference_counts(model, batch, everything)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM"))
+    track_router_load(wrapped)
+    wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped(batch, attention_mask=everything, labels=batch).loss.backward()
+    assert not any(parameter.grad is not None for name, parameter in wrapped.named_parameters() if ".gate." in name)
+    assert torch.equal(take_router_load(wrapped).tokens_per_expert, expected)
+
+
+def test_embeddings_as_input(model: nn.Module) -> None:
+    expected = reference_counts(model, batch, everything)
+    model(inputs_embeds=model.get_input_embeddings()(batch), labels=batch).loss.backward()
+    load = take_router_load(model)
+    assert torch.equal(load.tokens_per_expert, expected) and load.tokens == batch.numel()
+
+
+def test_nothing_counted(model: nn.Module) -> None:
+    with torch.no_grad():
+        model(batch)
+    with pytest.raises(ValueError, match="no token was routed in training"):
+        take_router_load(model)
+
+
+def test_statistics_against_a_loop(tiny_model: Callable) -> None:
+    model = tiny_model(**V3_LIKE, sequence_balance_alpha=0.1, router_z_loss_alpha=0.01)
+    model.model.layers[1].mlp.gate.e_score_correction_bias[0] = -3.0  # nobody chooses expert 0
+    model.model.layers[1].mlp.gate.e_score_correction_bias[1] = -4.0
+    stats = RouterStats(model)
+    with pytest.raises(ValueError, match="no step to report"):
+        stats.summary()
+    mask = (torch.arange(12)[None] < torch.tensor([12, 5, 9, 1, 12, 7, 3, 10])[:, None]).long()
+    loads, entropies, losses = [], torch.zeros(2), []
+    for rows, part in zip(batch.chunk(2), mask.chunk(2), strict=True):
+        outputs = model(rows, attention_mask=part, output_router_logits=True)
+        for layer, logits in enumerate(outputs.router_logits):
+            shares = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+            entropies[layer] += -(shares * shares.log()).sum(-1)[part.flatten().bool()].sum().item()
+        losses.append(outputs.aux_loss.item())
+        loads.append(take_router_load(model))
+        stats.add(loads[-1])
+    values, summary = stats.to_dict(), stats.summary()
+    counts = torch.stack([load.tokens_per_expert for load in loads])
+    batch_violations = [[max(row) / (sum(row) / 8) - 1 for row in load] for load in counts.tolist()]
+    global_violations = [max(row) / (sum(row) / 8) - 1 for row in counts.sum(0).tolist()]
+    assert values["steps"] == 2 and values["tokens"] == mask.sum() and values["layers"] == [1, 2]
+    assert values["tokens_per_expert"] == counts.sum(0).tolist()
+    assert values["max_violation_global"] == pytest.approx(global_violations)
+    assert values["max_violation_batch"] == pytest.approx(
+        [sum(pair) / 2 for pair in zip(*batch_violations, strict=True)]
+    )
+    assert values["dead_experts"] == [0.25, 0.0]
+    assert values["drop_rate"] == [0.0, 0.0]
+    assert values["bias_norm"] == pytest.approx([5.0, 0.0])
+    assert values["entropy"] == pytest.approx((entropies / mask.sum()).tolist(), rel=1e-5)
+    assert values["losses"].keys() == {"expert", "sequence", "router_z"}
+    assert summary["aux_loss"] == pytest.approx(sum(losses) / 2)
+    assert summary["router/dead_experts"] == 0.125
+    assert summary["aux_loss/sequence"] == values["losses"]["sequence"]
+    stats.reset()
+    assert stats.load is None and stats.steps == 0
+
+
+def test_load_reduced_without_processes_is_itself() -> None:
+    load = RouterLoad.zeros(2, 4)
+    assert load.all_reduce() is load
