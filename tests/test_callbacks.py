@@ -1,0 +1,219 @@
+"""The callbacks in transformers' Trainer: updates, logs, resuming, other models, bad input."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import V3_LIKE
+from safetensors.torch import load_file
+from test_bias_update import biases
+from test_router_load import native_model, reference_counts
+from test_trainer import Rows, StopAt, arguments, losses, reference_text
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from modeling_deepseekmoe import LoadBalancingCallback, RouterStatsCallback, bias_step
+from modeling_deepseekmoe.bias_update import find_biased_gates
+
+rows = reference_text(32, 24)
+data = Rows(input_ids=rows, labels=rows)
+
+
+class Recorder(TrainerCallback):
+    """Keeps the biases after every step, and what reporters would see."""
+
+    def __init__(self) -> None:
+        self.biases: list[list[torch.Tensor]] = []
+        self.logs: list[dict] = []
+
+    def on_step_end(self, *args: object, model: nn.Module, **kwargs: object) -> None:
+        self.biases.append(biases(model))
+
+    def on_log(self, *args: object, logs: dict, **kwargs: object) -> None:
+        self.logs.append(dict(logs))
+
+
+def train(model: nn.Module, folder: Path, callback: TrainerCallback, **kwargs: object) -> tuple[Trainer, Recorder]:
+    recorder = Recorder()
+    trainer = Trainer(model, arguments(folder, **kwargs), train_dataset=data, callbacks=[callback, recorder])
+    trainer.train()
+    return trainer, recorder
+
+
+@pytest.mark.parametrize("kind", ["ours", "native"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_one_update_per_step_from_the_whole_batch(
+    tiny_model: Callable, tmp_path: Path, kind: str, accumulate: int
+) -> None:
+    """The first update is that of the untrained model on the eight sequences of the first step."""
+    model = native_model() if kind == "native" else tiny_model(**V3_LIKE)
+    same = native_model() if kind == "native" else tiny_model(**V3_LIKE)
+    trainer, recorder = train(
+        model, tmp_path, LoadBalancingCallback(0.01), max_steps=3, gradient_accumulation_steps=accumulate,
+        per_device_train_batch_size=8 // accumulate, gradient_checkpointing=True,
+    )  # fmt: skip
+    batches = iter(trainer.get_train_dataloader())
+    first = torch.cat([next(batches)["input_ids"] for _ in range(accumulate)])
+    counts = reference_counts(same, first, torch.ones_like(first))
+    for bias, step in zip(recorder.biases[0], bias_step(counts, 0.01), strict=True):
+        assert torch.equal(bias, step)
+    assert len(recorder.biases) == 3
+    multiples = torch.stack([bias / 0.01 for bias in recorder.biases[2]])
+    assert (multiples - multiples.round()).abs().max() < 1e-4 and multiples.abs().max() <= 3
+    row = trainer.state.log_history[0]
+    assert row["router/max_violation_global"] == row["router/max_violation_batch"] > 0
+
+
+def test_logs_reach_history_console_and_reporters(tiny_model: Callable, tmp_path: Path) -> None:
+    names = {"router/max_violation_global", "router/max_violation_batch", "router/dead_experts", "router/entropy",
+             "router/drop_rate", "router/bias_norm", "aux_loss", "aux_loss/expert", "aux_loss/sequence"}  # fmt: skip
+
+    def trainer_with(reporter: TrainerCallback) -> Trainer:
+        model = tiny_model(**V3_LIKE, sequence_balance_alpha=0.1)
+        # Trainer runs reporters before the callbacks of the user; this one stands for them.
+        return Trainer(model, arguments(tmp_path, max_steps=4, logging_steps=2), train_dataset=data,
+                       eval_dataset=data, callbacks=[reporter])  # fmt: skip
+
+    reporter = Recorder()
+    trainer = trainer_with(reporter)
+    trainer.add_callback(LoadBalancingCallback())
+    trainer.train()
+    for row in trainer.state.log_history[:2]:
+        assert row.keys() >= names | {"loss", "step"}
+        assert row["aux_loss"] == pytest.approx(row["aux_loss/expert"] + row["aux_loss/sequence"])
+    assert names.isdisjoint(trainer.state.log_history[2])  # the summary at the end of training
+    assert names.isdisjoint(reporter.logs[0])
+
+    reporter = Recorder()
+    trainer = trainer_with(reporter)
+    LoadBalancingCallback().add_to(trainer)
+    trainer.train()
+    assert reporter.logs[0].keys() >= names
+    assert names.isdisjoint(trainer.evaluate())
+
+
+def test_the_window_of_the_statistics(tiny_model: Callable, tmp_path: Path) -> None:
+    """Between two logs: the mean of the steps' violations, and the violation of their sum."""
+    every, _ = train(tiny_model(**V3_LIKE), tmp_path, LoadBalancingCallback(), max_steps=4)
+    other, _ = train(tiny_model(**V3_LIKE), tmp_path, LoadBalancingCallback(), max_steps=4, logging_steps=4)
+    steps = [row["router/max_violation_batch"] for row in every.state.log_history[:4]]
+    row = other.state.log_history[0]
+    assert row["router/max_violation_batch"] == pytest.approx(sum(steps) / 4)
+    assert 0 < row["router/max_violation_global"] < row["router/max_violation_batch"]
+
+
+def test_statistics_of_a_model_without_a_bias(tiny_model: Callable, tmp_path: Path) -> None:
+    trainer, recorder = train(tiny_model(), tmp_path, RouterStatsCallback(), max_steps=2)
+    row = trainer.state.log_history[0]
+    assert row["aux_loss"] == row["aux_loss/expert"] > 0 and row["router/entropy"] > 0
+    assert "router/bias_norm" not in row and recorder.biases == [[], []]
+
+
+def test_evaluation_in_between_changes_nothing(tiny_model: Callable, tmp_path: Path) -> None:
+    plain, _ = train(tiny_model(**V3_LIKE), tmp_path, LoadBalancingCallback(), max_steps=4)
+    model = tiny_model(**V3_LIKE)
+    evaluated = Trainer(model, arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1),
+                        train_dataset=data, eval_dataset=data, callbacks=[LoadBalancingCallback()])  # fmt: skip
+    evaluated.train()
+    for one, other in zip(biases(plain.model), biases(model), strict=True):
+        assert torch.equal(one, other) and one.any()
+    assert losses(plain) == losses(evaluated)
+
+
+def test_freeze_after(tiny_model: Callable, tmp_path: Path) -> None:
+    _, recorder = train(tiny_model(**V3_LIKE), tmp_path, LoadBalancingCallback(freeze_after=2), max_steps=4)
+    second, third, fourth = recorder.biases[1:]
+    assert not torch.equal(recorder.biases[0][0], second[0])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(second, third, fourth, strict=True))
+    _, never = train(tiny_model(**V3_LIKE), tmp_path, LoadBalancingCallback(freeze_after=0), max_steps=2)
+    assert not any(bias.any() for step in never.biases for bias in step)
+
+
+def interrupted_run(model: Callable[[], nn.Module], folder: Path) -> tuple[Trainer, Recorder]:
+    """Four steps, then four more by another trainer with another model, which starts from the checkpoint."""
+    part = arguments(folder, max_steps=8, save_steps=4, save_strategy="steps")
+    Trainer(model(), part, train_dataset=data, callbacks=[LoadBalancingCallback(0.01), StopAt(4)]).train()
+    fresh, recorder = model(), Recorder()
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.normal_()
+    resumed = Trainer(fresh, part, train_dataset=data, callbacks=[LoadBalancingCallback(0.01), recorder])
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    return resumed, recorder
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tiny_model: Callable, tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        return tiny_model(**V3_LIKE, sequence_balance_alpha=0.1)
+
+    whole, _ = train(model(), tmp_path / "a", LoadBalancingCallback(0.01), max_steps=8)
+    resumed, _ = interrupted_run(model, tmp_path / "b")
+    keys = ("loss", "aux_loss", "router/max_violation_global", "router/bias_norm")
+    for mine, theirs in zip(resumed.state.log_history[-5:-1], whole.state.log_history[-5:-1], strict=True):
+        assert [mine[key] for key in keys] == [theirs[key] for key in keys]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert all(bias.any() for bias in biases(whole.model))
+
+
+def test_the_bias_of_a_native_model_resumes(tmp_path: Path) -> None:
+    """Its experts do not (transformers leaves them as they were), so that the rest of the run differs."""
+    _, recorder = interrupted_run(native_model, tmp_path)
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    for layer, bias in zip((1, 2), recorder.biases[0], strict=True):
+        before = saved[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"]
+        steps = (bias - before) / 0.01
+        assert before.abs().max() > 0.02 and steps.abs().max() > 0.5
+        assert (steps - steps.round()).abs().max() < 1e-3 and steps.abs().max() < 1.5
+
+
+def test_a_step_that_the_gradient_scaler_skipped(tiny_model: Callable, tmp_path: Path) -> None:
+    model = tiny_model(**V3_LIKE)
+
+    class Skips(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: object, optimizer: object, **kwargs: object) -> None:
+            optimizer._is_overflow = True  # what accelerate's wrapper sets when the scaler finds an overflow
+
+        def on_optimizer_step(self, *args: object, optimizer: object, **kwargs: object) -> None:
+            optimizer._is_overflow = True
+
+    trainer = Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=data,
+                      callbacks=[Skips(), LoadBalancingCallback()])  # fmt: skip
+    trainer.train()
+    assert not any(bias.any() for bias in biases(model))
+    assert trainer.state.log_history[0]["router/max_violation_batch"] > 0
+
+
+def test_frozen_gates_are_reported(tiny_model: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(**V3_LIKE)
+    for gate in find_biased_gates(model):
+        gate.router.requires_grad_(False)
+    train(model, tmp_path, LoadBalancingCallback(), max_steps=1)
+    assert "2 of 2 gates are frozen" in caplog.text
+    assert not any(bias.any() for bias in biases(model))
+
+
+def test_native_models_keep_no_hook(tmp_path: Path) -> None:
+    model = native_model()
+    train(model, tmp_path, LoadBalancingCallback(), max_steps=1)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_bad_input(tiny_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"no gate with a balancing bias .* aux_loss_alpha"):
+        Trainer(tiny_model(), arguments(tmp_path), train_dataset=data, callbacks=[LoadBalancingCallback()])
+    late = Trainer(tiny_model(), arguments(tmp_path, max_steps=1), train_dataset=data)
+    late.add_callback(LoadBalancingCallback())
+    with pytest.raises(ValueError, match="no gate with a balancing bias"):
+        late.train()
+    with pytest.raises(ValueError, match=r"update='median' .* 'sign'"):
+        LoadBalancingCallback(update="median")
+    with pytest.raises(ValueError, match=r"update_rate=-1 .* above 0"):
+        LoadBalancingCallback(update_rate=-1)
+    for freeze_after in (-1, 0.5):
+        with pytest.raises(ValueError, match=rf"freeze_after={freeze_after} .* at least 0"):
+            LoadBalancingCallback(freeze_after=freeze_after)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"n_gpu=2 .*DataParallel"):
+        train(tiny_model(**V3_LIKE), tmp_path, LoadBalancingCallback(), max_steps=1)

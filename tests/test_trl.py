@@ -1,0 +1,122 @@
+"""TRL's trainers: the auxiliary loss is the model's own, with its coefficient counted once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MLA, V3_LIKE
+from tolerances import assert_same
+from torch import nn
+
+from modeling_deepseekmoe import DeepseekV3Config, DeepseekV3ForCausalLM, LoadBalancingCallback
+from modeling_deepseekmoe.bias_update import find_biased_gates
+
+trl = pytest.importorskip("trl")
+
+from datasets import Dataset  # noqa: E402 - needs the same extra
+from test_trainer import topics  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+SIZES = {"vocab_size": 256, "max_position_embeddings": 256, "bos_token_id": 188, "eos_token_id": 189}
+VARIANTS = {
+    "noaux": {**V3_LIKE, "sequence_balance_alpha": 0.02},
+    "softmax": {**MLA, "router_z_loss_alpha": 0.003},
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_only, bos_token="Ā", eos_token="ā", pad_token="Ă")
+
+
+def texts() -> Dataset:
+    """Beginnings of different lengths of pages of the language reference."""
+    return Dataset.from_dict({"text": [topics[name][: 60 + 5 * row] for row, name in enumerate(sorted(topics)[:16])]})
+
+
+def sft(model: nn.Module, folder: Path, coefficient: float | None, **kwargs: object) -> "trl.SFTTrainer":
+    callbacks = kwargs.pop("callbacks", [])
+    peft_config = kwargs.pop("peft_config", None)
+    settings = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 128,
+                "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False,
+                "disable_tqdm": True, "learning_rate": 1e-3, "gradient_checkpointing": False}  # fmt: skip
+    config = trl.SFTConfig(str(folder), router_aux_loss_coef=coefficient, **{**settings, **kwargs})
+    trainer = trl.SFTTrainer(model, config, train_dataset=texts(), processing_class=tokenizer(),
+                             callbacks=callbacks, peft_config=peft_config)  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sft_with_coefficient_and_callback(
+    tiny_model: Callable, tmp_path: Path, packing: bool, checkpointing: bool
+) -> None:
+    model = tiny_model(**VARIANTS["noaux"], **SIZES)
+    trainer = sft(model, tmp_path, 0.05, callbacks=[LoadBalancingCallback()], packing=packing,
+                  gradient_checkpointing=checkpointing)  # fmt: skip
+    assert model.config.aux_loss_alpha == 0.05
+    for row in trainer.state.log_history[:2]:
+        # TRL logs the loss before it multiplies it by the coefficient.
+        assert row["aux_loss"] * 0.05 == pytest.approx(row["aux_loss/expert"] + row["aux_loss/sequence"], rel=1e-5)
+        assert row["router/max_violation_batch"] > 0
+    assert all(gate.bias.abs().max() > 1e-3 for gate in find_biased_gates(model))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("peft", [False, True])
+def test_gradients_are_those_of_the_models_own_loss(
+    tiny_model: Callable, tmp_path: Path, variant: str, peft: bool
+) -> None:
+    """TRL's loss of a micro-batch, through its replaced forward, against the model's own."""
+    from peft import LoraConfig
+
+    settings = {**VARIANTS[variant], **SIZES}
+    lora = LoraConfig(target_modules=["o_proj"], modules_to_save=["gate"], task_type="CAUSAL_LM") if peft else None
+    trainer = sft(tiny_model(**settings), tmp_path, 0.3, peft_config=lora, learning_rate=0.0, max_steps=1)
+    own = tiny_model(**settings, aux_loss_alpha=0.3)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model.train(), dict(inputs))
+    loss.backward()
+    expected = own(**{name: inputs[name] for name in ("input_ids", "attention_mask", "labels")})
+    expected.loss.backward()
+    assert_same(loss.detach(), expected.loss.detach())
+    assert expected.aux_loss > 0.1
+    for layer in own.config.moe_layers:
+        gate = trainer.accelerator.unwrap_model(trainer.model)
+        gate = (gate.get_base_model() if peft else gate).model.layers[layer].mlp.gate
+        weight = gate.modules_to_save.default.weight if peft else gate.weight
+        assert_same(weight.grad, own.model.layers[layer].mlp.gate.weight.grad)
+
+
+def test_the_third_generation_has_its_own_loss(tiny_config: Callable, tmp_path: Path) -> None:
+    """There the coefficient is that of the sequence-wise loss."""
+    fields = tiny_config(**V3_LIKE, **SIZES).to_dict()
+    config = DeepseekV3Config(**{name: value for name, value in fields.items() if name != "model_type"})
+    model = DeepseekV3ForCausalLM(config)
+    trainer = sft(model, tmp_path, 0.02, callbacks=[LoadBalancingCallback()])
+    assert config.sequence_balance_alpha == 0.02 and config.loss_alphas == {"sequence": 0.02}
+    row = trainer.state.log_history[0]
+    assert row["aux_loss"] * 0.02 == pytest.approx(row["aux_loss/sequence"]) and row["aux_loss"] > 1
+
+
+def test_losses_that_a_trainer_leaves_out_are_reported(
+    tiny_model: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sft(tiny_model(**VARIANTS["noaux"], **SIZES), tmp_path, 0.0, max_steps=1)
+    assert "leaves out the auxiliary losses" in caplog.text and "'sequence': 0.02" in caplog.text
+
+
+def test_the_models_own_forward_is_untouched(tiny_model: Callable, tmp_path: Path) -> None:
+    trainer = sft(tiny_model(**VARIANTS["noaux"], **SIZES), tmp_path, 0.3, max_steps=1, learning_rate=0.0)
+    model, own = trainer.model.train(), tiny_model(**VARIANTS["noaux"], **SIZES, aux_loss_alpha=0.3)
+    batch = torch.randint(3, 96, (2, 9))
+    assert torch.equal(model(batch, labels=batch).loss, own(batch, labels=batch).loss)
+    generated = model.eval().generate(batch[:1], max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated, own.eval().generate(batch[:1], max_new_tokens=3, do_sample=False))
