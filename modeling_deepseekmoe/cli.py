@@ -111,6 +111,61 @@ def upcycle(
 
 
 @app.command()
+def report(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, of any generation.")],
+    data: Annotated[str, typer.Option(help="Text file, .jsonl, .json, .csv, .parquet, or a dataset's folder or id.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("routing_report.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing the page.")] = False,
+    column: Annotated[str, typer.Option(help="Field of the rows that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    max_tokens: Annotated[int, typer.Option(help="Tokens to look at.")] = 32768,
+    block_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Show what the gates do with a text: load, imbalance, co-activation, weights and top tokens of every expert."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .registration import register
+    from .report import require_matplotlib
+    from .routing_report import make_report, read_texts
+
+    with _exit_codes():
+        if not as_json:
+            require_matplotlib()
+        register(override_native=True)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        if torch_device := _accelerator():
+            loaded.to(torch_device)
+        result = make_report(
+            loaded,
+            AutoTokenizer.from_pretrained(tokenizer or model),
+            read_texts(data, split=split, column=column),
+            title=model,
+            source=Path(data).name,
+            max_tokens=max_tokens,
+            block_size=block_size,
+            batch_size=batch_size,
+        )
+        if as_json:
+            typer.echo(json.dumps(result.to_dict(), indent=2))
+            return
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(result.to_html(), encoding="utf-8")
+        violation = sum(result.global_violation) / len(result.global_violation)
+        typer.echo(f"{output}: {len(result.trace.layers)} layers, MaxVio_global {violation:.3f} on average.")
+
+
+def _accelerator() -> str | None:
+    """The device type of this machine's accelerator, if it has one."""
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None else device.type
+
+
+@app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes instead of the full run.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for plots, figures and the model.")] = Path("runs/demo"),

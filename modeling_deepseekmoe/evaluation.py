@@ -1,15 +1,17 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Measures of a model on text: perplexity and the load of every expert."""
+"""Measures of a model on text: perplexity, the load of every expert, and a trace of all choices."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .modeling_deepseekmoe import DeepseekMoeGate
+from .router_load import count_tokens, sum_of_entropies
 from .routing import RoutingPlan
 
 
@@ -46,6 +48,29 @@ def perplexity(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> float
     return math.exp(loss / tokens)
 
 
+@dataclass(frozen=True)
+class RoutingTrace:
+    """Every choice that a model's gates made on some tokens. Shape letters: L MoE layers, T tokens, K choices.
+
+    Attributes:
+        layers: indices of the MoE layers.
+        num_experts: E.
+        token_ids (`torch.LongTensor` of shape (T,)): the tokens.
+        batch_lengths: tokens in every batch.
+        expert_ids (`torch.ShortTensor` of shape (L, T, K)): the chosen experts, best first.
+        weights (`torch.FloatTensor` of shape (L, T, K)): their gate weights.
+        entropy (`torch.FloatTensor` of shape (L,)): mean over the tokens of the entropy of their affinities, in nats.
+    """
+
+    layers: tuple[int, ...]
+    num_experts: int
+    token_ids: torch.Tensor
+    batch_lengths: tuple[int, ...]
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+    entropy: torch.Tensor
+
+
 def expert_load(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
     """Number of tokens that every routed expert receives.
 
@@ -59,30 +84,75 @@ def expert_load(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict
     Raises:
         ValueError: if the model has no MoE layer of this family.
     """
+    num_experts = model.config.n_routed_experts
+    loads: dict[int, torch.Tensor] = {}
+
+    def count(layer: int, plan: RoutingPlan) -> None:
+        counts = count_tokens(plan.expert_ids, num_experts, None).cpu()
+        loads[layer] = loads[layer] + counts if layer in loads else counts
+
+    for _ in _watched_batches(model, batches, count):
+        pass
+    return loads
+
+
+def trace_routing(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> RoutingTrace:
+    """Keep every choice that the gates make: 6 bytes of memory for each token, layer and choice.
+
+    Args:
+        model: a model of this family.
+        batches: `torch.LongTensor`s of token ids (B, S), without padding.
+
+    Raises:
+        ValueError: if the model has no MoE layer of this family, or if there is no batch.
+    """
+    layers = model.config.moe_layers
+    ids: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    weights: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    entropies = dict.fromkeys(layers, 0.0)
+
+    def keep(layer: int, plan: RoutingPlan) -> None:
+        ids[layer].append(plan.expert_ids.to("cpu", torch.int16))
+        weights[layer].append(plan.weights.float().cpu())
+        entropies[layer] += float(sum_of_entropies(plan.scores, None))
+
+    tokens = [input_ids.flatten().cpu() for input_ids in _watched_batches(model, batches, keep)]
+    if not tokens:
+        raise ValueError("batches is empty: at least one batch of tokens is needed.")
+    token_ids = torch.cat(tokens)
+    return RoutingTrace(
+        layers=layers,
+        num_experts=model.config.n_routed_experts,
+        token_ids=token_ids,
+        batch_lengths=tuple(len(batch) for batch in tokens),
+        expert_ids=torch.stack([torch.cat(ids[layer]) for layer in layers]),
+        weights=torch.stack([torch.cat(weights[layer]) for layer in layers]),
+        entropy=torch.tensor([entropies[layer] / len(token_ids) for layer in layers]),
+    )
+
+
+def _watched_batches(
+    model: PreTrainedModel, batches: Iterable[torch.Tensor], watch: Callable[[int, RoutingPlan], None]
+) -> Iterator[torch.Tensor]:
+    """Run the model on every batch and yield the batch; `watch` is called with every layer's index and plan."""
     gates = [module for module in model.modules() if isinstance(module, DeepseekMoeGate)]
     if not gates:
         raise ValueError(f"{type(model).__name__} has no MoE layer of this family: there is no load to measure.")
-    loads = {layer_idx: torch.zeros(model.config.n_routed_experts, dtype=torch.long)
-             for layer_idx in model.config.moe_layers}  # fmt: skip
+
+    def hook_of(layer: int) -> Callable[..., None]:
+        return lambda module, args, output: watch(layer, output[1])
+
     handles = [
-        gate.register_forward_hook(_counting_hook(counts)) for gate, counts in zip(gates, loads.values(), strict=True)
+        gate.register_forward_hook(hook_of(layer)) for gate, layer in zip(gates, model.config.moe_layers, strict=True)
     ]
     try:
         with evaluating(model):
             for input_ids in batches:
-                model(input_ids.to(model.device), use_cache=False)
+                model(input_ids.to(model.device), use_cache=False, logits_to_keep=1)
+                yield input_ids
     finally:
         for handle in handles:
             handle.remove()
-    return loads
 
 
-def _counting_hook(counts: torch.Tensor) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple, output: tuple[torch.Tensor, RoutingPlan]) -> None:
-        chosen = output[1].expert_ids.flatten()
-        counts.add_(torch.bincount(chosen, minlength=len(counts)).cpu())
-
-    return hook
-
-
-__all__ = ["evaluating", "expert_load", "perplexity"]
+__all__ = ["RoutingTrace", "evaluating", "expert_load", "perplexity", "trace_routing"]

@@ -1,11 +1,15 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Plots, as PNG files. Needs matplotlib (the extra `report`)."""
+"""Plots, as PNG. Needs matplotlib (the extra `report`)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+
+Target = str | Path | IO[bytes]
+_BLUE, _ORANGE = "#1f4e79", "#d9741a"
 
 
 def require_matplotlib() -> None:
@@ -16,37 +20,42 @@ def require_matplotlib() -> None:
         raise ImportError("Plots need matplotlib: pip install 'modeling-deepseekmoe[report]'") from error
 
 
-def _new_axes(width: float, height: float) -> tuple[Any, Any]:
+def _new_figure(width: float, height: float) -> Any:
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _new_axes(width: float, height: float) -> tuple[Any, Any]:
+    figure = _new_figure(width, height)
     return figure, figure.add_subplot()
 
 
 def plot_loss_curve(
-    steps: Sequence[float], losses: Sequence[float], path: str | Path, title: str = "Training loss"
+    steps: Sequence[float], losses: Sequence[float], target: Target, title: str = "Training loss"
 ) -> None:
     """Write the loss of every step as a PNG.
 
     Args:
         steps: optimizer steps.
         losses: losses in nats per token, auxiliary loss included.
-        path: the file to write.
+        target: the file to write.
         title: heading of the plot.
     """
     figure, axes = _new_axes(7, 4)
-    axes.plot(steps, losses, marker="o", markersize=3, linewidth=1.4, color="#1f4e79")
+    axes.plot(steps, losses, marker="o", markersize=3, linewidth=1.4, color=_BLUE)
     axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    figure.savefig(target, format="png")
 
 
 def plot_curves(
     curves: Mapping[str, Sequence[float]],
-    path: str | Path,
+    target: Target,
     *,
     title: str,
     xlabel: str,
@@ -57,7 +66,7 @@ def plot_curves(
 
     Args:
         curves: for every name in the legend, a value for each step.
-        path: the file to write.
+        target: the file to write.
         title, xlabel, ylabel: heading and names of the axes, with units.
         log_scale: logarithmic vertical axis.
     """
@@ -67,16 +76,16 @@ def plot_curves(
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log_scale else "linear")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    figure.savefig(target, format="png")
 
 
-def plot_expert_load(loads: Mapping[int, torch.Tensor], path: str | Path, title: str = "Expert load by layer") -> None:
+def plot_expert_load(loads: Mapping[int, torch.Tensor], target: Target, title: str = "Expert load by layer") -> None:
     """Write a heatmap of layers x experts as a PNG: each expert's tokens over the mean of its layer, so that 1 is a
     balanced load and 0 a dead expert.
 
     Args:
         loads: for every MoE layer's index, the tokens of its experts (E,).
-        path: the file to write.
+        target: the file to write.
         title: heading of the plot.
 
     Raises:
@@ -94,7 +103,101 @@ def plot_expert_load(loads: Mapping[int, torch.Tensor], path: str | Path, title:
     axes.set_yticks(range(0, num_layers, row_step), [str(layer) for layer in layers[::row_step]])
     axes.set_xticks(range(0, num_experts, column_step))
     figure.colorbar(image, ax=axes, label="tokens / mean tokens of the layer")
-    figure.savefig(path)
+    figure.savefig(target, format="png")
 
 
-__all__ = ["plot_curves", "plot_expert_load", "plot_loss_curve", "require_matplotlib"]
+def plot_max_violation(
+    layers: Sequence[int], global_violation: Sequence[float], batch_violation: Sequence[float], target: Target
+) -> None:
+    """Write MaxVio of every layer as a PNG.
+
+    Args:
+        layers: indices of the MoE layers.
+        global_violation: MaxVio of all tokens together, for every layer.
+        batch_violation: mean of the MaxVio of the batches, for every layer.
+        target: the file to write.
+    """
+    figure, axes = _new_axes(9, 3.6)
+    places = range(len(layers))
+    axes.bar(places, global_violation, color=_BLUE, label="all tokens (global)")
+    axes.plot(places, batch_violation, "o", color=_ORANGE, markersize=4, label="mean of the batches")
+    step = -(-len(layers) // 32)
+    axes.set_xticks(list(places)[::step], [str(layer) for layer in layers[::step]])
+    axes.set(title="Imbalance by layer", xlabel="layer", ylabel="MaxVio = max load / mean load - 1")
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.15)
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize="small")
+    figure.savefig(target, format="png")
+
+
+def plot_co_activation(tables: Mapping[int, torch.Tensor], target: Target) -> None:
+    """Write how often two experts are chosen by the same token, one panel for each layer, as a PNG.
+
+    Args:
+        tables: for every layer's index, a table (E, E) of observed over expected frequencies, so that 1 is what
+            independent choices would give; NaN where there is nothing to compare.
+        target: the file to write.
+    """
+    columns = min(4, len(tables))
+    rows = math.ceil(len(tables) / columns)
+    figure = _new_figure(1.2 + 3.0 * columns, 0.9 + 2.9 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    for panel, layer in zip(panels.flat, tables, strict=False):
+        image = panel.imshow(tables[layer].numpy(), cmap="coolwarm", vmin=0, vmax=2, interpolation="nearest")
+        panel.set_title(f"layer {layer}", fontsize="medium")
+        panel.set_xlabel("expert", fontsize="small")
+        panel.set_ylabel("expert", fontsize="small")
+        panel.tick_params(labelsize="small")
+        panel.locator_params(nbins=4, integer=True)
+    for panel in panels.flat[len(tables) :]:
+        panel.set_axis_off()
+    figure.suptitle("Co-activation: pairs of experts chosen by the same token")
+    figure.colorbar(image, ax=panels, label="observed / expected (2 and more in the darkest red)", shrink=0.8)
+    figure.savefig(target, format="png")
+
+
+def plot_gate_weights(layers: Sequence[int], weights: torch.Tensor, target: Target) -> None:
+    """Write the distribution of the gate weights as a PNG: by layer, and of all layers together.
+
+    Args:
+        layers: indices of the MoE layers.
+        weights (`torch.FloatTensor` of shape (L, T, K)): gate weights, the best choice first.
+        target: the file to write.
+    """
+    require_matplotlib()
+    from matplotlib import colormaps
+
+    figure = _new_figure(11, 4)
+    by_layer, together = figure.subplots(1, 2)
+    top_k = weights.shape[-1]
+    ordered = weights.sort(dim=-1, descending=True).values
+    sample = ordered.flatten()[:: max(1, ordered.numel() // 1_000_000)]
+    low, high = sample.quantile(torch.tensor([0.001, 0.999])).tolist()
+    edges = torch.linspace(low, max(high, low + 1e-6), 61)
+    for rank in range(top_k):
+        color = colormaps["viridis"](rank / max(1, top_k - 1) * 0.9)
+        tenth, middle, ninetieth = ordered[..., rank].quantile(torch.tensor([0.1, 0.5, 0.9]), dim=-1)
+        by_layer.plot(layers, middle, marker="o", markersize=3, linewidth=1.2, color=color)
+        by_layer.fill_between(layers, tenth, ninetieth, color=color, alpha=0.12, linewidth=0)
+        counts = torch.histc(ordered[..., rank].flatten(), bins=60, min=float(edges[0]), max=float(edges[-1]))
+        together.stairs((counts / counts.sum().clamp(min=1)).numpy(), edges.numpy(), color=color, label=str(rank + 1))
+    by_layer.set(title="Gate weight by layer: median, 10% to 90%", xlabel="layer", ylabel="gate weight")
+    by_layer.xaxis.get_major_locator().set_params(integer=True)
+    together.set(title="Gate weight, all layers", xlabel="gate weight", ylabel="share of the tokens, 60 bins")
+    together.legend(title="highest, second, ...", fontsize="small", ncols=1 + (top_k > 6))
+    for axes in (by_layer, together):
+        axes.grid(alpha=0.3)
+    figure.savefig(target, format="png")
+
+
+__all__ = [
+    "plot_co_activation",
+    "plot_curves",
+    "plot_expert_load",
+    "plot_gate_weights",
+    "plot_loss_curve",
+    "plot_max_violation",
+    "require_matplotlib",
+]

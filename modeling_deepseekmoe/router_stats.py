@@ -43,7 +43,7 @@ class RouterStats:
         """Add the [`RouterLoad`] of one optimizer step, summed over the ranks."""
         violation = max_violation(load.tokens_per_expert)
         if self.load is None:
-            self.load = RouterLoad.zeros(*load.tokens_per_expert.shape, violation.device)
+            self.load = RouterLoad.zeros(len(violation), load.tokens_per_expert.shape[1], violation.device)
             self._batch_violation = torch.zeros_like(violation)
         self.load.add_(load)
         self._batch_violation.add_(violation.to(self._batch_violation.device))
