@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from .configuration_deepseekmoe import DeepseekMoeConfig
+from .configuration_deepseekmoe import LOSS_FIELDS, DeepseekMoeConfig
 from .routing import RoutingPlan
 
 # The order of the losses wherever they stand in one vector.
-LOSS_NAMES = ("expert", "device", "communication", "sequence", "router_z")
+LOSS_NAMES = tuple(LOSS_FIELDS)
 
 
 def expert_balance_loss(
@@ -171,7 +171,7 @@ def router_z_loss(
     if token_mask is None:
         return alpha * squares.mean()
     real = token_mask != 0
-    return alpha * squares.masked_fill(~real, 0.0).sum() / real.sum().clamp(min=1)
+    return alpha * (squares * real).sum() / real.sum().clamp(min=1)
 
 
 def auxiliary_losses(
@@ -194,7 +194,8 @@ def auxiliary_losses(
         return None
     batch_shape = router_logits.shape[:2]
     scores, expert_ids = plan.scores.unflatten(0, batch_shape), plan.expert_ids.unflatten(0, batch_shape)
-    _check(0.0, scores, token_mask, expert_ids)
+    for alpha in alphas.values():  # fields can be set after the config was checked, and trainers do so
+        _check(alpha, scores, token_mask, expert_ids)
     num_groups, max_devices = config.device_groups
     losses: dict[str, torch.Tensor] = {}
     if "expert" in alphas or "device" in alphas or "communication" in alphas:
@@ -235,13 +236,9 @@ class _Balance(NamedTuple):
     scores: torch.Tensor  # (B, S, E), sum 1 over the experts
     expert_ids: torch.Tensor  # (B, S, K)
     mask: torch.Tensor  # (B, S), 1 for real tokens
+    tokens: torch.Tensor  # (B, 1), real tokens of every row, at least 1
     f: torch.Tensor  # (B, E)
     p: torch.Tensor  # (B, E)
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """Real tokens of every row (B, 1), at least 1."""
-        return self.mask.sum(dim=1, keepdim=True).clamp(min=1)
 
     def mean(self, products: torch.Tensor) -> torch.Tensor:
         """Sum of (B, ...), divided by the rows that hold a real token."""
@@ -264,7 +261,7 @@ def _balance(
     )
     f = choices * num_experts / (top_k * tokens)
     p = (scores * mask.unsqueeze(-1)).sum(dim=1) / tokens
-    return _Balance(scores, expert_ids, mask, f, p)
+    return _Balance(scores, expert_ids, mask, tokens, f, p)
 
 
 def _expert_loss(balance: _Balance) -> torch.Tensor:

@@ -7,6 +7,7 @@ beside them a bias named `e_score_correction_bias`. There the counting is switch
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,12 +15,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.utils import logging
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from .modeling_deepseekmoe import DeepseekMoeModel
-from .router_load import RouterLoad, RouterLoadCounter, count_tokens
-
-logger = logging.get_logger(__name__)
+from .router_load import RouterLoad, RouterLoadCounter, count_tokens, counts_as_training
 
 UPDATES = ("sign", "centered_sign", "proportional")
 BIAS_NAME = "e_score_correction_bias"
@@ -43,19 +43,29 @@ class BiasedGate:
 
     @property
     def bias(self) -> torch.Tensor:
-        """The bias itself, E values, float32 from the first call on: updates are far below bfloat16's resolution."""
-        bias = getattr(self.owner, BIAS_NAME)
+        """The bias itself, E values."""
+        return getattr(self.owner, BIAS_NAME)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the gate has parameters and none of them is trained, so that its bias is left alone too."""
+        trained = [parameter.requires_grad for parameter in self.router.parameters() if parameter is not self.bias]
+        return bool(trained) and not any(trained)
+
+    @torch.no_grad()
+    def add(self, step: torch.Tensor) -> None:
+        """Add E values to the bias in place, and first make it float32 for good: updates are far below bfloat16's
+        resolution."""
+        bias = self.bias
         if bias.dtype != torch.float32:
             if isinstance(bias, nn.Parameter):
                 bias.data = bias.data.float()
             else:
                 setattr(self.owner, BIAS_NAME, bias.float())
-        return getattr(self.owner, BIAS_NAME)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether none of the gate's parameters is trained, so that its bias is left alone too."""
-        return not any(parameter.requires_grad for parameter in self.router.parameters())
+        step = step.to(self.bias.device).view(self.bias.shape)
+        if isinstance(self.bias, DTensor):  # FSDP2 shards a bias that is a parameter
+            step = distribute_tensor(step, self.bias.device_mesh, self.bias.placements)
+        self.bias.add_(step)
 
 
 def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
@@ -81,7 +91,8 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
                 owners.add(owner)
                 break
     for name, module in model.named_modules():
-        if module not in owners and isinstance(module._buffers.get(BIAS_NAME), torch.Tensor) and not _is_copy(name):
+        unknown = module not in owners and isinstance(module._buffers.get(BIAS_NAME), torch.Tensor)
+        if unknown and not _is_peft_copy(name):
             raise ValueError(f"{name}.{BIAS_NAME} is not understood: there are no `experts` beside it.")
     if len({gate.bias.numel() for gate in gates}) > 1:
         raise ValueError(f"{type(model).__name__}: gates with different numbers of experts are not supported.")
@@ -94,7 +105,7 @@ def _owner_of_bias(module: nn.Module) -> nn.Module:
     return next(part for part in module.modules() if bias is {**part._buffers, **part._parameters}.get(BIAS_NAME))
 
 
-def _is_copy(name: str) -> bool:
+def _is_peft_copy(name: str) -> bool:
     """Whether PEFT keeps this module only as the original of a trained copy."""
     return ".original_module" in name or ".modules_to_save" in name
 
@@ -137,7 +148,7 @@ def check_update(update_rate: float, update: str) -> None:
     """Raise a `ValueError` for an unknown rule or a rate that is not a positive number."""
     if update not in UPDATES:
         raise ValueError(f"update={update!r} is not allowed: it must be one of {', '.join(map(repr, UPDATES))}.")
-    if not isinstance(update_rate, (int, float)) or not 0 < update_rate < math.inf:
+    if not isinstance(update_rate, (int, float)) or isinstance(update_rate, bool) or not 0 < update_rate < math.inf:
         raise ValueError(f"update_rate={update_rate!r} is not allowed: it must be a finite number above 0.")
 
 
@@ -165,18 +176,18 @@ def update_router_bias(
     """
     check_update(update_rate, update)
     gates = require_biased_gates(model)
+    counter = router_load_counter(model)
+    if len(gates) != len(counter.layers):
+        raise ValueError(
+            f"{type(model).__name__} holds {len(gates)} gates with a balancing bias, and counts {len(counter.layers)}: "
+            "give one model, not several in one module."
+        )
     load = take_router_load(model, process_group=process_group)
-    apply_bias_step(gates, bias_step(load.tokens_per_expert, update_rate, update))
-    router_load_counter(model).steps_without_update = 0
-    return load
-
-
-@torch.no_grad()
-def apply_bias_step(gates: list[BiasedGate], step: torch.Tensor) -> None:
-    """Add a step (L, E) to the bias of every gate that is not frozen, in place."""
-    for gate, change in zip(gates, step, strict=True):
+    for gate, step in zip(gates, bias_step(load.tokens_per_expert, update_rate, update), strict=True):
         if not gate.frozen:
-            gate.bias.add_(change.to(gate.bias.device).view_as(gate.bias))
+            gate.add(step)
+    counter.steps_without_update = 0
+    return load
 
 
 def require_biased_gates(model: nn.Module) -> list[BiasedGate]:
@@ -206,17 +217,14 @@ def take_router_load(model: nn.Module, *, process_group: Any = None) -> RouterLo
     distributed = dist.is_available() and dist.is_initialized()
     if counter.load is None and not distributed:
         raise ValueError(
-            f"{type(model).__name__}: no token was routed in training since the last update. Only forward passes with "
-            "gradients, in training mode, are counted."
+            f"{type(model).__name__}: no token was routed in training since the counts were taken last. Only forward "
+            "passes in training mode and with gradients count, and only one may take the counts: one callback, or "
+            "one call, for every optimizer step."
         )
     device = next(model.parameters()).device
-    return counter.take(device).all_reduce(process_group, replicas=_replicas(model))
-
-
-def _replicas(model: nn.Module) -> int:
-    """Ranks that are given the same tokens: those of transformers' tensor parallelism."""
-    sizes = [getattr(module, "_tp_size", None) or 1 for module in model.modules()]
-    return max(sizes)
+    # Of all ranks, those of transformers' tensor parallelism are given the same tokens.
+    sizes = [getattr(module, "_tp_size", None) or 1 for module in model.modules() if process_group is None]
+    return counter.take(device).all_reduce(process_group, replicas=max(sizes, default=1))
 
 
 def router_load_counter(model: nn.Module) -> RouterLoadCounter:
@@ -237,14 +245,20 @@ def router_load_counter(model: nn.Module) -> RouterLoadCounter:
 
 # ------------------------------------------------------------------------------------------- models of other packages
 class _Tracker:
-    """Hooks that count the choices of a model which does not do so itself."""
+    """Hooks that count the choices of a model which does not do so itself: one on its decoder, which every wrapper
+    calls with the batch, and one on the experts of every block."""
 
     def __init__(self, model: nn.Module) -> None:
         gates = require_biased_gates(model)
-        self.counter = RouterLoadCounter(tuple(range(len(gates))), gates[0].bias.numel())
+        layers = [re.search(r"\d+", gate.name) for gate in gates]
+        self.counter = RouterLoadCounter(
+            tuple(idx if match is None else int(match[0]) for idx, match in enumerate(layers)), gates[0].bias.numel()
+        )
         self.counting = False
         self.token_mask: torch.Tensor | None = None
-        self.handles = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        decoder = model if pretrained is None else pretrained.base_model
+        self.handles = [decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
         for idx, gate in enumerate(gates):
             hook = self._counting_hook(idx, gate.name)
             self.handles.append(gate.experts.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
@@ -254,23 +268,15 @@ class _Tracker:
             handle.remove()
 
     @torch.compiler.disable
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.counting = model.training and torch.is_grad_enabled()
-        mask = kwargs.get("attention_mask")
+    def _before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.counting = counts_as_training(decoder)
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self.token_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        if not self.counting:
-            return
-        inputs: Any = kwargs.get("input_ids", args[0] if args else None)
-        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
-        load = RouterLoad.zeros(len(self.counter.layers), self.counter.num_experts, inputs.device)
-        load.micro_batches += 1
-        load.tokens += inputs.shape[:2].numel() if self.token_mask is None else (self.token_mask != 0).sum()
-        self.counter.add(load)
 
     def _counting_hook(self, idx: int, name: str) -> Any:
         @torch.compiler.disable
         def hook(experts: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            # A graph task is running: this is a backward pass, which recomputes a checkpointed layer.
+            # Under checkpointing this runs again in the backward pass, while a graph task is running.
             if not self.counting or torch._C._current_graph_task_id() != -1:
                 return
             expert_ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
@@ -279,10 +285,12 @@ class _Tracker:
                     f"{name}.experts was not called with (hidden states, expert ids, weights): its tokens cannot be "
                     "counted."
                 )
-            counts = count_tokens(expert_ids.long(), self.counter.num_experts, self.token_mask)
-            if self.counter.load is not None:
-                mine = self.counter.load.tokens_per_expert
-                mine[idx] += counts.to(mine.device)
+            load = RouterLoad.zeros(len(self.counter.layers), self.counter.num_experts, expert_ids.device)
+            load.tokens_per_expert[idx] = count_tokens(expert_ids.long(), self.counter.num_experts, self.token_mask)
+            if idx == 0:
+                load.micro_batches += 1
+                load.tokens += len(expert_ids) if self.token_mask is None else (self.token_mask != 0).sum()
+            self.counter.add(load)
 
         return hook
 
@@ -293,11 +301,11 @@ _TRACKERS: WeakKeyDictionary[nn.Module, _Tracker] = WeakKeyDictionary()
 def track_router_load(model: nn.Module) -> RouterLoadCounter:
     """Begin to count the tokens of every expert in training, and forget what was counted before.
 
-    Models of this package always count. On others, hooks are set on the experts; padding is what the 2-D
-    `attention_mask` of the call says. Recomputation under gradient checkpointing is not counted.
+    Models of this package always count. On others, hooks are set on the decoder and the experts; padding is what the
+    2-D `attention_mask` of the call says. Recomputation under gradient checkpointing is not counted.
 
     Args:
-        model: the model whose forward is called with the batch: give the whole one, PEFT's wrapper included.
+        model: the model, wrapped or not.
 
     Returns:
         The model's [`RouterLoadCounter`].
@@ -323,7 +331,6 @@ def untrack_router_load(model: nn.Module) -> None:
 __all__ = [
     "UPDATES",
     "BiasedGate",
-    "apply_bias_step",
     "bias_step",
     "check_update",
     "find_biased_gates",

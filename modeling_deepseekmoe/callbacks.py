@@ -60,6 +60,11 @@ class RouterStatsCallback(TrainerCallback):
             )
         track_router_load(model)
         self.stats = RouterStats(model)
+        if args.label_smoothing_factor and self.stats.counter.load is None:
+            logger.warning(
+                f"label_smoothing_factor={args.label_smoothing_factor}: Trainer computes the loss without the model, "
+                "so that its auxiliary losses are logged and not trained."
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,7 +118,7 @@ class LoadBalancingCallback(RouterStatsCallback):
     def __init__(self, update_rate: float = 1e-3, update: str = "sign", freeze_after: int | None = None) -> None:
         super().__init__()
         check_update(update_rate, update)
-        if freeze_after is not None and (not isinstance(freeze_after, int) or freeze_after < 0):
+        if freeze_after is not None and (type(freeze_after) is not int or freeze_after < 0):
             raise ValueError(
                 f"freeze_after={freeze_after!r} is not allowed: it must be an integer of at least 0 or None."
             )

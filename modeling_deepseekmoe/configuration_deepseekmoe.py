@@ -21,13 +21,14 @@ _OWN_MODULES = (
     "modeling_deepseekmoe",
     "modeling_classification",
 )
-_LOSS_ALPHAS = (
-    "aux_loss_alpha",
-    "device_balance_alpha",
-    "communication_balance_alpha",
-    "sequence_balance_alpha",
-    "router_z_loss_alpha",
-)
+# The auxiliary losses in training, and the fields with their coefficients.
+LOSS_FIELDS = {
+    "expert": "aux_loss_alpha",
+    "device": "device_balance_alpha",
+    "communication": "communication_balance_alpha",
+    "sequence": "sequence_balance_alpha",
+    "router_z": "router_z_loss_alpha",
+}
 _MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -85,7 +86,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
             (1e-4 there).
         router_z_loss_alpha (`float`): coefficient of the router z-loss.
         n_device_groups (`int`, *optional*): D, devices that the experts are thought to lie on, in equal groups of
-            consecutive ones; `n_group` when absent. Needed by the two device losses and by token dropping.
+            consecutive ones; the groups of the gate when absent. The device losses and token dropping need it.
         max_devices_per_token (`int`, *optional*): M of the communication loss; when absent, `topk_group` if the
             groups of the gate are the devices, else at most K.
         token_drop_capacity_factor (`float`, *optional*): in training, drop the choices of lowest affinity beyond this
@@ -243,13 +244,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     @property
     def loss_alphas(self) -> dict[str, float]:
         """Coefficients of the auxiliary losses that are switched on, by name."""
-        alphas = {
-            "expert": self.aux_loss_alpha,
-            "device": self.device_balance_alpha,
-            "communication": self.communication_balance_alpha,
-            "sequence": self.sequence_balance_alpha,
-            "router_z": self.router_z_loss_alpha,
-        }
+        alphas = {name: getattr(self, field) for name, field in LOSS_FIELDS.items()}
         return {name: float(alpha) for name, alpha in alphas.items() if alpha}
 
     @property
@@ -326,7 +321,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
             self._check_integer(field, 0, optional=True)
         for field in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim"):
             self._check_integer(field, 1, optional=True)
-        for field in ("rms_norm_eps", "initializer_range", "attention_dropout", *_LOSS_ALPHAS):
+        for field in ("rms_norm_eps", "initializer_range", "attention_dropout", *LOSS_FIELDS.values()):
             self._check_number(field)
         if self.num_attention_heads % self.num_key_value_heads:
             self._refuse(

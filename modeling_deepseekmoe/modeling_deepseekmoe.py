@@ -51,6 +51,7 @@ from .router_load import (
     RoutingContext,
     RoutingRecord,
     count_tokens,
+    counts_as_training,
     load_of_records,
     remind_of_updates,
     sum_of_entropies,
@@ -427,10 +428,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             )
             if record:
                 records.append(RoutingRecord(*record))
-        # A forward without gradients is no part of a training step, in whatever mode the model is.
-        if records and self.training and torch.is_grad_enabled():
-            mask = routing.token_mask
-            self.router_load.add(load_of_records(records, inputs_embeds.shape[:2].numel() if mask is None else mask))
+        if records and counts_as_training(self):
+            self.router_load.add(load_of_records(records, routing.token_mask, inputs_embeds.shape[:2].numel()))
         return DeepseekMoeModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
@@ -444,6 +443,11 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         token_mask, protected = None, None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             token_mask = attention_mask[:, -length:]
+            if token_mask.shape != (batch_size, length):
+                raise ValueError(
+                    f"attention_mask of shape {tuple(attention_mask.shape)} is not allowed: it must be (batch, past + "
+                    f"sequence), and the input is {(batch_size, length)}."
+                )
         if self.training and config.token_drop_capacity_factor is not None:
             # Drawn once for all layers, so that a recomputed layer drops the same tokens.
             protected = torch.rand(batch_size, device=inputs_embeds.device) < config.token_drop_protected_share

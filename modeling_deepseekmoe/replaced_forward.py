@@ -3,8 +3,10 @@
 
 TRL's trainers run the decoder themselves and score its output with a fused head. The auxiliary loss of their output
 is Mixtral's: a softmax over the raw logits and their top K, whatever the gate does. It is replaced here by what the
-decoder returned. Such trainers multiply it by `config.router_aux_loss_coef`, which the decoder's loss holds already,
-so that it is divided by it first: what they add to the task loss is then exactly the decoder's auxiliary loss.
+decoder returned. Such trainers multiply it by their `router_aux_loss_coef`, by default the config's. The decoder's
+loss holds its coefficients already, so that it is divided by the config's: what is added to the task loss is exactly
+the decoder's auxiliary loss. A trainer with a coefficient of its own that it does not write into the config (all but
+SFTTrainer) scales all losses by the ratio of the two.
 """
 
 import functools
@@ -20,7 +22,7 @@ from transformers.utils import ModelOutput, logging
 logger = logging.get_logger(__name__)
 
 
-def keep_auxiliary_loss(forward: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+def keep_auxiliary_loss(forward: Any, model: nn.Module) -> Any:
     """Wrap a method that replaces the `forward` of `model`.
 
     Args:
@@ -28,42 +30,54 @@ def keep_auxiliary_loss(forward: Callable[..., Any], model: nn.Module) -> Callab
         model: a language model whose decoder, `model.model`, returns its auxiliary loss.
 
     Returns:
-        A method with the same signature. Outputs that the model made itself pass unchanged.
+        A method with the same signature; `forward` itself if it is no method of this model, the model's own, or
+        wrapped before. Outputs that the model made itself pass through it unchanged.
     """
-    function = getattr(forward, "__func__", None)
-    if function is None:
-        return forward  # no method of the model: a wrapper around one
+    function: Callable[..., Any] | None = getattr(forward, "__func__", None)
+    if function is None or forward.__self__ is not model or function is type(model).forward:
+        return forward
+    if getattr(function, "keeps_auxiliary_loss", False):
+        return forward
 
     @functools.wraps(function)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own: list[torch.Tensor | None] = []
-        handle = self.model.register_forward_hook(lambda module, inputs, output: own.append(output.aux_loss))
+        model_losses: list[torch.Tensor | None] = []
+        handle = self.model.register_forward_hook(
+            lambda module, inputs, output: model_losses.append(getattr(output, "aux_loss", None))
+        )
         try:
             outputs = function(self, *args, **kwargs)
         finally:
             handle.remove()
-        if isinstance(outputs, ModelOutput) and not isinstance(outputs, MoeCausalLMOutputWithPast) and own:
-            _replace_auxiliary_loss(self, outputs, own[-1])
+        made_elsewhere = isinstance(outputs, ModelOutput) and not isinstance(outputs, MoeCausalLMOutputWithPast)
+        if made_elsewhere and model_losses and model_losses[-1] is not None:
+            _replace_auxiliary_loss(self, outputs, model_losses[-1])
         return outputs
 
+    wrapped.keeps_auxiliary_loss = True  # type: ignore[attr-defined]
     return MethodType(wrapped, model)
 
 
-def _replace_auxiliary_loss(model: nn.Module, outputs: ModelOutput, own: torch.Tensor | None) -> None:
-    coefficient = model.config.router_aux_loss_coef
-    theirs = getattr(outputs, "aux_loss", None)
-    if theirs is None or not coefficient:
-        if model.training and model.config.loss_alphas:
+def _replace_auxiliary_loss(model: nn.Module, outputs: ModelOutput, model_loss: torch.Tensor) -> None:
+    coefficient, asked_for = model.config.router_aux_loss_coef, model.config.loss_alphas
+    trainer_loss = getattr(outputs, "aux_loss", None)
+    trains = model.training and torch.is_grad_enabled() and bool(asked_for)
+    if trainer_loss is None:
+        if trains:
             logger.warning_once(
-                f"The trainer has replaced the forward of {type(model).__name__} and leaves out the auxiliary losses "
-                f"that the config asks for, {model.config.loss_alphas}: give it a router_aux_loss_coef above 0."
+                f"The trainer leaves out the auxiliary losses that the config of {type(model).__name__} asks for, "
+                f"{asked_for}: it takes a router_aux_loss_coef above 0, a tiny one if its own loss is not wanted."
             )
         return
-    if own is None:
-        return
-    outputs.aux_loss = own / coefficient
+    if not coefficient and trains:
+        logger.warning_once(
+            f"The trainer multiplies the auxiliary losses of {type(model).__name__}, {asked_for}, by a "
+            "router_aux_loss_coef of its own, while the config's is 0: set the config's to the same value, so that "
+            "each loss keeps its coefficient."
+        )
+    outputs.aux_loss = model_loss / (coefficient or 1.0)
     if getattr(outputs, "loss", None) is not None:
-        outputs.loss = outputs.loss + (own - coefficient * theirs).to(outputs.loss.device)
+        outputs.loss = outputs.loss + (model_loss - coefficient * trainer_loss).to(outputs.loss.device)
 
 
 __all__ = ["keep_auxiliary_loss"]

@@ -60,19 +60,21 @@ def plot_curves(
     title: str,
     xlabel: str,
     ylabel: str,
+    step: int = 1,
     log_scale: bool = False,
 ) -> None:
-    """Write several curves over the same steps, counted from 1, as a PNG.
+    """Write several curves over the same steps as a PNG.
 
     Args:
         curves: for every name in the legend, a value for each step.
         target: the file to write.
         title, xlabel, ylabel: heading and names of the axes, with units.
+        step: distance of the values on the horizontal axis; the first one stands at this place.
         log_scale: logarithmic vertical axis.
     """
     figure, axes = _new_axes(8, 4.5)
     for name, values in curves.items():
-        axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=name)
+        axes.plot(range(step, step * len(values) + 1, step), values, linewidth=1.4, label=name)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log_scale else "linear")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")

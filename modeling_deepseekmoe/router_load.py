@@ -1,13 +1,14 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """What the gates did in training since the last optimizer step: counted exactly, kept on the device.
 
-A block's record leaves its layer as an output and is added up by the model, outside of whatever is checkpointed: a
-recomputed layer makes a record that nobody reads, so that nothing is counted twice. What is added up is no buffer,
+A block's record leaves its layer as an output and is added up by the model: a checkpointed layer that is recomputed
+makes a record that nobody reads, so that nothing is counted twice. What is added up is no buffer,
 because DDP overwrites buffers with those of rank 0 at every forward.
 
 Shape letters: L MoE layers, E routed experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ class RouterLoad:
 
         Args:
             process_group: the group; `None` for all ranks.
-            replicas: ranks that hold the same tokens, and so count each of them (tensor parallelism).
+            replicas: ranks of the group that hold the same tokens, and so count each of them (tensor parallelism).
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
@@ -153,6 +154,14 @@ class RouterLoadCounter:
         return RouterLoad.zeros(len(self.layers), self.num_experts, device) if load is None else load
 
 
+def counts_as_training(model: nn.Module) -> bool:
+    """Whether a forward pass that begins now belongs to a training step: in training mode, with gradients, and no
+    recomputation of a model that is checkpointed as a whole (then a graph task is running)."""
+    if not (model.training and torch.is_grad_enabled()):
+        return False
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+
 def count_tokens(expert_ids: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Real tokens that chose each expert, without synchronising with the host.
 
@@ -166,7 +175,7 @@ def count_tokens(expert_ids: torch.Tensor, num_experts: int, token_mask: torch.T
     """
     ones = torch.ones_like(expert_ids)
     if token_mask is not None:
-        ones = (token_mask.reshape(-1, 1) != 0).to(expert_ids.dtype).expand_as(expert_ids)
+        ones = (token_mask.reshape(-1, 1) != 0).to(expert_ids).expand_as(expert_ids)
     counts = torch.zeros(num_experts, dtype=torch.long, device=expert_ids.device)
     return counts.scatter_add_(0, expert_ids.flatten(), ones.flatten())
 
@@ -193,29 +202,32 @@ def sum_of_losses(records: list[RoutingRecord], device: torch.device) -> torch.T
     return total
 
 
-def load_of_records(records: list[RoutingRecord], tokens: torch.Tensor | int) -> RouterLoad:
+def load_of_records(records: list[RoutingRecord], token_mask: torch.Tensor | None, num_tokens: int) -> RouterLoad:
     """The load of one micro-batch from the records of all layers.
 
     Args:
         records: one for every MoE layer, at least one; they may lie on several devices.
-        tokens (`torch.Tensor` of shape (B, S), or `int`): a mask, nonzero for real tokens, or their number.
+        token_mask (`torch.Tensor`, *optional*): nonzero for real tokens.
+        num_tokens (`int`): all tokens.
     """
     device = records[0].tokens_per_expert.device
-    if isinstance(tokens, torch.Tensor):
-        tokens = (tokens != 0).sum()
+    if token_mask is None:
+        tokens = torch.full((), num_tokens, dtype=torch.long, device=device)
+    else:
+        tokens = (token_mask != 0).sum().to(device)
 
-    def stack(values: list[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
+    def stack(values: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
         zero = torch.zeros((), dtype=dtype, device=device)
         return torch.stack([zero if value is None else value.detach().to(device, dtype) for value in values])
 
     losses = [record.losses for record in records if record.losses is not None]
     return RouterLoad(
         tokens_per_expert=torch.stack([record.tokens_per_expert.to(device) for record in records]),
-        tokens=torch.as_tensor(tokens, device=device),
+        tokens=tokens,
         micro_batches=torch.ones((), dtype=torch.long, device=device),
         dropped=stack([record.dropped for record in records], torch.long),
         entropy=stack([record.entropy for record in records], torch.float32),
-        losses=stack([*losses], torch.float32).sum(dim=0) if losses else torch.zeros(len(LOSS_NAMES), device=device),
+        losses=stack(losses, torch.float32).sum(dim=0) if losses else torch.zeros(len(LOSS_NAMES), device=device),
     )
 
 
@@ -265,6 +277,7 @@ __all__ = [
     "RoutingContext",
     "RoutingRecord",
     "count_tokens",
+    "counts_as_training",
     "load_of_records",
     "remind_of_updates",
     "sum_of_entropies",

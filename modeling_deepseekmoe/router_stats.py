@@ -65,6 +65,8 @@ class RouterStats:
         if self.load is None:
             raise ValueError("RouterStats has no step to report: call add() after an optimizer step.")
         load = RouterLoad(*(value.cpu() for value in vars(self.load).values()))
+        if not load.tokens:
+            raise ValueError(f"{type(self.model).__name__}: no token was routed in training in {self.steps} steps.")
         choices = load.tokens_per_expert.sum(dim=1).clamp(min=1)
         output: dict[str, Any] = {
             "steps": self.steps,
@@ -80,7 +82,8 @@ class RouterStats:
             output["entropy"] = (load.entropy / load.tokens.clamp(min=1)).tolist()
         gates = find_biased_gates(self.model)
         if gates:
-            output["bias_norm"] = torch.stack([gate.bias.detach().norm().cpu() for gate in gates]).tolist()
+            norms = [gate.bias.detach().norm() for gate in gates]
+            output["bias_norm"] = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
         losses = (load.losses / load.micro_batches.clamp(min=1)).tolist()
         output["losses"] = {name: loss for name, loss in zip(LOSS_NAMES, losses, strict=True) if loss}
         return output

@@ -36,7 +36,8 @@ def drop_tokens(
     num_tokens, top_k = expert_ids.shape
     num_experts = plan.scores.shape[-1]
     real = expert_ids.new_ones(num_tokens, dtype=torch.bool) if token_mask is None else token_mask != 0
-    budget = (capacity_factor * top_k / num_device_groups * real.sum()).ceil()
+    # The small amount keeps a product that is whole in exact arithmetic from being rounded up.
+    budget = (real.sum().double() * (capacity_factor * top_k / num_device_groups) - 1e-6).ceil()
 
     # Every device's choices from the highest affinity to the lowest, protected ones first: a choice's place in that
     # order decides. One sort by affinity, then a stable one by device.
