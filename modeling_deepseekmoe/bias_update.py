@@ -179,8 +179,8 @@ def update_router_bias(
     counter = router_load_counter(model)
     if len(gates) != len(counter.layers):
         raise ValueError(
-            f"{type(model).__name__} holds {len(gates)} gates with a balancing bias, and counts {len(counter.layers)}: "
-            "give one model, not several in one module."
+            f"{type(model).__name__} holds {len(gates)} gates with a balancing bias and counts {len(counter.layers)} "
+            "layers: give one model, not several in one module."
         )
     load = take_router_load(model, process_group=process_group)
     for gate, step in zip(gates, bias_step(load.tokens_per_expert, update_rate, update), strict=True):

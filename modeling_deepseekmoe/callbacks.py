@@ -60,7 +60,7 @@ class RouterStatsCallback(TrainerCallback):
             )
         track_router_load(model)
         self.stats = RouterStats(model)
-        if args.label_smoothing_factor and self.stats.counter.load is None:
+        if args.label_smoothing_factor:
             logger.warning(
                 f"label_smoothing_factor={args.label_smoothing_factor}: Trainer computes the loss without the model, "
                 "so that its auxiliary losses are logged and not trained."

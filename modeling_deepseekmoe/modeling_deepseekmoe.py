@@ -56,6 +56,7 @@ from .router_load import (
     remind_of_updates,
     sum_of_entropies,
     sum_of_losses,
+    token_mask_of,
 )
 from .routing import RoutingPlan, route
 from .token_dropping import drop_tokens
@@ -393,12 +394,13 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             kwargs: among others `output_hidden_states`, `output_attentions`, `output_router_logits`.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or for a mask of another shape.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: exactly one of them must be given.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        token_mask = token_mask_of(attention_mask, inputs_embeds.shape[:2], cached=past_key_values is not None)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -412,7 +414,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        routing = self._routing_context(attention_mask, inputs_embeds, kwargs.get("output_router_logits"))
+        routing = self._routing_context(token_mask, inputs_embeds, kwargs.get("output_router_logits"))
         hidden_states, records = inputs_embeds, []
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for decoder_layer in self.layers:
@@ -437,20 +439,12 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         )
 
     def _routing_context(
-        self, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, output_router_logits: bool | None
+        self, token_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, output_router_logits: bool | None
     ) -> RoutingContext:
-        config, (batch_size, length) = self.config, inputs_embeds.shape[:2]
-        token_mask, protected = None, None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            token_mask = attention_mask[:, -length:]
-            if token_mask.shape != (batch_size, length):
-                raise ValueError(
-                    f"attention_mask of shape {tuple(attention_mask.shape)} is not allowed: it must be (batch, past + "
-                    f"sequence), and the input is {(batch_size, length)}."
-                )
+        config, protected = self.config, None
         if self.training and config.token_drop_capacity_factor is not None:
             # Drawn once for all layers, so that a recomputed layer drops the same tokens.
-            protected = torch.rand(batch_size, device=inputs_embeds.device) < config.token_drop_protected_share
+            protected = torch.rand(len(inputs_embeds), device=inputs_embeds.device) < config.token_drop_protected_share
         wants_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         return RoutingContext(
             token_mask=token_mask,

@@ -133,6 +133,8 @@ class RouterLoadCounter:
         num_experts (`int`): E.
         measure_entropy (`bool`): whether blocks are asked for the entropy too.
         load ([`RouterLoad`], *optional*): what was counted since the last `take`; `None` if nothing was.
+        trained (`bool`): whether a training forward ran since the last optimizer step.
+        steps_without_update (`int`): optimizer steps after such forwards since the bias was updated last.
     """
 
     def __init__(self, layers: tuple[int, ...], num_experts: int) -> None:
@@ -140,6 +142,7 @@ class RouterLoadCounter:
         self.num_experts = num_experts
         self.measure_entropy = False
         self.load: RouterLoad | None = None
+        self.trained = False
         self.steps_without_update = 0
 
     def add(self, load: RouterLoad) -> None:
@@ -147,11 +150,37 @@ class RouterLoadCounter:
         if self.load is None:
             self.load = RouterLoad.zeros(len(self.layers), self.num_experts, load.tokens_per_expert.device)
         self.load.add_(load)
+        self.trained = True
 
     def take(self, device: torch.device | str | None = None) -> RouterLoad:
         """Return what was counted and begin again; zeros on `device` if nothing was."""
         load, self.load = self.load, None
         return RouterLoad.zeros(len(self.layers), self.num_experts, device) if load is None else load
+
+
+def token_mask_of(attention_mask: Any, batch_shape: torch.Size, *, cached: bool) -> torch.Tensor | None:
+    """Which of the tokens of a forward pass are real (B, S), from its attention mask.
+
+    Args:
+        attention_mask: (B, S), or (B, past + S) with a cache; or a 4-D or another kind of mask, which says nothing
+            about padding: `None` is returned, and every token counts.
+        batch_shape: (B, S) of the input.
+        cached (`bool`): whether there is a cache with tokens before these.
+
+    Raises:
+        ValueError: for a 2-D mask of another shape.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 4:
+        return None
+    batch_size, length = batch_shape
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 2 or shape[0] != batch_size or shape[1] < length or (shape[1] > length and not cached):
+        allowed = "(batch, past + sequence)" if cached else "(batch, sequence)"
+        raise ValueError(
+            f"attention_mask of shape {shape} is not allowed: it must be {allowed}, and the input is "
+            f"{(batch_size, length)}."
+        )
+    return attention_mask[:, -length:]
 
 
 def counts_as_training(model: nn.Module) -> bool:
@@ -253,8 +282,9 @@ def _count_optimizer_steps() -> None:
 def _count_optimizer_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     for model in list(_watched):
         counter: RouterLoadCounter = model.router_load
-        if counter.load is None or not _gates_train(model):
-            continue  # another model's optimizer, or routing that is meant to stay as it is
+        if not counter.trained or not _gates_train(model):
+            continue  # another model's optimizer, a second one of this model, or routing that is to stay as it is
+        counter.trained = False
         counter.steps_without_update += 1
         if counter.steps_without_update >= STEPS_UNTIL_WARNING:
             _watched.discard(model)
@@ -282,4 +312,5 @@ __all__ = [
     "remind_of_updates",
     "sum_of_entropies",
     "sum_of_losses",
+    "token_mask_of",
 ]

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import logging
 
 import modeling_deepseekmoe
-from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM
+from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, router_load
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
 
 GOLDEN_ROOT = Path(__file__).parent / "data" / "golden"
@@ -61,9 +62,12 @@ def override_native() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> None:
-    """The same random numbers in every test, and no compiled code of another one."""
+    """The same random numbers in every test, and nothing of another one: no compiled code, no warning that was given
+    already, no model that is watched for updates of its bias."""
     torch.manual_seed(0)
     torch._dynamo.reset()
+    logging.get_logger("modeling_deepseekmoe").warning_once.cache_clear()
+    router_load._watched.clear()
 
 
 @pytest.fixture

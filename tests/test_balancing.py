@@ -14,7 +14,10 @@ from modeling_deepseekmoe import (
     max_violation,
     router_z_loss,
     sequence_balance_loss,
+    take_router_load,
 )
+from modeling_deepseekmoe.balancing import LOSS_NAMES
+from modeling_deepseekmoe.configuration_deepseekmoe import LOSS_FIELDS
 
 ALPHA = 0.01
 BATCH, LENGTH, EXPERTS, TOP_K, DEVICES, LIMIT = 3, 7, 6, 2, 3, 2
@@ -203,31 +206,74 @@ COEFFICIENTS = {"aux_loss_alpha": 0.3, "device_balance_alpha": 0.2, "communicati
 batch = torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("only", [None, *COEFFICIENTS])
-def test_the_config_combines_the_losses(tiny_model: Callable, only: str | None) -> None:
+LENGTHS = {"none": (11, 11, 11), "right": (11, 4, 7), "left": (6, 11, 3), "a row of padding": (11, 0, 5)}
+
+
+@pytest.mark.parametrize("padding", LENGTHS)
+@pytest.mark.parametrize("seq_aux", [True, False])
+@pytest.mark.parametrize("only", [None, *(name for name in COEFFICIENTS if name.endswith("alpha"))])
+def test_the_config_combines_the_losses(tiny_model: Callable, only: str | None, seq_aux: bool, padding: str) -> None:
     settings = {name: value for name, value in COEFFICIENTS.items() if only in (None, name) or isinstance(value, int)}
-    model = tiny_model(**{"aux_loss_alpha": 0.0, **V3_LIKE, **settings}, num_hidden_layers=2)
+    model = tiny_model(**{"aux_loss_alpha": 0.0, **V3_LIKE, **settings}, seq_aux=seq_aux)
+    positions, lengths = torch.arange(11)[None], torch.tensor(LENGTHS[padding])[:, None]
+    mask = (positions >= 11 - lengths if padding == "left" else positions < lengths).long()
     plans = []
-    gate = model.model.layers[1].mlp.gate
-    gate.e_score_correction_bias.copy_(torch.linspace(-0.3, 0.3, 8))
-    gate.register_forward_hook(lambda module, args, output: plans.append(output))
-    outputs = model(batch, labels=batch)
-    ((logits, plan),) = plans
-    scores, ids = plan.scores.view(3, 11, 8), plan.expert_ids.view(3, 11, 3)
-    expected = {
-        "aux_loss_alpha": expert_balance_loss(scores, ids, 0.3),
-        "device_balance_alpha": device_balance_loss(scores, ids, 0.2, 2),
-        "communication_balance_alpha": communication_balance_loss(scores, ids, 0.1, 2, 2),
-        "sequence_balance_alpha": sequence_balance_loss(scores, 3, 0.05),
-        "router_z_loss_alpha": router_z_loss(logits.view(3, 11, 8), 0.01),
-    }
-    wanted = [value for name, value in expected.items() if only in (None, name)]
-    assert_same(outputs.aux_loss, sum(wanted, torch.zeros(())))
-    task_loss = model.eval()(batch, labels=batch).loss
+    for layer in model.config.moe_layers:
+        gate = model.model.layers[layer].mlp.gate
+        gate.e_score_correction_bias.copy_(torch.linspace(-0.3, 0.3, 8))
+        gate.register_forward_hook(lambda module, args, output: plans.append(output))
+    labels = batch.masked_fill(mask == 0, -100)
+    outputs = model(batch, labels=labels, attention_mask=mask)
+    expected = dict.fromkeys(LOSS_NAMES, torch.zeros(()))
+    kwargs = {"token_mask": mask}
+    for logits, plan in plans:
+        logits, scores, ids = logits.view(3, 11, 8), plan.scores.view(3, 11, 8), plan.expert_ids.view(3, 11, 3)
+        losses = {
+            "expert": expert_balance_loss(scores, ids, 0.3, sequence_wise=seq_aux, **kwargs),
+            "device": device_balance_loss(scores, ids, 0.2, 2, sequence_wise=seq_aux, **kwargs),
+            "communication": communication_balance_loss(scores, ids, 0.1, 2, 2, sequence_wise=seq_aux, **kwargs),
+            "sequence": sequence_balance_loss(scores, 3, 0.05, **kwargs),
+            "router_z": router_z_loss(logits, 0.01, **kwargs),
+        }
+        for name, loss in losses.items():
+            if only in (None, LOSS_FIELDS[name]):
+                expected[name] = expected[name] + loss
+    assert len(plans) == 2 and len({round(loss.item(), 6) for loss in expected.values() if loss}) in (1, 5)
+    assert_same(outputs.aux_loss, sum(expected.values()))
+    task_loss = model.eval()(batch, labels=labels, attention_mask=mask).loss
     assert_same(outputs.loss, task_loss + outputs.aux_loss)
-    if wanted:
-        outputs.aux_loss.backward()
-        assert gate.weight.grad.abs().max() > 0
+    outputs.aux_loss.backward()
+    assert gate.weight.grad.abs().max() > 0
+    logged = dict(zip(LOSS_NAMES, take_router_load(model).losses, strict=True))
+    for name, loss in expected.items():
+        assert_same(logged[name], loss.detach(), name)
+
+
+@pytest.mark.parametrize("affinity", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_a_uniform_gate_of_a_model_gives_exactly_alpha(tiny_model: Callable, affinity: str, seq_aux: bool) -> None:
+    fields = {"aux_loss_alpha": 0.01, "device_balance_alpha": 0.05, "n_device_groups": 2, "seq_aux": seq_aux,
+              "sequence_balance_alpha": 0.02, "scoring_func": affinity, "num_hidden_layers": 2}  # fmt: skip
+    model = tiny_model(**fields)
+    torch.nn.init.zeros_(model.model.layers[1].mlp.gate.weight)
+    model(batch)
+    losses = take_router_load(model).losses
+    assert losses.tolist() == pytest.approx([0.01, 0.05, 0.0, 0.02, 0.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.01])
+@pytest.mark.parametrize("shape", [(3, 12), (3, 10), (2, 11), (1, 11), (3,)])
+def test_a_mask_of_the_wrong_shape_for_the_model(tiny_model: Callable, alpha: float, shape: tuple[int, ...]) -> None:
+    model = tiny_model(**V3_LIKE, aux_loss_alpha=alpha)
+    with pytest.raises(ValueError, match=r"attention_mask of shape .* is not allowed: .* \(3, 11\)"):
+        model(batch, attention_mask=torch.ones(shape, dtype=torch.long))
+
+
+def test_coefficients_that_were_set_later_are_checked(tiny_model: Callable) -> None:
+    model = tiny_model()
+    model.config.router_aux_loss_coef = -1.0
+    with pytest.raises(ValueError, match=r"alpha=-1\.0 is not allowed"):
+        model(batch)
 
 
 def test_max_violation() -> None:

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import V3_LIKE
+from safetensors.torch import load_file
 from test_router_load import batch, native_model
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseekmoe import (
     DeepseekMoeForCausalLM,
+    RouterStats,
     bias_step,
     take_router_load,
     track_router_load,
@@ -83,27 +87,60 @@ def test_many_updates_balance_a_router(tiny_model: Callable) -> None:
     assert before > 0.5 and violation() < 0.1
 
 
+def raw_biases(state_dict: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The biases as they are stored, in the order of the layers."""
+    return [state_dict[name] for name in sorted(state_dict) if name.endswith("e_score_correction_bias")]
+
+
 @pytest.mark.parametrize("kind", ["ours", "native"])
 def test_the_bias_stays_in_float32(tiny_model: Callable, kind: str, tmp_path: Path) -> None:
+    """Ours through every cast. A native model's is rounded by the cast itself, and float32 from the next update on."""
     model = native_model() if kind == "native" else tiny_model(**V3_LIKE)
     track_router_load(model)
     train_step(model)
-    update_router_bias(model, 1e-3)
-    saved = biases(model)
+    update_router_bias(model, 1e-3, "proportional")  # values that bfloat16 cannot hold
+    before = [bias.clone() for bias in raw_biases(model.state_dict())]
     model.to(torch.bfloat16)
+    cast = raw_biases(model.state_dict())
     if kind == "ours":
-        assert all(torch.equal(old, new) for old, new in zip(saved, biases(model), strict=True))
+        assert all(torch.equal(old, new) for old, new in zip(before, cast, strict=True))
+    assert all(bias.dtype == (torch.float32 if kind == "ours" else torch.bfloat16) for bias in cast)
+    start = [bias.float().clone() for bias in cast]
     for _ in range(3):  # updates that bfloat16 would round away
         train_step(model)
         update_router_bias(model, 1e-6)
-    after = biases(model)
+    after = raw_biases(model.state_dict())
     assert all(bias.dtype == torch.float32 for bias in after)
-    assert all((new - old).abs().max() > 0 for old, new in zip(saved, after, strict=True))
+    for old, new in zip(start, after, strict=True):
+        assert 0.5e-6 < (new - old).abs().max() < 3.5e-6
     model.save_pretrained(tmp_path)
+    saved = raw_biases(load_file(tmp_path / "model.safetensors"))
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert next(loaded.parameters()).dtype == torch.bfloat16
-    for old, new in zip(after, biases(loaded), strict=True):
-        assert new.dtype == torch.float32 and old.numpy().tobytes() == new.numpy().tobytes()
+    for old, stored, new in zip(after, saved, raw_biases(loaded.state_dict()), strict=True):
+        assert stored.dtype == new.dtype == torch.float32
+        assert old.numpy().tobytes() == stored.numpy().tobytes() == new.numpy().tobytes()
+
+
+@pytest.mark.parametrize("update", ["sign", "centered_sign", "proportional"])
+def test_a_plain_loop_resumes_bit_for_bit(tiny_model: Callable, tmp_path: Path, update: str) -> None:
+    def steps(model: nn.Module, numbers: range) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for number in numbers:
+            for rows in batch.roll(number, 0).chunk(2):
+                train_step(model, rows)
+            optimizer.step()
+            optimizer.zero_grad()
+            update_router_bias(model, 0.01, update)
+
+    whole, part = tiny_model(**V3_LIKE), tiny_model(**V3_LIKE)
+    steps(whole, range(6))
+    steps(part, range(3))
+    part.save_pretrained(tmp_path)
+    resumed = DeepseekMoeForCausalLM.from_pretrained(tmp_path).train()
+    steps(resumed, range(3, 6))
+    for (name, expected), found in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(expected, found), name
 
 
 def test_frozen_gates_keep_their_bias(tiny_model: Callable) -> None:
@@ -139,9 +176,8 @@ def test_a_gate_that_peft_trains_as_a_copy(tiny_model: Callable) -> None:
 NATIVE_FAMILIES = ("glm4_moe", "dots1", "ernie4_5_moe", "minimax_m2", "hy_v3")
 
 
-@pytest.mark.parametrize("model_type", NATIVE_FAMILIES)
-def test_other_models_with_such_a_bias(model_type: str) -> None:
-    """Found by their structure: the bias in the router, in a module of its own, or in the block."""
+def other_model(model_type: str) -> nn.Module:
+    """A small random model of another family, in training mode."""
     from transformers import CONFIG_MAPPING
 
     sizes = {
@@ -156,7 +192,13 @@ def test_other_models_with_such_a_bias(model_type: str) -> None:
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {model_type}")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes)).train()
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes)).train()
+
+
+@pytest.mark.parametrize("model_type", NATIVE_FAMILIES)
+def test_other_models_with_such_a_bias(model_type: str) -> None:
+    """Found by their structure: the bias in the router, in a module of its own, or in the block."""
+    model = other_model(model_type)
     gates = find_biased_gates(model)
     assert len(gates) >= 2 and all(gate.bias.numel() == 8 and not gate.frozen for gate in gates)
     track_router_load(model)
@@ -172,11 +214,72 @@ def test_other_models_with_such_a_bias(model_type: str) -> None:
     assert not torch.equal(model(batch).logits, logits)  # the bias that was updated is the one that routes
 
 
+FAMILIES_BY_STRUCTURE = ("axk1", "deepseek_v3", "deepseek_v32", "deepseek_v4", "exaone_moe", "glm4_moe",
+                         "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash", "mimo_v2_flash",
+                         "nemotron_h", "solar_open")  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", FAMILIES_BY_STRUCTURE)
+def test_gates_of_released_sizes_are_found(model_type: str) -> None:
+    """Without weights: one gate for every module whose name says so, each with experts beside it."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type]())
+    owners = [name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    owners += [name for name, _ in model.named_parameters() if name.endswith("e_score_correction_bias")]
+    gates = find_biased_gates(model)
+    assert len(gates) == len(owners) > 0
+    assert all(gate.router is not gate.experts and not gate.frozen for gate in gates)
+
+
+def test_tensor_parallel_ranks_count_every_token_once(tiny_model: Callable, tmp_path: Path) -> None:
+    """Two ranks with the same tokens, which one process stands for: their sum is halved; a given group is not."""
+    model = tiny_model(**V3_LIKE)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        train_step(model)
+        train_step(model)
+        model.model._tp_size = 2
+        load = take_router_load(model)
+        assert load.tokens == batch.numel() and load.tokens_per_expert.sum(1).tolist() == [batch.numel() * 3] * 2
+        train_step(model)
+        load = take_router_load(model, process_group=dist.group.WORLD)
+        assert load.tokens == batch.numel()
+        empty = take_router_load(model)  # a rank without a token takes part all the same
+        assert empty.tokens == 0 and empty.tokens_per_expert.shape == (2, 8)
+        stats = RouterStats(model)
+        stats.add(empty)
+        with pytest.raises(ValueError, match="no token was routed in training in 1 steps"):
+            stats.summary()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_bias_that_fsdp2_shards(tmp_path: Path) -> None:
+    """ERNIE's bias is a parameter, and so a DTensor under FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = other_model("ernie4_5_moe")
+    track_router_load(model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+        model(batch, labels=batch).loss.backward()
+        load = update_router_bias(model, 0.5)
+        for gate, step in zip(find_biased_gates(model), bias_step(load.tokens_per_expert, 0.5), strict=True):
+            assert isinstance(gate.bias, DTensor) and torch.equal(gate.bias.full_tensor().flatten(), step)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_bad_input(tiny_model: Callable) -> None:
     model = tiny_model(**V3_LIKE)
     with pytest.raises(ValueError, match=r"update='signum' .* 'sign', 'centered_sign', 'proportional'"):
         update_router_bias(model, update="signum")
-    for rate in (0, -1e-3, float("nan"), float("inf"), "fast"):
+    for rate in (0, -1e-3, float("nan"), float("inf"), "fast", True):
         with pytest.raises(ValueError, match=r"update_rate=.* above 0"):
             update_router_bias(model, rate)
     with pytest.raises(ValueError, match=r"no gate with a balancing bias .* topk_method='noaux_tc'"):
@@ -190,6 +293,9 @@ def test_bad_input(tiny_model: Callable) -> None:
     odd.router.register_buffer("e_score_correction_bias", torch.zeros(4))
     with pytest.raises(ValueError, match=r"router\.e_score_correction_bias is not understood"):
         find_biased_gates(odd)
+    pair = nn.ModuleList([tiny_model(**V3_LIKE), tiny_model(**V3_LIKE)])
+    with pytest.raises(ValueError, match=r"4 gates .* counts 2 layers: give one model"):
+        update_router_bias(pair)
     uneven = tiny_model(**V3_LIKE)
     uneven.model.layers[2].mlp.gate.e_score_correction_bias = torch.zeros(4)
     with pytest.raises(ValueError, match="different numbers of experts"):
@@ -209,20 +315,24 @@ def warnings_of_the_library(caplog: pytest.LogCaptureFixture) -> Callable[[], li
     return lambda: [record.message for record in caplog.records if "nothing updates the bias" in record.message]
 
 
-def loop(model: DeepseekMoeForCausalLM, steps: int, accumulate: int = 1, update: bool = False) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+def loop(
+    model: DeepseekMoeForCausalLM, steps: int, accumulate: int = 1, update: bool = False, optimizers: int = 1
+) -> None:
+    parameters = list(model.parameters())
+    parts = [torch.optim.SGD(parameters[part::optimizers], lr=1e-3) for part in range(optimizers)]
     for _ in range(steps):
         for _ in range(accumulate):
             train_step(model, batch[:1])
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in parts:
+            optimizer.step()
+            optimizer.zero_grad()
         if update:
             update_router_bias(model)
 
 
 def test_a_loop_without_updates_is_warned_once(tiny_model: Callable, warnings_of_the_library: Callable) -> None:
     model = tiny_model(**V3_LIKE)
-    loop(model, STEPS_UNTIL_WARNING - 1, accumulate=2)
+    loop(model, STEPS_UNTIL_WARNING - 1, accumulate=2, optimizers=2)
     assert not warnings_of_the_library()
     loop(model, 1)
     (message,) = warnings_of_the_library()

@@ -130,31 +130,54 @@ def test_freeze_after(tiny_model: Callable, tmp_path: Path) -> None:
     assert not any(bias.any() for step in never.biases for bias in step)
 
 
-def interrupted_run(model: Callable[[], nn.Module], folder: Path) -> tuple[Trainer, Recorder]:
+def interrupted_run(
+    model: Callable[[], nn.Module], folder: Path, settings: dict | None = None, dataset: Rows = data, **kwargs: object
+) -> tuple[Trainer, Recorder]:
     """Four steps, then four more by another trainer with another model, which starts from the checkpoint."""
-    part = arguments(folder, max_steps=8, save_steps=4, save_strategy="steps")
-    Trainer(model(), part, train_dataset=data, callbacks=[LoadBalancingCallback(0.01), StopAt(4)]).train()
+    part = arguments(folder, max_steps=8, save_steps=4, save_strategy="steps", **kwargs)
+    callback = LoadBalancingCallback(**(settings or {"update_rate": 0.01}))
+    Trainer(model(), part, train_dataset=dataset, callbacks=[callback, StopAt(4)]).train()
     fresh, recorder = model(), Recorder()
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.normal_()
-    resumed = Trainer(fresh, part, train_dataset=data, callbacks=[LoadBalancingCallback(0.01), recorder])
+    callback = LoadBalancingCallback(**(settings or {"update_rate": 0.01}))
+    resumed = Trainer(fresh, part, train_dataset=dataset, callbacks=[callback, recorder])
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     return resumed, recorder
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tiny_model: Callable, tmp_path: Path) -> None:
-    def model() -> nn.Module:
-        return tiny_model(**V3_LIKE, sequence_balance_alpha=0.1)
+RESUMED = {
+    "sign": ({"update_rate": 0.01}, {}, torch.float32),
+    "proportional": ({"update_rate": 0.01, "update": "proportional"}, {}, torch.float32),
+    "freeze after the checkpoint": ({"update_rate": 0.01, "freeze_after": 6}, {}, torch.float32),
+    "freeze before it": ({"update_rate": 0.01, "freeze_after": 2}, {}, torch.float32),
+    "accumulated": ({"update": "centered_sign"}, {"gradient_accumulation_steps": 2}, torch.float32),
+    "bfloat16": ({"update_rate": 1e-4, "update": "proportional"}, {"learning_rate": 0.1}, torch.bfloat16),
+}
 
-    whole, _ = train(model(), tmp_path / "a", LoadBalancingCallback(0.01), max_steps=8)
-    resumed, _ = interrupted_run(model, tmp_path / "b")
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_interrupted_and_resumed_equals_uninterrupted(tiny_model: Callable, tmp_path: Path, name: str) -> None:
+    settings, kwargs, dtype = RESUMED[name]
+    lengths = torch.arange(32)[:, None] % 17 + 8
+    mask = (torch.arange(24)[None] < lengths).long()
+    padded = Rows(input_ids=rows * mask, labels=rows.masked_fill(mask == 0, -100), attention_mask=mask)
+
+    def model() -> nn.Module:
+        return tiny_model(**V3_LIKE, sequence_balance_alpha=0.1).to(dtype)
+
+    whole = Trainer(model(), arguments(tmp_path / "a", max_steps=8, **kwargs), train_dataset=padded,
+                    callbacks=[LoadBalancingCallback(**settings)])  # fmt: skip
+    whole.train()
+    resumed, _ = interrupted_run(model, tmp_path / "b", settings, padded, **kwargs)
     keys = ("loss", "aux_loss", "router/max_violation_global", "router/bias_norm")
     for mine, theirs in zip(resumed.state.log_history[-5:-1], whole.state.log_history[-5:-1], strict=True):
         assert [mine[key] for key in keys] == [theirs[key] for key in keys]
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
-    assert all(bias.any() for bias in biases(whole.model))
+    for key, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[key]), key
+    found = [whole.model.state_dict()[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] for layer in (1, 2)]
+    assert all(bias.any() and bias.dtype == torch.float32 for bias in found)
 
 
 def test_the_bias_of_a_native_model_resumes(tmp_path: Path) -> None:
@@ -194,6 +217,32 @@ def test_frozen_gates_are_reported(tiny_model: Callable, tmp_path: Path, caplog:
     assert not any(bias.any() for bias in biases(model))
 
 
+@pytest.mark.parametrize("kind", ["ours", "native"])
+def test_lora_leaves_the_bias_of_a_frozen_gate(
+    tiny_model: Callable, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = native_model() if kind == "native" else tiny_model(**V3_LIKE)
+    model = get_peft_model(model, LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM"))
+    trainer, _ = train(model, tmp_path, LoadBalancingCallback(), max_steps=2, gradient_checkpointing=True)
+    assert "2 of 2 gates are frozen" in caplog.text
+    assert not any(bias.any() for bias in biases(model))
+    assert trainer.state.log_history[0]["router/max_violation_batch"] > 0
+
+
+def test_two_callbacks_that_count(tiny_model: Callable, tmp_path: Path) -> None:
+    both = [LoadBalancingCallback(), RouterStatsCallback()]
+    trainer = Trainer(tiny_model(**V3_LIKE), arguments(tmp_path, max_steps=1), train_dataset=data, callbacks=both)
+    with pytest.raises(ValueError, match="only one may take the counts"):
+        trainer.train()
+
+
+def test_label_smoothing_is_reported(tiny_model: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tiny_model(**V3_LIKE), tmp_path, LoadBalancingCallback(), max_steps=1, label_smoothing_factor=0.1)
+    assert "label_smoothing_factor=0.1" in caplog.text and "not trained" in caplog.text
+
+
 def test_native_models_keep_no_hook(tmp_path: Path) -> None:
     model = native_model()
     train(model, tmp_path, LoadBalancingCallback(), max_steps=1)
@@ -211,7 +260,7 @@ def test_bad_input(tiny_model: Callable, tmp_path: Path, monkeypatch: pytest.Mon
         LoadBalancingCallback(update="median")
     with pytest.raises(ValueError, match=r"update_rate=-1 .* above 0"):
         LoadBalancingCallback(update_rate=-1)
-    for freeze_after in (-1, 0.5):
+    for freeze_after in (-1, 0.5, True):
         with pytest.raises(ValueError, match=rf"freeze_after={freeze_after} .* at least 0"):
             LoadBalancingCallback(freeze_after=freeze_after)
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)

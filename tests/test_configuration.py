@@ -137,6 +137,20 @@ WRONG = [
     ({"aux_loss_alpha": float("inf")}, r"aux_loss_alpha=inf .* finite"),
     ({"aux_loss_alpha": -0.1}, r"aux_loss_alpha=-0\.1 .* at least 0"),
     ({"aux_loss_alpha": float("nan")}, r"aux_loss_alpha=nan .* at least 0"),
+    ({"device_balance_alpha": -1.0, "n_device_groups": 2}, r"device_balance_alpha=-1\.0 .* at least 0"),
+    ({"communication_balance_alpha": "x"}, r"communication_balance_alpha='x' .* at least 0"),
+    ({"sequence_balance_alpha": -1e-4}, r"sequence_balance_alpha=-0\.0001 .* at least 0"),
+    ({"router_z_loss_alpha": True}, r"router_z_loss_alpha=True .* at least 0"),
+    ({"n_device_groups": 3}, r"n_device_groups=3 .* divide n_routed_experts=8"),
+    ({"n_device_groups": 2.0}, r"n_device_groups=2\.0 .* integer"),
+    ({"n_device_groups": 4, "max_devices_per_token": 5}, r"max_devices_per_token=5 .* n_device_groups=4"),
+    ({"n_device_groups": 4, "max_devices_per_token": 0}, r"max_devices_per_token=0 .* at least 1"),
+    ({"device_balance_alpha": 0.1}, r"device_balance_alpha=0\.1 .* n_device_groups to at least 2"),
+    ({"communication_balance_alpha": 0.1}, r"communication_balance_alpha=0\.1 .* n_device_groups"),
+    ({"token_drop_capacity_factor": 1.0}, r"token_drop_capacity_factor=1\.0 .* n_device_groups"),
+    ({"token_drop_capacity_factor": 0, "n_device_groups": 2}, r"token_drop_capacity_factor=0 .* above 0"),
+    ({"token_drop_capacity_factor": -1.0}, r"token_drop_capacity_factor=-1\.0 .* at least 0"),
+    ({"token_drop_protected_share": 1.5}, r"token_drop_protected_share=1\.5 .* at most 1\.0"),
 ]
 
 
@@ -166,6 +180,28 @@ def test_a_dialect_refuses_what_its_official_code_cannot_compute(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         config_class(**fields)
+
+
+def test_devices_are_the_groups_of_the_gate_unless_set(tiny_config: Callable[..., DeepseekMoeConfig]) -> None:
+    limited = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+    assert tiny_config().device_groups == (1, 1)
+    assert tiny_config(n_device_groups=8).device_groups == (8, 3)
+    assert tiny_config(**limited).device_groups == (4, 2)
+    assert tiny_config(**limited, n_device_groups=2).device_groups == (2, 2)
+    assert tiny_config(**limited, max_devices_per_token=3).device_groups == (4, 3)
+
+
+@pytest.mark.parametrize("config_class", [DeepseekConfig, DeepseekV2Config, DeepseekV3Config])
+def test_official_files_hold_our_fields_only_where_they_are_set(config_class: type) -> None:
+    own = {"device_balance_alpha": 0.05, "communication_balance_alpha": 0.02, "sequence_balance_alpha": 1e-4,
+           "router_z_loss_alpha": 1e-3, "n_device_groups": 2, "max_devices_per_token": 1,
+           "token_drop_capacity_factor": 1.0, "token_drop_protected_share": 0.2}  # fmt: skip
+    routed = {"n_routed_experts": 8, "num_experts_per_tok": 2}
+    groups = {"n_group": 2, "topk_group": 1} if config_class is DeepseekV3Config else {}
+    assert own.keys().isdisjoint(json.loads(config_class(**routed, **groups).to_json_string()))
+    saved = json.loads(config_class(**routed, **groups, **own).to_json_string())
+    assert own.items() <= saved.items()
+    assert own.items() <= config_from_dict(saved).to_dict().items()
 
 
 def test_bias_balancing_works_with_a_softmax_gate_too(tiny_model: Callable) -> None:

@@ -10,9 +10,9 @@ import torch
 SCRIPT = Path(__file__).parent / "scripts" / "balanced_training.py"
 
 
-def run(how: str, output: Path, ranks: int) -> dict[str, torch.Tensor]:
+def run(how: str, output: Path, ranks: int, *options: str) -> dict[str, torch.Tensor]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, str(SCRIPT), how, str(output)]
+    command = [sys.executable, *torchrun, str(SCRIPT), how, str(output), *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=output.parent)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(output)
@@ -32,6 +32,12 @@ def test_two_processes_equal_one(how: str, alone: dict[str, torch.Tensor], tmp_p
     found = run(how, tmp_path / "output.pt", 2)
     assert torch.equal(found["counts"], alone["counts"])
     assert torch.equal(found["biases"], alone["biases"])
+
+
+def test_ranks_with_different_numbers_of_tokens(tmp_path: Path) -> None:
+    one, two = run("plain", tmp_path / "one.pt", 1, "ragged"), run("ddp", tmp_path / "two.pt", 2, "ragged")
+    assert len(one["counts"].sum(-1).unique()) > 1
+    assert torch.equal(one["counts"], two["counts"]) and torch.equal(one["biases"], two["biases"])
 
 
 def test_trainer_in_two_processes(tmp_path: Path) -> None:

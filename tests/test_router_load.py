@@ -2,17 +2,20 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from conftest import V3_LIKE
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import DeepseekV3Config as NativeConfig
 from transformers import DeepseekV3ForCausalLM as NativeModel
 
-from modeling_deepseekmoe import RouterLoad, RouterStats, take_router_load, track_router_load
+from modeling_deepseekmoe import RouterLoad, RouterStats, take_router_load, track_router_load, update_router_bias
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeGate
+from modeling_deepseekmoe.router_load import RoutingContext
 
 batch = torch.randint(3, 96, (8, 12), generator=torch.Generator().manual_seed(5))
 everything = torch.ones_like(batch)
@@ -83,6 +86,8 @@ def test_counts_of_a_step(model: nn.Module, checkpointing: str, accumulate: int,
     assert model(batch[:1]).logits is not None  # in training, before the step: taken away
     take_router_load(model)
     checkpointed(model, CHECKPOINTING[checkpointing])
+    calls = []
+    model.model.layers[1].mlp.gate.register_forward_hook(lambda *args: calls.append(1))
     for rows, part in zip(batch.chunk(accumulate), mask.chunk(accumulate), strict=True):
         model(rows, attention_mask=part, labels=rows).loss.backward()
     load = take_router_load(model)
@@ -90,6 +95,7 @@ def test_counts_of_a_step(model: nn.Module, checkpointing: str, accumulate: int,
     assert load.tokens_per_expert.dtype == torch.long
     assert (load.tokens, load.micro_batches) == (mask.sum(), accumulate)
     assert load.tokens_per_expert.sum(dim=1).tolist() == [int(mask.sum()) * 3] * 2
+    assert len(calls) == accumulate * (1 if checkpointing == "plain" else 2)  # recomputed indeed
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -100,6 +106,79 @@ def test_only_some_layers_checkpointed(model: nn.Module, use_reentrant: bool) ->
     layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=use_reentrant)
     model(batch, labels=batch).loss.backward()
     assert torch.equal(take_router_load(model).tokens_per_expert, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_around_the_whole_model(tiny_model: Callable, use_reentrant: bool) -> None:
+    """With gradients in the first pass it counts once; a reentrant one hides the first pass and counts the second."""
+    model = tiny_model(**V3_LIKE)
+    expected = reference_counts(model, batch, everything)
+    embeddings = model.get_input_embeddings()(batch)
+    checkpoint(
+        lambda inputs: model(inputs_embeds=inputs).logits, embeddings, use_reentrant=use_reentrant
+    ).sum().backward()
+    if use_reentrant:
+        assert model.model.router_load.load is None  # documented: such a checkpoint is not seen as training
+    else:
+        assert torch.equal(take_router_load(model).tokens_per_expert, expected)
+
+
+def test_masks_given_by_position(model: nn.Module) -> None:
+    mask = (torch.arange(12)[None] < torch.tensor([12, 5, 9, 1, 12, 7, 3, 10])[:, None]).long()
+    expected = reference_counts(model, batch, mask)
+    model(batch, mask, labels=batch).loss.backward()
+    assert torch.equal(take_router_load(model).tokens_per_expert, expected)
+
+
+def test_a_mask_that_says_nothing_about_padding(tiny_model: Callable) -> None:
+    model = tiny_model(**V3_LIKE)
+    causal = torch.ones(12, 12).tril().log()[None, None].expand(8, 1, 12, 12)
+    expected = reference_counts(model, batch, everything)
+    model(batch, attention_mask=causal, labels=batch)
+    assert torch.equal(take_router_load(model).tokens_per_expert, expected)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make a GPU wait for the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.reads.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_host(tiny_model: Callable) -> None:
+    """In a training step with all losses, token dropping, statistics and the update; reading happens at the log."""
+    model = tiny_model(**V3_LIKE, sequence_balance_alpha=0.1, router_z_loss_alpha=0.1, device_balance_alpha=0.1,
+                       communication_balance_alpha=0.1, token_drop_capacity_factor=1.0)  # fmt: skip
+    model.set_experts_implementation("batched_mm")
+    mask = (torch.arange(12)[None] < torch.tensor([12, 5, 9, 1, 12, 7, 3, 10])[:, None]).long()
+    stats = RouterStats(model)
+    embeddings, plain = model.get_input_embeddings()(batch).detach(), HostReads()
+    masks = causal_mask_of(model, mask)
+    with plain:
+        records = [layer(embeddings, attention_mask=masks, routing=RoutingContext(mask, None, True, True),
+                         position_embeddings=model.model.rotary_emb(embeddings, torch.arange(12)[None]))
+                   for layer in model.model.layers]  # fmt: skip
+    assert len(records) == 3 and not plain.reads
+    model(batch, attention_mask=mask, labels=batch).loss.backward()
+    with plain:
+        stats.add(update_router_bias(model))
+    assert not plain.reads
+    with plain:
+        stats.summary()
+    assert plain.reads
+
+
+def causal_mask_of(model: nn.Module, mask: torch.Tensor) -> torch.Tensor:
+    from transformers.masking_utils import create_causal_mask
+
+    embeddings = model.get_input_embeddings()(batch)
+    return create_causal_mask(config=model.config, inputs_embeds=embeddings, attention_mask=mask, past_key_values=None)
 
 
 def test_packed_sequences(model: nn.Module) -> None:

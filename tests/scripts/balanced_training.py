@@ -1,5 +1,6 @@
 """Train for five steps, alone or under torchrun, and save the counts and biases of every step, which all ranks must
-share. Arguments: how (plain, ddp, fsdp2, trainer), the file to write."""
+share. Arguments: how (plain, ddp, fsdp2, trainer), the file to write, and `ragged` for rows of different lengths (then
+the weights stay as they are, since means of micro-batches are no means of tokens)."""
 
 import os
 import sys
@@ -31,7 +32,7 @@ class StepRecorder(TrainerCallback):
         self.biases.append(torch.stack([gate.bias.clone() for gate in find_biased_gates(model)]))
 
 
-def train_plainly(how: str, model: nn.Module, rows: torch.Tensor, rank: int, ranks: int) -> dict:
+def train_plainly(how: str, model: nn.Module, rows: torch.Tensor, rank: int, ranks: int, rate: float) -> dict:
     """A loop: every rank takes its share of each micro-batch."""
     wrapped: nn.Module = model
     if how == "ddp":
@@ -40,7 +41,7 @@ def train_plainly(how: str, model: nn.Module, rows: torch.Tensor, rank: int, ran
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     counts, biases = [], []
     for step in rows.view(STEPS, GLOBAL_BATCH, -1):
         for part in step.chunk(ACCUMULATE):
@@ -74,19 +75,24 @@ def train_with_trainer(model: nn.Module, rows: torch.Tensor, ranks: int) -> dict
 
 
 def main() -> None:
-    how, output = sys.argv[1:]
+    how, output, *options = sys.argv[1:]
+    ragged = "ragged" in options
     torch.set_num_threads(1)
     if how in ("ddp", "fsdp2"):
         dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = DeepseekMoeForCausalLM(DeepseekMoeConfig(**{**TINY, **V3_LIKE, "sequence_balance_alpha": 0.01})).train()
     rows = torch.randint(3, 96, (STEPS * GLOBAL_BATCH, 16), generator=torch.Generator().manual_seed(3))
-    rows[:, 12:] = 0  # the same padding everywhere, so that means of micro-batches are means of tokens
+    if ragged:
+        lengths = torch.randint(2, 17, (len(rows), 1), generator=torch.Generator().manual_seed(4))
+        rows *= torch.arange(16)[None] < lengths
+    else:
+        rows[:, 12:] = 0  # the same padding everywhere, so that means of micro-batches are means of tokens
     if how == "trainer":
         found = train_with_trainer(model, rows, int(os.environ.get("WORLD_SIZE", "1")))
     else:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        found = train_plainly(how, model, rows, dist.get_rank() if ranks > 1 else 0, ranks)
+        found = train_plainly(how, model, rows, dist.get_rank() if ranks > 1 else 0, ranks, 0.0 if ragged else 1e-2)
     if dist.is_initialized():
         others: list[dict] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(others, found)
