@@ -415,10 +415,10 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             position_ids=position_ids,
         )
         routing = self._routing_context(token_mask, inputs_embeds, kwargs.get("output_router_logits"))
-        hidden_states, records = inputs_embeds, []
+        hidden_states, records = inputs_embeds, {}
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for decoder_layer in self.layers:
-            hidden_states, *record = decoder_layer(
+        for layer_idx, decoder_layer in enumerate(self.layers):
+            outputs = decoder_layer(
                 hidden_states,
                 attention_mask=causal_mask,
                 routing=routing,
@@ -428,10 +428,15 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
+            # A layer that another pipeline stage holds hands on the hidden states alone.
+            hidden_states, *record = outputs if isinstance(outputs, tuple) else (outputs,)
             if record:
-                records.append(RoutingRecord(*record))
+                records[layer_idx] = RoutingRecord(*record)
         if records and counts_as_training(self):
-            self.router_load.add(load_of_records(records, routing.token_mask, inputs_embeds.shape[:2].numel()))
+            load = load_of_records(
+                records, self.config.moe_layers, routing.token_mask, inputs_embeds.shape[:2].numel()
+            )
+            self.router_load.add(load)
         return DeepseekMoeModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,

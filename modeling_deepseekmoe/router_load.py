@@ -8,7 +8,7 @@ because DDP overwrites buffers with those of rank 0 at every forward.
 Shape letters: L MoE layers, E routed experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, NamedTuple
@@ -222,42 +222,43 @@ def sum_of_entropies(scores: torch.Tensor, token_mask: torch.Tensor | None) -> t
     return entropies.sum() if token_mask is None else (entropies * (token_mask.flatten() != 0)).sum()
 
 
-def sum_of_losses(records: list[RoutingRecord], device: torch.device) -> torch.Tensor:
+def sum_of_losses(records: Mapping[int, RoutingRecord], device: torch.device) -> torch.Tensor:
     """Sum of all losses of all layers, which may lie on several devices; a float32 zero where there are none."""
     total = torch.zeros((), dtype=torch.float32, device=device)
-    for record in records:
+    for record in records.values():
         if record.losses is not None:
             total = total + record.losses.sum().to(device)
     return total
 
 
-def load_of_records(records: list[RoutingRecord], token_mask: torch.Tensor | None, num_tokens: int) -> RouterLoad:
-    """The load of one micro-batch from the records of all layers.
+def load_of_records(
+    records: Mapping[int, RoutingRecord], layers: tuple[int, ...], token_mask: torch.Tensor | None, num_tokens: int
+) -> RouterLoad:
+    """The load of one micro-batch.
 
     Args:
-        records: one for every MoE layer, at least one; they may lie on several devices.
+        records: one or more layers' records by the layer's index; they may lie on several devices.
+        layers: indices of all MoE layers; those without a record count nothing.
         token_mask (`torch.Tensor`, *optional*): nonzero for real tokens.
         num_tokens (`int`): all tokens.
     """
-    device = records[0].tokens_per_expert.device
-    if token_mask is None:
-        tokens = torch.full((), num_tokens, dtype=torch.long, device=device)
-    else:
-        tokens = (token_mask != 0).sum().to(device)
-
-    def stack(values: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
-        zero = torch.zeros((), dtype=dtype, device=device)
-        return torch.stack([zero if value is None else value.detach().to(device, dtype) for value in values])
-
-    losses = [record.losses for record in records if record.losses is not None]
-    return RouterLoad(
-        tokens_per_expert=torch.stack([record.tokens_per_expert.to(device) for record in records]),
-        tokens=tokens,
-        micro_batches=torch.ones((), dtype=torch.long, device=device),
-        dropped=stack([record.dropped for record in records], torch.long),
-        entropy=stack([record.entropy for record in records], torch.float32),
-        losses=stack(losses, torch.float32).sum(dim=0) if losses else torch.zeros(len(LOSS_NAMES), device=device),
-    )
+    counts = next(iter(records.values())).tokens_per_expert
+    load = RouterLoad.zeros(len(layers), len(counts), counts.device)
+    load.micro_batches.add_(1)
+    load.tokens.add_(num_tokens if token_mask is None else (token_mask != 0).sum().to(counts.device))
+    for row, layer in enumerate(layers):
+        record = records.get(layer)
+        if record is None:
+            continue
+        load.tokens_per_expert[row].copy_(record.tokens_per_expert)
+        for total, value in (
+            (load.dropped[row], record.dropped),
+            (load.entropy[row], record.entropy),
+            (load.losses, record.losses),
+        ):
+            if value is not None:
+                total.add_(value.detach().to(total.device))
+    return load
 
 
 # ------------------------------------------------------------------------------------- the reminder to update the bias

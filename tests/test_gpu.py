@@ -5,6 +5,8 @@ import torch
 from conftest import EXPERTS_IMPLEMENTATIONS, Golden
 from tolerances import GOLDEN_LOGITS, LOW_PRECISION_LOSS
 
+from modeling_deepseekmoe import RouterStats, take_router_load, update_router_bias
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
@@ -30,3 +32,20 @@ def test_low_precision_training_step(golden: Golden, dtype: torch.dtype) -> None
     if "train.task_loss" in expected:
         task_loss = outputs.loss - outputs.aux_loss
         assert abs(task_loss.item() - expected["train.task_loss"].item()) <= LOW_PRECISION_LOSS
+
+
+def test_counts_are_those_of_the_cpu_and_nothing_waits_for_the_host(v3: Golden) -> None:
+    on_cpu, on_gpu = v3.model().train(), v3.model(experts_implementation="grouped_mm").cuda().train()
+    input_ids = v3.expected["input_ids"]
+    mask = (torch.arange(17)[None] < torch.tensor([17, 9, 13])[:, None]).long()
+    on_cpu(input_ids, attention_mask=mask, labels=input_ids)
+    stats = RouterStats(on_gpu)
+    on_gpu(input_ids.cuda(), attention_mask=mask.cuda(), labels=input_ids.cuda()).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        load = update_router_bias(on_gpu)
+        stats.add(load)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(load.tokens_per_expert.cpu(), take_router_load(on_cpu).tokens_per_expert)
+    assert stats.summary()["router/entropy"] > 0

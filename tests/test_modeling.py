@@ -43,6 +43,21 @@ def test_auxiliary_loss_without_labels_and_switched_off(tiny_model: Callable) ->
     assert tiny_model(n_routed_experts=0)(ids).aux_loss == 0
 
 
+def test_layers_of_another_pipeline_stage(tiny_model: Callable) -> None:
+    """They hand on the hidden states alone; the layers that are here count."""
+
+    class Identity(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
+            return hidden_states
+
+    model = tiny_model()
+    model.model.layers[1] = Identity()
+    outputs = model(ids, labels=ids)
+    outputs.loss.backward()
+    counts = model.model.router_load.take().tokens_per_expert
+    assert counts.sum(1).tolist() == [0, ids.numel() * 3] and outputs.aux_loss > 0
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_router_logits_are_raw(tiny_model: Callable, variant: str) -> None:
     model = tiny_model(**VARIANTS[variant]).eval()
