@@ -223,8 +223,9 @@ def take_router_load(model: nn.Module, *, process_group: Any = None) -> RouterLo
         )
     device = next(model.parameters()).device
     # Of all ranks, those of transformers' tensor parallelism are given the same tokens.
-    sizes = [getattr(module, "_tp_size", None) or 1 for module in model.modules() if process_group is None]
-    return counter.take(device).all_reduce(process_group, replicas=max(sizes, default=1))
+    sizes = [module._tp_size or 1 for module in model.modules() if isinstance(module, PreTrainedModel)]
+    replicas = max(sizes, default=1) if process_group is None else 1
+    return counter.take(device).all_reduce(process_group, replicas=replicas)
 
 
 def router_load_counter(model: nn.Module) -> RouterLoadCounter:
@@ -285,12 +286,12 @@ class _Tracker:
                     f"{name}.experts was not called with (hidden states, expert ids, weights): its tokens cannot be "
                     "counted."
                 )
-            load = RouterLoad.zeros(len(self.counter.layers), self.counter.num_experts, expert_ids.device)
-            load.tokens_per_expert[idx] = count_tokens(expert_ids.long(), self.counter.num_experts, self.token_mask)
+            counts = count_tokens(expert_ids.long(), self.counter.num_experts, self.token_mask)
+            load = self.counter.begin(counts.device)
+            load.tokens_per_expert[idx] += counts.to(load.tokens_per_expert.device)
             if idx == 0:
                 load.micro_batches += 1
                 load.tokens += len(expert_ids) if self.token_mask is None else (self.token_mask != 0).sum()
-            self.counter.add(load)
 
         return hook
 

@@ -145,17 +145,21 @@ class RouterLoadCounter:
         self.trained = False
         self.steps_without_update = 0
 
+    def begin(self, device: torch.device | str | None = None) -> RouterLoad:
+        """What was counted so far, to be added to; zeros on `device` at first."""
+        if self.load is None:
+            self.load = RouterLoad.zeros(len(self.layers), self.num_experts, device)
+        return self.load
+
     def add(self, load: RouterLoad) -> None:
         """Add the load of one micro-batch."""
-        if self.load is None:
-            self.load = RouterLoad.zeros(len(self.layers), self.num_experts, load.tokens_per_expert.device)
-        self.load.add_(load)
+        self.begin(load.tokens_per_expert.device).add_(load)
         self.trained = True
 
     def take(self, device: torch.device | str | None = None) -> RouterLoad:
         """Return what was counted and begin again; zeros on `device` if nothing was."""
-        load, self.load = self.load, None
-        return RouterLoad.zeros(len(self.layers), self.num_experts, device) if load is None else load
+        load, self.load = self.begin(device), None
+        return load
 
 
 def token_mask_of(attention_mask: Any, batch_shape: torch.Size, *, cached: bool) -> torch.Tensor | None:
@@ -243,22 +247,20 @@ def load_of_records(
         num_tokens (`int`): all tokens.
     """
     counts = next(iter(records.values())).tokens_per_expert
-    load = RouterLoad.zeros(len(layers), len(counts), counts.device)
-    load.micro_batches.add_(1)
-    load.tokens.add_(num_tokens if token_mask is None else (token_mask != 0).sum().to(counts.device))
-    for row, layer in enumerate(layers):
-        record = records.get(layer)
-        if record is None:
-            continue
-        load.tokens_per_expert[row].copy_(record.tokens_per_expert)
-        for total, value in (
-            (load.dropped[row], record.dropped),
-            (load.entropy[row], record.entropy),
-            (load.losses, record.losses),
-        ):
-            if value is not None:
-                total.add_(value.detach().to(total.device))
-    return load
+    nothing = RouterLoad.zeros(1, len(counts), counts.device)
+
+    def stacked(name: str, missing: torch.Tensor) -> torch.Tensor:
+        values = [getattr(records.get(layer), name, None) for layer in layers]
+        return torch.stack([missing if value is None else value.detach().to(missing) for value in values])
+
+    return RouterLoad(
+        tokens_per_expert=stacked("tokens_per_expert", nothing.tokens_per_expert[0]),
+        tokens=nothing.tokens + (num_tokens if token_mask is None else (token_mask != 0).sum().to(counts.device)),
+        micro_batches=nothing.micro_batches + 1,
+        dropped=stacked("dropped", nothing.dropped[0]),
+        entropy=stacked("entropy", nothing.entropy[0]),
+        losses=stacked("losses", nothing.losses).sum(dim=0),
+    )
 
 
 # ------------------------------------------------------------------------------------- the reminder to update the bias

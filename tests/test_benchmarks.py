@@ -1,0 +1,53 @@
+"""What the balancing experiment concludes from its runs, and how it splits its texts."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def balancing() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "balancing.py"
+    spec = importlib.util.spec_from_file_location("benchmark_balancing", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def runs(balancing: ModuleType, free: list[float], violation: float = 0.05) -> list[dict]:
+    """Three seeds of every method; the auxiliary loss with 0.01 is the best one, with 10, 11 and 12."""
+    perplexities = {method.name: [20.0, 21.0, 22.0] for method in balancing.METHODS}
+    perplexities |= {"auxiliary loss, 0.01": [10.0, 11.0, 12.0], "loss-free": free}
+    return [
+        {"method": name, "seed": seed, "perplexity": value, "max_violation_global": violation,
+         "max_violation_batch": 0.2, "max_violation_batch_end": 0.1}
+        for name, values in perplexities.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_verdict(balancing: ModuleType) -> None:
+    better = balancing.verdict(runs(balancing, [9.0, 11.5, 12.0]))
+    assert "at most 0.050, within 0.10" in better and "(auxiliary loss, 0.01), by seed: -1.00, +0.50, +0.00" in better
+    assert "seeds 1.00: no worse within the spread" in better
+    assert balancing.verdict(runs(balancing, [12.0, 13.0, 14.0])).endswith("worse within the spread.")
+    assert "no worse" not in balancing.verdict(runs(balancing, [12.0, 13.0, 14.0]))
+    assert "above 0.10" in balancing.verdict(runs(balancing, [9.0, 9.0, 9.0], violation=0.11))
+
+
+def test_summary(balancing: ModuleType) -> None:
+    rows = {row["method"]: row for row in balancing.summarize(runs(balancing, [9.0, 11.0, 13.0]))}
+    assert rows["loss-free"]["perplexity"] == {"mean": 11.0, "min": 9.0, "max": 13.0}
+    assert list(rows) == [method.name for method in balancing.METHODS]
+    assert balancing.smooth([1.0, 3.0, 5.0], width=2) == [2.0, 5.0]
+
+
+def test_validation_texts_are_no_copies_of_training_texts(balancing: ModuleType) -> None:
+    texts = [" ".join(f"word{number * 40 + place}" for place in range(40)) for number in range(200)]
+    training, validation = balancing.split(texts)
+    assert len(training) + len(validation) == 200 and 5 < len(validation) < 45
+    copies = [f"{text} once more" for text in texts]
+    training, validation = balancing.split([*texts, *copies])
+    for text in validation:  # both the text and its copy are held out, or it would not be here
+        assert f"{text} once more" not in training and text.removesuffix(" once more") not in training
