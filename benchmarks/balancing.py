@@ -216,7 +216,7 @@ def verdict(runs: list[dict]) -> str:
         f"{'within' if max(violations) <= 0.1 else 'above'} 0.10. Perplexity minus that of the best auxiliary loss "
         f"({best}), by seed: {', '.join(f'{gap:+.2f}' for gap in gaps)}, mean {statistics.mean(gaps):+.2f}; standard "
         f"deviation of the latter's seeds {spread:.2f}: "
-        f"{'no worse' if statistics.mean(gaps) <= spread else 'worse'} within the spread."
+        f"{'no worse within' if statistics.mean(gaps) <= spread else 'worse than'} the spread."
     )
 
 

@@ -46,6 +46,11 @@ class BiasedGate:
         """The bias itself, E values."""
         return getattr(self.owner, BIAS_NAME)
 
+    def whole_bias(self) -> torch.Tensor:
+        """The bias without gradients, put together where FSDP2 has sharded it (all ranks must call this then)."""
+        bias = self.bias.detach()
+        return bias.full_tensor() if isinstance(bias, DTensor) else bias
+
     @property
     def frozen(self) -> bool:
         """Whether the gate has parameters and none of them is trained, so that its bias is left alone too."""
@@ -180,7 +185,7 @@ def update_router_bias(
     if len(gates) != len(counter.layers):
         raise ValueError(
             f"{type(model).__name__} holds {len(gates)} gates with a balancing bias and counts {len(counter.layers)} "
-            "layers: give one model, not several in one module."
+            "layers: it takes one whole model, not several in one module and no stage of a pipeline."
         )
     load = take_router_load(model, process_group=process_group)
     for gate, step in zip(gates, bias_step(load.tokens_per_expert, update_rate, update), strict=True):
@@ -286,12 +291,18 @@ class _Tracker:
                     f"{name}.experts was not called with (hidden states, expert ids, weights): its tokens cannot be "
                     "counted."
                 )
-            counts = count_tokens(expert_ids.long(), self.counter.num_experts, self.token_mask)
+            mask = self.token_mask
+            if mask is not None and mask.numel() != len(expert_ids):
+                raise ValueError(
+                    f"attention_mask of shape {tuple(mask.shape)} is not allowed: {name} routes {len(expert_ids)} "
+                    "tokens."
+                )
+            counts = count_tokens(expert_ids.long(), self.counter.num_experts, mask)
             load = self.counter.begin(counts.device)
             load.tokens_per_expert[idx] += counts.to(load.tokens_per_expert.device)
             if idx == 0:
                 load.micro_batches += 1
-                load.tokens += len(expert_ids) if self.token_mask is None else (self.token_mask != 0).sum()
+                load.tokens += len(expert_ids) if mask is None else (mask != 0).sum().to(load.tokens.device)
 
         return hook
 

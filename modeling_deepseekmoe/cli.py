@@ -118,11 +118,13 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing the page.")] = False,
     column: Annotated[str, typer.Option(help="Field of the rows that holds the text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to look at.")] = 32768,
     block_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device_map: Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Show what the gates do with a text: load, imbalance, co-activation, weights and top tokens of every expert."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -132,18 +134,20 @@ def report(
     from .routing_report import make_report, read_texts
 
     with _exit_codes():
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype!r} is not allowed: it must be auto, float32, bfloat16 or float16.")
         if not as_json:
             require_matplotlib()
+            if output.is_dir():
+                raise ValueError(f"--output {output} is not allowed: it is a folder.")
+            output.parent.mkdir(parents=True, exist_ok=True)
         register(override_native=True)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        if torch_device := _accelerator():
-            loaded.to(torch_device)
         result = make_report(
-            loaded,
+            AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device_map),
             AutoTokenizer.from_pretrained(tokenizer or model),
-            read_texts(data, split=split, column=column),
+            read_texts(data, split=split, column=column, subset=subset),
             title=model,
-            source=Path(data).name,
+            source=Path(data).name if Path(data).exists() else data,
             max_tokens=max_tokens,
             block_size=block_size,
             batch_size=batch_size,
@@ -151,18 +155,9 @@ def report(
         if as_json:
             typer.echo(json.dumps(result.to_dict(), indent=2))
             return
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(result.to_html(), encoding="utf-8")
         violation = sum(result.global_violation) / len(result.global_violation)
         typer.echo(f"{output}: {len(result.trace.layers)} layers, MaxVio_global {violation:.3f} on average.")
-
-
-def _accelerator() -> str | None:
-    """The device type of this machine's accelerator, if it has one."""
-    import torch
-
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return None if device is None else device.type
 
 
 @app.command()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modeling_deepseekmoe import DeepseekMoeGate
+from .modeling_deepseekmoe import DeepseekMoeBlock, DeepseekMoeModel
 from .router_load import count_tokens, sum_of_entropies
 from .routing import RoutingPlan
 
@@ -84,11 +84,10 @@ def expert_load(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict
     Raises:
         ValueError: if the model has no MoE layer of this family.
     """
-    num_experts = model.config.n_routed_experts
     loads: dict[int, torch.Tensor] = {}
 
     def count(layer: int, plan: RoutingPlan) -> None:
-        counts = count_tokens(plan.expert_ids, num_experts, None).cpu()
+        counts = count_tokens(plan.expert_ids, plan.scores.shape[-1], None).cpu()
         loads[layer] = loads[layer] + counts if layer in loads else counts
 
     for _ in _watched_batches(model, batches, count):
@@ -106,7 +105,7 @@ def trace_routing(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> Ro
     Raises:
         ValueError: if the model has no MoE layer of this family, or if there is no batch.
     """
-    layers = model.config.moe_layers
+    layers = tuple(moe_blocks(model))
     ids: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     weights: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     entropies = dict.fromkeys(layers, 0.0)
@@ -131,20 +130,29 @@ def trace_routing(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> Ro
     )
 
 
+def moe_blocks(model: PreTrainedModel) -> dict[int, DeepseekMoeBlock]:
+    """The MoE blocks of a model by their layers' indices.
+
+    Raises:
+        ValueError: if it has none of this family.
+    """
+    decoder = next((module for module in model.modules() if isinstance(module, DeepseekMoeModel)), None)
+    blocks = {} if decoder is None else {layer: decoder.layers[layer].mlp for layer in decoder.config.moe_layers}
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no MoE layer of this family: there is no load to measure.")
+    return blocks
+
+
 def _watched_batches(
     model: PreTrainedModel, batches: Iterable[torch.Tensor], watch: Callable[[int, RoutingPlan], None]
 ) -> Iterator[torch.Tensor]:
     """Run the model on every batch and yield the batch; `watch` is called with every layer's index and plan."""
-    gates = [module for module in model.modules() if isinstance(module, DeepseekMoeGate)]
-    if not gates:
-        raise ValueError(f"{type(model).__name__} has no MoE layer of this family: there is no load to measure.")
+    blocks = moe_blocks(model)
 
     def hook_of(layer: int) -> Callable[..., None]:
         return lambda module, args, output: watch(layer, output[1])
 
-    handles = [
-        gate.register_forward_hook(hook_of(layer)) for gate, layer in zip(gates, model.config.moe_layers, strict=True)
-    ]
+    handles = [block.gate.register_forward_hook(hook_of(layer)) for layer, block in blocks.items()]
     try:
         with evaluating(model):
             for input_ids in batches:
@@ -155,4 +163,4 @@ def _watched_batches(
             handle.remove()
 
 
-__all__ = ["RoutingTrace", "evaluating", "expert_load", "perplexity", "trace_routing"]
+__all__ = ["RoutingTrace", "evaluating", "expert_load", "moe_blocks", "perplexity", "trace_routing"]

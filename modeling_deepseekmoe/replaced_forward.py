@@ -36,8 +36,11 @@ def keep_auxiliary_loss(forward: Any, model: nn.Module) -> Any:
     function: Callable[..., Any] | None = getattr(forward, "__func__", None)
     if function is None or forward.__self__ is not model or function is type(model).forward:
         return forward
-    if getattr(function, "keeps_auxiliary_loss", False):
-        return forward
+    inner: Any = function
+    while inner is not None:  # accelerate puts wrappers around
+        if getattr(inner, "keeps_auxiliary_loss", False):
+            return forward
+        inner = getattr(inner, "__wrapped__", None)
 
     @functools.wraps(function)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -99,12 +99,15 @@ def plot_expert_load(loads: Mapping[int, torch.Tensor], target: Target, title: s
     table = torch.stack([loads[layer].double() / loads[layer].double().mean().clamp(min=1e-12) for layer in layers])
     num_layers, num_experts = table.shape
     figure, axes = _new_axes(min(4 + 0.16 * num_experts, 16), min(2.2 + 0.17 * num_layers, 14))
-    image = axes.imshow(table.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=max(2.0, float(table.max())))
+    # One hot expert must not make all others look the same.
+    limit = min(max(2.0, float(table.max())), 4.0)
+    image = axes.imshow(table.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=limit)
     axes.set(title=title, xlabel="routed expert", ylabel="layer")
     row_step, column_step = -(-num_layers // 30), -(-num_experts // 32)
     axes.set_yticks(range(0, num_layers, row_step), [str(layer) for layer in layers[::row_step]])
     axes.set_xticks(range(0, num_experts, column_step))
-    figure.colorbar(image, ax=axes, label="tokens / mean tokens of the layer")
+    extend = "max" if float(table.max()) > limit else "neither"
+    figure.colorbar(image, ax=axes, label="tokens / mean tokens of the layer", extend=extend)
     figure.savefig(target, format="png")
 
 
@@ -175,7 +178,7 @@ def plot_gate_weights(layers: Sequence[int], weights: torch.Tensor, target: Targ
     by_layer, together = figure.subplots(1, 2)
     top_k = weights.shape[-1]
     ordered = weights.sort(dim=-1, descending=True).values
-    sample = ordered.flatten()[:: max(1, ordered.numel() // 1_000_000)]
+    sample = ordered[:, :: max(1, ordered.numel() // 1_000_000)].flatten()[:4_000_000]
     low, high = sample.quantile(torch.tensor([0.001, 0.999])).tolist()
     edges = torch.linspace(low, max(high, low + 1e-6), 61)
     for rank in range(top_k):
@@ -183,8 +186,9 @@ def plot_gate_weights(layers: Sequence[int], weights: torch.Tensor, target: Targ
         tenth, middle, ninetieth = ordered[..., rank].quantile(torch.tensor([0.1, 0.5, 0.9]), dim=-1)
         by_layer.plot(layers, middle, marker="o", markersize=3, linewidth=1.2, color=color)
         by_layer.fill_between(layers, tenth, ninetieth, color=color, alpha=0.12, linewidth=0)
-        counts = torch.histc(ordered[..., rank].flatten(), bins=60, min=float(edges[0]), max=float(edges[-1]))
-        together.stairs((counts / counts.sum().clamp(min=1)).numpy(), edges.numpy(), color=color, label=str(rank + 1))
+        shown = ordered[..., rank].flatten().clamp(float(edges[0]), float(edges[-1]))
+        counts = torch.histc(shown, bins=60, min=float(edges[0]), max=float(edges[-1]))
+        together.stairs((counts / shown.numel()).numpy(), edges.numpy(), color=color, label=str(rank + 1))
     by_layer.set(title="Gate weight by layer: median, 10% to 90%", xlabel="layer", ylabel="gate weight")
     by_layer.xaxis.get_major_locator().set_params(integer=True)
     together.set(title="Gate weight, all layers", xlabel="gate weight", ylabel="share of the tokens, 60 bins")

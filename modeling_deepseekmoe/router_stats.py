@@ -82,7 +82,7 @@ class RouterStats:
             output["entropy"] = (load.entropy / load.tokens.clamp(min=1)).tolist()
         gates = find_biased_gates(self.model)
         if gates:
-            norms = [gate.bias.detach().norm() for gate in gates]
+            norms = [gate.whole_bias().norm() for gate in gates]
             output["bias_norm"] = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
         losses = (load.losses / load.micro_batches.clamp(min=1)).tolist()
         output["losses"] = {name: loss for name, loss in zip(LOSS_NAMES, losses, strict=True) if loss}

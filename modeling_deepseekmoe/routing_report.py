@@ -5,7 +5,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .balancing import max_violation
-from .evaluation import RoutingTrace, trace_routing
+from .evaluation import RoutingTrace, moe_blocks, trace_routing
 from .report import plot_co_activation, plot_expert_load, plot_gate_weights, plot_max_violation
 
 _MAX_PANELS = 12
+_LEAST_EXPECTED = 5
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1160px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
@@ -28,14 +29,17 @@ summary { cursor: pointer; padding: .2rem 0; } .note { color: #555; }
 """
 
 
-def read_texts(data: str, *, split: str = "train", column: str = "text") -> Iterator[str]:
+def read_texts(
+    data: str, *, split: str = "train", column: str = "text", subset: str | None = None, max_characters: int = 2**24
+) -> Iterator[str]:
     """The texts of a file or a dataset.
 
     Args:
         data: a file of plain text; a `.jsonl` file of rows; a `.json`, `.csv` or `.parquet` file, or the folder or hub
             id of a dataset, all of which are read by the `datasets` library.
-        split: split of a dataset.
+        split, subset: split of a dataset, and its configuration where it has several.
         column: field of the rows that holds the text.
+        max_characters: of a plain text, no more than these are read.
 
     Raises:
         ValueError: if the file is no text, or has no such column.
@@ -43,20 +47,29 @@ def read_texts(data: str, *, split: str = "train", column: str = "text") -> Iter
         ImportError: if `datasets` is needed and missing.
     """
     path = Path(data)
-    if path.is_file() and path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                row = json.loads(line) if line.strip() else None
-                if row is not None:
-                    yield _text_of(row, column, f"{data}, line {number}")
-    elif path.is_file() and path.suffix not in (".json", ".csv", ".parquet"):
+    if path.is_file() and path.suffix not in (".json", ".csv", ".parquet"):
         try:
-            yield path.read_text(encoding="utf-8")
+            with path.open(encoding="utf-8-sig") as file:
+                if path.suffix == ".jsonl":
+                    yield from _texts_of_lines(file, column, data)
+                else:
+                    yield file.read(max_characters)
         except UnicodeDecodeError as error:
             raise ValueError(f"{data} is not allowed as data: it is no text in UTF-8.") from error
     else:
-        for row in _load_dataset(path, data, split):
+        for row in _load_dataset(path, data, split, subset):
             yield _text_of(row, column, data)
+
+
+def _texts_of_lines(lines: Iterable[str], column: str, name: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}, line {number} is no JSON: {error}.") from error
+        yield _text_of(row, column, f"{name}, line {number}")
 
 
 def _text_of(row: Any, column: str, where: str) -> str:
@@ -66,7 +79,7 @@ def _text_of(row: Any, column: str, where: str) -> str:
     return row[column]
 
 
-def _load_dataset(path: Path, data: str, split: str) -> Any:
+def _load_dataset(path: Path, data: str, split: str, subset: str | None) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -74,7 +87,7 @@ def _load_dataset(path: Path, data: str, split: str) -> Any:
     if path.is_file():
         builder = path.suffix.removeprefix(".")
         return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
-    return datasets.load_dataset(data, split=split, streaming=True)
+    return datasets.load_dataset(data, subset, split=split, streaming=True)
 
 
 def token_batches(
@@ -88,28 +101,34 @@ def token_batches(
         max_tokens, block_size, batch_size: tokens in all and in a block, blocks in a batch.
 
     Returns:
-        `torch.LongTensor`s (B, S); the tokens at the end that fill no block are left out, except that a short text is
-        one block.
+        `torch.LongTensor`s (B, S), all of one shape; the tokens at the end that fill no batch are left out, and a
+        short text is one batch.
 
     Raises:
-        ValueError: for sizes below 1, or if the texts hold fewer than two tokens.
+        ValueError: for sizes that are too small, or if the texts hold fewer than two tokens.
     """
-    for name, value in (("max_tokens", max_tokens), ("block_size", block_size), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is not allowed: it must be at least 1.")
+    for name, value, least in (
+        ("max_tokens", max_tokens, 2),
+        ("block_size", block_size, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value} is not allowed: it must be at least {least}.")
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
+        # A token has far fewer characters than this: what is longer would only be thrown away.
+        own = tokenizer(text[: 64 * max_tokens], add_special_tokens=False, verbose=False)["input_ids"]
+        if own:
+            ids += own if tokenizer.eos_token_id is None else [*own, tokenizer.eos_token_id]
         if len(ids) >= max_tokens:
             break
     ids = ids[:max_tokens]
-    block_size = min(block_size, len(ids))
     if len(ids) < 2:
         raise ValueError(f"The data holds {len(ids)} tokens: at least two are needed.")
-    blocks = torch.tensor(ids[: len(ids) // block_size * block_size]).view(-1, block_size)
-    return list(blocks.split(batch_size))
+    block_size = min(block_size, len(ids))
+    batch_size = min(batch_size, len(ids) // block_size)
+    batches = len(ids) // (block_size * batch_size)
+    return list(torch.tensor(ids[: batches * batch_size * block_size]).view(batches, batch_size, block_size))
 
 
 def loads_of(trace: RoutingTrace) -> torch.Tensor:
@@ -137,7 +156,8 @@ def co_activation_of(trace: RoutingTrace, layer: int) -> torch.Tensor:
         layer: index of a MoE layer.
 
     Returns:
-        `torch.FloatTensor` of shape (E, E), symmetric; NaN on the diagonal and for experts that nobody chose.
+        `torch.FloatTensor` of shape (E, E), symmetric; NaN on the diagonal and for pairs of which fewer than five
+        tokens are expected, where the ratio would be chance.
     """
     ids = trace.expert_ids[trace.layers.index(layer)].long()
     chosen = torch.zeros(len(ids), trace.num_experts).scatter_(1, ids, 1.0)
@@ -148,7 +168,7 @@ def co_activation_of(trace: RoutingTrace, layer: int) -> torch.Tensor:
     share = load / total
     expected = total * torch.outer(share, share) * (top_k - 1) / top_k
     expected = expected / (1 - (share[:, None] + share[None]) / (2 * top_k))
-    return (pairs / expected).fill_diagonal_(float("nan")).masked_fill(expected == 0, float("nan"))
+    return (pairs / expected).fill_diagonal_(float("nan")).masked_fill(expected < _LEAST_EXPECTED, float("nan"))
 
 
 def top_tokens_of(trace: RoutingTrace, layer: int, count: int = 5) -> list[list[dict[str, Any]]]:
@@ -238,7 +258,9 @@ class RoutingReport:
         ]
 
     def _show(self, token_id: int) -> str:
-        return self.tokenizer.decode([token_id])
+        token = self.tokenizer.decode([token_id])
+        # A piece of a character has no text of its own.
+        return str(self.tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in token else token
 
     def to_html(self) -> str:
         """The page: no file beside it, nothing loaded from the network."""
@@ -263,7 +285,8 @@ class RoutingReport:
             (
                 "Co-activation",
                 "Pairs of experts that tokens choose together, over what independent choices with the same loads "
-                "would give. " + ("" if len(panels) == len(layers) else f"{len(panels)} of {len(layers)} layers."),
+                "would give; white where fewer than five tokens are expected, and on the diagonal. "
+                + ("" if len(panels) == len(layers) else f"{len(panels)} of {len(layers)} layers."),
                 _image(
                     lambda file: plot_co_activation({idx: co_activation_of(trace, idx) for idx in panels}, file),
                     "co-activation",
@@ -337,7 +360,10 @@ def _image(plot: Callable[[io.BytesIO], None], description: str) -> str:
 
 def _visible(token: str) -> str:
     """A token with its spaces and line ends shown."""
-    shown = token.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace(" ", "\u2423")
+    shown = "".join(
+        "\u2423" if character == " " else character if character.isprintable() else repr(character)[1:-1]
+        for character in token
+    )
     return shown or "(empty)"
 
 
@@ -363,11 +389,19 @@ def make_report(
         max_tokens, block_size, batch_size: see [`token_batches`]; blocks are no longer than the model allows.
 
     Raises:
-        ValueError: if the model has no MoE layer, or for sizes that are not allowed.
+        ValueError: if the model has no MoE layer, if the tokenizer is not the model's, or for sizes that are not
+            allowed.
     """
+    moe_blocks(model)
     config = model.config
     block_size = min(block_size, config.max_position_embeddings)
     batches = token_batches(texts, tokenizer, max_tokens=max_tokens, block_size=block_size, batch_size=batch_size)
+    largest = max(int(batch.max()) for batch in batches)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"The tokenizer gives token {largest}, and the model has vocab_size={config.vocab_size}: it is another "
+            "model's tokenizer."
+        )
     trace = trace_routing(model, batches)
     facts = {
         "model type": config.model_type,

@@ -31,7 +31,7 @@ def test_verdict(balancing: ModuleType) -> None:
     better = balancing.verdict(runs(balancing, [9.0, 11.5, 12.0]))
     assert "at most 0.050, within 0.10" in better and "(auxiliary loss, 0.01), by seed: -1.00, +0.50, +0.00" in better
     assert "seeds 1.00: no worse within the spread" in better
-    assert balancing.verdict(runs(balancing, [12.0, 13.0, 14.0])).endswith("worse within the spread.")
+    assert balancing.verdict(runs(balancing, [12.0, 13.0, 14.0])).endswith(": worse than the spread.")
     assert "no worse" not in balancing.verdict(runs(balancing, [12.0, 13.0, 14.0]))
     assert "above 0.10" in balancing.verdict(runs(balancing, [9.0, 9.0, 9.0], violation=0.11))
 

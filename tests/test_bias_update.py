@@ -270,7 +270,10 @@ def test_a_bias_that_fsdp2_shards(tmp_path: Path) -> None:
         model(batch, labels=batch).loss.backward()
         load = update_router_bias(model, 0.5)
         for gate, step in zip(find_biased_gates(model), bias_step(load.tokens_per_expert, 0.5), strict=True):
-            assert isinstance(gate.bias, DTensor) and torch.equal(gate.bias.full_tensor().flatten(), step)
+            assert isinstance(gate.bias, DTensor) and torch.equal(gate.whole_bias().flatten(), step)
+        stats = RouterStats(model)
+        stats.add(load)
+        assert stats.summary()["router/bias_norm"] > 0.5
     finally:
         dist.destroy_process_group()
 
@@ -294,7 +297,7 @@ def test_bad_input(tiny_model: Callable) -> None:
     with pytest.raises(ValueError, match=r"router\.e_score_correction_bias is not understood"):
         find_biased_gates(odd)
     pair = nn.ModuleList([tiny_model(**V3_LIKE), tiny_model(**V3_LIKE)])
-    with pytest.raises(ValueError, match=r"4 gates .* counts 2 layers: give one model"):
+    with pytest.raises(ValueError, match=r"4 gates .* counts 2 layers: it takes one whole model"):
         update_router_bias(pair)
     uneven = tiny_model(**V3_LIKE)
     uneven.model.layers[2].mlp.gate.e_score_correction_bias = torch.zeros(4)

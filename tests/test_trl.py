@@ -155,6 +155,13 @@ def test_forward_is_wrapped_once_and_only_where_it_replaces(tiny_model: Callable
         model.forward = model.forward
     assert model.forward.__func__ is once.__func__
 
+    def around(self: nn.Module, *args: object, **kwargs: object) -> object:
+        return once.__func__(self, *args, **kwargs)
+
+    around.__wrapped__ = once.__func__
+    model.forward = types.MethodType(around, model)
+    assert model.forward.__func__ is around
+
 
 def test_the_third_generation_has_its_own_loss(tiny_config: Callable, tmp_path: Path) -> None:
     """There the coefficient is that of the sequence-wise loss."""
