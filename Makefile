@@ -13,7 +13,7 @@ help:
 	@echo "make test-gpu             tests that need a GPU"
 	@echo "make test-oldest          the tests with the oldest supported transformers and peft"
 	@echo "make lint | format        ruff and mypy | ruff's formatter"
-	@echo "make benchmark            the comparison with transformers' own classes"
+	@echo "make benchmark            compare with transformers' own classes, and measure balancing (an hour)"
 
 demo: $(VENV)/.installed
 	$(BIN)/deepseekmoe demo $(ARGS)
@@ -41,6 +41,8 @@ format: $(VENV)/.installed
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/against_transformers.py
+	$(BIN)/python benchmarks/balancing_overhead.py
+	$(BIN)/python benchmarks/balancing.py
 
 # torch comes first and alone, so that the constraint decides its version before anything else asks for one. Which
 # build pip takes, for a GPU or for the CPU, is for pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL).

@@ -77,7 +77,7 @@ def plot_curves(
         axes.plot(range(step, step * len(values) + 1, step), values, linewidth=1.4, label=name)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log_scale else "linear")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(target, format="png")
 
 
