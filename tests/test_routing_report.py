@@ -232,7 +232,10 @@ def test_command_on_the_official_generations(golden: Golden, tokenizer: object, 
     assert result.exit_code == 0, result.output
 
 
-def test_command_with_bad_input(tiny_model: Callable, tokenizer: object, tmp_path: Path) -> None:
+def test_command_with_bad_input(
+    tiny_model: Callable, tokenizer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # one of the commands below is right, and writes its page
     tiny_model(vocab_size=256, n_routed_experts=0).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("Some text of more than one token.", encoding="utf-8")
