@@ -195,7 +195,8 @@ def auxiliary_losses(
     batch_shape = router_logits.shape[:2]
     scores, expert_ids = plan.scores.unflatten(0, batch_shape), plan.expert_ids.unflatten(0, batch_shape)
     for alpha in alphas.values():  # fields can be set after the config was checked, and trainers do so
-        _check(alpha, scores, token_mask, expert_ids)
+        _check_alpha(alpha)
+    _check_shapes(scores, token_mask, expert_ids)
     num_groups, max_devices = config.device_groups
     losses: dict[str, torch.Tensor] = {}
     if "expert" in alphas or "device" in alphas or "communication" in alphas:
@@ -284,8 +285,18 @@ def _communication_loss(balance: _Balance, num_groups: int, max_devices: int) ->
 def _check(
     alpha: float, values: torch.Tensor, token_mask: torch.Tensor | None, expert_ids: torch.Tensor | None = None
 ) -> None:
+    _check_alpha(alpha)
+    _check_shapes(values, token_mask, expert_ids)
+
+
+def _check_alpha(alpha: float) -> None:
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha={alpha} is not allowed: it must be a finite number of at least 0.")
+
+
+def _check_shapes(
+    values: torch.Tensor, token_mask: torch.Tensor | None, expert_ids: torch.Tensor | None = None
+) -> None:
     if values.ndim != 3:
         raise ValueError(f"A tensor of shape {tuple(values.shape)} is not allowed: it must be (batch, sequence, E).")
     shape = tuple(values.shape[:2])

@@ -57,7 +57,7 @@ def keep_auxiliary_loss(forward: Any, model: nn.Module) -> Any:
             _replace_auxiliary_loss(self, outputs, model_losses[-1])
         return outputs
 
-    wrapped.keeps_auxiliary_loss = True  # type: ignore[attr-defined]
+    vars(wrapped)["keeps_auxiliary_loss"] = True
     return MethodType(wrapped, model)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .balancing import max_violation
 from .evaluation import RoutingTrace, moe_blocks, trace_routing
 from .report import plot_co_activation, plot_expert_load, plot_gate_weights, plot_max_violation
+from .router_load import count_tokens
 
 _MAX_PANELS = 12
 _LEAST_EXPECTED = 5
@@ -133,19 +134,17 @@ def token_batches(
 
 def loads_of(trace: RoutingTrace) -> torch.Tensor:
     """Tokens of every expert (L, E)."""
-    return torch.stack([_count(ids, trace.num_experts) for ids in trace.expert_ids])
+    return _loads(trace.expert_ids, trace.num_experts)
 
 
-def _count(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    return torch.bincount(expert_ids.flatten().long(), minlength=num_experts)
+def _loads(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    return torch.stack([count_tokens(ids.long(), num_experts, None) for ids in expert_ids])
 
 
 def batch_violations_of(trace: RoutingTrace) -> torch.Tensor:
     """MaxVio of every batch (batches, L)."""
     parts = trace.expert_ids.split(list(trace.batch_lengths), dim=1)
-    return torch.stack(
-        [max_violation(torch.stack([_count(ids, trace.num_experts) for ids in part])) for part in parts]
-    )
+    return torch.stack([max_violation(_loads(part, trace.num_experts)) for part in parts])
 
 
 def co_activation_of(trace: RoutingTrace, layer: int) -> torch.Tensor:

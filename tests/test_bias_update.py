@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_router_load import batch, native_model
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from modeling_deepseekmoe import (
     DeepseekMoeForCausalLM,
@@ -176,10 +176,15 @@ def test_a_gate_that_peft_trains_as_a_copy(tiny_model: Callable) -> None:
 NATIVE_FAMILIES = ("glm4_moe", "dots1", "ernie4_5_moe", "minimax_m2", "hy_v3")
 
 
+def other_config(model_type: str, **sizes: object) -> PreTrainedConfig:
+    """The config of another family; older releases of transformers lack some."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    return CONFIG_MAPPING[model_type](**sizes)
+
+
 def other_model(model_type: str) -> nn.Module:
     """A small random model of another family, in training mode."""
-    from transformers import CONFIG_MAPPING
-
     sizes = {
         "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
@@ -189,10 +194,8 @@ def other_model(model_type: str) -> nn.Module:
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rotary_dim": 8, "moe_layer_start_index": 1,
         "tie_word_embeddings": False,
     }  # fmt: skip
-    if model_type not in CONFIG_MAPPING:
-        pytest.skip(f"this transformers has no {model_type}")
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes)).train()
+    return AutoModelForCausalLM.from_config(other_config(model_type, **sizes)).train()
 
 
 @pytest.mark.parametrize("model_type", NATIVE_FAMILIES)
@@ -222,12 +225,8 @@ FAMILIES_BY_STRUCTURE = ("axk1", "deepseek_v3", "deepseek_v32", "deepseek_v4", "
 @pytest.mark.parametrize("model_type", FAMILIES_BY_STRUCTURE)
 def test_gates_of_released_sizes_are_found(model_type: str) -> None:
     """Without weights: one gate for every module whose name says so, each with experts beside it."""
-    from transformers import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        pytest.skip(f"this transformers has no {model_type}")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type]())
+        model = AutoModelForCausalLM.from_config(other_config(model_type))
     owners = [name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias")]
     owners += [name for name, _ in model.named_parameters() if name.endswith("e_score_correction_bias")]
     gates = find_biased_gates(model)

@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from conftest import MLA, V3_LIKE
+from datasets import Dataset
+from test_trainer import topics
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tolerances import assert_same
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from modeling_deepseekmoe import DeepseekV3Config, DeepseekV3ForCausalLM, LoadBalancingCallback
 from modeling_deepseekmoe.bias_update import find_biased_gates
-
-trl = pytest.importorskip("trl")
-
-from datasets import Dataset  # noqa: E402 - needs the same extra
-from test_trainer import topics  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 SIZES = {"vocab_size": 256, "max_position_embeddings": 256, "bos_token_id": 188, "eos_token_id": 189}
 VARIANTS = {
@@ -41,7 +39,7 @@ def texts() -> Dataset:
     return Dataset.from_dict({"text": [topics[name][: 60 + 5 * row] for row, name in enumerate(sorted(topics)[:16])]})
 
 
-def sft(model: nn.Module, folder: Path, coefficient: float | None, **kwargs: object) -> "trl.SFTTrainer":
+def sft(model: nn.Module, folder: Path, coefficient: float | None, **kwargs: object) -> trl.SFTTrainer:
     callbacks = kwargs.pop("callbacks", [])
     peft_config = kwargs.pop("peft_config", None)
     settings = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 128,
