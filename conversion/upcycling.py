@@ -8,8 +8,6 @@ have equal logits and a token takes all G shards of its best copy. Their normali
 factor G makes them 1, and shared plus routed experts add up to the dense FFN.
 """
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modeling_deepseekmoe import DeepseekConfig, DeepseekMoeConfig
+from modeling_deepseekmoe.folders import check_destination, unfinished_folder
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekForCausalLM, DeepseekMoeForCausalLM
 
 SOURCE_MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -160,9 +159,7 @@ def upcycle(
     """
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(STORED_DTYPES)}.")
-    destination = Path(destination).absolute()
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"destination={str(destination)!r} is not allowed: it must not exist, or be an empty folder.")
+    destination = check_destination(destination)
     kwargs = {"gguf_file": gguf_file} if gguf_file is not None else {}
     report(f"Loading the dense model from {source}")
     dense = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **kwargs).eval()
@@ -188,7 +185,9 @@ def upcycle(
         add_noise(model, plan.noise, plan.seed)
     report(f"Saving to {destination}")
     _cast(model, stored)
-    _save(model, tokenizer, destination)
+    with unfinished_folder(destination) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
     return check
 
 
@@ -197,20 +196,6 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     transformers refuses it for a model that came from a GGUF file."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-def _save(model: DeepseekMoeForCausalLM, tokenizer: PreTrainedTokenizerBase, destination: Path) -> None:
-    """Write into a folder beside the destination, which then takes its name."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        unfinished.replace(destination)  # an empty folder may be there
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def upcycle_model(dense: PreTrainedModel, plan: UpcyclingPlan) -> DeepseekMoeForCausalLM:

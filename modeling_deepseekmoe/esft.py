@@ -1,0 +1,252 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Expert-specialised fine-tuning (ESFT, arXiv 2407.01906): find the experts that a task uses, and train only those.
+
+[`score_experts`] and [`select_experts`] find them. Two ways train them: LoRA that is restricted to them
+(`expert_lora_config(model, experts=...)`), and the full weights of these experts alone (`prepare_esft`).
+
+Shape letters: B batch, S sequence, T tokens, E routed experts, K choices.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .evaluation import evaluating
+from .experts import find_experts
+
+METHODS = ("gate", "token")
+Scores = dict[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertSelection:
+    """Which experts are trained, in the format of DeepSeek's ESFT release.
+
+    Attributes:
+        experts: for every layer the ids of its selected experts, best first.
+        shared_experts: whether the shared experts are trained too.
+        non_expert_modules: whether everything that is no expert is trained too.
+    """
+
+    experts: dict[int, list[int]]
+    shared_experts: bool = False
+    non_expert_modules: bool = False
+
+    @classmethod
+    def of(cls, selection: "str | Path | Mapping[int, Sequence[int]] | ExpertSelection") -> "ExpertSelection":
+        """A selection from an `esft.json`, from `{layer: [ids]}`, or as it is.
+
+        Raises:
+            ValueError: if a file holds something else.
+            OSError: if there is no such file.
+        """
+        if isinstance(selection, ExpertSelection):
+            return selection
+        if isinstance(selection, Mapping):
+            return cls({int(layer): [int(expert) for expert in ids] for layer, ids in selection.items()})
+        try:
+            content = json.loads(Path(selection).read_text(encoding="utf-8"))
+            experts = {int(layer): [int(expert) for expert in ids] for layer, ids in content["experts"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{selection} is not allowed as a selection of experts: it must be JSON with an object 'experts' of "
+                "layers and lists of expert ids."
+            ) from error
+        return cls(experts, bool(content.get("shared_experts")), bool(content.get("non_expert_modules")))
+
+    def save(self, path: str | Path) -> None:
+        """Write an `esft.json`."""
+        content = {
+            "experts": {str(layer): ids for layer, ids in self.experts.items()},
+            "shared_experts": self.shared_experts,
+            "non_expert_modules": self.non_expert_modules,
+        }
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def checked(self, model: nn.Module) -> "ExpertSelection":
+        """Itself, if a model has all these experts.
+
+        Raises:
+            ValueError: naming the first layer or expert that it does not have, or that is named twice.
+        """
+        blocks = find_experts(model)
+        for layer, ids in self.experts.items():
+            if layer not in blocks:
+                raise ValueError(
+                    f"experts: layer {layer} is not allowed: the layers with routed experts are {sorted(blocks)}."
+                )
+            number = blocks[layer][1].gate_up_proj.shape[0]
+            for expert in ids:
+                if not 0 <= expert < number:
+                    raise ValueError(
+                        f"experts: expert {expert} of layer {layer} is not allowed: it must be from 0 to {number - 1}."
+                    )
+            if len(set(ids)) < len(ids):
+                raise ValueError(f"experts: {ids} of layer {layer} is not allowed: an expert is named twice.")
+        if not any(self.experts.values()):
+            raise ValueError("experts: an empty selection is not allowed: at least one expert is needed.")
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------------- selection
+def score_experts(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    method: str = "gate",
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Scores:
+    """How much a task uses every expert (arXiv 2407.01906, eq. 6 and 7), in one pass that keeps no logits.
+
+    The gate score of an expert is the mean of its gate weight g over the tokens of a sample, and of that over the
+    samples; the token score is the same of 1[g > 0] / K. Weights count without the routed scaling factor.
+
+    Args:
+        model: a model of this family, or any other of transformers with stacked experts.
+        dataloader: yields `torch.LongTensor`s (B, S) of token ids, or dicts with `input_ids` and, where there is
+            padding, `attention_mask` (B, S). Every row is a sample.
+        method: `"gate"` or `"token"`.
+        max_tokens: stop after so many tokens, padding not counted; the sample in which they end counts with those
+            that came before. No limit if `None`.
+        progress: is called with the number of new tokens after every batch.
+
+    Returns:
+        For every layer with routed experts a `torch.DoubleTensor` of shape (E,).
+
+    Raises:
+        ValueError: for an unknown method, a `max_tokens` below 1, a model without such experts, or no tokens.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not allowed: it must be 'gate' or 'token'.")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} is not allowed: it must be at least 1.")
+    blocks = find_experts(model)
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no stacked experts: there is nothing to score.")
+    sums = {
+        layer: torch.zeros(experts.gate_up_proj.shape[0], dtype=torch.float64)
+        for layer, (_, experts) in blocks.items()
+    }
+    scaling, samples, tokens = _scaling_factor(model), 0, 0
+    decoder = getattr(model, "get_base_model", lambda: model)().base_model  # no head: no logits
+    choices: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    with evaluating(model), _watching(model, choices):
+        for batch in dataloader:
+            input_ids, mask = _ids_and_mask(batch)
+            if max_tokens is not None:
+                mask = mask & (mask.flatten().cumsum(0).view_as(mask) <= max_tokens - tokens)
+            if not mask.any():
+                continue
+            device = decoder.device
+            padding = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            kwargs = {} if padding is None else {"attention_mask": padding.to(device)}
+            decoder(input_ids=input_ids.to(device), use_cache=False, **kwargs)
+            for layer, (expert_ids, weights) in choices.items():
+                sums[layer] += _sum_over_samples(expert_ids, weights / scaling, mask, method, len(sums[layer]))
+            samples += int(mask.any(dim=1).sum())
+            tokens += int(mask.sum())
+            progress(int(mask.sum()))
+            if tokens == max_tokens:
+                break
+    if not tokens:
+        raise ValueError("dataloader is not allowed: it yields no tokens, and at least one is needed.")
+    return {layer: total / samples for layer, total in sums.items()}
+
+
+def _scaling_factor(model: nn.Module) -> float:
+    config = model.config
+    own = getattr(config, "gate_scaling_factor", None)
+    return float(own if own is not None else getattr(config, "routed_scaling_factor", None) or 1.0)
+
+
+def _ids_and_mask(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    input_ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return input_ids, torch.ones_like(input_ids, dtype=torch.bool).cpu() if mask is None else mask.bool().cpu()
+
+
+@contextmanager
+def _watching(model: nn.Module, choices: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Keep the ids and weights (T, K) that the experts of every layer receive in the latest forward pass."""
+
+    def hook_of(layer: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            choices[layer] = (args[1].cpu(), args[2].double().cpu())
+
+        return keep
+
+    # By the name without PEFT's wrappers, which is that of the outermost one: the module that is called.
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook_of(layer))
+        for layer, (name, _) in find_experts(model).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sum_over_samples(
+    expert_ids: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor, method: str, num_experts: int
+) -> torch.Tensor:
+    """Sum over a batch's samples of the scores of each, (E,)."""
+    total, top_k = torch.zeros(num_experts, dtype=torch.float64), expert_ids.shape[-1]
+    batch = zip(expert_ids.view(*mask.shape, top_k), weights.view(*mask.shape, top_k), mask, strict=True)
+    for sample_ids, sample_weights, sample_mask in batch:
+        if not sample_mask.any():
+            continue
+        ids, values = sample_ids[sample_mask].flatten(), sample_weights[sample_mask].flatten()
+        if method == "token":
+            values = (values > 0).double() / top_k
+        total += torch.bincount(ids, weights=values, minlength=num_experts) / int(sample_mask.sum())
+    return total
+
+
+def select_experts(scores: Mapping[int, torch.Tensor | Sequence[float]], threshold: float) -> dict[int, list[int]]:
+    """The experts of every layer in descending order of their scores, until these add up to the threshold
+    (arXiv 2407.01906, eq. 8).
+
+    Args:
+        scores: for every layer a score for each expert, as [`score_experts`] gives; equal scores go by the lower id.
+        threshold: the paper takes 0.1 for gate scores and 0.2 for token scores.
+
+    Returns:
+        For every layer the ids, best first; all of a layer's experts where even these do not reach the threshold.
+
+    Raises:
+        ValueError: for a threshold outside (0, 1].
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold!r} is not allowed: it must be above 0 and at most 1.")
+    selected = {}
+    for layer, values in scores.items():
+        values = torch.as_tensor(values, dtype=torch.float64)
+        order, ids, reached = torch.argsort(values, descending=True, stable=True).tolist(), [], 0.0
+        for expert in order:
+            if reached >= threshold:
+                break
+            ids.append(expert)
+            reached += float(values[expert])
+        selected[layer] = ids
+    return selected
+
+
+def save_scores(scores: Scores, method: str, path: str | Path) -> None:
+    """Write scores as DeepSeek's ESFT release does: `{"gate_scores": {layer: {expert: score}}}`."""
+    content = {
+        f"{method}_scores": {
+            str(layer): {str(expert): round(score, 6) for expert, score in enumerate(values.tolist())}
+            for layer, values in scores.items()
+        }
+    }
+    Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+__all__ = ["METHODS", "ExpertSelection", "save_scores", "score_experts", "select_experts"]

@@ -1,0 +1,42 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Folders that appear only when they are complete."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_destination(destination: str | Path) -> Path:
+    """The absolute path of a folder to write.
+
+    Raises:
+        ValueError: unless it does not exist or is an empty folder.
+    """
+    path = Path(destination).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"destination={str(path)!r} is not allowed: it must not exist, or be an empty folder.")
+    return path
+
+
+@contextmanager
+def unfinished_folder(destination: str | Path) -> Iterator[Path]:
+    """A folder beside the destination, which takes its name at the end, and is removed after an error.
+
+    Raises:
+        ValueError: unless the destination does not exist or is an empty folder.
+    """
+    path = check_destination(destination)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        unfinished.replace(path)  # an empty folder may be there
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+__all__ = ["check_destination", "unfinished_folder"]

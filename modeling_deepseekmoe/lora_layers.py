@@ -1,0 +1,282 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""LoRA layers that compute x A B for every slot instead of merging the stack of experts.
+
+PEFT adapts a stacked parameter with `ParamWrapper`, which adds the product of the factors to the whole stack in every
+forward pass. The layers here are ParamWrappers with the same parameters under the same names, so that PEFT saves,
+loads, merges and switches them as its own; only the forward pass is another one.
+
+PEFT's layout of E experts' factors: `lora_A` is expert-major, (E * r, in), and `lora_B` rank-major, (out, r * E).
+
+Shape letters as in `experts.py`: T tokens, D hidden, E experts, K choices, S = T * K slots; and r the rank.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+from .experts import LAYER, PROJECTIONS, GroupedSlots, alignment, grouped_linear, run_experts, why_unsupported
+
+
+class DirectLora(ParamWrapper):
+    """A ParamWrapper that never builds the merged weight in a forward pass: it allows dropout and mixed batches."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        self.target_name = kwargs.get("target_name", "")
+        super().__init__(base_layer, adapter_name, parameter_name, config=_without_dropout(config), **kwargs)
+        self._set_dropout(adapter_name, config.lora_dropout)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Add an adapter; see `peft.tuners.lora.LoraLayer.update_layer`. One that is restricted to some experts starts
+        with both factors of all others at zero, where their gradients are exactly zero too and so they stay."""
+        super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config), **kwargs)
+        self._set_dropout(adapter_name, config.lora_dropout)
+        selection = getattr(config, "experts", None)
+        layer = LAYER.search(kwargs.get("target_name", self.target_name))
+        if selection is not None and layer is not None and self.parameter_name in PROJECTIONS:
+            others = torch.ones(self.num_experts, dtype=torch.bool)
+            others[selection.get(int(layer[1]), [])] = False
+            with torch.no_grad():
+                factor_a, factor_b = self.factors(adapter_name)
+                factor_a[others.to(factor_a.device)] = 0
+                factor_b[..., others.to(factor_b.device)] = 0
+
+    def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the factors: `lora_A` as (E, r, in), `lora_B` as (out, r, E)."""
+        weight_a, weight_b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        return weight_a.unflatten(0, (self.num_experts, -1)), weight_b.unflatten(1, (-1, self.num_experts))
+
+    def set_dropout(self, probability: float) -> None:
+        """Set the dropout of all adapters, a probability in [0, 1)."""
+        for adapter_name in self.lora_A:
+            self._set_dropout(adapter_name, probability)
+
+    def _set_dropout(self, adapter_name: str, probability: float) -> None:
+        dropout = nn.Dropout(probability) if probability > 0 else nn.Identity()
+        self.lora_dropout.update(nn.ModuleDict({adapter_name: dropout}))
+
+    def _adapters_in_use(self, adapter_names: list[str] | None) -> list[str]:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return []
+        if self.merged:
+            if adapter_names is not None:
+                raise ValueError("adapter_names is not allowed while adapters are merged: call unmerge_adapter first.")
+            return []
+        wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        return [name for name in wanted if name in self.lora_A]
+
+
+class ExpertLora(DirectLora):
+    """LoRA on one stacked projection of routed experts. The outermost layer computes, for both projections."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        adapter_names: list[str] | None = None,
+    ) -> torch.Tensor:
+        """Sum of the chosen experts' outputs with their adapters.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape (T, D)).
+            top_k_index (`torch.LongTensor` of shape (T, K)): expert ids.
+            top_k_weights (`torch.Tensor` of shape (T, K)).
+            adapter_names: for every sample of the batch the name of its adapter; PEFT passes them on.
+
+        Returns:
+            `torch.Tensor` of shape (T, D). Without an adapter in use the experts' own implementation computes.
+
+        Raises:
+            ValueError: if `adapter_names` does not fit the batch, or while adapters are merged.
+        """
+        experts = self.get_base_layer()
+        layers = {layer.parameter_name: layer for layer in self.chain()}
+        in_use = {name: layer._adapters_in_use(adapter_names) for name, layer in layers.items()}
+        if not any(in_use.values()):
+            return experts(hidden_states, top_k_index, top_k_weights)
+        tokens_of = _tokens_of_adapters(len(hidden_states), adapter_names, hidden_states.device)
+        top_k = top_k_index.shape[-1]
+
+        def project(name: str, rows: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
+            output = grouped_linear(rows, getattr(experts, name), slots.offsets)
+            for adapter in in_use.get(name, ()):
+                if tokens_of is None:
+                    output.add_(layers[name].delta(adapter, rows, slots))
+                else:
+                    part = tokens_of[adapter][slots.order // top_k].nonzero().squeeze(-1)
+                    delta = layers[name].delta(adapter, rows[part], slots.select(part))
+                    output.index_add_(0, part, delta.to(output.dtype))
+            return output
+
+        return run_experts(experts, hidden_states, top_k_index, top_k_weights, project)
+
+    def chain(self) -> list["ExpertLora"]:
+        """The layers of this module's experts from here inwards, one for each adapted projection."""
+        layer, found = self, []
+        while isinstance(layer, ExpertLora):
+            found.append(layer)
+            layer = layer.base_layer
+        return found
+
+    def order_chain(self, parent: nn.Module, child_name: str) -> None:
+        """Nest the two projections as PEFT nests them when it makes both at once, `down_proj` outside."""
+        chain = self.chain()
+        if [layer.parameter_name for layer in chain] == ["gate_up_proj", "down_proj"]:
+            inner, outer = chain
+            outer.base_layer, inner.base_layer = inner, outer.base_layer
+            setattr(parent, child_name, outer)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The state, with the names that PEFT would use for each adapter alone: the nesting of the layers is part of
+        its names, and an adapter of the inner projection alone has no outer layer."""
+        prefix, state = kwargs.get("prefix", ""), super().state_dict(*args, **kwargs)
+        for own, inner in self._names_of_inner_adapters(prefix):
+            for key in [key for key in state if key.startswith(inner)]:
+                state[own + key.removeprefix(inner)] = state.pop(key)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for own, inner in self._names_of_inner_adapters(prefix):
+            for key in [key for key in state_dict if key.startswith(own)]:
+                state_dict[inner + key.removeprefix(own)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _names_of_inner_adapters(self, prefix: str) -> list[tuple[str, str]]:
+        inner = self.base_layer
+        if not isinstance(inner, ExpertLora):
+            return []
+        return [
+            (f"{prefix}{factor}.{name}.", f"{prefix}base_layer.{factor}.{name}.")
+            for name in inner.lora_A
+            if name not in self.lora_A
+            for factor in ("lora_A", "lora_B")
+        ]
+
+    def concatenated(self, adapters: list[str], weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of a weighted sum of adapters, one after the other along the rank: (E, R, in), (out, R, E)."""
+        own = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in self.lora_A]
+        factors = [self.factors(name) for name, _ in own]
+        scales = [weight * self.scaling[name] for name, weight in own]
+        return (
+            torch.cat([scale * factor_a for scale, (factor_a, _) in zip(scales, factors, strict=True)], dim=1),
+            torch.cat([factor_b for _, factor_b in factors], dim=1),
+        )
+
+    def delta(self, adapter_name: str, rows: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
+        """What an adapter adds to the projection.
+
+        Args:
+            adapter_name: of one of this layer's adapters.
+            rows (`torch.Tensor` of shape (S, in)): inputs in the order of `slots`.
+            slots: grouped by expert.
+
+        Returns:
+            `torch.Tensor` of shape (S, out).
+        """
+        dtype = self.get_param().dtype
+        factor_a, factor_b = (factor.to(dtype) for factor in self.factors(adapter_name))
+        rows = self.lora_dropout[adapter_name](rows).to(dtype)
+        scaling = self.scaling[adapter_name]
+        if len(rows) < self.num_experts:
+            # Few slots: only their experts' factors are read.
+            inner = torch.bmm(factor_a.index_select(0, slots.group_ids), rows.unsqueeze(-1))
+            outer = factor_b.flatten(0, 1).index_select(1, slots.group_ids).unflatten(0, factor_b.shape[:2])
+            return (outer * (scaling * inner.squeeze(-1).t())).sum(dim=1).t()
+        # One copy that makes B expert-major, instead of a strided read in every group's product.
+        outer = factor_b.flatten(0, 1).t().contiguous().unflatten(1, factor_b.shape[:2])
+        if missing := -outer.shape[-1] % alignment(dtype):
+            factor_a, outer = F.pad(factor_a, (0, 0, 0, missing)), F.pad(outer, (0, missing))
+        inner = grouped_linear(rows, factor_a, slots.offsets)
+        return grouped_linear(inner * scaling, outer, slots.offsets)
+
+
+class LinearWeightLora(DirectLora):
+    """LoRA on the weight of one `nn.Linear` that was named as a parameter, which is how PEFT keeps the FFNs of a
+    mixture apart from its experts."""
+
+    def forward(self, x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
+        """The linear map with its adapters; (..., in) becomes (..., out)."""
+        in_use = self._adapters_in_use(adapter_names)
+        output = self.base_layer(x)
+        if not in_use:
+            return output
+        rows, flat = x.flatten(0, -2), output.flatten(0, -2)
+        tokens_of = _tokens_of_adapters(len(rows), adapter_names, x.device)
+        for adapter in in_use:
+            delta = self._delta(adapter, rows).to(flat.dtype)
+            flat = flat + (delta if tokens_of is None else delta * tokens_of[adapter].unsqueeze(-1))
+        return flat.view_as(output)
+
+    def _delta(self, adapter_name: str, rows: torch.Tensor) -> torch.Tensor:
+        dtype = self.get_param().dtype
+        rows = self.lora_dropout[adapter_name](rows).to(dtype)
+        inner = F.linear(rows, self.lora_A[adapter_name].weight.to(dtype))
+        return F.linear(inner, self.lora_B[adapter_name].weight.to(dtype)) * self.scaling[adapter_name]
+
+
+# PEFT recognises the wrappers of a parameter, which it reuses for further adapters, by the name of their class.
+ExpertLora.__name__ = LinearWeightLora.__name__ = ParamWrapper.__name__
+
+
+def create_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
+    """The LoRA layer of a module or of one of its parameters: ours where there is one, else PEFT's own.
+
+    Args:
+        target: the module, or PEFT's wrapper around it.
+        adapter_name, config, kwargs: what PEFT hands to its dispatchers.
+    """
+    parameter_name = kwargs.get("parameter_name")
+    base_layer = target.get_base_layer() if isinstance(target, ParamWrapper) else target
+    layer_class = layer_class_of(base_layer, parameter_name)
+    if layer_class is not None:
+        return layer_class(target, adapter_name, config=config, **kwargs)
+    plain = copy.copy(config)
+    plain._custom_modules = None
+    return LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
+
+
+def layer_class_of(base_layer: nn.Module, parameter_name: str | None) -> type[DirectLora] | None:
+    """Which of the layers here computes LoRA on a module's parameter, if any."""
+    if parameter_name in PROJECTIONS and why_unsupported(base_layer) is None:
+        return ExpertLora
+    if parameter_name == "weight" and type(base_layer) is nn.Linear:
+        return LinearWeightLora
+    return None
+
+
+def _without_dropout(config: LoraConfig) -> LoraConfig:
+    """For PEFT's ParamWrapper, which cannot apply dropout and therefore refuses it."""
+    plain = copy.copy(config)
+    plain.lora_dropout = 0.0
+    return plain
+
+
+def _tokens_of_adapters(
+    num_tokens: int, adapter_names: list[str] | None, device: torch.device
+) -> dict[str, torch.Tensor] | None:
+    """For every adapter of a mixed batch which tokens are its own, (T,) booleans; `None` for an ordinary batch."""
+    if adapter_names is None:
+        return None
+    if not adapter_names or num_tokens % len(adapter_names):
+        raise ValueError(
+            f"adapter_names of length {len(adapter_names)} is not allowed for {num_tokens} tokens: there must be one "
+            "name for each sample of the batch."
+        )
+    length = num_tokens // len(adapter_names)
+    return {
+        adapter: torch.tensor([name == adapter for name in adapter_names], device=device).repeat_interleave(length)
+        for adapter in set(adapter_names)
+    }
+
+
+__all__ = ["DirectLora", "ExpertLora", "LinearWeightLora", "create_layer", "layer_class_of"]

@@ -1,0 +1,201 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Training the full weights of some experts only (ESFT, arXiv 2407.01906).
+
+The weights of the selected experts become parameters of their own beside the frozen stack, so that neither gradients
+nor optimizer states exist for the others. A state dict looks as if nothing had happened: checkpoints are complete and
+have the usual names. [`save_esft`] writes only what was trained.
+
+Shape letters: T tokens, E routed experts, K choices, N selected experts, I expert width, D hidden.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .esft import ExpertSelection
+from .experts import PROJECTIONS, GroupedSlots, find_experts, grouped_linear, run_experts, why_unsupported
+from .folders import unfinished_folder
+
+WEIGHTS_NAME, SELECTION_NAME = "esft.safetensors", "esft.json"
+
+
+class SelectedExperts(nn.Module):
+    """Mixed into the class of an experts module: the selected experts compute with parameters of their own."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of the chosen experts' outputs, weighted; (T, D), (T, K) and (T, K) become (T, D)."""
+        number = self.gate_up_proj.shape[0]
+        groups = self.group_of_expert[top_k_index]
+        cut = int((groups < number).sum())
+
+        def project(name: str, rows: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
+            frozen = grouped_linear(rows[:cut], getattr(self, name), slots.offsets[:number])
+            trained = grouped_linear(rows[cut:], getattr(self, f"selected_{name}"), slots.offsets[number:] - cut)
+            return torch.cat([frozen, trained])
+
+        num_groups = number + len(self.selected_ids)
+        return run_experts(self, hidden_states, top_k_index, top_k_weights, project, groups, num_groups)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The state of the whole stack under its usual names."""
+        self.write_back()
+        state, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
+        for name in PROJECTIONS:
+            del state[f"{prefix}selected_{name}"]
+        return state
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Copy the trained weights to their places in the stack, which does not compute with them.
+
+        Raises:
+            ValueError: where FSDP has sharded the parameters.
+        """
+        for name in PROJECTIONS:
+            stack, trained = getattr(self, name), getattr(self, f"selected_{name}")
+            if isinstance(trained, DTensor):
+                raise ValueError("Full-weight ESFT is not allowed with FSDP: train the selection with LoRA instead.")
+            stack.data[self.selected_ids] = trained.to(stack)
+
+
+def prepare_esft(model: nn.Module, experts: str | Path | Mapping[int, Sequence[int]] | ExpertSelection) -> None:
+    """Freeze a model but for the selected experts, in place; optimizers then get only what requires a gradient.
+
+    Args:
+        model: a model of this family, or any other of transformers with stacked experts.
+        experts: an `esft.json`, `{layer: [ids]}` or an [`ExpertSelection`], which can name more than experts.
+
+    Raises:
+        ValueError: for a layer or an expert that the model does not have, or a model that is prepared already.
+    """
+    selection = ExpertSelection.of(experts).checked(model)
+    blocks = {layer: block for layer, block in find_experts(model).items() if selection.experts.get(layer)}
+    for name, module in blocks.values():
+        reason = why_unsupported(module)
+        if isinstance(module, SelectedExperts):
+            reason = "it is prepared already; call merge_esft first"
+        if reason is not None:
+            raise ValueError(f"{name} ({type(module).__name__}) is not allowed for full-weight ESFT: {reason}.")
+    for name, parameter in model.named_parameters():
+        shared, routed = ".shared_expert" in name, ".experts." in name
+        trained = selection.shared_experts if shared else selection.non_expert_modules and not routed
+        parameter.requires_grad_(trained)
+    for layer, (_, module) in blocks.items():
+        _install(module, sorted(selection.experts[layer]))
+
+
+def _install(experts: nn.Module, ids: list[int]) -> None:
+    device = experts.gate_up_proj.device
+    selected, groups = torch.tensor(ids, device=device), torch.arange(experts.gate_up_proj.shape[0], device=device)
+    groups[selected] = len(groups) + torch.arange(len(ids), device=device)
+    experts.register_buffer("selected_ids", selected, persistent=False)
+    experts.register_buffer("group_of_expert", groups, persistent=False)
+    for name in PROJECTIONS:
+        experts.register_parameter(f"selected_{name}", nn.Parameter(getattr(experts, name).detach()[selected]))
+    # After the hook that stacks the official per-expert tensors, which is there from the beginning.
+    experts.esft_hook = experts.register_load_state_dict_pre_hook(_select_from_state)
+    plain = type(experts)
+    experts.__class__ = type(f"Selected{plain.__name__}", (SelectedExperts, plain), {"plain_class": plain})
+
+
+def _select_from_state(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    """Let `load_state_dict` fill the parameters of the selected experts from those of the whole stack."""
+    for name in PROJECTIONS:
+        if f"{prefix}{name}" in state_dict:
+            stack = state_dict[f"{prefix}{name}"]
+            state_dict[f"{prefix}selected_{name}"] = stack[module.selected_ids.to(stack.device)]
+
+
+def merge_esft(model: nn.Module) -> None:
+    """Put the trained experts back into their stacks, in place; the model is an ordinary one again."""
+    for _, module in find_experts(model).values():
+        if isinstance(module, SelectedExperts):
+            module.write_back()
+            module.esft_hook.remove()
+            for name in ("esft_hook", "selected_ids", "group_of_expert", *(f"selected_{key}" for key in PROJECTIONS)):
+                delattr(module, name)
+            module.__class__ = module.plain_class
+
+
+def save_esft(model: nn.Module, folder: str | Path) -> int:
+    """Write what was trained, the experts under the official per-expert names, and the selection.
+
+    Args:
+        model: one that [`prepare_esft`] has prepared.
+        folder: to write; must not exist or be empty.
+
+    Returns:
+        The number of bytes of the weights.
+
+    Raises:
+        ValueError: if the model is not prepared, or for a folder in use.
+    """
+    blocks = {layer: block for layer, block in find_experts(model).items() if isinstance(block[1], SelectedExperts)}
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} is not prepared for ESFT: call prepare_esft first.")
+    tensors = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".selected_" not in name
+    }
+    for name, module in blocks.values():
+        for place, expert in enumerate(module.selected_ids.tolist()):
+            gate, up = module.selected_gate_up_proj.detach()[place].cpu().chunk(2)
+            down = module.selected_down_proj.detach()[place].cpu()
+            for projection, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                tensors[f"{name}.{expert}.{projection}.weight"] = tensor.clone()
+    selection = ExpertSelection(
+        {layer: module.selected_ids.tolist() for layer, (_, module) in blocks.items()},
+        shared_experts=any(".shared_expert" in name for name in tensors),
+        non_expert_modules=any(".experts." not in name and ".shared_expert" not in name for name in tensors),
+    )
+    with unfinished_folder(folder) as unfinished:
+        save_file(tensors, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
+        selection.save(unfinished / SELECTION_NAME)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+@torch.no_grad()
+def load_esft(model: nn.Module, folder: str | Path) -> None:
+    """Apply what [`save_esft`] wrote to a base model, in place.
+
+    Raises:
+        ValueError: for a tensor that the model does not have, or not in this shape; nothing is changed then.
+        OSError: if the folder does not hold the files.
+    """
+    targets: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    parameters = dict(model.named_parameters())
+    experts = {name: module for name, module in find_experts(model).values()}
+    with safe_open(str(Path(folder) / WEIGHTS_NAME), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - the handle is no mapping
+            target, tensor = parameters.get(name), file.get_tensor(name)
+            if target is None:
+                target = _place_of_expert(name, experts)
+            if target is None or target.shape != tensor.shape:
+                found = "the model has no such tensor" if target is None else f"the model's is {tuple(target.shape)}"
+                raise ValueError(f"{WEIGHTS_NAME}: {name} of shape {tuple(tensor.shape)} is not allowed: {found}.")
+            targets.append((name, target, tensor))
+    for _, target, tensor in targets:
+        target.copy_(tensor)
+
+
+def _place_of_expert(name: str, experts: Mapping[str, nn.Module]) -> torch.Tensor | None:
+    """The part of a stack that an official per-expert name stands for."""
+    prefix, _, rest = name.rpartition(".experts.")
+    module, (expert, _, projection) = experts.get(f"{prefix}.experts"), rest.partition(".")
+    if module is None or not expert.isdigit() or int(expert) >= module.gate_up_proj.shape[0]:
+        return None
+    gate, up = module.gate_up_proj[int(expert)].chunk(2)
+    places = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": module.down_proj[int(expert)]}
+    return places.get(projection)
+
+
+__all__ = ["SelectedExperts", "load_esft", "merge_esft", "prepare_esft", "save_esft"]
