@@ -48,8 +48,8 @@ class Shape:
 
     def __str__(self) -> str:
         return (
-            f"{self.experts} experts, hidden {self.hidden}, width {self.width}, top-{self.top_k}, {self.layers} layers, "
-            f"{self.tokens} tokens, r {self.rank}, {self.dtype}"
+            f"{self.experts} experts, hidden {self.hidden}, width {self.width}, top-{self.top_k}, "
+            f"{self.layers} layers, {self.tokens} tokens, r {self.rank}, {self.dtype}"
         )
 
 
@@ -155,7 +155,8 @@ def measure(shape: Shape, device: str, rounds: int) -> dict:
     """All figures of a case: the ways take turns, and every ratio is one of neighbours."""
     models = {way: make_model(shape, way, device) for way in WAYS}
     embeddings = _embeddings(shape, device)
-    seconds: dict[str, dict[str, list[float]]] = {kind: {way: [] for way in WAYS} for kind in ("forward", "step", "decode")}
+    kinds = ("forward", "step", "decode")
+    seconds: dict[str, dict[str, list[float]]] = {kind: {way: [] for way in WAYS} for kind in kinds}
     for number in range(rounds + 1):
         for way in WAYS if number % 2 else WAYS[::-1]:
             forward, step = training_step(models[way].train(), embeddings)
@@ -168,14 +169,14 @@ def measure(shape: Shape, device: str, rounds: int) -> dict:
     extra = {way: memory[way] - memory["base"] for way in WAYS}
     return {
         "shape": asdict(shape),
-        "seconds": {kind: {way: statistics.median(values) for way, values in ways.items()} for kind, ways in seconds.items()},
+        "seconds": {kind: {way: statistics.median(seconds[kind][way]) for way in WAYS} for kind in kinds},
         "over_base": {
-            kind: {way: _ratio(ways[way], ways["base"]) for way in WAYS} for kind, ways in seconds.items()
+            kind: {way: _ratio(seconds[kind][way], seconds[kind]["base"]) for way in WAYS} for kind in kinds
         },
-        "peft_over_ours": {kind: _ratio(ways["peft"], ways["ours"]) for kind, ways in seconds.items()},
+        "peft_over_ours": {kind: _ratio(seconds[kind]["peft"], seconds[kind]["ours"]) for kind in kinds},
         "peak_bytes": memory,
         "extra_memory_of_peft": extra["ours"] / extra["peft"],
-    }  # fmt: skip
+    }
 
 
 def _ratio(mine: list[float], other: list[float]) -> float:
@@ -184,7 +185,10 @@ def _ratio(mine: list[float], other: list[float]) -> float:
 
 def table(case: dict) -> str:
     """One case as Markdown."""
-    rows = [f"{Shape(**case['shape'])}\n", "| | training step | over base | one-token decode | over base | peak memory |"]
+    rows = [
+        f"{Shape(**case['shape'])}\n",
+        "| | training step | over base | one-token decode | over base | peak memory |",
+    ]
     rows.append("| --- | --- | --- | --- | --- | --- |")
     for way in WAYS:
         step, token = case["seconds"]["step"][way] * 1e3, case["seconds"]["decode"][way] * 1e3

@@ -2,10 +2,11 @@
 """The command line, `deepseekmoe`. Exit code 2 for a user's mistake, 1 for a failed check."""
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +33,25 @@ def _exit_codes() -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r} is not allowed: it must be auto, float32, bfloat16 or float16.")
+
+
+def _load(model: str, tokenizer: str | None, dtype: str, device_map: str) -> tuple[Any, Any]:
+    """A checkpoint of any generation with this package's classes, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .registration import register
+
+    _check_dtype(dtype)
+    register(override_native=True)
+    return (
+        AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device_map),
+        AutoTokenizer.from_pretrained(tokenizer or model),
+    )
 
 
 @app.callback()
@@ -127,24 +147,18 @@ def report(
     device_map: Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Show what the gates do with a text: load, imbalance, co-activation, weights and top tokens of every expert."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .registration import register
     from .report import require_matplotlib
     from .routing_report import make_report, read_texts
 
     with _exit_codes():
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={dtype!r} is not allowed: it must be auto, float32, bfloat16 or float16.")
+        _check_dtype(dtype)
         if not as_json:
             require_matplotlib()
             if output.is_dir():
                 raise ValueError(f"--output {output} is not allowed: it is a folder.")
             output.parent.mkdir(parents=True, exist_ok=True)
-        register(override_native=True)
         result = make_report(
-            AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device_map),
-            AutoTokenizer.from_pretrained(tokenizer or model),
+            *_load(model, tokenizer, dtype, device_map),
             read_texts(data, split=split, column=column, subset=subset),
             title=model,
             source=Path(data).name if Path(data).exists() else data,
@@ -158,6 +172,82 @@ def report(
         output.write_text(result.to_html(), encoding="utf-8")
         violation = sum(result.global_violation) / len(result.global_violation)
         typer.echo(f"{output}: {len(result.trace.layers)} layers, MaxVio_global {violation:.3f} on average.")
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="Folder or hub id of the checkpoint.")],
+    adapter: Annotated[str, typer.Argument(help="Folder or hub id of a LoRA adapter, or an ESFT folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+) -> None:
+    """Merge an adapter into its base, file by file, and prove that it computes the same."""
+    from modeling_deepseekmoe.conversion import MergingError, merge_adapter
+
+    with _exit_codes():
+        try:
+            result = merge_adapter(base, adapter, out, report=typer.echo)
+        except MergingError as error:
+            raise FailedCheck(str(error)) from error
+        typer.echo(f"{out}: {result}.")
+
+
+@app.command()
+def export_adapter(
+    adapter: Annotated[str, typer.Argument(help="Folder or hub id of a LoRA adapter on routed experts.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    layout: Annotated[str, typer.Option(help="per-expert or peft.")],
+) -> None:
+    """Write an adapter with one pair of factors for every expert's projections, or in PEFT's stacked layout."""
+    from modeling_deepseekmoe.conversion import export_adapter as run
+
+    with _exit_codes():
+        typer.echo(f"{out}: {run(adapter, out, layout)} tensors.")
+
+
+@app.command()
+def esft_select(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, of any generation.")],
+    data: Annotated[str, typer.Option(help="The task: a text file, .jsonl, .json, .csv, .parquet, or a dataset.")],
+    out: Annotated[Path, typer.Option(help="File to write the selection to.")] = Path("esft.json"),
+    method: Annotated[str, typer.Option(help="gate or token.")] = "gate",
+    threshold: Annotated[float | None, typer.Option(help="Score to reach; 0.1 for gate, 0.2 for token.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="File to write all scores to.")] = None,
+    column: Annotated[str, typer.Option(help="Field of the rows that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to look at.")] = 131072,
+    block_size: Annotated[int, typer.Option(help="Tokens in a sample.")] = 4096,
+    batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = 1,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device_map: Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Select the experts that a task uses, for expert-specialised fine-tuning."""
+    from .esft import METHODS, ExpertSelection, save_scores, score_experts, select_experts, selection_table
+    from .routing_report import read_texts, token_batches
+
+    with _exit_codes():
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is not allowed: it must be 'gate' or 'token'.")
+        threshold = {"gate": 0.1, "token": 0.2}[method] if threshold is None else threshold
+        select_experts({}, threshold)
+        loaded, own_tokenizer = _load(model, tokenizer, dtype, device_map)
+        texts = read_texts(data, split=split, column=column, subset=subset)
+        batches = token_batches(
+            texts, own_tokenizer, max_tokens=max_tokens, block_size=block_size, batch_size=batch_size
+        )
+        total = sum(batch.numel() for batch in batches)
+        with typer.progressbar(length=total, label="tokens", file=sys.stderr) as bar:
+            values = score_experts(loaded, batches, method, progress=bar.update)
+        selection = ExpertSelection(select_experts(values, threshold))
+        for path in (out, scores):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+        if scores is not None:
+            save_scores(values, method, scores)
+        selection.save(out)
+        typer.echo(selection_table(selection, values))
+        typer.echo(f"{out}: {method} scores of {total} tokens, threshold {threshold:g}.")
 
 
 @app.command()

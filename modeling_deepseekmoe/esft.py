@@ -249,4 +249,16 @@ def save_scores(scores: Scores, method: str, path: str | Path) -> None:
     Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-__all__ = ["METHODS", "ExpertSelection", "save_scores", "score_experts", "select_experts"]
+def selection_table(selection: ExpertSelection, scores: Scores) -> str:
+    """A line for every layer: how many of its experts are selected, their share of the layer's score, and which."""
+    lines = ["layer | selected | share of the score | experts"]
+    for layer, ids in selection.experts.items():
+        values = scores[layer]
+        share = float(values[ids].sum() / values.sum())
+        lines.append(f"{layer:5} | {len(ids):3} of {len(values)} | {share:18.1%} | {' '.join(map(str, ids))}")
+    selected = sum(map(len, selection.experts.values()))
+    total = sum(len(values) for values in scores.values())
+    return "\n".join([*lines, f"  all | {selected} of {total} experts, {selected / total:.1%}"])
+
+
+__all__ = ["METHODS", "ExpertSelection", "save_scores", "score_experts", "select_experts", "selection_table"]

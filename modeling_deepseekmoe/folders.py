@@ -1,11 +1,27 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Folders that appear only when they are complete."""
+"""Folders to read, of this machine or of the hub, and folders that appear only when they are complete."""
 
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+
+def local_folder(name_or_folder: str | Path) -> Path:
+    """A folder as it is, or a repository of the hub, downloaded into its cache.
+
+    Raises:
+        OSError: if there is no such folder, and no such repository or no hub.
+    """
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    try:
+        return Path(snapshot_download(str(name_or_folder)))
+    except (OSError, ValueError) as error:
+        raise OSError(f"{name_or_folder} is no folder, and cannot be had from the hub: {error}") from error
 
 
 def check_destination(destination: str | Path) -> Path:
@@ -39,4 +55,4 @@ def unfinished_folder(destination: str | Path) -> Iterator[Path]:
         raise
 
 
-__all__ = ["check_destination", "unfinished_folder"]
+__all__ = ["check_destination", "local_folder", "unfinished_folder"]

@@ -1,0 +1,166 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""LoRA adapters on disk: what every tensor of an adapter file does to which weight of the base.
+
+Two layouts are read. PEFT's own for stacked experts (`target_parameters`) nests one layer for each adapted parameter,
+`experts.base_layer.lora_A.weight` inside and `experts.lora_A.weight` outside, with `lora_A` expert-major (E * r, in)
+and `lora_B` rank-major (out, r * E). The per-expert layout has one pair for every linear map,
+`experts.3.gate_proj.lora_A.weight` (r, in) and `lora_B` (out, r).
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_FACTOR = re.compile(r"^(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\.lora_(?P<factor>[AB])\.weight$")
+_EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<id>\d+)\.(?P<projection>gate_proj|up_proj|down_proj)$")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to one weight: `scaling * factor_b @ factor_a`.
+
+    Attributes:
+        factor_a: (r, in), or of a stack (E, r, in).
+        factor_b: (out, r), or of a stack (E, out, r).
+        scaling: `alpha / r`, or `alpha / sqrt(r)`.
+        sources: names of the tensors in the adapter's file.
+    """
+
+    factor_a: torch.Tensor
+    factor_b: torch.Tensor
+    scaling: float
+    sources: tuple[str, ...]
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.factor_a.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that it belongs to."""
+        return (*self.factor_b.shape[:-1], self.factor_a.shape[-1])
+
+    def part(self, expert: int, rows: slice = slice(None)) -> "LowRank":
+        """Of a stack, that of one expert, or of some of its rows (one half of gate_up)."""
+        return LowRank(self.factor_a[expert], self.factor_b[expert, rows], self.scaling, self.sources)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder.
+
+    Attributes:
+        config: its LoraConfig.
+        updates: by the name of the base's weight (`model.layers.1.mlp.experts.gate_up_proj` or
+            `...q_proj.weight`), what the adapter adds to it.
+        replacements: by name, weights that were trained as whole copies.
+    """
+
+    config: LoraConfig
+    updates: dict[str, LowRank]
+    replacements: dict[str, torch.Tensor]
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read an adapter folder and give every tensor its meaning.
+
+    Raises:
+        ValueError: if it is no LoRA adapter, or naming the first tensor that is not understood.
+        OSError: if a file is missing.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}: it is no adapter folder.")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder}: peft_type {config.peft_type} is not allowed: it must be LORA.")
+    if config.use_dora or config.lora_bias or config.fan_in_fan_out or config.layer_replication:
+        raise ValueError(f"{folder}: use_dora, lora_bias, fan_in_fan_out and layer_replication are not supported.")
+    try:
+        tensors = load_file(folder / WEIGHTS_NAME)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_NAME} is not a readable safetensors file: {error}.") from error
+    factors: dict[tuple[str, int], dict[str, str]] = {}
+    replacements = {}
+    for name, tensor in tensors.items():
+        plain = name.removeprefix(PREFIX)
+        match = _FACTOR.match(plain)
+        if match:
+            key = (match["module"], match["nested"].count(".base_layer"))
+            factors.setdefault(key, {})[match["factor"]] = name
+        elif "lora_" in plain:
+            raise ValueError(f"Adapter tensor {name} is not supported: only lora_A and lora_B of weights are.")
+        else:
+            replacements[plain.replace(".base_layer", "")] = tensor
+    updates = {}
+    for (module, depth), names in factors.items():
+        if names.keys() != {"A", "B"}:
+            raise ValueError(
+                f"Adapter tensor {next(iter(names.values()))} has no partner: lora_A and lora_B go together."
+            )
+        target = _target_of(module, depth, {level for name, level in factors if name == module}, config)
+        updates[target] = _low_rank(target, tensors[names["A"]], tensors[names["B"]], names, config)
+    return Adapter(config, updates, replacements)
+
+
+def _target_of(module: str, depth: int, depths: Iterable[int], config: LoraConfig) -> str:
+    """The weight that a pair of factors belongs to."""
+    if module.endswith(".experts"):
+        named = config.target_parameters or ()
+        stacks = [stack for stack in STACKS if any(f".{module}.{stack}".endswith(f".{name}") for name in named)]
+        nesting = stacks[::-1]  # PEFT wraps gate_up_proj first, so that down_proj is the outer layer
+        if set(depths) != set(range(len(nesting))):
+            raise ValueError(
+                f"Adapter: {module} has factors at {len(set(depths))} levels, and target_parameters names {stacks}."
+            )
+        return f"{module}.{nesting[depth]}"
+    if depth:
+        raise ValueError(f"Adapter: a parameter of {module} under base_layer is not supported.")
+    return f"{module}.weight"
+
+
+def _low_rank(
+    target: str, weight_a: torch.Tensor, weight_b: torch.Tensor, names: dict[str, str], config: LoraConfig
+) -> LowRank:
+    as_parameter = any(f".{target}".endswith(f".{name}") for name in config.target_parameters or ())
+    key = target if as_parameter else target.removesuffix(".weight")  # what PEFT matches the patterns with
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha)
+    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    rows, columns = weight_a.shape[0], weight_b.shape[1]
+    if rows != columns or rows % rank or (not is_stack(target) and rows != rank):
+        raise ValueError(
+            f"Adapter tensor {names['A']} of shape {tuple(weight_a.shape)} is not allowed beside {names['B']} of "
+            f"shape {tuple(weight_b.shape)} and rank {rank}."
+        )
+    if is_stack(target):
+        weight_a = weight_a.unflatten(0, (-1, rank))
+        weight_b = weight_b.unflatten(1, (rank, -1)).permute(2, 0, 1)
+    return LowRank(weight_a, weight_b, scaling, tuple(names.values()))
+
+
+def is_stack(target: str) -> bool:
+    """Whether a name is that of a stacked parameter."""
+    return target.endswith(tuple(f".experts.{stack}" for stack in STACKS))
+
+
+def split_expert(name: str) -> tuple[str, int, str] | None:
+    """`...experts.3.gate_proj` as its parts, or `None`."""
+    match = _EXPERT.match(name)
+    return None if match is None else (match["experts"], int(match["id"]), match["projection"])
+
+
+__all__ = ["Adapter", "LowRank", "is_stack", "read_adapter", "split_expert"]

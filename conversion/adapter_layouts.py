@@ -1,0 +1,199 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Adapters on routed experts between PEFT's stacked layout and one pair of factors for every linear map.
+
+Exact in both directions. A joint gate_up adapter has one A for both halves of its rows: gate and up get that A each,
+and their half of B. Back, gate and up with different A need twice the rank, A one below the other and B
+block-diagonal; with the same A, bit for bit, the rank stays. All experts of a layer must have one rank and one alpha.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from modeling_deepseekmoe.experts import LAYER
+from modeling_deepseekmoe.folders import check_destination, local_folder, unfinished_folder
+
+from .adapter_files import PREFIX, STACKS, WEIGHTS_NAME, Adapter, LowRank, is_stack, read_adapter, split_expert
+
+LAYOUTS = ("per-expert", "peft")
+FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def export_adapter(adapter: str | Path, destination: str | Path, layout: str) -> int:
+    """Write an adapter in another layout.
+
+    Args:
+        adapter: folder or hub id of a LoRA adapter, in either layout.
+        destination: folder to write; must not exist or be empty.
+        layout: `"per-expert"` or `"peft"`.
+
+    Returns:
+        The number of tensors written.
+
+    Raises:
+        ValueError: for an unknown layout, an adapter without routed experts, or what the layout cannot express:
+            experts of one projection with different ranks or scalings, or experts of a layer that are missing.
+        OSError: if a file is missing.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is not allowed: it must be 'per-expert' or 'peft'.")
+    destination = check_destination(destination)
+    content = read_adapter(local_folder(adapter))
+    convert = _to_per_expert if layout == "per-expert" else _to_peft
+    if not any(is_stack(name) or split_expert(name.removesuffix(".weight")) for name in content.updates):
+        raise ValueError(f"{adapter} is not allowed: it has no adapter on routed experts to write in another layout.")
+    updates = convert(content.updates)
+    config = _config(content, updates, layout)
+    tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in content.replacements.items()}
+    for target, update in updates.items():
+        tensors |= {f"{PREFIX}{name}": tensor for name, tensor in _tensors(target, update, updates)}
+    with unfinished_folder(destination) as unfinished:
+        save_file(tensors, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(unfinished))
+    return len(tensors)
+
+
+def _to_per_expert(updates: dict[str, LowRank]) -> dict[str, LowRank]:
+    result = {}
+    for target, update in updates.items():
+        if not is_stack(target):
+            result[target] = update
+            continue
+        experts, stack = target.rsplit(".", 1)
+        rows = update.factor_b.shape[1] // len(STACKS[stack])
+        for expert in range(len(update.factor_b)):
+            for half, projection in enumerate(STACKS[stack]):
+                part = update.part(expert, slice(half * rows, (half + 1) * rows))
+                result[f"{experts}.{expert}.{projection}.weight"] = part
+    return result
+
+
+def _to_peft(updates: dict[str, LowRank]) -> dict[str, LowRank]:
+    result: dict[str, LowRank] = {}
+    layers: dict[str, dict[str, dict[int, LowRank]]] = {}
+    for target, update in updates.items():
+        parts = split_expert(target.removesuffix(".weight"))
+        if parts is None:
+            result[target] = update
+        else:
+            layers.setdefault(parts[0], {}).setdefault(parts[2], {})[parts[1]] = update
+    for experts, projections in layers.items():
+        number = 1 + max(expert for pairs in projections.values() for expert in pairs)
+        stacks = {name: _stacked(experts, name, pairs, number) for name, pairs in projections.items()}
+        if "down_proj" in stacks:
+            result[f"{experts}.down_proj"] = stacks["down_proj"]
+        if stacks.keys() & {"gate_proj", "up_proj"}:
+            result[f"{experts}.gate_up_proj"] = _joined(experts, stacks)
+    return result
+
+
+def _stacked(experts: str, projection: str, pairs: dict[int, LowRank], number: int) -> LowRank:
+    missing = sorted(set(range(number)) - set(pairs))
+    if missing:
+        raise ValueError(f"Adapter: {experts}.{missing[0]}.{projection} is missing: layout 'peft' needs all experts.")
+    ordered = [pairs[expert] for expert in range(number)]
+    if len({(update.rank, update.scaling, update.shape) for update in ordered}) > 1:
+        raise ValueError(
+            f"Adapter: the experts of {experts} have {projection} adapters of different ranks, scalings or shapes, "
+            "which the layout 'peft' cannot express."
+        )
+    return LowRank(
+        torch.stack([update.factor_a for update in ordered]),
+        torch.stack([update.factor_b for update in ordered]),
+        ordered[0].scaling,
+        ordered[0].sources,
+    )
+
+
+def _joined(experts: str, stacks: dict[str, LowRank]) -> LowRank:
+    if not {"gate_proj", "up_proj"} <= stacks.keys():
+        only = stacks.get("gate_proj") or stacks["up_proj"]
+        empty = replace(only, factor_b=torch.zeros_like(only.factor_b))
+        stacks = {"gate_proj": empty, "up_proj": empty, **stacks}
+    gate, up = stacks["gate_proj"], stacks["up_proj"]
+    if gate.scaling != up.scaling or gate.shape != up.shape:
+        raise ValueError(f"Adapter: gate_proj and up_proj of {experts} differ in scaling or shape: they do not join.")
+    if gate.factor_a.shape == up.factor_a.shape and torch.equal(gate.factor_a, up.factor_a):
+        return replace(gate, factor_b=torch.cat([gate.factor_b, up.factor_b], dim=1))
+    blocks = [torch.block_diag(*pair) for pair in zip(gate.factor_b, up.factor_b, strict=True)]
+    return replace(gate, factor_a=torch.cat([gate.factor_a, up.factor_a], dim=1), factor_b=torch.stack(blocks))
+
+
+def _tensors(target: str, update: LowRank, updates: Iterable[str]) -> list[tuple[str, torch.Tensor]]:
+    factor_a, factor_b, module = update.factor_a, update.factor_b, target.removesuffix(".weight")
+    if is_stack(target):
+        module, stack = target.rsplit(".", 1)
+        if stack == "gate_up_proj" and f"{module}.down_proj" in updates:
+            module += ".base_layer"
+        factor_a, factor_b = factor_a.flatten(0, 1), factor_b.permute(1, 2, 0).flatten(1)
+    factors = (("A", factor_a), ("B", factor_b))
+    return [(f"{module}.lora_{name}.weight", factor.clone().contiguous()) for name, factor in factors]
+
+
+def _config(content: Adapter, updates: dict[str, LowRank], layout: str) -> LoraConfig:
+    """The config of the new layout. Targets name exactly what there is; patterns hold the ranks and alphas that differ
+    from those of the whole adapter."""
+    config, modules, parameters = content.config, [], []
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for target, update in updates.items():
+        module = target.removesuffix(".weight")
+        parts = split_expert(module)
+        if is_stack(target):
+            parameters.append(target)
+        elif layout == "peft" and module.endswith(FFN_PROJECTIONS):
+            parameters.append(target)  # as a module PEFT would take it for the routed experts
+        elif parts is None:
+            modules.append(module)
+        key = re.escape(target if target in parameters else module)
+        if parts is not None:
+            key = rf"{re.escape(parts[0])}(\.\d+)?\.{parts[2]}"
+        alpha = update.scaling * (math.sqrt(update.rank) if config.use_rslora else update.rank)
+        own = (update.rank, alpha)
+        if own != (ranks.setdefault(key, update.rank), alphas.setdefault(key, alpha)):
+            raise ValueError(f"Adapter: {target} has another rank or scaling than its neighbours: {layout!r} has one.")
+    return replace(
+        config,
+        rank_pattern={key: rank for key, rank in ranks.items() if rank != config.r},
+        alpha_pattern={key: alpha for key, alpha in alphas.items() if not math.isclose(alpha, config.lora_alpha)},
+        target_modules=_module_targets(modules, updates),
+        target_parameters=parameters or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+
+
+def _module_targets(modules: list[str], updates: Iterable[str]) -> list[str] | str:
+    """A list of names, or a regular expression where there are experts. That one also matches the names without the
+    experts' numbers, by which PEFT recognises old per-expert adapters of models that now stack their experts."""
+    names = [name.removesuffix(".weight") for name in updates]
+    experts = [parts for parts in map(split_expert, names) if parts is not None]
+    if not experts:
+        return modules
+    projections = "|".join(sorted({projection for _, _, projection in experts}))
+    blocks = _by_layers(dict.fromkeys(name for name, _, _ in experts))
+    patterns = [rf"{block}(\.\d+)?\.({projections})" for block in blocks]
+    return rf"(.*\.)?({'|'.join([*patterns, *_by_layers(modules)])})"
+
+
+def _by_layers(names: Iterable[str]) -> list[str]:
+    """Regular expressions that match these names and no others, those of many layers in one."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        match = LAYER.search(name)
+        start, end = match.span(1) if match else (len(name), len(name))
+        layers.setdefault((name[:start], name[end:]), []).append(name[start:end])
+    return [
+        re.escape(before) + (f"({'|'.join(numbers)})" if any(numbers) else "") + re.escape(after)
+        for (before, after), numbers in layers.items()
+    ]
+
+
+__all__ = ["LAYOUTS", "export_adapter"]
