@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The demo: a real dense model becomes a DeepSeekMoE, is fine-tuned with Trainer, saved, loaded again and used."""
+"""The demo: a real dense model becomes a DeepSeekMoE and learns with LoRA on its experts; then merged and used."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,12 +16,14 @@ from urllib.request import Request, urlopen
 
 import torch
 from huggingface_hub import constants
+from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_deepseekmoe.conversion import UpcyclingPlan, upcycle_model, verify_upcycling
+from modeling_deepseekmoe.conversion import UpcyclingPlan, merge_adapter, upcycle_model, verify_upcycling
 
 from .evaluation import expert_load, perplexity
+from .lora import expert_lora_config
 from .report import plot_expert_load, plot_loss_curve, require_matplotlib
 
 HUB_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -53,6 +56,7 @@ class DemoSettings:
         batch_size: sequences in a step.
         block_size: tokens in a sequence.
         learning_rate: of AdamW, with a linear decay to 0.
+        lora_rank: of the adapters on routed and shared experts.
         held_out_blocks: sequences on which the perplexity is measured.
         new_tokens: tokens that are generated at the end.
         plan: how the dense FFNs are divided.
@@ -62,7 +66,8 @@ class DemoSettings:
     steps: int = 40
     batch_size: int = 4
     block_size: int = 128
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-3
+    lora_rank: int = 16
     held_out_blocks: int = 64
     new_tokens: int = 48
     plan: UpcyclingPlan = field(default_factory=lambda: UpcyclingPlan(shared_width=384, num_shards=6, num_copies=4))
@@ -90,8 +95,8 @@ def run_demo(
     settings: DemoSettings | None = None,
     echo: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run the demo and return its figures, which also lie in `metrics.json` under `output`, beside `loss.png` and
-    `expert_load.png`.
+    """Run the demo and return its figures, which also lie in `metrics.json` under `output`, beside `loss.png`,
+    `expert_load.png`, the upcycled model (`model/`), the adapter (`adapter/`) and both merged (`merged/`).
 
     Raises:
         DemoError: if a step fails; the message names it.
@@ -121,10 +126,16 @@ def run_demo(
         dense_perplexity, before = perplexity(dense, batches), perplexity(model, batches)
         echo(f"   dense {dense_perplexity:.3f}, upcycled {before:.3f}")
     del dense
-    with step("Fine-tune experts and gate with transformers.Trainer"):
-        history = fine_tune(model, train, settings, output)
+    with step("Save the upcycled model"):
+        model.save_pretrained(output / "model")
+        tokenizer.save_pretrained(output / "model")
+    with step("Fine-tune with LoRA on the experts: peft and transformers.Trainer"):
+        adapted, history = fine_tune(model, train, settings, output)
+        trained, parameters = adapted.get_nb_trainable_parameters()
+        parameters -= trained
+        echo(f"   {trained:,} parameters trained, beside {parameters:,} frozen ones")
     with step("Held-out perplexity after training"):
-        after = perplexity(model, batches)
+        after = perplexity(adapted, batches)
         gain = 1 - after / before
         echo(f"   {after:.3f}, {gain:.1%} lower")
         if gain < settings.required_gain:
@@ -134,20 +145,22 @@ def run_demo(
         plot_expert_load(
             expert_load(model, batches), output / "expert_load.png", "Expert load on held-out text, after training"
         )
-    with step("Save, and load again in a fresh process"):
-        difference = _save_and_reload(model, tokenizer, held_out[:2], output)
-        echo(f"   max |logit difference| {difference:g}")
-        if difference != 0:
-            raise DemoError(f"the reloaded model's logits differ by up to {difference:g}")
+    with step("Save the adapter, merge it into the model, and load that in a fresh process"):
+        difference = _merge_and_reload(adapted, held_out[:2], output, echo)
+        echo(f"   merged against unmerged, max |logit difference| {difference:.2e}")
+        if not difference <= LOGIT_TOLERANCE:
+            raise DemoError(f"the merged model's logits differ by up to {difference:g}")
     with step("Generate"):
-        text = _generate(model, tokenizer, settings.new_tokens)
+        text = _generate(adapted, tokenizer, settings.new_tokens)
         echo(f"   {text!r}")
 
     figures = {
         "model": origin,
         "experts": f"{model.config.n_shared_experts} shared + {model.config.n_routed_experts} routed, "
         f"top-{model.config.num_experts_per_tok}, width {model.config.moe_intermediate_size}",
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "adapter_bytes": (output / "adapter" / "adapter_model.safetensors").stat().st_size,
         "dense_vs_upcycled_max_logit_difference": check.max_logit_difference,
         "dense_vs_upcycled_same_greedy_text": check.same_text,
         "optimizer_steps": settings.steps,
@@ -155,7 +168,7 @@ def run_demo(
         "perplexity_before": before,
         "perplexity_after": after,
         "perplexity_gain": gain,
-        "reloaded_max_logit_difference": difference,
+        "merged_max_logit_difference": difference,
         "generated": text,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -264,12 +277,13 @@ def sample_blocks(blocks: torch.Tensor, number: int) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------- training, saving, using
 def fine_tune(
     model: PreTrainedModel, blocks: torch.Tensor, settings: DemoSettings, output: Path
-) -> list[dict[str, float]]:
-    """Train experts and gates, the rest frozen; returns the logged steps with their losses."""
+) -> tuple[PeftModel, list[dict[str, float]]]:
+    """Train LoRA adapters on routed and shared experts; returns the model with them, and the logged steps with their
+    losses."""
     from transformers import Trainer, TrainingArguments
 
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".mlp." in name)
+    config = expert_lora_config(model, r=settings.lora_rank, target_modules=("shared_experts",))
+    adapted = get_peft_model(model, config)
     arguments = TrainingArguments(
         output_dir=str(output / "trainer"),
         max_steps=settings.steps,
@@ -282,25 +296,24 @@ def fine_tune(
         report_to="none",
         seed=0,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=TokenBlocks(blocks))
+    trainer = Trainer(model=adapted, args=arguments, train_dataset=TokenBlocks(blocks))
     trainer.train()
-    return [row for row in trainer.state.log_history if "loss" in row]
+    return adapted, [row for row in trainer.state.log_history if "loss" in row]
 
 
-def _save_and_reload(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor, output: Path
-) -> float:
-    folder, inputs, logits = output / "model", output / "inputs.pt", output / "logits.pt"
-    model.eval().to("cpu")  # where the fresh process computes: another device would round differently
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _merge_and_reload(adapted: PeftModel, input_ids: torch.Tensor, output: Path, echo: Callable[[str], None]) -> float:
+    folder, inputs, logits = output / "merged", output / "inputs.pt", output / "logits.pt"
+    adapted.eval().to("cpu")  # where the fresh process computes: another device would round differently
+    adapted.save_pretrained(output / "adapter")
+    shutil.rmtree(folder, ignore_errors=True)
+    echo(f"   {merge_adapter(output / 'model', output / 'adapter', folder)}")
     torch.save(input_ids, inputs)
     command = [sys.executable, "-c", _RELOAD_SCRIPT, str(folder), str(inputs), str(logits)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise DemoError(f"the fresh process failed: {result.stderr.strip()[-800:]}")
     with torch.no_grad():
-        expected = model(input_ids).logits
+        expected = adapted(input_ids).logits
     difference = float((torch.load(logits, weights_only=True) - expected).abs().max())
     inputs.unlink()
     logits.unlink()
@@ -318,6 +331,10 @@ def _table(figures: dict[str, Any]) -> str:
         ("model", figures["model"]),
         ("experts", figures["experts"]),
         ("parameters", f"{figures['parameters']:,}"),
+        (
+            "trained: LoRA on the experts",
+            f"{figures['trained_parameters']:,}, {figures['adapter_bytes'] / 1e6:.0f} MB",
+        ),
         ("dense vs upcycled, max |logit difference|", f"{figures['dense_vs_upcycled_max_logit_difference']:.2e}"),
         ("dense vs upcycled, greedy text", "the same" if figures["dense_vs_upcycled_same_greedy_text"] else "differs"),
         ("held-out perplexity, dense", f"{figures['perplexity_dense']:.3f}"),
@@ -326,7 +343,7 @@ def _table(figures: dict[str, Any]) -> str:
             f"held-out perplexity, after {figures['optimizer_steps']} steps",
             f"{figures['perplexity_after']:.3f} ({figures['perplexity_gain']:.1%} lower)",
         ),
-        ("reloaded vs saved, max |logit difference|", f"{figures['reloaded_max_logit_difference']:g}"),
+        ("merged vs adapter, max |logit difference|", f"{figures['merged_max_logit_difference']:.2e}"),
         ("time", f"{figures['seconds']:.0f} s"),
     ]
     width = max(len(label) for label, _ in rows)
