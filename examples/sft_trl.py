@@ -11,6 +11,7 @@ import inspect
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,6 +52,7 @@ def main(
         per_device_train_batch_size=4,
         learning_rate=learning_rate,
         max_length=max_length,
+        bf16=torch.cuda.is_available(),
         gradient_checkpointing=False,
         logging_steps=5,
         save_strategy="no",

@@ -67,7 +67,7 @@ class ExpertSelection:
             "shared_experts": self.shared_experts,
             "non_expert_modules": self.non_expert_modules,
         }
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def checked(self, model: nn.Module) -> "ExpertSelection":
         """Itself, if a model has all these experts.

@@ -54,6 +54,9 @@ class GroupedSlots:
         return GroupedSlots(ids, self.order[places], torch.searchsorted(ids, groups, right=True, out_int32=True))
 
 
+_uncompiled_grouped_mm = torch.compiler.disable(F.grouped_mm)  # torch.compile takes it in bfloat16 only
+
+
 def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """One linear map for each group of rows.
 
@@ -69,7 +72,8 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tens
     if len(rows) == 0:
         return F.linear(rows, weight[0])
     if all(width % alignment(weight.dtype) == 0 for width in weight.shape[1:]):
-        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
+        product = F.grouped_mm if weight.dtype == torch.bfloat16 else _uncompiled_grouped_mm
+        return product(rows, weight.transpose(-2, -1), offs=offsets)
     ends = offsets.tolist()  # torch's grouped product wants rows of whole 16 bytes: one product after the other
     groups = rows.split([end - start for start, end in zip([0, *ends], ends, strict=False)])
     return torch.cat([F.linear(group, own) for group, own in zip(groups, weight.unbind(), strict=True)])

@@ -215,7 +215,7 @@ def optimize_expert_lora(peft_model: PeftModel, lora_dropout: float | None = Non
     on_experts = [module for module in wrappers if module.parameter_name in PROJECTIONS]
     if not on_experts:
         raise ValueError(
-            "peft_model has no adapter on stacked experts (target_parameters): there is nothing to speed up."
+            "peft_model is not allowed: it has no adapter on stacked experts, which is what there is to speed up."
         )
     for wrapper in on_experts:
         _check_supported("target_parameters", wrapper.get_base_layer())
@@ -231,7 +231,7 @@ def _make_direct(wrapper: ParamWrapper) -> None:
     layer_class = layer_class_of(wrapper.get_base_layer(), wrapper.parameter_name)
     if layer_class is not None and not isinstance(wrapper, DirectLora):
         wrapper.__class__ = layer_class  # the same parameters under the same names: only the methods are others
-        wrapper.target_name = ""
+        wrapper.prepare()
 
 
 @contextmanager
@@ -256,7 +256,7 @@ class ExpertLoraModel(LoraModel):
             config.experts = None
             config._register_custom_module({nn.Module: create_layer})
         # PEFT asks that all adapters target the same parameters, because the nesting of its wrappers is part of the
-        # names it saves. `ExpertLora` keeps those names for every adapter alone.
+        # names it saves. Here every nesting is completed.
         with _hidden_target_parameters([config]):
             super()._check_new_adapter_config(config)
 
@@ -266,6 +266,7 @@ class ExpertLoraModel(LoraModel):
             for child_name, child in list(parent.named_children()):
                 if isinstance(child, ExpertLora) and not isinstance(parent, ExpertLora):
                     child.order_chain(parent, child_name)
+                    getattr(parent, child_name).complete(self.peft_config)
         return targeted
 
     def add_weighted_adapter(

@@ -29,9 +29,14 @@ class DirectLora(ParamWrapper):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
     ) -> None:
-        self.target_name = kwargs.get("target_name", "")
+        self.prepare(kwargs.get("target_name", ""))
         super().__init__(base_layer, adapter_name, parameter_name, config=_without_dropout(config), **kwargs)
         self._set_dropout(adapter_name, config.lora_dropout)
+
+    def prepare(self, target_name: str = "") -> None:
+        """What a layer has beside a ParamWrapper's attributes."""
+        self.target_name = target_name
+        self.empty_adapters: set[str] = set()  # those of the other projection alone
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter; see `peft.tuners.lora.LoraLayer.update_layer`. One that is restricted to some experts starts
@@ -136,31 +141,31 @@ class ExpertLora(DirectLora):
             outer.base_layer, inner.base_layer = inner, outer.base_layer
             setattr(parent, child_name, outer)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The state, with the names that PEFT would use for each adapter alone: the nesting of the layers is part of
-        its names, and an adapter of the inner projection alone has no outer layer."""
-        prefix, state = kwargs.get("prefix", ""), super().state_dict(*args, **kwargs)
-        for own, inner in self._names_of_inner_adapters(prefix):
-            for key in [key for key in state if key.startswith(inner)]:
-                state[own + key.removeprefix(inner)] = state.pop(key)
-        return state
+    def complete(self, configs: dict[str, LoraConfig]) -> None:
+        """Give the outer projection its part of every adapter of the inner one.
+
+        The nesting is part of PEFT's names: an adapter of `gate_up_proj` alone is named as the outer layer, which is
+        that of `down_proj` here. With factors of zero, which get no gradient, it is an adapter of both.
+        """
+        inner = self.base_layer
+        for name in [name for name in getattr(inner, "lora_A", ()) if name not in self.lora_A]:
+            self.update_layer(name, inner.r[name], inner.lora_alpha[name], configs[name])
+            for factor in (self.lora_A[name], self.lora_B[name]):
+                nn.init.zeros_(factor.weight)
+            self.empty_adapters.add(name)
+            targets = list(configs[name].target_parameters or ())
+            outer = [target.replace(*PROJECTIONS) for target in targets if target.endswith(PROJECTIONS[0])]
+            configs[name].target_parameters = list(dict.fromkeys(targets + outer))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for own, inner in self._names_of_inner_adapters(prefix):
-            for key in [key for key in state_dict if key.startswith(own)]:
-                state_dict[inner + key.removeprefix(own)] = state_dict.pop(key)
+        # The file of an adapter of `gate_up_proj` alone names its factors as those of the outer layer.
+        for name in self.empty_adapters:
+            for factor, module in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+                key = f"{factor}.{name}.weight"
+                if prefix + key in state_dict and f"{prefix}base_layer.{key}" not in state_dict:
+                    state_dict[f"{prefix}base_layer.{key}"] = state_dict[prefix + key]
+                    state_dict[prefix + key] = torch.zeros_like(module[name].weight)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _names_of_inner_adapters(self, prefix: str) -> list[tuple[str, str]]:
-        inner = self.base_layer
-        if not isinstance(inner, ExpertLora):
-            return []
-        return [
-            (f"{prefix}{factor}.{name}.", f"{prefix}base_layer.{factor}.{name}.")
-            for name in inner.lora_A
-            if name not in self.lora_A
-            for factor in ("lora_A", "lora_B")
-        ]
 
     def concatenated(self, adapters: list[str], weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of a weighted sum of adapters, one after the other along the rank: (E, R, in), (out, R, E)."""
