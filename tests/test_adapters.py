@@ -399,7 +399,7 @@ def test_commands(tmp_path: Path) -> None:
         app, ["export-adapter", folders["adapter"], folders["per-expert"], "--layout", "per-expert"]
     )
     assert result.exit_code == 0 and "96 tensors" in result.stdout
-    result = runner.invoke(app, [*export, str(tmp_path / "x"), "--layout", "other"])
+    result = runner.invoke(app, ["export-adapter", folders["adapter"], str(tmp_path / "x"), "--layout", "other"])
     assert result.exit_code == 2 and "layout='other' is not allowed" in result.stderr
 
 
