@@ -13,7 +13,7 @@ help:
 	@echo "make test-gpu             tests that need a GPU"
 	@echo "make test-oldest          the tests with the oldest supported transformers and peft"
 	@echo "make lint | format        ruff and mypy | ruff's formatter"
-	@echo "make benchmark            compare with transformers' own classes, and measure balancing (an hour)"
+	@echo "make benchmark            compare with transformers and PEFT, and measure balancing (more than an hour)"
 
 demo: $(VENV)/.installed
 	$(BIN)/deepseekmoe demo $(ARGS)
@@ -41,6 +41,7 @@ format: $(VENV)/.installed
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/against_transformers.py
+	$(BIN)/python benchmarks/expert_lora.py
 	$(BIN)/python benchmarks/balancing_overhead.py
 	$(BIN)/python benchmarks/balancing.py
 

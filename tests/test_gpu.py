@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import EXPERTS_IMPLEMENTATIONS, Golden
-from tolerances import GOLDEN_LOGITS, LOW_PRECISION_LOSS
+from test_lora import IDS, direct, make
+from tolerances import GOLDEN_LOGITS, LOW_PRECISION_LOSS, assert_same
 
-from modeling_deepseekmoe import RouterStats, take_router_load, update_router_bias
+from modeling_deepseekmoe import RouterStats, prepare_esft, take_router_load, update_router_bias
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,3 +50,44 @@ def test_counts_are_those_of_the_cpu_and_nothing_waits_for_the_host(v3: Golden) 
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(load.tokens_per_expert.cpu(), take_router_load(on_cpu).tokens_per_expert)
     assert stats.summary()["router/entropy"] > 0
+
+
+@pytest.mark.parametrize("tokens", [1, 18])
+def test_lora_on_experts_is_that_of_the_cpu(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    ids = IDS.flatten()[None, :tokens]
+    on_cpu, on_gpu = direct(make()).train(), direct(make()).cuda().train()
+    found, expected = on_gpu(ids.cuda()).logits, on_cpu(ids).logits
+    assert_same(found.cpu(), expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    gradients = {name: p.grad for name, p in on_gpu.named_parameters() if p.requires_grad}
+    for name, parameter in on_cpu.named_parameters():
+        if parameter.requires_grad:
+            assert_same(gradients[name].cpu(), parameter.grad, name)
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_lora_in_bfloat16_never_waits_for_the_host(rank: int) -> None:
+    experts = direct(make().to(torch.bfloat16), r=rank).cuda().train().base_model.model.model.layers[1].mlp.experts
+    hidden = torch.randn(64, 32, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    ids = torch.rand(64, 8, device="cuda").topk(3).indices
+    weights = torch.rand(64, 3, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        experts(hidden, ids, weights).float().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad.isfinite().all() for name, p in experts.named_parameters() if "lora_" in name)
+
+
+def test_selected_experts_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    models = [make(), make().cuda()]
+    for model in models:
+        prepare_esft(model, {1: [0, 6], 2: [3]})
+        model.train()(IDS.to(model.device), labels=IDS.to(model.device)).loss.backward()
+    for (name, one), (_, two) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
+        if one.requires_grad:
+            assert_same(two.grad.cpu(), one.grad, name)
