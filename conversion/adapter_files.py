@@ -16,12 +16,16 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+
+from modeling_deepseekmoe.checkpoint_layout import STACKS
+from modeling_deepseekmoe.folders import opened
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "velora_config", "arrow_config",
+                "alora_invocation_tokens", "monteclora_config", "use_bdlora", "kasa_config", "use_qalora")  # fmt: skip
+# Other ways to begin change the base's weights, so that the saved factors are not what is added to them.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _FACTOR = re.compile(r"^(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\.lora_(?P<factor>[AB])\.weight$")
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<id>\d+)\.(?P<projection>gate_proj|up_proj|down_proj)$")
 
@@ -65,12 +69,15 @@ class Adapter:
         config: its LoraConfig.
         updates: by the name of the base's weight (`model.layers.1.mlp.experts.gate_up_proj` or
             `...q_proj.weight`), what the adapter adds to it.
-        replacements: by name, weights that were trained as whole copies.
+        replacements: by name, weights that were trained as whole copies, and those that PEFT saves beside an adapted
+            head or embedding.
+        sources: by the names of the replacements, those of the tensors in the adapter's file.
     """
 
     config: LoraConfig
     updates: dict[str, LowRank]
     replacements: dict[str, torch.Tensor]
+    sources: dict[str, str]
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -87,14 +94,19 @@ def read_adapter(folder: str | Path) -> Adapter:
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder}: peft_type {config.peft_type} is not allowed: it must be LORA.")
-    if config.use_dora or config.lora_bias or config.fan_in_fan_out or config.layer_replication:
-        raise ValueError(f"{folder}: use_dora, lora_bias, fan_in_fan_out and layer_replication are not supported.")
-    try:
-        tensors = load_file(folder / WEIGHTS_NAME)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_NAME} is not a readable safetensors file: {error}.") from error
+    for field in _UNSUPPORTED:
+        if getattr(config, field, None):
+            raise ValueError(f"{folder}: {field}={getattr(config, field)!r} is not allowed: only plain LoRA is.")
+    if config.init_lora_weights not in _PLAIN_STARTS:
+        raise ValueError(
+            f"{folder}: init_lora_weights={config.init_lora_weights!r} is not allowed: such an adapter belongs to "
+            "weights that it has changed itself. Let PEFT convert it into plain LoRA when it is saved."
+        )
+    with opened(folder / WEIGHTS_NAME) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
     factors: dict[tuple[str, int], dict[str, str]] = {}
-    replacements = {}
+    replacements: dict[str, torch.Tensor] = {}
+    sources: dict[str, str] = {}
     for name, tensor in tensors.items():
         plain = name.removeprefix(PREFIX)
         match = _FACTOR.match(plain)
@@ -104,7 +116,10 @@ def read_adapter(folder: str | Path) -> Adapter:
         elif "lora_" in plain:
             raise ValueError(f"Adapter tensor {name} is not supported: only lora_A and lora_B of weights are.")
         else:
-            replacements[plain.replace(".base_layer", "")] = tensor
+            target = plain.replace(".base_layer", "")
+            if target in replacements:
+                raise ValueError(f"Adapter tensors {sources[target]} and {name} are for the same weight.")
+            replacements[target], sources[target] = tensor, name
     updates = {}
     for (module, depth), names in factors.items():
         if names.keys() != {"A", "B"}:
@@ -113,7 +128,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             )
         target = _target_of(module, depth, {level for name, level in factors if name == module}, config)
         updates[target] = _low_rank(target, tensors[names["A"]], tensors[names["B"]], names, config)
-    return Adapter(config, updates, replacements)
+    return Adapter(config, updates, replacements, sources)
 
 
 def _target_of(module: str, depth: int, depths: Iterable[int], config: LoraConfig) -> str:

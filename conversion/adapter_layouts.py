@@ -4,6 +4,9 @@
 Exact in both directions. A joint gate_up adapter has one A for both halves of its rows: gate and up get that A each,
 and their half of B. Back, gate and up with different A need twice the rank, A one below the other and B
 block-diagonal; with the same A, bit for bit, the rank stays. All experts of a layer must have one rank and one alpha.
+
+The per-expert layout is for tools whose models have a module for every expert. On models that stack them plain PEFT
+reads it too where it knows their old names (`deepseek_v2`, `deepseek_v3` and others), but then without shared experts.
 """
 
 import math
@@ -16,22 +19,24 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from modeling_deepseekmoe.checkpoint_layout import PROJECTIONS, STACKS
 from modeling_deepseekmoe.experts import LAYER
 from modeling_deepseekmoe.folders import check_destination, local_folder, unfinished_folder
 
-from .adapter_files import PREFIX, STACKS, WEIGHTS_NAME, Adapter, LowRank, is_stack, read_adapter, split_expert
+from .adapter_files import PREFIX, WEIGHTS_NAME, Adapter, LowRank, is_stack, read_adapter, split_expert
 
 LAYOUTS = ("per-expert", "peft")
-FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def export_adapter(adapter: str | Path, destination: str | Path, layout: str) -> int:
+def export_adapter(adapter: str | Path, destination: str | Path, layout: str, num_experts: int | None = None) -> int:
     """Write an adapter in another layout.
 
     Args:
         adapter: folder or hub id of a LoRA adapter, in either layout.
         destination: folder to write; must not exist or be empty.
         layout: `"per-expert"` or `"peft"`.
+        num_experts: for `"peft"`, of every layer of the model: experts without an adapter then get one of zeros.
+            Without it the experts of the adapter must be all.
 
     Returns:
         The number of tensors written.
@@ -45,12 +50,12 @@ def export_adapter(adapter: str | Path, destination: str | Path, layout: str) ->
         raise ValueError(f"layout={layout!r} is not allowed: it must be 'per-expert' or 'peft'.")
     destination = check_destination(destination)
     content = read_adapter(local_folder(adapter))
-    convert = _to_per_expert if layout == "per-expert" else _to_peft
     if not any(is_stack(name) or split_expert(name.removesuffix(".weight")) for name in content.updates):
         raise ValueError(f"{adapter} is not allowed: it has no adapter on routed experts to write in another layout.")
-    updates = convert(content.updates)
+    per_expert = layout == "per-expert"
+    updates = _to_per_expert(content.updates) if per_expert else _to_peft(content.updates, num_experts)
     config = _config(content, updates, layout)
-    tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in content.replacements.items()}
+    tensors = {content.sources[name]: tensor.contiguous() for name, tensor in content.replacements.items()}
     for target, update in updates.items():
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in _tensors(target, update, updates)}
     with unfinished_folder(destination) as unfinished:
@@ -74,7 +79,7 @@ def _to_per_expert(updates: dict[str, LowRank]) -> dict[str, LowRank]:
     return result
 
 
-def _to_peft(updates: dict[str, LowRank]) -> dict[str, LowRank]:
+def _to_peft(updates: dict[str, LowRank], num_experts: int | None) -> dict[str, LowRank]:
     result: dict[str, LowRank] = {}
     layers: dict[str, dict[str, dict[int, LowRank]]] = {}
     for target, update in updates.items():
@@ -83,9 +88,15 @@ def _to_peft(updates: dict[str, LowRank]) -> dict[str, LowRank]:
             result[target] = update
         else:
             layers.setdefault(parts[0], {}).setdefault(parts[2], {})[parts[1]] = update
+    ids = [expert for projections in layers.values() for pairs in projections.values() for expert in pairs]
+    number = 1 + max(ids, default=-1) if num_experts is None else num_experts
+    if ids and max(ids) >= number:
+        raise ValueError(f"num_experts={number} is not allowed: the adapter has an expert {max(ids)}.")
     for experts, projections in layers.items():
-        number = 1 + max(expert for pairs in projections.values() for expert in pairs)
-        stacks = {name: _stacked(experts, name, pairs, number) for name, pairs in projections.items()}
+        stacks = {
+            name: _stacked(f"{experts}.*.{name}", pairs, number, fill=num_experts is not None)
+            for name, pairs in projections.items()
+        }
         if "down_proj" in stacks:
             result[f"{experts}.down_proj"] = stacks["down_proj"]
         if stacks.keys() & {"gate_proj", "up_proj"}:
@@ -93,22 +104,23 @@ def _to_peft(updates: dict[str, LowRank]) -> dict[str, LowRank]:
     return result
 
 
-def _stacked(experts: str, projection: str, pairs: dict[int, LowRank], number: int) -> LowRank:
-    missing = sorted(set(range(number)) - set(pairs))
-    if missing:
-        raise ValueError(f"Adapter: {experts}.{missing[0]}.{projection} is missing: layout 'peft' needs all experts.")
-    ordered = [pairs[expert] for expert in range(number)]
-    if len({(update.rank, update.scaling, update.shape) for update in ordered}) > 1:
+def _stacked(name: str, pairs: dict[int, LowRank], number: int, fill: bool) -> LowRank:
+    first = next(iter(pairs.values()))
+    if len({(pair.rank, pair.scaling, pair.shape) for pair in pairs.values()}) > 1:
         raise ValueError(
-            f"Adapter: the experts of {experts} have {projection} adapters of different ranks, scalings or shapes, "
-            "which the layout 'peft' cannot express."
+            f"Adapter: the experts of {name} have adapters of different ranks, scalings or shapes, which the layout "
+            "'peft' cannot express."
         )
-    return LowRank(
-        torch.stack([update.factor_a for update in ordered]),
-        torch.stack([update.factor_b for update in ordered]),
-        ordered[0].scaling,
-        ordered[0].sources,
-    )
+    missing = sorted(set(range(number)) - set(pairs))
+    if missing and not fill:
+        raise ValueError(
+            f"Adapter: expert {missing[0]} of {name} is missing. If it is to have none, give num_experts, the number "
+            "of experts in every layer."
+        )
+    zeros = torch.zeros_like(first.factor_a), torch.zeros_like(first.factor_b)
+    ordered = [(pairs[e].factor_a, pairs[e].factor_b) if e in pairs else zeros for e in range(number)]
+    factors_a, factors_b = zip(*ordered, strict=True)
+    return replace(first, factor_a=torch.stack(factors_a), factor_b=torch.stack(factors_b))
 
 
 def _joined(experts: str, stacks: dict[str, LowRank]) -> LowRank:
@@ -147,7 +159,7 @@ def _config(content: Adapter, updates: dict[str, LowRank], layout: str) -> LoraC
         parts = split_expert(module)
         if is_stack(target):
             parameters.append(target)
-        elif layout == "peft" and module.endswith(FFN_PROJECTIONS):
+        elif layout == "peft" and module.endswith(PROJECTIONS):
             parameters.append(target)  # as a module PEFT would take it for the routed experts
         elif parts is None:
             modules.append(module)

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Merging an adapter, or the experts that ESFT trained, into a checkpoint: file by file, then verified.
+"""Merging an adapter, or the experts that ESFT trained, into a checkpoint: in place in a copy of its files, verified.
 
-No model is built: at any time one file of the base and the adapter are in memory.
+No model is built, and no file is read whole: beside the adapter one weight of the base at a time is in memory.
 """
 
 import json
@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from modeling_deepseekmoe.checkpoint_layout import read_shapes
+from modeling_deepseekmoe.checkpoint_layout import STACKS
 from modeling_deepseekmoe.experts import LAYER
-from modeling_deepseekmoe.folders import check_destination, local_folder, unfinished_folder
-from modeling_deepseekmoe.selected_experts import SELECTION_NAME
+from modeling_deepseekmoe.folders import FOREIGN_WEIGHTS, check_destination, local_folder, opened, unfinished_folder
 from modeling_deepseekmoe.selected_experts import WEIGHTS_NAME as ESFT_WEIGHTS_NAME
 
-from .adapter_files import STACKS, LowRank, is_stack, read_adapter, split_expert
+from .adapter_files import LowRank, is_stack, read_adapter, split_expert
 
 INDEX_NAME = "model.safetensors.index.json"
-_FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".safetensors")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_COMPUTED = 1e-5  # relative error of float32 sums
+_ROUNDING = 1e-6  # relative error of what is computed in float32
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 class MergingError(RuntimeError):
@@ -52,7 +50,8 @@ class MergeReport:
         worst = max(self.layer_errors.values(), default=0.0)
         return (
             f"{self.tensors} adapter tensors merged into {self.weights} weights of {len(self.layer_errors)} layers; "
-            f"merged against unmerged on random inputs, layer by layer: largest relative difference {worst:.1e}"
+            f"every value is the sum, rounded; merged against unmerged on random inputs, layer by layer: largest "
+            f"relative difference {worst:.1e}"
         )
 
 
@@ -91,30 +90,41 @@ def merge_adapter(
     destination = check_destination(destination)
     base, adapter = local_folder(base), local_folder(adapter)
     files = weight_files(base)
-    places = {name: file for file in files for name in read_shapes([str(file)])}
-    shapes = read_shapes(map(str, files))
+    shapes: Shapes = {}
+    names_in: dict[Path, list[str]] = {}
+    for file in files:
+        with opened(file) as handle:
+            names_in[file] = list(handle.keys())
+            shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in names_in[file]}
     changes, tensors = _plan(adapter, shapes)
+    _check_tied(base, changes)
     with unfinished_folder(destination) as unfinished:
+        errors: dict[int, float] = {}
         for number, file in enumerate(files, start=1):
-            report(f"[{number}/{len(files)}] {file.name}")
-            _merge_file(file, unfinished / file.name, changes)
-        errors = _verify(places, unfinished, changes, report)
+            own = {name: changes[name] for name in names_in[file] if name in changes}
+            report(f"[{number}/{len(files)}] {file.name}: {len(own)} of {len(names_in[file])} weights change")
+            shutil.copyfile(file, unfinished / file.name)
+            _merge_file(file, unfinished / file.name, own)
+            _verify_file(file, unfinished / file.name, own, errors)
         for file in base.iterdir():
-            if file.is_file() and not file.name.endswith(_FOREIGN_WEIGHTS):
+            if file.is_file() and not file.name.endswith((*FOREIGN_WEIGHTS, ".safetensors")):
                 shutil.copyfile(file, unfinished / file.name)
-    return MergeReport(len(changes), tensors, errors)
+    return MergeReport(len(changes), tensors, dict(sorted(errors.items())))
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, from its index if it has one.
 
     Raises:
-        ValueError: for an index that names a file outside the folder.
+        ValueError: for an index that cannot be read or that names a file outside the folder.
         OSError: if a file is missing, or there is none.
     """
     index = folder / INDEX_NAME
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{INDEX_NAME} is not allowed: it must be JSON with an object 'weight_map'.") from error
         outside = [name for name in names if Path(name).name != name]
         if outside:
             raise ValueError(f"{INDEX_NAME} names {outside[0]!r}, which is not allowed: it must lie in the folder.")
@@ -127,31 +137,42 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
-def _plan(adapter: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, _Change], int]:
+def _plan(adapter: Path, shapes: Shapes) -> tuple[dict[str, _Change], int]:
     """What happens to which weights of the base, and the number of the adapter's tensors."""
     changes: dict[str, _Change] = {}
-    if (adapter / SELECTION_NAME).is_file():
-        updates: dict[str, LowRank] = {}
-        replacements = load_file(adapter / ESFT_WEIGHTS_NAME)
-        tensors = len(replacements)
+    updates: dict[str, LowRank] = {}
+    if (adapter / ESFT_WEIGHTS_NAME).is_file():
+        with opened(adapter / ESFT_WEIGHTS_NAME) as file:
+            replacements = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        sources = {name: name for name in replacements}
     else:
         content = read_adapter(adapter)
-        updates, replacements = content.updates, content.replacements
-        tensors = 2 * len(updates) + len(replacements)
-    for target, update in updates.items():
-        for name, place, part in _parts(target, update, shapes):
-            _check_shape(name, place, part.shape, f"Adapter tensor {update.sources[0]}", shapes)
-            changes.setdefault(name, _Change()).sums.append((place, part))
+        updates, replacements, sources = content.updates, content.replacements, content.sources
     for target, tensor in replacements.items():
         name, place = _locate(target, shapes)
-        _check_shape(name, place, tuple(tensor.shape), f"Adapter tensor {target}", shapes)
+        _check_shape(name, place, tuple(tensor.shape), sources[target], shapes)
         changes.setdefault(name, _Change()).replacements.append((place, tensor))
+    for target, update in updates.items():
+        for name, place, part in _parts(target, update, shapes):
+            _check_shape(name, place, part.shape, update.sources[0], shapes)
+            changes.setdefault(name, _Change()).sums.append((place, part))
     if not changes:
         raise ValueError(f"{adapter} is not allowed as an adapter: it holds no tensors.")
-    return changes, tensors
+    return changes, 2 * len(updates) + len(replacements)
 
 
-def _parts(target: str, update: LowRank, shapes: dict[str, tuple[int, ...]]) -> list[tuple[str, Any, LowRank]]:
+def _check_tied(base: Path, changes: dict[str, _Change]) -> None:
+    config = base / "config.json"
+    tied = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("tie_word_embeddings")
+    for name in changes:
+        if tied and name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            raise ValueError(
+                f"An adapter of {name} is not allowed for a base with tie_word_embeddings=true: embedding and head "
+                "are one weight there, and a merged checkpoint cannot change one of them alone."
+            )
+
+
+def _parts(target: str, update: LowRank, shapes: Shapes) -> list[tuple[str, Any, LowRank]]:
     """The two-dimensional parts of an update: name of the base's weight, place inside it, part."""
     if not is_stack(target):
         name, place = _locate(target, shapes)
@@ -160,7 +181,7 @@ def _parts(target: str, update: LowRank, shapes: dict[str, tuple[int, ...]]) -> 
     number, rows = len(update.factor_b), update.factor_b.shape[1] // len(STACKS[stack])
     if target in shapes:
         if shapes[target][0] != number:
-            raise ValueError(_mismatch(f"Adapter tensor {update.sources[0]}", f"{number} experts", target, shapes))
+            raise ValueError(_mismatch(update.sources[0], f"{number} experts", target, shapes))
         return [(target, expert, update.part(expert)) for expert in range(number)]
     if f"{experts}.{number}.down_proj.weight" in shapes:
         raise ValueError(f"Adapter tensor {update.sources[0]} is of {number} experts: the base has more in {experts}.")
@@ -171,7 +192,7 @@ def _parts(target: str, update: LowRank, shapes: dict[str, tuple[int, ...]]) -> 
     ]
 
 
-def _locate(target: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, Any]:
+def _locate(target: str, shapes: Shapes) -> tuple[str, Any]:
     """Where a weight is in the base: its name and the place inside, which is a part of a stack for one expert's."""
     parts = split_expert(target.removesuffix(".weight"))
     if target in shapes or parts is None:
@@ -186,9 +207,7 @@ def _locate(target: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, Any]:
     return name, (expert, slice(half * rows, (half + 1) * rows))
 
 
-def _check_shape(
-    name: str, place: Any, shape: tuple[int, ...], source: str, shapes: dict[str, tuple[int, ...]]
-) -> None:
+def _check_shape(name: str, place: Any, shape: tuple[int, ...], source: str, shapes: Shapes) -> None:
     fits = name in shapes
     if fits:
         try:
@@ -199,21 +218,27 @@ def _check_shape(
         raise ValueError(_mismatch(source, f"a weight of shape {tuple(shape)}", name, shapes))
 
 
-def _mismatch(source: str, found: str, name: str, shapes: dict[str, tuple[int, ...]]) -> str:
+def _mismatch(source: str, found: str, name: str, shapes: Shapes) -> str:
     base = f"{name} of shape {shapes[name]}" if name in shapes else f"no weight {name}"
-    return f"{source} is for {found}, which is not allowed: the base has {base}."
+    hint = ""
+    if name not in shapes:
+        if name.endswith("lm_head.weight"):
+            hint = " Is its head tied to the embedding?"
+        elif f"model.{name}" in shapes:
+            hint = f" It has model.{name}: the adapter is of a model without a head."
+    return f"Adapter tensor {source} is for {found}, which is not allowed: the base has {base}.{hint}"
 
 
 # -------------------------------------------------------------------------------------------- writing and verification
 def _merge_file(source: Path, destination: Path, changes: dict[str, _Change]) -> None:
-    tensors = {}
-    with safe_open(str(source), framework="pt") as handle:
-        metadata = handle.metadata()
-        for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
-            tensors[name] = handle.get_tensor(name)
-            if name in changes:
-                tensors[name] = _merged(name, tensors[name], changes[name])
-    save_file(tensors, destination, metadata=metadata)
+    """Overwrite the weights that change, where they lie in the copy: names, shapes and dtypes stay."""
+    with opened(source) as before, destination.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for name, change in changes.items():
+            merged = _merged(name, before.get_tensor(name), change)
+            file.seek(8 + length + header[name]["data_offsets"][0])
+            file.write(merged.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def _merged(name: str, weight: torch.Tensor, change: _Change) -> torch.Tensor:
@@ -228,39 +253,44 @@ def _merged(name: str, weight: torch.Tensor, change: _Change) -> torch.Tensor:
     return weight
 
 
-def _verify(
-    places: dict[str, Path], merged: Path, changes: dict[str, _Change], report: Callable[[str], None]
-) -> dict[int, float]:
-    """The largest relative error of every layer, from what was written."""
-    errors: dict[int, float] = {}
+def _verify_file(source: Path, merged: Path, changes: dict[str, _Change], errors: dict[int, float]) -> None:
+    """Read what was written and compare it with the base and the adapter; keeps the largest error of every layer."""
     generator = torch.Generator().manual_seed(0)
-    for number, (name, change) in enumerate(changes.items(), start=1):
-        if number % 1000 == 0:
-            report(f"{number} of {len(changes)} weights verified")
-        with (
-            safe_open(str(places[name]), framework="pt") as before,
-            safe_open(str(merged / places[name].name), framework="pt") as after,
-        ):
+    with opened(source) as before, opened(merged) as after:
+        for name, change in changes.items():
             old, new = before.get_tensor(name), after.get_tensor(name)
-        tolerance = max(torch.finfo(old.dtype).eps / 2, _COMPUTED)
-        layer = LAYER.search(name)
-        key = int(layer[1]) if layer else -1
-        for place, tensor in change.replacements:
-            if not torch.equal(new[place], tensor.to(new.dtype)):
+            layer = LAYER.search(name)
+            key = int(layer[1]) if layer else -1
+            base = old.clone()
+            for place, tensor in change.replacements:
+                base[place] = tensor.to(old.dtype)
+            if not change.sums and not torch.equal(new, base):
                 raise MergingError(f"{name}: what was written is not what the adapter holds.")
             errors.setdefault(key, 0.0)
-        for place, part in change.sums:
-            inputs = torch.randn(8, part.shape[1], generator=generator, dtype=torch.float64)
-            inner = inputs @ part.factor_a.double().t()
-            expected = inputs @ old[place].double().t() + part.scaling * (inner @ part.factor_b.double().t())
-            found = inputs @ new[place].double().t()
-            error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-            if not error <= tolerance:
-                raise MergingError(
-                    f"{name}: merged and unmerged outputs differ by {error:.1e}, more than {tolerance:.1e}."
-                )
-            errors[key] = max(errors.get(key, 0.0), error)
-    return dict(sorted(errors.items()))
+            for place, part in change.sums:
+                errors[key] = max(errors[key], _error_of(name, base[place], new[place], part, generator))
+
+
+def _error_of(name: str, base: torch.Tensor, merged: torch.Tensor, part: LowRank, generator: torch.Generator) -> float:
+    """Relative error of the outputs on random inputs, after a check of every single value.
+
+    In float64: `x W + s (x A) B` against `x W'`, and `W'` within half a unit in the last place of `W + s B A`.
+    """
+    factor_a, factor_b = part.factor_a.double(), part.factor_b.double() * part.scaling
+    wanted = base.double() + factor_b @ factor_a
+    rounding = (torch.finfo(base.dtype).eps / 2 + _ROUNDING) * wanted.abs()
+    rounding += _ROUNDING * (factor_b.abs() @ factor_a.abs() + base.abs()) + torch.finfo(base.dtype).tiny
+    wrong = int((~((merged.double() - wanted).abs() <= rounding)).sum())
+    inputs = torch.randn(8, part.shape[1], generator=generator, dtype=torch.float64)
+    expected = inputs @ base.double().t() + (inputs @ factor_a.t()) @ factor_b.t()
+    difference = inputs @ merged.double().t() - expected
+    error = float(difference.norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    if wrong:
+        raise MergingError(
+            f"{name}: {wrong} of {wanted.numel()} merged values are not the rounded sum of base and adapter; on "
+            f"random inputs merged and unmerged outputs differ by {error:.1e}."
+        )
+    return error
 
 
 __all__ = ["MergeReport", "MergingError", "merge_adapter", "weight_files"]

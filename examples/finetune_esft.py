@@ -17,6 +17,7 @@ from modeling_deepseekmoe import ExpertSelection, prepare_esft, save_esft, score
 from modeling_deepseekmoe.demo import TokenBlocks, reference_blocks, sample_blocks
 from modeling_deepseekmoe.esft import selection_table
 from modeling_deepseekmoe.evaluation import perplexity
+from modeling_deepseekmoe.folders import check_destination
 
 
 def main(
@@ -31,6 +32,7 @@ def main(
     held_out: Annotated[int, typer.Option(help="Held-out sequences to measure on.")] = 32,
 ) -> None:
     """Score, select, train, and save what was trained."""
+    check_destination(output)
     modeling_deepseekmoe.register(override_native=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model)

@@ -24,7 +24,8 @@ _LAZY = {
     "callbacks": ("LoadBalancingCallback", "RouterStatsCallback"),
     "esft": ("ExpertSelection", "score_experts", "select_experts"),
     "inspection": ("ModelReport", "inspect_model"),
-    "lora": ("ExpertLoraConfig", "expert_lora_config", "optimize_expert_lora"),
+    "lora": ("expert_lora_config", "optimize_expert_lora"),
+    "lora_model": ("ExpertLoraConfig",),
     "modeling_classification": (
         "DeepseekForSequenceClassification",
         "DeepseekForTokenClassification",

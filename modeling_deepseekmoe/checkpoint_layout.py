@@ -21,7 +21,9 @@ from .configuration_deepseekmoe import DeepseekMoeConfig
 logger = logging.get_logger(__name__)
 
 MODEL_TYPES = ("deepseekmoe", "deepseek", "deepseek_v2", "deepseek_v3")
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Every stacked parameter, and the official projections that are its rows, one below the other.
+STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _EXPERT_NAME = re.compile(r"^(layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 _LAYER_NAME = re.compile(r"^layers\.(\d+)\.")
 
@@ -110,12 +112,12 @@ def _check_experts(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, ...
             present.setdefault(int(match[2]), {}).setdefault(match[4], set()).add(int(match[3]))
     routed = set(range(config.n_routed_experts or 0))
     for layer_idx in sorted(set(present) | set(config.moe_layers)):
-        stacks = {f"layers.{layer_idx}.mlp.experts.{stack}" for stack in ("gate_up_proj", "down_proj")}
+        stacks = {f"layers.{layer_idx}.mlp.experts.{stack}" for stack in STACKS}
         if layer_idx in mtp_layers(config) or stacks <= found.keys():
             continue
         wanted = routed if layer_idx in config.moe_layers else set()
         allowed = f"experts 0 to {len(wanted) - 1} (n_routed_experts={len(wanted)})" if wanted else "no expert"
-        for projection in _PROJECTIONS:
+        for projection in PROJECTIONS:
             ids = present.get(layer_idx, {}).get(projection, set())
             for problem, odd in (("is missing", wanted - ids), ("is one too many", ids - wanted)):
                 if odd:
@@ -157,7 +159,7 @@ def stack_expert_tensors(
     """
     intermediate = module.gate_up_proj.shape[1] // 2
     rows = {"gate_proj": slice(0, intermediate), "up_proj": slice(intermediate, None), "down_proj": slice(None)}
-    for stack, projections in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+    for stack, projections in STACKS.items():
         names = {
             f"{prefix}{expert}.{projection}.weight": (expert, rows[projection])
             for expert in range(module.num_experts)
@@ -189,6 +191,8 @@ def shapes_of(state_dict: Mapping[str, torch.Tensor]) -> Shapes:
 
 __all__ = [
     "MODEL_TYPES",
+    "PROJECTIONS",
+    "STACKS",
     "check_checkpoint",
     "mtp_layers",
     "read_shapes",

@@ -40,6 +40,13 @@ def _check_dtype(dtype: str) -> None:
         raise ValueError(f"dtype={dtype!r} is not allowed: it must be auto, float32, bfloat16 or float16.")
 
 
+def _check_file(path: Path) -> None:
+    """That a file can be written, before the work begins."""
+    if path.is_dir():
+        raise ValueError(f"{path} is not allowed as a file to write: it is a folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _load(model: str, tokenizer: str | None, dtype: str, device_map: str) -> tuple[Any, Any]:
     """A checkpoint of any generation with this package's classes, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -154,9 +161,7 @@ def report(
         _check_dtype(dtype)
         if not as_json:
             require_matplotlib()
-            if output.is_dir():
-                raise ValueError(f"--output {output} is not allowed: it is a folder.")
-            output.parent.mkdir(parents=True, exist_ok=True)
+            _check_file(output)
         result = make_report(
             *_load(model, tokenizer, dtype, device_map),
             read_texts(data, split=split, column=column, subset=subset),
@@ -196,12 +201,15 @@ def export_adapter(
     adapter: Annotated[str, typer.Argument(help="Folder or hub id of a LoRA adapter on routed experts.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
     layout: Annotated[str, typer.Option(help="per-expert or peft.")],
+    num_experts: Annotated[
+        int | None, typer.Option(help="For peft: experts of a layer, where not all have an adapter.")
+    ] = None,
 ) -> None:
     """Write an adapter with one pair of factors for every expert's projections, or in PEFT's stacked layout."""
     from modeling_deepseekmoe.conversion import export_adapter as run
 
     with _exit_codes():
-        typer.echo(f"{out}: {run(adapter, out, layout)} tensors.")
+        typer.echo(f"{out}: {run(adapter, out, layout, num_experts)} tensors.")
 
 
 @app.command()
@@ -231,6 +239,9 @@ def esft_select(
             raise ValueError(f"method={method!r} is not allowed: it must be 'gate' or 'token'.")
         threshold = {"gate": 0.1, "token": 0.2}[method] if threshold is None else threshold
         select_experts({}, threshold)
+        for path in (out, scores):
+            if path is not None:
+                _check_file(path)
         loaded, own_tokenizer = _load(model, tokenizer, dtype, device_map)
         texts = read_texts(data, split=split, column=column, subset=subset)
         batches = token_batches(
@@ -240,9 +251,6 @@ def esft_select(
         with typer.progressbar(length=total, label="tokens", file=sys.stderr) as bar:
             values = score_experts(loaded, batches, method, progress=bar.update)
         selection = ExpertSelection(select_experts(values, threshold))
-        for path in (out, scores):
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
         if scores is not None:
             save_scores(values, method, scores)
         selection.save(out)

@@ -49,16 +49,19 @@ class ExpertSelection:
         if isinstance(selection, ExpertSelection):
             return selection
         if isinstance(selection, Mapping):
-            return cls({int(layer): [int(expert) for expert in ids] for layer, ids in selection.items()})
+            return cls(_layers_of(selection, "experts"))
+        name = f"File {selection}"
         try:
             content = json.loads(Path(selection).read_text(encoding="utf-8"))
-            experts = {int(layer): [int(expert) for expert in ids] for layer, ids in content["experts"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{selection} is not allowed as a selection of experts: it must be JSON with an object 'experts' of "
-                "layers and lists of expert ids."
-            ) from error
-        return cls(experts, bool(content.get("shared_experts")), bool(content.get("non_expert_modules")))
+        except ValueError as error:
+            raise ValueError(f"{name} is not allowed as a selection of experts: it is no JSON: {error}.") from error
+        if not isinstance(content, dict) or "experts" not in content:
+            raise ValueError(f"{name} is not allowed as a selection of experts: it must have an object 'experts'.")
+        return cls(
+            _layers_of(content["experts"], name),
+            bool(content.get("shared_experts")),
+            bool(content.get("non_expert_modules")),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write an `esft.json`."""
@@ -92,6 +95,17 @@ class ExpertSelection:
         if not any(self.experts.values()):
             raise ValueError("experts: an empty selection is not allowed: at least one expert is needed.")
         return self
+
+
+def _layers_of(selection: Any, name: str) -> dict[int, list[int]]:
+    """`{layer: [ids]}` with whole numbers, which JSON writes as strings where they are keys."""
+    if isinstance(selection, Mapping) and all(isinstance(ids, (list, tuple)) for ids in selection.values()):
+        numbers = [*selection, *(expert for ids in selection.values() for expert in ids)]
+        if all(isinstance(number, int) or (isinstance(number, str) and number.isdigit()) for number in numbers):
+            return {int(layer): [int(expert) for expert in ids] for layer, ids in selection.items()}
+    raise ValueError(
+        f"{name}: {selection!r} is not allowed: it must map layers to lists of expert ids, {{1: [0, 5]}}."
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- selection

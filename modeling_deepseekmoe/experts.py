@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PROJECTIONS = ("gate_up_proj", "down_proj")
+from .checkpoint_layout import STACKS
+
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # What a product gets: the parameter's name, the rows of all slots in the order of their groups, and the slots.
 Project = Callable[[str, torch.Tensor, "GroupedSlots"], torch.Tensor]
@@ -71,12 +72,18 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tens
     rows = rows.to(weight.dtype)
     if len(rows) == 0:
         return F.linear(rows, weight[0])
-    if all(width % alignment(weight.dtype) == 0 for width in weight.shape[1:]):
+    if _takes_grouped_mm(weight):
         product = F.grouped_mm if weight.dtype == torch.bfloat16 else _uncompiled_grouped_mm
         return product(rows, weight.transpose(-2, -1), offs=offsets)
-    ends = offsets.tolist()  # torch's grouped product wants rows of whole 16 bytes: one product after the other
+    ends = offsets.tolist()  # one product after the other
     groups = rows.split([end - start for start, end in zip([0, *ends], ends, strict=False)])
     return torch.cat([F.linear(group, own) for group, own in zip(groups, weight.unbind(), strict=True)])
+
+
+def _takes_grouped_mm(weight: torch.Tensor) -> bool:
+    """torch's grouped product wants rows of whole 16 bytes, and on a GPU of NVIDIA at least Ampere."""
+    aligned = all(width % alignment(weight.dtype) == 0 for width in weight.shape[1:])
+    return aligned and not (weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0))
 
 
 def alignment(dtype: torch.dtype) -> int:
@@ -89,7 +96,7 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
     the module that holds the parameters."""
     found = {}
     for name, module in model.named_modules():
-        stacks = [module._parameters.get(projection) for projection in PROJECTIONS]
+        stacks = [module._parameters.get(projection) for projection in STACKS]
         layer = LAYER.search(name)
         if layer is not None and all(stack is not None and stack.ndim == 3 for stack in stacks):
             found[int(layer[1])] = (name.replace(".base_layer", ""), module)
@@ -98,7 +105,7 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
 
 def why_unsupported(experts: nn.Module) -> str | None:
     """Why these experts cannot be computed by [`run_experts`], or `None` where they can."""
-    for name in PROJECTIONS:
+    for name in STACKS:
         parameter = getattr(experts, name, None)
         if not isinstance(parameter, torch.Tensor) or parameter.ndim != 3:
             return f"it has no stacked parameter {name} (E, out, in)"
@@ -112,6 +119,8 @@ def why_unsupported(experts: nn.Module) -> str | None:
     ):
         if getattr(experts, flag, wanted) is not wanted:
             return meaning
+    if hasattr(experts, "selected_ids"):
+        return "some of its experts are trained apart; call merge_esft first"
     if not hasattr(experts, "_apply_gate"):
         return "it is not one of transformers' exchangeable experts implementations"
     return None
@@ -140,10 +149,13 @@ def run_experts(
         `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: under expert parallelism, where a rank holds only some of the experts.
+        ValueError: under expert parallelism, where a rank holds only some of the experts, and for weights that are
+            offloaded.
     """
     if getattr(experts, "_is_expert_parallel", False):
         raise ValueError("Expert parallelism is not allowed together with adapted or partly trained experts.")
+    if experts.gate_up_proj.is_meta:
+        raise ValueError("Offloaded weights are not allowed together with adapted or partly trained experts.")
     if group_ids is None or num_groups is None:
         group_ids, num_groups = top_k_index, experts.gate_up_proj.shape[0]
     num_tokens, top_k = top_k_index.shape
@@ -161,7 +173,6 @@ def run_experts(
 
 __all__ = [
     "LAYER",
-    "PROJECTIONS",
     "GroupedSlots",
     "Project",
     "alignment",

@@ -1,13 +1,18 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Folders to read, of this machine or of the hub, and folders that appear only when they are complete."""
+"""Folders and files to read, of this machine or of the hub, and folders that appear only when they are complete."""
 
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+# Weights that nothing here reads.
+FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def local_folder(name_or_folder: str | Path) -> Path:
@@ -19,9 +24,26 @@ def local_folder(name_or_folder: str | Path) -> Path:
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
     try:
-        return Path(snapshot_download(str(name_or_folder)))
+        return Path(
+            snapshot_download(str(name_or_folder), ignore_patterns=[f"*{suffix}" for suffix in FOREIGN_WEIGHTS])
+        )
     except (OSError, ValueError) as error:
         raise OSError(f"{name_or_folder} is no folder, and cannot be had from the hub: {error}") from error
+
+
+@contextmanager
+def opened(file: str | Path) -> Iterator[Any]:
+    """A safetensors file, open for reading.
+
+    Raises:
+        ValueError: if it is no such file, or not complete.
+        OSError: if it is missing.
+    """
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise ValueError(f"File {Path(file).name} is not a readable safetensors file: {error}.") from error
 
 
 def check_destination(destination: str | Path) -> Path:
@@ -55,4 +77,4 @@ def unfinished_folder(destination: str | Path) -> Iterator[Path]:
         raise
 
 
-__all__ = ["check_destination", "local_folder", "unfinished_folder"]
+__all__ = ["FOREIGN_WEIGHTS", "check_destination", "local_folder", "opened", "unfinished_folder"]

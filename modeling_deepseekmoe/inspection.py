@@ -1,18 +1,16 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """What a model costs: parameters, FLOPs, cache and memory, counted on the meta device without reading a weight."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from modeling_deepseekmoe.configuration import list_presets, load_config, read_preset
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
+from .folders import opened
 
 PAPER_SEQUENCE_LENGTH = 4096
 BYTES_PER_ELEMENT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8_e4m3 (128 x 128 blocks)": 1 + 4 / 128**2}
@@ -197,7 +195,7 @@ def check_weights(folder: str | Path) -> int:
         raise ValueError(f"folder={str(folder)!r} is not allowed: it must hold at least one .safetensors file.")
     tensors = 0
     for file in files:
-        with _opened(file) as handle:
+        with opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
                 tensor = handle.get_tensor(name)
                 wrong = int((~torch.isfinite(tensor.float())).sum()) if tensor.is_floating_point() else 0
@@ -208,15 +206,6 @@ def check_weights(folder: str | Path) -> int:
                     )
                 tensors += 1
     return tensors
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except SafetensorError as error:
-        raise ValueError(f"Checkpoint file {file.name} is not a readable safetensors file: {error}.") from error
 
 
 def _count(parameters: dict[str, torch.nn.Parameter], *parts: str) -> int:

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .experts import LAYER, PROJECTIONS, GroupedSlots, alignment, grouped_linear, run_experts, why_unsupported
+from .checkpoint_layout import STACKS
+from .experts import LAYER, GroupedSlots, alignment, grouped_linear, run_experts, why_unsupported
 
 
 class DirectLora(ParamWrapper):
@@ -41,11 +43,12 @@ class DirectLora(ParamWrapper):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter; see `peft.tuners.lora.LoraLayer.update_layer`. One that is restricted to some experts starts
         with both factors of all others at zero, where their gradients are exactly zero too and so they stay."""
-        super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config), **kwargs)
+        own = hasattr(config, "experts")  # a plain LoraConfig with dropout is refused: it would be saved with it
+        super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config) if own else config, **kwargs)
         self._set_dropout(adapter_name, config.lora_dropout)
         selection = getattr(config, "experts", None)
         layer = LAYER.search(kwargs.get("target_name", self.target_name))
-        if selection is not None and layer is not None and self.parameter_name in PROJECTIONS:
+        if selection is not None and layer is not None and self.parameter_name in STACKS:
             others = torch.ones(self.num_experts, dtype=torch.bool)
             others[selection.get(int(layer[1]), [])] = False
             with torch.no_grad():
@@ -141,25 +144,34 @@ class ExpertLora(DirectLora):
             outer.base_layer, inner.base_layer = inner, outer.base_layer
             setattr(parent, child_name, outer)
 
-    def complete(self, configs: dict[str, LoraConfig]) -> None:
+    def complete(self, module_name: str, configs: dict[str, LoraConfig]) -> None:
         """Give the outer projection its part of every adapter of the inner one.
 
         The nesting is part of PEFT's names: an adapter of `gate_up_proj` alone is named as the outer layer, which is
         that of `down_proj` here. With factors of zero, which get no gradient, it is an adapter of both.
+
+        Args:
+            module_name: of the experts in the model.
+            configs: of all adapters; those that are completed get a target more.
         """
-        inner = self.base_layer
-        for name in [name for name in getattr(inner, "lora_A", ()) if name not in self.lora_A]:
-            self.update_layer(name, inner.r[name], inner.lora_alpha[name], configs[name])
+        for name in [name for name in getattr(self.base_layer, "lora_A", ()) if name not in self.lora_A]:
+            config, target = configs[name], f"{module_name}.{self.parameter_name}"
+            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), target), config.r)
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), target), config.lora_alpha)
+            self.update_layer(name, rank, alpha, config)
             for factor in (self.lora_A[name], self.lora_B[name]):
                 nn.init.zeros_(factor.weight)
             self.empty_adapters.add(name)
-            targets = list(configs[name].target_parameters or ())
-            outer = [target.replace(*PROJECTIONS) for target in targets if target.endswith(PROJECTIONS[0])]
-            configs[name].target_parameters = list(dict.fromkeys(targets + outer))
+            config.target_parameters = [*(config.target_parameters or ()), target]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see `peft.tuners.tuners_utils.BaseTunerLayer.delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        self.empty_adapters.discard(adapter_name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The file of an adapter of `gate_up_proj` alone names its factors as those of the outer layer.
-        for name in self.empty_adapters:
+        for name in self.empty_adapters & set(getattr(self.base_layer, "lora_A", ())):
             for factor, module in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
                 key = f"{factor}.{name}.weight"
                 if prefix + key in state_dict and f"{prefix}base_layer.{key}" not in state_dict:
@@ -218,8 +230,11 @@ class LinearWeightLora(DirectLora):
         rows, flat = x.flatten(0, -2), output.flatten(0, -2)
         tokens_of = _tokens_of_adapters(len(rows), adapter_names, x.device)
         for adapter in in_use:
-            delta = self._delta(adapter, rows).to(flat.dtype)
-            flat = flat + (delta if tokens_of is None else delta * tokens_of[adapter].unsqueeze(-1))
+            if tokens_of is None:
+                flat = flat + self._delta(adapter, rows).to(flat.dtype)
+            else:
+                own = tokens_of[adapter].nonzero().squeeze(-1)
+                flat = flat.index_add(0, own, self._delta(adapter, rows[own]).to(flat.dtype))
         return flat.view_as(output)
 
     def _delta(self, adapter_name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -252,7 +267,7 @@ def create_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwa
 
 def layer_class_of(base_layer: nn.Module, parameter_name: str | None) -> type[DirectLora] | None:
     """Which of the layers here computes LoRA on a module's parameter, if any."""
-    if parameter_name in PROJECTIONS and why_unsupported(base_layer) is None:
+    if parameter_name in STACKS and why_unsupported(base_layer) is None:
         return ExpertLora
     if parameter_name == "weight" and type(base_layer) is nn.Linear:
         return LinearWeightLora

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .bias_update import BIAS_NAME
+from .checkpoint_layout import STACKS
 from .esft import ExpertSelection
-from .experts import PROJECTIONS, GroupedSlots, find_experts, grouped_linear, run_experts, why_unsupported
-from .folders import unfinished_folder
+from .experts import GroupedSlots, find_experts, grouped_linear, run_experts, why_unsupported
+from .folders import check_destination, opened, unfinished_folder
 
 WEIGHTS_NAME, SELECTION_NAME = "esft.safetensors", "esft.json"
 
@@ -48,21 +49,27 @@ class SelectedExperts(nn.Module):
         """The state of the whole stack under its usual names."""
         self.write_back()
         state, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
-        for name in PROJECTIONS:
+        for name in STACKS:
             del state[f"{prefix}selected_{name}"]
         return state
+
+    @torch.no_grad()
+    def read_again(self) -> None:
+        """Take the weights from the stack: the other way round."""
+        for name in STACKS:
+            getattr(self, f"selected_{name}").copy_(getattr(self, name)[self.selected_ids])
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Copy the trained weights to their places in the stack, which does not compute with them.
 
         Raises:
-            ValueError: where FSDP has sharded the parameters.
+            ValueError: where FSDP2 has sharded the parameters.
         """
-        for name in PROJECTIONS:
+        for name in STACKS:
             stack, trained = getattr(self, name), getattr(self, f"selected_{name}")
             if isinstance(trained, DTensor):
-                raise ValueError("Full-weight ESFT is not allowed with FSDP: train the selection with LoRA instead.")
+                raise ValueError("A state dict is not allowed while FSDP shards selected experts: call save_esft.")
             stack.data[self.selected_ids] = trained.to(stack)
 
 
@@ -74,14 +81,15 @@ def prepare_esft(model: nn.Module, experts: str | Path | Mapping[int, Sequence[i
         experts: an `esft.json`, `{layer: [ids]}` or an [`ExpertSelection`], which can name more than experts.
 
     Raises:
-        ValueError: for a layer or an expert that the model does not have, or a model that is prepared already.
+        ValueError: for a layer or an expert that the model does not have, a model that is prepared already, or one
+            with adapters.
     """
     selection = ExpertSelection.of(experts).checked(model)
     blocks = {layer: block for layer, block in find_experts(model).items() if selection.experts.get(layer)}
     for name, module in blocks.values():
         reason = why_unsupported(module)
-        if isinstance(module, SelectedExperts):
-            reason = "it is prepared already; call merge_esft first"
+        if model.get_submodule(name) is not module:
+            reason = "it has an adapter; merge or unload that first"
         if reason is not None:
             raise ValueError(f"{name} ({type(module).__name__}) is not allowed for full-weight ESFT: {reason}.")
     for name, parameter in model.named_parameters():
@@ -98,7 +106,7 @@ def _install(experts: nn.Module, ids: list[int]) -> None:
     groups[selected] = len(groups) + torch.arange(len(ids), device=device)
     experts.register_buffer("selected_ids", selected, persistent=False)
     experts.register_buffer("group_of_expert", groups, persistent=False)
-    for name in PROJECTIONS:
+    for name in STACKS:
         experts.register_parameter(f"selected_{name}", nn.Parameter(getattr(experts, name).detach()[selected]))
     # After the hook that stacks the official per-expert tensors, which is there from the beginning.
     experts.esft_hook = experts.register_load_state_dict_pre_hook(_select_from_state)
@@ -108,29 +116,31 @@ def _install(experts: nn.Module, ids: list[int]) -> None:
 
 def _select_from_state(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
     """Let `load_state_dict` fill the parameters of the selected experts from those of the whole stack."""
-    for name in PROJECTIONS:
+    for name in STACKS:
         if f"{prefix}{name}" in state_dict:
             stack = state_dict[f"{prefix}{name}"]
             state_dict[f"{prefix}selected_{name}"] = stack[module.selected_ids.to(stack.device)]
 
 
 def merge_esft(model: nn.Module) -> None:
-    """Put the trained experts back into their stacks, in place; the model is an ordinary one again."""
+    """Put the trained experts back into their stacks, in place: the model has its ordinary modules and parameters
+    again, frozen as they are."""
     for _, module in find_experts(model).values():
         if isinstance(module, SelectedExperts):
             module.write_back()
             module.esft_hook.remove()
-            for name in ("esft_hook", "selected_ids", "group_of_expert", *(f"selected_{key}" for key in PROJECTIONS)):
+            for name in ("esft_hook", "selected_ids", "group_of_expert", *(f"selected_{key}" for key in STACKS)):
                 delattr(module, name)
             module.__class__ = module.plain_class
 
 
-def save_esft(model: nn.Module, folder: str | Path) -> int:
+def save_esft(model: nn.Module, folder: str | Path, is_main_process: bool = True) -> int:
     """Write what was trained, the experts under the official per-expert names, and the selection.
 
     Args:
-        model: one that [`prepare_esft`] has prepared.
+        model: one that [`prepare_esft`] has prepared. Where FSDP2 has sharded it, all ranks must call this.
         folder: to write; must not exist or be empty.
+        is_main_process: whether this process writes.
 
     Returns:
         The number of bytes of the weights.
@@ -138,53 +148,71 @@ def save_esft(model: nn.Module, folder: str | Path) -> int:
     Raises:
         ValueError: if the model is not prepared, or for a folder in use.
     """
+    if is_main_process:
+        check_destination(folder)
     blocks = {layer: block for layer, block in find_experts(model).items() if isinstance(block[1], SelectedExperts)}
     if not blocks:
         raise ValueError(f"{type(model).__name__} is not prepared for ESFT: call prepare_esft first.")
-    tensors = {
-        name: parameter.detach().cpu().contiguous()
+    others = {
+        name: parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and ".selected_" not in name
     }
-    for name, module in blocks.values():
-        for place, expert in enumerate(module.selected_ids.tolist()):
-            gate, up = module.selected_gate_up_proj.detach()[place].cpu().chunk(2)
-            down = module.selected_down_proj.detach()[place].cpu()
-            for projection, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
-                tensors[f"{name}.{expert}.{projection}.weight"] = tensor.clone()
     selection = ExpertSelection(
         {layer: module.selected_ids.tolist() for layer, (_, module) in blocks.items()},
-        shared_experts=any(".shared_expert" in name for name in tensors),
-        non_expert_modules=any(".experts." not in name and ".shared_expert" not in name for name in tensors),
+        shared_experts=any(".shared_expert" in name for name in others),
+        non_expert_modules=any(".shared_expert" not in name for name in others),
     )
-    with unfinished_folder(folder) as unfinished:
-        save_file(tensors, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
-        selection.save(unfinished / SELECTION_NAME)
+    if selection.non_expert_modules:  # with the gates their balancing bias has been trained
+        others |= {name: buffer for name, buffer in model.named_buffers() if name.endswith(BIAS_NAME)}
+    tensors = {name: _whole(tensor) for name, tensor in others.items()}
+    for name, module in blocks.values():
+        gate_up_proj, down_proj = _whole(module.selected_gate_up_proj), _whole(module.selected_down_proj)
+        for place, expert in enumerate(module.selected_ids.tolist()):
+            gate, up = gate_up_proj[place].chunk(2)
+            for projection, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", down_proj[place])):
+                tensors[f"{name}.{expert}.{projection}.weight"] = tensor.clone()
+    if is_main_process:
+        with unfinished_folder(folder) as unfinished:
+            save_file(tensors, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
+            selection.save(unfinished / SELECTION_NAME)
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of its own on the CPU, put together where FSDP2 has sharded it."""
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.cpu().contiguous()
 
 
 @torch.no_grad()
 def load_esft(model: nn.Module, folder: str | Path) -> None:
-    """Apply what [`save_esft`] wrote to a base model, in place.
+    """Apply what [`save_esft`] wrote to a base model, in place; to a prepared one too, to continue its training.
 
     Raises:
         ValueError: for a tensor that the model does not have, or not in this shape; nothing is changed then.
-        OSError: if the folder does not hold the files.
+        OSError: if the folder does not hold the file.
     """
-    targets: list[tuple[str, torch.Tensor, torch.Tensor]] = []
-    parameters = dict(model.named_parameters())
+    targets: list[tuple[torch.Tensor, torch.Tensor]] = []
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     experts = {name: module for name, module in find_experts(model).values()}
-    with safe_open(str(Path(folder) / WEIGHTS_NAME), framework="pt") as file:
+    with opened(Path(folder) / WEIGHTS_NAME) as file:
         for name in file.keys():  # noqa: SIM118 - the handle is no mapping
-            target, tensor = parameters.get(name), file.get_tensor(name)
+            target, tensor = own.get(name), file.get_tensor(name)
             if target is None:
                 target = _place_of_expert(name, experts)
             if target is None or target.shape != tensor.shape:
                 found = "the model has no such tensor" if target is None else f"the model's is {tuple(target.shape)}"
                 raise ValueError(f"{WEIGHTS_NAME}: {name} of shape {tuple(tensor.shape)} is not allowed: {found}.")
-            targets.append((name, target, tensor))
-    for _, target, tensor in targets:
+            targets.append((target, tensor))
+    prepared = [module for module in experts.values() if isinstance(module, SelectedExperts)]
+    for module in prepared:
+        module.write_back()
+    for target, tensor in targets:
         target.copy_(tensor)
+    for module in prepared:
+        module.read_again()
 
 
 def _place_of_expert(name: str, experts: Mapping[str, nn.Module]) -> torch.Tensor | None:

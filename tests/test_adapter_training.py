@@ -67,7 +67,7 @@ def test_a_trainer_run_with_dropout_resumes_bit_for_bit(
 
 
 # ------------------------------------------------------------------------------------------------------- two processes
-@pytest.mark.parametrize(("what", "how"), [("lora", "ddp"), ("lora", "fsdp2"), ("esft", "ddp")])
+@pytest.mark.parametrize(("what", "how"), [("lora", "ddp"), ("lora", "fsdp2"), ("esft", "ddp"), ("esft", "fsdp2")])
 def test_two_processes_equal_one(what: str, how: str, tmp_path: Path) -> None:
     for part in ("one", "two"):
         (tmp_path / part).mkdir()
@@ -85,11 +85,13 @@ def test_two_processes_equal_one(what: str, how: str, tmp_path: Path) -> None:
     assert two["trained"].keys() == one["trained"].keys() and len(one["trained"]) >= 4
     for name, tensor in one["trained"].items():
         assert_same(two["trained"][name], tensor, name)
-    if what == "lora":
+    if what == "esft":
+        files = [load_file(tmp_path / part / "esft" / "esft.safetensors") for part in ("one", "two")]
+    else:
         files = [load_file(tmp_path / part / "adapter_model.safetensors") for part in ("one", "two")]
-        assert files[0].keys() == files[1].keys()
-        for name in files[0]:
-            assert_same(files[1][name], files[0][name], name)
+    assert files[0].keys() == files[1].keys()
+    for name in files[0]:
+        assert_same(files[1][name], files[0][name], name)
 
 
 # ------------------------------------------------------------------------------------------------------------ examples

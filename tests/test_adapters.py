@@ -237,11 +237,11 @@ def test_gate_without_up(tmp_path: Path) -> None:
     ("change", "fields", "message"),
     [
         (lambda t: [t.pop(f"{PREFIX}.5.down_proj.lora_{factor}.weight") for factor in "AB"], {},
-         r"experts\.5\.down_proj is missing"),
+         r"expert 5 of .*\.\*\.down_proj is missing"),
         (lambda t: t.pop(f"{PREFIX}.5.down_proj.lora_A.weight"), {}, r"down_proj\.lora_B\.weight has no partner"),
         (lambda t: t.update({f"{PREFIX}.5.up_proj.lora_A.weight": torch.ones(4, 32),
                              f"{PREFIX}.5.up_proj.lora_B.weight": torch.ones(16, 4)}),
-         {"rank_pattern": {"layers.1.mlp.experts.5.up_proj": 4}}, r"up_proj adapters of different ranks"),
+         {"rank_pattern": {"layers.1.mlp.experts.5.up_proj": 4}}, r"experts of .*\.up_proj have adapters of diff"),
         (lambda t: None, {"alpha_pattern": {"up_proj": 9}}, r"gate_proj and up_proj of .* differ in scaling"),
         (lambda t: None, {"alpha_pattern": {r"layers\.2.*down_proj": 9}}, None),
         (lambda t: t.update({f"{PREFIX}.0.gate_proj.lora_magnitude_vector": torch.ones(16)}), {},
@@ -282,7 +282,7 @@ def test_other_bad_exports(tmp_path: Path) -> None:
         export_adapter(source, tmp_path / "x", "peft")
     config = json.loads((source / "adapter_config.json").read_text())
     (source / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(ValueError, match="use_dora, lora_bias, fan_in_fan_out"):
+    with pytest.raises(ValueError, match=r"use_dora=True is not allowed: only plain LoRA is"):
         export_adapter(source, tmp_path / "x", "peft")
 
 
@@ -300,7 +300,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Non
                              "base_model.model.model.layers.9.self_attn.q_proj.lora_B.weight": torch.ones(32, 4)}),
          r"layers\.9\.self_attn\.q_proj\.lora_A\.weight is for a weight of shape \(32, 32\), .* no weight model"),
         (lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 32)}),
-         r"Adapter tensor score\.weight is for a weight of shape \(2, 32\), .* the base has no weight score"),
+         r"Adapter tensor .*\.score\.weight is for a weight of shape \(2, 32\), .* the base has no weight score"),
         (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(3)}),
          r"model\.norm\.weight is for a weight of shape \(3,\), .* model\.norm\.weight of shape \(32,\)"),
         (lambda t: t.pop(f"{PREFIX}.lora_A.weight"), r"lora_B\.weight has no partner"),
@@ -372,7 +372,7 @@ def test_a_merge_that_goes_wrong_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(merging, "_merged", unscaled)
     result = CliRunner().invoke(app, ["merge", *(str(tmp_path / part) for part in ("base", "adapter", "merged"))])
-    assert result.exit_code == 1 and "merged and unmerged outputs differ by" in result.stderr
+    assert result.exit_code == 1 and "are not the rounded sum of base and adapter" in result.stderr
 
     def unreplaced(name: str, weight: torch.Tensor, change: merging._Change) -> torch.Tensor:
         return weight + 1 if "gate.weight" in name else merged(name, weight, change)
@@ -384,6 +384,97 @@ def test_a_merge_that_goes_wrong_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
+def test_a_change_below_the_noise_of_bfloat16_is_found_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every single value is checked: on the outputs alone an adapter this small could not be seen."""
+    model = make().to(torch.bfloat16)
+    save_base(model, tmp_path / "base")
+    adapter(model, tmp_path / "adapter")
+    edit(tmp_path / "adapter", lambda tensors: [t.mul_(0.1) for t in tensors.values()])
+    report = merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert max(report.layer_errors.values()) < 0.004
+    monkeypatch.setattr(merging, "_merged", lambda name, weight, change: weight.clone())
+    with pytest.raises(MergingError, match="merged values are not the rounded sum"):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "unmerged")
+    assert not (tmp_path / "unmerged").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' is not allowed: .* weights that it has changed"),
+        ({"init_lora_weights": "olora"}, r"init_lora_weights='olora' is not allowed"),
+        ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens=\[5, 6\] is not allowed: only plain LoRA"),
+        ({"use_dora": True}, r"use_dora=True is not allowed"),
+        ({"peft_type": "IA3"}, r"peft_type .*IA3 is not allowed: it must be LORA"),
+    ],
+)
+def test_other_methods_are_refused(fields: dict, message: str, tmp_path: Path) -> None:
+    model = make()
+    save_base(model, tmp_path / "base")
+    adapter(model, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(ValueError, match=message):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_heads_and_tied_embeddings(tiny_model: Callable, tmp_path: Path) -> None:
+    """PEFT saves an adapted head with a copy of its weight; tied, neither can change alone."""
+    model = tiny_model().eval()
+    save_base(model, tmp_path / "base")
+    adapted = adapter(model, tmp_path / "adapter", target_modules=("lm_head",))
+    assert any("lm_head.base_layer" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    assert (logits(merged) - logits(adapted)).abs().max() <= MERGED_LOGITS
+    tied = tiny_model(tie_word_embeddings=True).eval()
+    save_base(tied, tmp_path / "tied")
+    with pytest.raises(ValueError, match=r"no weight lm_head\.weight\. Is its head tied to the embedding\?"):
+        merge_adapter(tmp_path / "tied", tmp_path / "adapter", tmp_path / "x")
+    adapter(tied, tmp_path / "embedding", modules_to_save=("embed_tokens",))
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight is not allowed for a base with tie_word_emb"):
+        merge_adapter(tmp_path / "tied", tmp_path / "embedding", tmp_path / "x")
+    decoder = get_peft_model(copy.deepcopy(model.model), LoraConfig(target_modules=["q_proj"]))
+    decoder.save_pretrained(tmp_path / "decoder")
+    with pytest.raises(ValueError, match=r"It has model\.layers\.0.*: the adapter is of a model without a head"):
+        merge_adapter(tmp_path / "base", tmp_path / "decoder", tmp_path / "x")
+
+
+def test_broken_files_of_the_base(tmp_path: Path) -> None:
+    model = make()
+    base = save_base(model, tmp_path / "base")
+    adapter(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "esft.json").write_text('{"experts": {}}')  # a note; the weights say what a folder is
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    (base / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json is not allowed: it must be JSON with an object 'weight_map'"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "x")
+    (base / "model.safetensors.index.json").unlink()
+    content = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"File model\.safetensors is not a readable safetensors file"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_experts_without_an_adapter_in_the_per_expert_layout(tmp_path: Path) -> None:
+    def without_some(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".experts.7." in name or ".experts.2.gate" in name]:
+            del tensors[name]
+
+    source = per_expert_adapter(tmp_path / "theirs", without_some)
+    with pytest.raises(ValueError, match=r"expert 2 of .*gate_proj is missing\. If it is to have none, give num_exp"):
+        export_adapter(source, tmp_path / "peft", "peft")
+    with pytest.raises(ValueError, match=r"num_experts=6 is not allowed: the adapter has an expert 6"):
+        export_adapter(source, tmp_path / "peft", "peft", num_experts=6)
+    export_adapter(source, tmp_path / "peft", "peft", num_experts=8)
+    model = make()
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "peft").eval()
+    assert_same(logits(loaded), logits(applied_by_loop(model, source)))
+
+
 def test_commands(tmp_path: Path) -> None:
     model = make()
     save_base(model, tmp_path / "base")

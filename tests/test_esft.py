@@ -22,6 +22,7 @@ from modeling_deepseekmoe import (
     save_esft,
     score_experts,
     select_experts,
+    update_router_bias,
 )
 from modeling_deepseekmoe.esft import save_scores, selection_table
 from modeling_deepseekmoe.experts import find_experts
@@ -152,6 +153,9 @@ def test_files_are_those_of_the_release(tmp_path: Path) -> None:
         (lambda model: select_experts({}, 1.5), r"threshold=1\.5 is not allowed"),
         (lambda model: prepare_esft(model, {1: [8]}), r"expert 8 of layer 1 is not allowed"),
         (lambda model: prepare_esft(model, {7: [0]}), r"layer 7 is not allowed"),
+        (lambda model: prepare_esft(model, {1: 3}), r"experts: \{1: 3\} is not allowed: it must map layers to lists"),
+        (lambda model: prepare_esft(model, {"experts": {1: [3]}}), r"it must map layers to lists of expert ids"),
+        (lambda model: prepare_esft(model, {1: [3.7]}), r"it must map layers to lists of expert ids"),
         (lambda model: prepare_esft(model, {}), r"an empty selection is not allowed"),
         (lambda model: save_esft(model, "nowhere"), r"is not prepared for ESFT: call prepare_esft first"),
     ],
@@ -234,7 +238,7 @@ def test_saving_what_was_trained_and_applying_it_to_the_base(tmp_path: Path) -> 
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert not any("selected" in name for name, _ in model.named_parameters())
     prepare_esft(model, SELECTION)  # once more, after merging
-    with pytest.raises(ValueError, match="it is prepared already; call merge_esft first"):
+    with pytest.raises(ValueError, match="some of its experts are trained apart; call merge_esft first"):
         prepare_esft(model, SELECTION)
     with pytest.raises(ValueError, match=r"destination=.* must not exist, or be an empty folder"):
         save_esft(model, tmp_path / "esft")
@@ -277,6 +281,42 @@ def test_shared_experts_and_everything_else(tmp_path: Path) -> None:
     prepare_esft(only_shared, ExpertSelection(SELECTION, shared_experts=True))
     trained = {name for name, p in only_shared.named_parameters() if p.requires_grad and "selected" not in name}
     assert len(trained) == 6 and all(".shared_experts." in name for name in trained)
+
+
+def test_training_goes_on_with_saved_experts(tmp_path: Path) -> None:
+    model, again = make(), make()
+    for each in (model, again):
+        prepare_esft(each, SELECTION)
+    train(model)
+    save_esft(model, tmp_path / "esft")
+    load_esft(again, tmp_path / "esft")
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_trained_bias_is_saved_with_everything_else(tmp_path: Path) -> None:
+    model = make("deepseek_v3")
+    base = copy.deepcopy(model)
+    prepare_esft(model, ExpertSelection(SELECTION, non_expert_modules=True))
+    train(model)
+    update_router_bias(model, 0.5)
+    save_esft(model, tmp_path / "esft")
+    load_esft(base, tmp_path / "esft")
+    assert base.model.layers[1].mlp.gate.e_score_correction_bias.abs().max() == 0.5
+    assert_same(logits(base), logits(model.eval()))
+
+
+def test_adapters_and_selected_experts_do_not_mix() -> None:
+    from peft import get_peft_model
+
+    prepared = make()
+    prepare_esft(prepared, SELECTION)
+    with pytest.raises(ValueError, match="some of its experts are trained apart; call merge_esft first"):
+        expert_lora_config(prepared)
+    adapted = get_peft_model(make(), expert_lora_config(make(), r=2))
+    with pytest.raises(ValueError, match="it has an adapter; merge or unload that first"):
+        prepare_esft(adapted.get_base_model(), SELECTION)
 
 
 class Rows(torch.utils.data.Dataset):

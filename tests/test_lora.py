@@ -21,6 +21,7 @@ from modeling_deepseekmoe import (
     DeepseekMoeForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    ExpertSelection,
     expert_lora_config,
     optimize_expert_lora,
 )
@@ -586,6 +587,100 @@ def test_layers_without_a_chosen_expert_get_no_adapter(tmp_path: Path) -> None:
     assert sum(isinstance(module, LinearWeightLora) for module in ours.modules()) == 6
 
 
+# ------------------------------------------------------------------------------------------ several adapters, closely
+def test_a_second_config_from_a_model_that_has_adapters_already() -> None:
+    model = make("deepseek_v3")
+    fields = {"r": 3, "target_modules": ("self_attn", "shared_experts"), "init_lora_weights": False}
+    expected = expert_lora_config(model, **fields)
+    adapted = optimize_expert_lora(direct(model, target_modules=("q_proj", "shared_experts"), train_router=True))
+    for again in (expert_lora_config(adapted, **fields), expert_lora_config(adapted.get_base_model(), **fields)):
+        assert again.target_modules == expected.target_modules
+        assert set(again.target_parameters) == set(expected.target_parameters)
+    adapted.add_adapter("b", again)
+    layers = [module for module in adapted.modules() if hasattr(module, "lora_A")]
+    assert sum("b" in layer.lora_A for layer in layers) == 3 * 4 + 2 * 3 + 2 * 2
+
+
+def test_targets_by_one_name_and_all_of_them() -> None:
+    model = make()
+    assert expert_lora_config(model, target_modules="q_proj").target_modules == {"q_proj"}
+    config = expert_lora_config(model, target_modules="all-linear")
+    assert not any("lm_head" in name for name in config.target_modules) and len(config.target_modules) == 3 * 4
+    assert sum(name.endswith(".weight") for name in config.target_parameters) == 3 + 2 * 3
+
+
+def test_a_deleted_adapter_leaves_nothing_for_the_next_one_of_its_name(tmp_path: Path) -> None:
+    model = make()
+    alone = direct(model, projections=("down",)).eval()
+    alone.save_pretrained(tmp_path)
+    adapted = optimize_expert_lora(direct(model))
+    adapted.add_adapter("x", expert_lora_config(model, projections=("gate_up",)))
+    adapted.delete_adapter("x")
+    adapted.load_adapter(tmp_path, "x")
+    adapted.set_adapter("x")
+    assert_same(logits(adapted.eval()), logits(alone))
+
+
+def test_adapters_that_share_only_some_layers_and_have_ranks_of_their_own(tmp_path: Path) -> None:
+    """Only the layers that both have are completed, with the rank that the config gives them."""
+    model = make()
+    adapted = optimize_expert_lora(direct(model, experts={1: [0, 1]}))
+    fields = {"r": 4, "projections": ("gate_up",), "init_lora_weights": False}
+    fields |= {"rank_pattern": {"experts.gate_up_proj": 8}, "alpha_pattern": {"experts.gate_up_proj": 3}}
+    adapted.add_adapter("b", expert_lora_config(model, **fields))
+    adapted.set_adapter("b")
+    expected = logits(adapted.eval())
+    adapted.save_pretrained(tmp_path, selected_adapters=["b"])
+    assert_same(logits(PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "b").eval()), expected)
+
+
+def test_weighted_sums_with_rslora_first() -> None:
+    model = make()
+    fields = {"target_modules": ("q_proj", "shared_experts"), "init_lora_weights": False}
+    adapted = optimize_expert_lora(direct(model, use_rslora=True, **fields))
+    adapted.add_adapter("b", expert_lora_config(model, r=3, **fields))
+    adapted.add_weighted_adapter(["default", "b"], [0.5, -2.0], "sum", combination_type="cat")
+    layers = [module for module in adapted.modules() if hasattr(module, "lora_A") and "sum" in module.lora_A]
+    assert len(layers) == 3 + 2 * 3 + 2 * 2
+    for layer in layers:
+        expected = 0.5 * layer.get_delta_weight("default") - 2 * layer.get_delta_weight("b")
+        assert_same(layer.get_delta_weight("sum"), expected)
+    assert adapted.peft_config["default"].use_rslora
+    before = [layer.lora_A["b"].weight.clone() for layer in layers]
+    for adapters, name, message in (
+        (["default"], "b", r"adapter_name='b' is not allowed: there is an adapter of that name"),
+        (
+            ["default", "nope"],
+            "c",
+            r"adapters=\['default', 'nope'\] is not allowed: there are \['b', ",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapted.add_weighted_adapter(adapters, [1.0] * len(adapters), name, combination_type="cat")
+    with pytest.raises(ValueError, match="svd_clamp is not allowed"):
+        adapted.add_weighted_adapter(["default"], [1.0], "c", combination_type="svd", svd_clamp=0.9)
+    assert all(torch.equal(layer.lora_A["b"].weight, kept) for layer, kept in zip(layers, before, strict=True))
+
+
+def test_a_plain_config_with_dropout_is_refused_where_it_could_not_be_loaded() -> None:
+    """Without `optimize_expert_lora` PEFT would save its dropout, and refuse the file."""
+    adapted = direct(make())
+    config = LoraConfig(r=2, lora_dropout=0.1, target_modules=[], target_parameters=STACKS)
+    with pytest.raises(ValueError, match="does not work with lora_dropout != 0"):
+        adapted.add_adapter("b", config)
+
+
+def test_shared_experts_of_a_selection_under_another_name() -> None:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = {**TINY, "num_experts": 8, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1}
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes))
+    config = expert_lora_config(model, experts=ExpertSelection({0: [1]}, shared_experts=True))
+    assert {name for name in config.target_parameters if "shared" in name} == {
+        f"shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     ("kwargs", "message"),
@@ -605,6 +700,7 @@ def test_layers_without_a_chosen_expert_get_no_adapter(tmp_path: Path) -> None:
         ({"experts": {0: [1]}}, r"layer 0 is not allowed: the layers with routed experts are \[1, 2\]"),
         ({"experts": {1: [2, 2]}}, r"\[2, 2\] of layer 1 is not allowed: an expert is named twice"),
         ({"experts": {1: []}}, r"an empty selection is not allowed"),
+        ({"experts": ExpertSelection({1: [0]}, non_expert_modules=True)}, r"non_expert_modules=True is not allowed"),
     ],
 )
 def test_bad_configs(kwargs: dict, message: str) -> None:
@@ -629,7 +725,7 @@ def test_models_without_such_experts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lora_dropout=-0\.1 is not allowed"):
         optimize_expert_lora(plain(make()), lora_dropout=-0.1)
     (tmp_path / "esft.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match="it must be JSON with an object 'experts'"):
+    with pytest.raises(ValueError, match="it must have an object 'experts'"):
         expert_lora_config(make(), experts=tmp_path / "esft.json")
 
 
@@ -637,6 +733,13 @@ def test_expert_parallelism_is_refused_and_not_ignored() -> None:
     ours = direct(make())
     ours.base_model.model.model.layers[1].mlp.experts.get_base_layer()._is_expert_parallel = True
     with pytest.raises(ValueError, match="Expert parallelism is not allowed"):
+        logits(ours)
+
+
+def test_offloaded_weights_are_refused() -> None:
+    ours = direct(make())
+    ours.base_model.model.model.layers[1].mlp.experts.get_base_layer().to("meta")
+    with pytest.raises(ValueError, match="Offloaded weights are not allowed"):
         logits(ours)
 
 

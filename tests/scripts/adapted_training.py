@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TINY
 from peft import get_peft_model
 
-from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, expert_lora_config, prepare_esft
+from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, expert_lora_config, prepare_esft, save_esft
 
 STEPS, GLOBAL_BATCH = 3, 4
 
@@ -64,6 +64,8 @@ def train(what: str, how: str, folder: str) -> None:
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) if ranks > 1 else None
         if rank == 0:
             model.save_pretrained(folder, state_dict=state)
+    else:
+        save_esft(model, Path(folder) / "esft", is_main_process=rank == 0)
     if rank == 0:
         torch.save({"losses": torch.stack(losses), "trained": trained}, Path(folder) / "found.pt")
     if ranks > 1:
