@@ -1,11 +1,11 @@
 """LoRA on stacked experts: plain PEFT, this package and the frozen base, in one run.
 
-For several numbers of experts, ranks and tokens: a training step (forward and backward, the base frozen, gradients
-down to the input embeddings), its forward pass, a decoded token, and the peak memory of a training step, each in a
-process of its own. The first shape is that of the acceptance figures; on a GPU one more follows, 128 experts of
-hidden size 2048 and width 768 with 4096 tokens, for the experts alone.
+For several numbers of experts, ranks and tokens, small models of MoE layers: a training step (forward and backward,
+the base frozen, gradients down to the input embeddings), its forward pass, a decoded token, and the peak memory of a
+training step, in a process of its own. On a GPU other, larger shapes take their place.
 
-Prints medians and the medians of ratios of neighbouring measurements; writes benchmarks/results/expert_lora.json.
+Prints medians and the medians of ratios of neighbouring measurements; writes benchmarks/results/expert_lora.json, or
+expert_lora_gpu.json.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def _wait(tensor: torch.Tensor) -> None:
 
 
 def peak_memory(shape: Shape, way: str, device: str) -> int:
-    """Bytes at the peak of a training step, weights included: anonymous memory of a fresh process, or the GPU's."""
+    """Bytes at the peak of a training step, weights included: resident memory of a fresh process, or the GPU's."""
     command = [sys.executable, __file__, "--memory", json.dumps(asdict(shape)), way, device]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -209,7 +209,7 @@ def main() -> None:
     """Measure, write JSON, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--first", action="store_true", help="only the first shape")
+    parser.add_argument("--first", action="store_true", help="only the first shape; nothing is written")
     parser.add_argument("--memory", nargs=3, metavar=("SHAPE", "WAY", "DEVICE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -222,6 +222,8 @@ def main() -> None:
     for shape in shapes[: 1 if arguments.first else None]:
         cases.append(measure(shape, device, arguments.rounds))
         print(table(cases[-1]), flush=True)
+    if arguments.first:
+        return
     figures = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),

@@ -18,6 +18,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Options of the commands that read a model and a text.
+Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id, of any generation.")]
+Column = Annotated[str, typer.Option(help="Field of the rows that holds the text.")]
+Split = Annotated[str, typer.Option(help="Split of a dataset.")]
+Subset = Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceMap = Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")]
+
 
 class FailedCheck(Exception):
     """A check that was asked for did not hold: exit code 1."""
@@ -139,19 +148,19 @@ def upcycle(
 
 @app.command()
 def report(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, of any generation.")],
+    model: Model,
     data: Annotated[str, typer.Option(help="Text file, .jsonl, .json, .csv, .parquet, or a dataset's folder or id.")],
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("routing_report.html"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing the page.")] = False,
-    column: Annotated[str, typer.Option(help="Field of the rows that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")] = None,
+    column: Column = "text",
+    split: Split = "train",
+    subset: Subset = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to look at.")] = 32768,
     block_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device_map: Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")] = "auto",
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "auto",
 ) -> None:
     """Show what the gates do with a text: load, imbalance, co-activation, weights and top tokens of every expert."""
     from .report import require_matplotlib
@@ -214,21 +223,21 @@ def export_adapter(
 
 @app.command()
 def esft_select(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, of any generation.")],
+    model: Model,
     data: Annotated[str, typer.Option(help="The task: a text file, .jsonl, .json, .csv, .parquet, or a dataset.")],
     out: Annotated[Path, typer.Option(help="File to write the selection to.")] = Path("esft.json"),
     method: Annotated[str, typer.Option(help="gate or token.")] = "gate",
     threshold: Annotated[float | None, typer.Option(help="Score to reach; 0.1 for gate, 0.2 for token.")] = None,
     scores: Annotated[Path | None, typer.Option(help="File to write all scores to.")] = None,
-    column: Annotated[str, typer.Option(help="Field of the rows that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")] = None,
+    column: Column = "text",
+    split: Split = "train",
+    subset: Subset = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to look at.")] = 131072,
     block_size: Annotated[int, typer.Option(help="Tokens in a sample.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = 1,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device_map: Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")] = "auto",
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "auto",
 ) -> None:
     """Select the experts that a task uses, for expert-specialised fine-tuning."""
     from .esft import METHODS, ExpertSelection, save_scores, score_experts, select_experts, selection_table
