@@ -15,11 +15,20 @@ from test_esft import SELECTION, train
 from test_lora import IDS, MODELS, STACKS, direct, logits, make
 from tolerances import MERGED_LOGITS, assert_same
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from modeling_deepseekmoe import expert_lora_config, prepare_esft, save_esft
+from modeling_deepseekmoe import (
+    ExpertSelection,
+    expert_lora_config,
+    prepare_esft,
+    save_esft,
+    score_experts,
+    select_experts,
+)
 from modeling_deepseekmoe.cli import app
 from modeling_deepseekmoe.conversion import MergingError, export_adapter, merge_adapter, merging
+from modeling_deepseekmoe.routing_report import token_batches
 
 DEEPSEEK = [name for name in MODELS if "deepseek" in name.lower()]
 
@@ -66,12 +75,36 @@ def test_merged_in_three_ways_and_unmerged(name: str, use_rslora: bool, tmp_path
         assert (logits(other) - expected).abs().max() <= MERGED_LOGITS
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_of_their_own(use_rslora: bool, tmp_path: Path) -> None:
+    """Patterns for experts and for shared experts, which PEFT matches with the names of parameters."""
+    model = make()
+    patterns = {"experts.down_proj": 2, "shared_experts.gate_proj.weight": 8, "layers.0.self_attn.q_proj": 3}
+    adapted = adapter(
+        model, tmp_path / "adapter", target_modules=("shared_experts", "q_proj"), use_rslora=use_rslora,
+        rank_pattern=patterns, alpha_pattern={"experts.gate_up_proj": 5, "shared_experts.up_proj.weight": 1},
+    )  # fmt: skip
+    save_base(model, tmp_path / "base")
+    export_adapter(tmp_path / "adapter", tmp_path / "per-expert", "per-expert")
+    export_adapter(tmp_path / "per-expert", tmp_path / "back", "peft")
+    for folder in ("adapter", "per-expert", "back"):
+        merge_adapter(tmp_path / "base", tmp_path / folder, tmp_path / f"merged-{folder}")
+        merged = type(model).from_pretrained(tmp_path / f"merged-{folder}")
+        assert (logits(merged) - logits(adapted)).abs().max() <= MERGED_LOGITS, folder
+    back = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "back").eval()
+    assert_same(logits(back), logits(adapted))
+
+
 def test_merging_keeps_the_dtype_and_is_verified_in_it(tmp_path: Path) -> None:
     model = make().to(torch.bfloat16)
     base = save_base(model, tmp_path / "base")
+    (base / "pytorch_model.bin").write_bytes(b"other weights, which would be the old ones")
+    (base / "vocabulary.txt").write_text("kept")
     adapter(model, tmp_path / "adapter")
     report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "vocabulary.txt"}  # fmt: skip
     assert {name: t.dtype for name, t in before.items()} == {name: t.dtype for name, t in after.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert len(changed) == report.weights == 48 and all(".experts." in name for name in changed)
@@ -225,9 +258,15 @@ def without_up(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[name]
 
 
-def test_gate_without_up(tmp_path: Path) -> None:
+def without_gate(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if ".gate_proj." in name]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize("change", [without_up, without_gate])
+def test_one_half_of_gate_up(change: Callable, tmp_path: Path) -> None:
     model = make()
-    source = per_expert_adapter(tmp_path / "theirs", without_up)
+    source = per_expert_adapter(tmp_path / "theirs", change)
     export_adapter(source, tmp_path / "peft", "peft")
     loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "peft").eval()
     assert_same(logits(loaded), logits(applied_by_loop(model, source)))
@@ -261,6 +300,25 @@ def test_what_a_layout_cannot_express(change: Callable, fields: dict, message: s
     with pytest.raises(ValueError, match=message):
         export_adapter(source, tmp_path / "peft", "peft")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_exporting_keeps_the_router_and_names_no_other_layer(tmp_path: Path) -> None:
+    model = make()
+    adapter(model, tmp_path / "peft", train_router=True, experts={2: [0]}, target_modules=("layers.1.self_attn",))
+    export_adapter(tmp_path / "peft", tmp_path / "per-expert", "per-expert")
+    exported = load_file(tmp_path / "per-expert" / "adapter_model.safetensors")
+    assert sum(name.endswith("mlp.gate.weight") for name in exported) == 2
+    pattern = json.loads((tmp_path / "per-expert" / "adapter_config.json").read_text())["target_modules"]
+    for name, wanted in (
+        ("model.layers.2.mlp.experts.7.up_proj", True),
+        ("model.layers.2.mlp.experts.up_proj", True),
+        ("model.layers.1.self_attn.q_proj", True),
+        ("model.layers.1.mlp.experts.7.up_proj", False),
+        ("model.layers.22.mlp.experts.7.up_proj", False),
+        ("model.layers.2.self_attn.q_proj", False),
+        ("model.layers.2.mlp.shared_experts.up_proj", False),
+    ):
+        assert bool(re.fullmatch(pattern, name)) is wanted, name
 
 
 def test_other_bad_exports(tmp_path: Path) -> None:
@@ -308,6 +366,12 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Non
                              f"{PREFIX}.base_layer.base_layer.lora_B.weight": torch.ones(32, 32)}),
          r"has factors at 3 levels, and target_parameters names \['gate_up_proj', 'down_proj'\]"),
         (lambda t: t.clear(), r"holds no tensors"),
+        (lambda t: t.update({f"{PREFIX}.lora_A.weight": torch.ones(33, 16),
+                             f"{PREFIX}.lora_B.weight": torch.ones(32, 33)}),
+         r"lora_A\.weight of shape \(33, 16\) is not allowed beside .* and rank 4"),
+        (lambda t: t.update({"base_model.model.lm_head.base_layer.lora_A.weight": torch.ones(4, 32),
+                             "base_model.model.lm_head.base_layer.lora_B.weight": torch.ones(96, 4)}),
+         r"a parameter of lm_head under base_layer is not supported"),
     ],
 )  # fmt: skip
 def test_adapters_that_do_not_fit_are_refused_and_nothing_is_written(
@@ -337,6 +401,15 @@ def test_an_adapter_of_another_model(fields: dict, message: str, tiny_model: Cal
     with pytest.raises(ValueError, match=message):
         merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_stacked_base_with_other_experts(tiny_model: Callable, tmp_path: Path) -> None:
+    base = tiny_model(n_routed_experts=12)
+    save_base(base, tmp_path / "base")
+    save_file({name: t.contiguous() for name, t in base.state_dict().items()}, tmp_path / "base" / "model.safetensors")
+    adapter(make(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"is for 8 experts, .*gate_up_proj of shape \(12, 32, 32\)"):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_a_quantised_base_a_wrong_index_and_missing_files(tmp_path: Path) -> None:
@@ -505,6 +578,15 @@ def test_esft_select_command(source: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--out", str(out), "--scores", str(scores), "--max-tokens", "256"])
     assert result.exit_code == 0, result.output
     assert "gate scores of 256 tokens, threshold 0.1" in result.stdout and "share of the score" in result.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moe")
+    sizes = {"max_tokens": 256, "block_size": 64, "batch_size": 2}
+    texts = [(tmp_path / "task.txt").read_text()]
+    for extra, method, threshold in (([], "gate", 0.1), (["--method", "token", "--threshold", "0.6"], "token", 0.6)):
+        arguments_of_it = [*arguments, "--max-tokens", "256", "--batch-size", "2", "--out", str(out), *extra]
+        assert CliRunner().invoke(app, arguments_of_it).exit_code == 0
+        values = score_experts(model, token_batches(iter(texts), tokenizer, **sizes), method)
+        assert ExpertSelection.of(out).experts == select_experts(values, threshold)
     experts = json.loads(out.read_text())["experts"]
     assert experts and all(1 <= len(ids) <= 4 for ids in experts.values())
     assert json.loads(scores.read_text())["gate_scores"].keys() == experts.keys()

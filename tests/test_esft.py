@@ -2,18 +2,21 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from safetensors.torch import load_file, save_file
-from test_lora import IDS, MODELS, logits, make
+from test_lora import IDS, MODELS, LargestTensor, logits, make
 from tolerances import assert_same
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_deepseekmoe import (
+    DeepseekMoeConfig,
+    DeepseekMoeForCausalLM,
     ExpertSelection,
     expert_lora_config,
     load_esft,
@@ -99,12 +102,24 @@ def test_padding_does_not_count_and_a_limit_ends_inside_a_sample() -> None:
     for layer in (1, 2):
         assert_same(found[layer], (alone[0][layer] + alone[1][layer]) / 2)
     seen: list[int] = []
-    limited = score_experts(model, [ids, ids], "token", max_tokens=8, progress=seen.append)
+
+    def endless() -> Iterator[torch.Tensor]:
+        yield ids
+        raise AssertionError("read on after the limit")
+
+    limited = score_experts(model, endless(), "token", max_tokens=8, progress=seen.append)
     assert seen == [8]
     parts = [score_experts(model, [ids[:1]], "token"), score_experts(model, [ids[1:, :2]], "token")]
     for layer in (1, 2):
         assert_same(limited[layer], (parts[0][layer] + parts[1][layer]) / 2)
     assert score_experts(model, [ids, ids], max_tokens=12)[1].tolist() == score_experts(model, [ids])[1].tolist()
+
+
+def test_no_logits_are_computed_and_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make().train()
+    monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("logits"))
+    score_experts(model, [IDS])
+    assert model.training and not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_scores_of_adapted_and_of_prepared_models() -> None:
@@ -136,6 +151,8 @@ def test_files_are_those_of_the_release(tmp_path: Path) -> None:
     assert saved["1"]["5"] == pytest.approx(scores[1][5].item(), abs=1e-6)
     table = selection_table(ExpertSelection(select_experts(scores, 0.2)), scores)
     assert "layer" in table.splitlines()[0] and len(table.splitlines()) == 4 and "of 16 experts" in table
+    table = selection_table(ExpertSelection({5: [2, 0]}), {5: torch.tensor([0.2, 0.4, 0.3, 0.1])})
+    assert table.splitlines()[1] == "    5 |   2 of 4 |              50.0% | 2 0"
 
 
 @pytest.mark.parametrize(
@@ -234,6 +251,7 @@ def test_saving_what_was_trained_and_applying_it_to_the_base(tmp_path: Path) -> 
     assert_same(logits(base), logits(model.eval()))
     merge_esft(model)
     assert type(model.model.layers[1].mlp.experts) is DeepseekMoeExperts
+    assert len(model.model.layers[1].mlp.experts._load_state_dict_pre_hooks) == 1
     assert model.state_dict().keys() == dict(base.state_dict()).keys()
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert not any("selected" in name for name, _ in model.named_parameters())
@@ -281,6 +299,28 @@ def test_shared_experts_and_everything_else(tmp_path: Path) -> None:
     prepare_esft(only_shared, ExpertSelection(SELECTION, shared_experts=True))
     trained = {name for name, p in only_shared.named_parameters() if p.requires_grad and "selected" not in name}
     assert len(trained) == 6 and all(".shared_experts." in name for name in trained)
+
+
+def test_experts_with_ids_of_two_digits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = DeepseekMoeForCausalLM(DeepseekMoeConfig(**{**TINY, "n_routed_experts": 12}))
+    model = copy.deepcopy(base)
+    prepare_esft(model, {1: [1, 11], 2: [10]})
+    train(model)
+    save_esft(model, tmp_path / "esft")
+    load_esft(base, tmp_path / "esft")
+    assert_same(logits(base.eval()), logits(model.eval()))
+
+
+def test_no_gradient_of_the_whole_stack_is_ever_built() -> None:
+    torch.manual_seed(0)
+    config = DeepseekMoeConfig(**{**TINY, "hidden_size": 64, "moe_intermediate_size": 128, "n_routed_experts": 16})
+    model = DeepseekMoeForCausalLM(config)
+    stack = model.model.layers[1].mlp.experts.down_proj.numel()
+    prepare_esft(model, SELECTION)
+    with LargestTensor() as mode:
+        model.train()(IDS, labels=IDS).loss.backward()
+    assert mode.elements < stack
 
 
 def test_training_goes_on_with_saved_experts(tmp_path: Path) -> None:

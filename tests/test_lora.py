@@ -12,7 +12,7 @@ from conftest import MLA, TINY, V3_LIKE
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
-from tolerances import MERGED_LOGITS, assert_same
+from tolerances import LOW_PRECISION_LOSS, MERGED_LOGITS, assert_same
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +25,7 @@ from modeling_deepseekmoe import (
     expert_lora_config,
     optimize_expert_lora,
 )
+from modeling_deepseekmoe.experts import why_unsupported
 from modeling_deepseekmoe.lora_layers import DirectLora, ExpertLora, LinearWeightLora
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
 
@@ -283,6 +284,26 @@ def test_dropout_falls_on_the_inputs_of_the_adapter_alone() -> None:
     assert_same(found, expected)
 
 
+def test_dropout_of_shared_experts_falls_on_the_inputs_of_the_adapter_too() -> None:
+    ours = direct(make(), lora_dropout=0.5, target_modules=("shared_experts",))
+    layer = ours.base_model.model.model.layers[1].mlp.shared_experts.up_proj
+    assert type(layer.lora_dropout["default"]) is nn.Dropout
+    layer.lora_dropout["default"] = Halves()
+    rows = torch.randn(2, 3, 32)
+    kept = rows * (torch.arange(6) % 2).view(2, 3, 1)
+    delta = 2 * kept @ layer.lora_A["default"].weight.t() @ layer.lora_B["default"].weight.t()
+    assert_same(layer(rows), rows @ layer.base_layer.weight.t() + delta)
+
+
+def test_dropout_of_all_adapters_on_experts_and_of_nothing_else() -> None:
+    adapted = direct(make(), target_modules=("shared_experts",))
+    adapted.add_adapter("b", expert_lora_config(make(), r=2, target_modules=("shared_experts",)))
+    optimize_expert_lora(adapted, lora_dropout=0.25)
+    for layer in direct_layers(adapted):
+        for name in ("default", "b"):
+            assert getattr(layer.lora_dropout[name], "p", 0) == (0.25 if isinstance(layer, ExpertLora) else 0)
+
+
 def test_dropout_in_training_only_and_set_afterwards() -> None:
     ours = direct(make(), lora_dropout=0.5)
     assert not torch.equal(logits(ours.train()), logits(ours))
@@ -361,6 +382,19 @@ def test_mixed_batches_of_shared_experts_and_attention() -> None:
     assert_same(found[0], expected)
     adapted.set_adapter("b")
     assert_same(found[1], logits(adapted)[1])
+
+
+def test_mixed_batches_in_bfloat16() -> None:
+    model = make().to(torch.bfloat16)
+    adapted = direct(model, target_modules=("shared_experts",)).eval()
+    adapted.add_adapter(
+        "b", expert_lora_config(model, r=2, target_modules=("shared_experts",), init_lora_weights=False)
+    )
+    found = logits(adapted, IDS[:1].expand(2, -1), adapter_names=["default", "b"])
+    assert found.dtype == torch.bfloat16
+    for row, name in zip(found, ("default", "b"), strict=True):
+        adapted.set_adapter(name)
+        assert (row - logits(adapted, IDS[:1])[0]).abs().max() <= LOW_PRECISION_LOSS
 
 
 def test_two_active_adapters_add_up() -> None:
@@ -475,8 +509,6 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
 
 def test_autocast_and_low_precision() -> None:
     """Adapters in float32 on a base in bfloat16, as PEFT keeps them; and autocast on a base in float32."""
-    from tolerances import LOW_PRECISION_LOSS
-
     expected = direct(make())(IDS, labels=IDS).loss
     low = direct(make().to(torch.bfloat16))
     assert all(p.dtype == torch.float32 for n, p in low.named_parameters() if "lora_" in n)
@@ -609,6 +641,16 @@ def test_targets_by_one_name_and_all_of_them() -> None:
     assert sum(name.endswith(".weight") for name in config.target_parameters) == 3 + 2 * 3
 
 
+def test_an_adapter_of_gate_up_alone_is_loaded_beside_one_of_both(tmp_path: Path) -> None:
+    model = make()
+    alone = direct(model, projections=("gate_up",)).eval()
+    alone.save_pretrained(tmp_path)
+    adapted = optimize_expert_lora(direct(model))
+    adapted.load_adapter(tmp_path, "x")
+    adapted.set_adapter("x")
+    assert_same(logits(adapted.eval()), logits(alone))
+
+
 def test_a_deleted_adapter_leaves_nothing_for_the_next_one_of_its_name(tmp_path: Path) -> None:
     model = make()
     alone = direct(model, projections=("down",)).eval()
@@ -688,6 +730,7 @@ def test_shared_experts_of_a_selection_under_another_name() -> None:
         ({"r": 0}, r"r=0 is not allowed: it must be an integer of at least 1"),
         ({"r": -4}, r"r=-4 is not allowed"),
         ({"r": 2.5}, r"r=2\.5 is not allowed"),
+        ({"lora_alpha": -1}, r"lora_alpha=-1 is not allowed"),
         ({"lora_alpha": 0}, r"lora_alpha=0 is not allowed: it must be above 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1\.0 is not allowed: it must be at least 0 and below 1"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' is not allowed: .* 'gaussian'"),
@@ -727,6 +770,54 @@ def test_models_without_such_experts(tmp_path: Path) -> None:
     (tmp_path / "esft.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="it must have an object 'experts'"):
         expert_lora_config(make(), experts=tmp_path / "esft.json")
+
+
+class Stacks(nn.Module):
+    """Experts of another kind, by what transformers notes about them."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, **notes: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 4, dtype=dtype), requires_grad=False)
+        self.down_proj = nn.Parameter(torch.zeros(2, 4, 2, dtype=dtype), requires_grad=False)
+        for name, value in {"_apply_gate": True, **notes}.items():
+            setattr(self, name, value)
+
+
+def test_why_other_experts_are_not_supported() -> None:
+    assert why_unsupported(Stacks()) is None
+    assert why_unsupported(Stacks(has_gate=False)) == "its experts have no gate projection"
+    assert why_unsupported(Stacks(has_bias=True)) == "its experts have biases"
+    assert why_unsupported(Stacks(is_transposed=True)) == "its weights are stored transposed"
+    assert why_unsupported(Stacks(has_post_expert_norm=True)) == "its experts end with a norm"
+    assert why_unsupported(Stacks(torch.float8_e4m3fn)) == "its gate_up_proj is stored as torch.float8_e4m3fn"
+    assert "no stacked parameter gate_up_proj" in why_unsupported(nn.Linear(2, 2))
+    plain = Stacks()
+    del plain._apply_gate
+    assert "exchangeable experts implementations" in why_unsupported(plain)
+
+
+def test_a_router_under_another_name() -> None:
+    model = make()
+    model.model.layers[2].mlp.router = model.model.layers[2].mlp.gate
+    del model.model.layers[2].mlp.gate
+    with pytest.raises(
+        ValueError, match=r"train_router=True is not allowed .* it has no module model\.layers\.2\.mlp\.gate"
+    ):
+        expert_lora_config(model, train_router=True)
+
+
+def test_what_the_config_begins_with() -> None:
+    model = make()
+    config = expert_lora_config(model)
+    assert (config.r, config.lora_alpha, config.task_type, config.modules_to_save) == (16, 32, "CAUSAL_LM", None)
+    assert set(config.target_parameters) == set(STACKS) and isinstance(config, LoraConfig)
+    assert expert_lora_config(model, modules_to_save=("norm",), train_router=True).modules_to_save == [
+        "norm",
+        "mlp.gate",
+    ]
+    layer = direct_layers(direct(model, r=16, init_lora_weights="gaussian"))[0]
+    assert not layer.lora_B["default"].weight.any()
+    assert layer.lora_A["default"].weight.std().item() == pytest.approx(1 / 16, rel=0.1)
 
 
 def test_expert_parallelism_is_refused_and_not_ignored() -> None:
