@@ -20,7 +20,7 @@ from modeling_deepseekmoe.evaluation import perplexity
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = DemoSettings()
-STEPS = 20
+STEPS, LEARNING_RATE = 20, 1e-4
 
 
 def train(model: transformers.PreTrainedModel, blocks: torch.Tensor) -> None:
@@ -28,7 +28,7 @@ def train(model: transformers.PreTrainedModel, blocks: torch.Tensor) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".mlp." in name)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=SETTINGS.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(1)
     model.train()
     for _ in range(STEPS):
