@@ -321,6 +321,16 @@ def test_exporting_keeps_the_router_and_names_no_other_layer(tmp_path: Path) -> 
         assert bool(re.fullmatch(pattern, name)) is wanted, name
 
 
+def test_one_expert_with_a_rank_of_its_own_has_no_pattern(tmp_path: Path) -> None:
+    def wider(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{PREFIX}.5.up_proj.lora_A.weight"] = torch.ones(4, 32)
+        tensors[f"{PREFIX}.5.up_proj.lora_B.weight"] = torch.ones(16, 4)
+
+    source = per_expert_adapter(tmp_path / "theirs", wider, rank_pattern={"layers.1.mlp.experts.5.up_proj": 4})
+    with pytest.raises(ValueError, match=r"experts\.5\.up_proj.* has another rank or scaling than its neighbours"):
+        export_adapter(source, tmp_path / "again", "per-expert")
+
+
 def test_other_bad_exports(tmp_path: Path) -> None:
     source = per_expert_adapter(tmp_path / "theirs", lambda tensors: None)
     with pytest.raises(ValueError, match=r"layout='megatron' is not allowed: it must be 'per-expert' or 'peft'"):

@@ -115,6 +115,15 @@ def test_padding_does_not_count_and_a_limit_ends_inside_a_sample() -> None:
     assert score_experts(model, [ids, ids], max_tokens=12)[1].tolist() == score_experts(model, [ids])[1].tolist()
 
 
+def test_padding_on_the_left_is_not_attended_to() -> None:
+    model, ids = make(), torch.randint(3, 96, (1, 4))
+    mask = torch.tensor([[0] * 3 + [1] * 4])
+    padded = {"input_ids": torch.cat([torch.full((1, 3), 5), ids], 1), "attention_mask": mask}
+    found, expected = score_experts(model, [padded]), score_experts(model, [ids])
+    for layer in (1, 2):
+        assert_same(found[layer], expected[layer])
+
+
 def test_no_logits_are_computed_and_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make().train()
     monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("logits"))
