@@ -91,7 +91,10 @@ def read_adapter(folder: str | Path) -> Adapter:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}: it is no adapter folder.")
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME} is not allowed as a config of an adapter: {error}") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder}: peft_type {config.peft_type} is not allowed: it must be LORA.")
     for field in _UNSUPPORTED:
@@ -154,9 +157,17 @@ def _low_rank(
     key = target if as_parameter else target.removesuffix(".weight")  # what PEFT matches the patterns with
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha)
+    if rank < 1:
+        raise ValueError(f"Adapter: r={rank} of {key} is not allowed: it must be at least 1.")
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    rows, columns = weight_a.shape[0], weight_b.shape[1]
-    if rows != columns or rows % rank or (not is_stack(target) and rows != rank):
+    rows, columns = weight_a.shape[0], weight_b.shape[-1]
+    if (
+        weight_a.ndim != 2
+        or weight_b.ndim != 2
+        or rows != columns
+        or rows % rank
+        or (not is_stack(target) and rows != rank)
+    ):
         raise ValueError(
             f"Adapter tensor {names['A']} of shape {tuple(weight_a.shape)} is not allowed beside {names['B']} of "
             f"shape {tuple(weight_b.shape)} and rank {rank}."

@@ -17,6 +17,7 @@ from modeling_deepseekmoe.checkpoint_layout import STACKS
 from modeling_deepseekmoe.experts import LAYER
 from modeling_deepseekmoe.folders import FOREIGN_WEIGHTS, check_destination, local_folder, opened, unfinished_folder
 from modeling_deepseekmoe.selected_experts import WEIGHTS_NAME as ESFT_WEIGHTS_NAME
+from modeling_deepseekmoe.selected_experts import read_esft
 
 from .adapter_files import LowRank, is_stack, read_adapter, split_expert
 
@@ -142,8 +143,7 @@ def _plan(adapter: Path, shapes: Shapes) -> tuple[dict[str, _Change], int]:
     changes: dict[str, _Change] = {}
     updates: dict[str, LowRank] = {}
     if (adapter / ESFT_WEIGHTS_NAME).is_file():
-        with opened(adapter / ESFT_WEIGHTS_NAME) as file:
-            replacements = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        replacements = read_esft(adapter)
         sources = {name: name for name in replacements}
     else:
         content = read_adapter(adapter)

@@ -53,7 +53,6 @@ def _check_file(path: Path) -> None:
     """That a file can be written, before the work begins."""
     if path.is_dir():
         raise ValueError(f"{path} is not allowed as a file to write: it is a folder.")
-    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _load(model: str, tokenizer: str | None, dtype: str, device_map: str) -> tuple[Any, Any]:
@@ -183,6 +182,7 @@ def report(
         if as_json:
             typer.echo(json.dumps(result.to_dict(), indent=2))
             return
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(result.to_html(), encoding="utf-8")
         violation = sum(result.global_violation) / len(result.global_violation)
         typer.echo(f"{output}: {len(result.trace.layers)} layers, MaxVio_global {violation:.3f} on average.")
@@ -260,6 +260,9 @@ def esft_select(
         with typer.progressbar(length=total, label="tokens", file=sys.stderr) as bar:
             values = score_experts(loaded, batches, method, progress=bar.update)
         selection = ExpertSelection(select_experts(values, threshold))
+        for path in (out, scores):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
         if scores is not None:
             save_scores(values, method, scores)
         selection.save(out)

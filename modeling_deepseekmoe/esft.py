@@ -48,7 +48,7 @@ class ExpertSelection:
         """
         if isinstance(selection, ExpertSelection):
             return selection
-        if isinstance(selection, Mapping):
+        if not isinstance(selection, (str, Path)):
             return cls(_layers_of(selection, "experts"))
         name = f"File {selection}"
         try:
@@ -153,6 +153,9 @@ def score_experts(
     with evaluating(model), _watching(model, choices):
         for batch in dataloader:
             input_ids, mask = _ids_and_mask(batch)
+            vocabulary = decoder.config.vocab_size
+            if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+                raise ValueError(f"dataloader: token {int(input_ids.max())} is not allowed: there are {vocabulary}.")
             if max_tokens is not None:
                 mask = mask & (mask.flatten().cumsum(0).view_as(mask) <= max_tokens - tokens)
             if not mask.any():
@@ -180,8 +183,15 @@ def _scaling_factor(model: nn.Module) -> float:
 
 
 def _ids_and_mask(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    input_ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+    input_ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    for name, tensor in (("input_ids", input_ids), ("attention_mask", mask)):
+        wanted = isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and not tensor.is_floating_point()
+        if not wanted and not (tensor is None and name == "attention_mask"):
+            found = (
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor)
+            )
+            raise ValueError(f"dataloader: {name} as {found} is not allowed: it must hold whole numbers (B, S).")
     return input_ids, torch.ones_like(input_ids, dtype=torch.bool).cpu() if mask is None else mask.bool().cpu()
 
 
@@ -242,6 +252,10 @@ def select_experts(scores: Mapping[int, torch.Tensor | Sequence[float]], thresho
     selected = {}
     for layer, values in scores.items():
         values = torch.as_tensor(values, dtype=torch.float64)
+        if values.ndim != 1 or not bool(values.isfinite().all()):
+            raise ValueError(
+                f"scores of layer {layer} are not allowed: they must be finite numbers, one for each expert."
+            )
         order, ids, reached = torch.argsort(values, descending=True, stable=True).tolist(), [], 0.0
         for expert in order:
             if reached >= threshold:

@@ -35,7 +35,7 @@ def expert_lora_config(
     experts: str | Path | Mapping[int, Sequence[int]] | ExpertSelection | None = None,
     projections: Sequence[str] = ("gate_up", "down"),
     train_router: bool = False,
-    modules_to_save: Sequence[str] = (),
+    modules_to_save: str | Sequence[str] = (),
     task_type: str | None = "CAUSAL_LM",
     **kwargs: Any,
 ) -> ExpertLoraConfig:
@@ -110,7 +110,7 @@ def expert_lora_config(
         init_lora_weights=init_lora_weights,
         target_modules=modules,
         target_parameters=parameters + more_parameters,
-        modules_to_save=[*modules_to_save, *gates] or None,
+        modules_to_save=[*_as_list(modules_to_save), *gates] or None,
         task_type=task_type,
         experts=None if selection is None else selection.experts,
         **kwargs,

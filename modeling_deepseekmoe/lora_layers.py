@@ -43,6 +43,9 @@ class DirectLora(ParamWrapper):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter; see `peft.tuners.lora.LoraLayer.update_layer`. One that is restricted to some experts starts
         with both factors of all others at zero, where their gradients are exactly zero too and so they stay."""
+        for field in ("lora_bias", "fan_in_fan_out"):  # PEFT refuses them for the first adapter only
+            if getattr(config, field):
+                raise ValueError(f"{field}=True is not allowed for adapters of parameters.")
         own = hasattr(config, "experts")  # a plain LoraConfig with dropout is refused: it would be saved with it
         super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config) if own else config, **kwargs)
         self._set_dropout(adapter_name, config.lora_dropout)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .bias_update import BIAS_NAME
-from .checkpoint_layout import STACKS
+from .checkpoint_layout import PROJECTIONS, STACKS
 from .esft import ExpertSelection
 from .experts import GroupedSlots, find_experts, grouped_linear, run_experts, why_unsupported
 from .folders import check_destination, opened, unfinished_folder
@@ -192,20 +192,19 @@ def load_esft(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         ValueError: for a tensor that the model does not have, or not in this shape; nothing is changed then.
-        OSError: if the folder does not hold the file.
+        OSError: if the folder does not hold the files.
     """
     targets: list[tuple[torch.Tensor, torch.Tensor]] = []
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     experts = {name: module for name, module in find_experts(model).values()}
-    with opened(Path(folder) / WEIGHTS_NAME) as file:
-        for name in file.keys():  # noqa: SIM118 - the handle is no mapping
-            target, tensor = own.get(name), file.get_tensor(name)
-            if target is None:
-                target = _place_of_expert(name, experts)
-            if target is None or target.shape != tensor.shape:
-                found = "the model has no such tensor" if target is None else f"the model's is {tuple(target.shape)}"
-                raise ValueError(f"{WEIGHTS_NAME}: {name} of shape {tuple(tensor.shape)} is not allowed: {found}.")
-            targets.append((target, tensor))
+    for name, tensor in read_esft(folder).items():
+        target = own.get(name)
+        if target is None:
+            target = _place_of_expert(name, experts)
+        if target is None or target.shape != tensor.shape:
+            found = "the model has no such tensor" if target is None else f"the model's is {tuple(target.shape)}"
+            raise ValueError(f"{WEIGHTS_NAME}: {name} of shape {tuple(tensor.shape)} is not allowed: {found}.")
+        targets.append((target, tensor))
     prepared = [module for module in experts.values() if isinstance(module, SelectedExperts)]
     for module in prepared:
         module.write_back()
@@ -213,6 +212,23 @@ def load_esft(model: nn.Module, folder: str | Path) -> None:
         target.copy_(tensor)
     for module in prepared:
         module.read_again()
+
+
+def read_esft(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors that [`save_esft`] wrote.
+
+    Raises:
+        ValueError: if they do not hold all projections of every selected expert.
+        OSError: if a file is missing.
+    """
+    selection = ExpertSelection.of(Path(folder) / SELECTION_NAME)
+    with opened(Path(folder) / WEIGHTS_NAME) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
+    for layer, ids in selection.experts.items():
+        for name in (f"layers.{layer}.mlp.experts.{expert}.{part}.weight" for expert in ids for part in PROJECTIONS):
+            if not any(f".{found}".endswith(f".{name}") for found in tensors):
+                raise ValueError(f"{WEIGHTS_NAME} is not allowed: {name} is missing, which {SELECTION_NAME} selects.")
+    return tensors
 
 
 def _place_of_expert(name: str, experts: Mapping[str, nn.Module]) -> torch.Tensor | None:
@@ -226,4 +242,4 @@ def _place_of_expert(name: str, experts: Mapping[str, nn.Module]) -> torch.Tenso
     return places.get(projection)
 
 
-__all__ = ["SelectedExperts", "load_esft", "merge_esft", "prepare_esft", "save_esft"]
+__all__ = ["SelectedExperts", "load_esft", "merge_esft", "prepare_esft", "read_esft", "save_esft"]

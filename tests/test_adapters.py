@@ -375,6 +375,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Non
         (lambda t: t.update({f"{PREFIX}.base_layer.base_layer.lora_A.weight": torch.ones(32, 32),
                              f"{PREFIX}.base_layer.base_layer.lora_B.weight": torch.ones(32, 32)}),
          r"has factors at 3 levels, and target_parameters names \['gate_up_proj', 'down_proj'\]"),
+        (lambda t: t.update({f"{PREFIX}.lora_A.weight": torch.ones(32)}), r"of shape \(32,\) is not allowed beside"),
         (lambda t: t.clear(), r"holds no tensors"),
         (lambda t: t.update({f"{PREFIX}.lora_A.weight": torch.ones(33, 16),
                              f"{PREFIX}.lora_B.weight": torch.ones(32, 33)}),
@@ -490,6 +491,8 @@ def test_a_change_below_the_noise_of_bfloat16_is_found_missing(
         ({"init_lora_weights": "olora"}, r"init_lora_weights='olora' is not allowed"),
         ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens=\[5, 6\] is not allowed: only plain LoRA"),
         ({"use_dora": True}, r"use_dora=True is not allowed"),
+        ({"r": 0}, r"r=0 of .* is not allowed: it must be at least 1"),
+        ({"peft_type": "NOTHING"}, r"adapter_config\.json is not allowed as a config of an adapter"),
         ({"peft_type": "IA3"}, r"peft_type .*IA3 is not allowed: it must be LORA"),
     ],
 )
@@ -592,7 +595,12 @@ def test_esft_select_command(source: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moe")
     sizes = {"max_tokens": 256, "block_size": 64, "batch_size": 2}
     texts = [(tmp_path / "task.txt").read_text()]
-    for extra, method, threshold in (([], "gate", 0.1), (["--method", "token", "--threshold", "0.6"], "token", 0.6)):
+    token = ["--method", "token"]
+    for extra, method, threshold in (
+        ([], "gate", 0.1),
+        (token, "token", 0.2),
+        ([*token, "--threshold", "0.6"], "token", 0.6),
+    ):
         arguments_of_it = [*arguments, "--max-tokens", "256", "--batch-size", "2", "--out", str(out), *extra]
         assert CliRunner().invoke(app, arguments_of_it).exit_code == 0
         values = score_experts(model, token_batches(iter(texts), tokenizer, **sizes), method)
@@ -606,9 +614,9 @@ def test_esft_select_command(source: Path, tmp_path: Path) -> None:
         (["--dtype", "int8"], "dtype='int8' is not allowed"),
         (["--max-tokens", "1"], "max_tokens=1 is not allowed"),
     ):
-        target = tmp_path / "bad.json"
+        target = tmp_path / "bad" / "esft.json"
         result = CliRunner().invoke(app, [*arguments, "--out", str(target), *extra])
-        assert result.exit_code == 2 and message in result.stderr and not target.exists()
+        assert result.exit_code == 2 and message in result.stderr and not target.parent.exists()
 
 
 def test_adding_an_adapter_of_a_saved_folder_to_a_trained_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from modeling_deepseekmoe import demo
 from modeling_deepseekmoe.conversion import UpcyclingPlan, upcycle
@@ -20,6 +21,9 @@ def test_quick_demo(tmp_path: Path) -> None:
     assert figures["dense_vs_upcycled_same_greedy_text"] is True
     assert figures["perplexity_after"] < figures["perplexity_before"]
     assert figures["merged_max_logit_difference"] <= demo.LOGIT_TOLERANCE
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for layer in range(30):
+        assert adapter[f"base_model.model.model.layers.{layer}.mlp.experts.lora_B.weight"].any()
     assert figures["trained_parameters"] < 0.1 * figures["parameters"]
     assert figures["generated"].startswith(demo.PROMPT)
     assert json.loads((tmp_path / "metrics.json").read_text()) == figures

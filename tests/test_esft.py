@@ -172,6 +172,12 @@ def test_files_are_those_of_the_release(tmp_path: Path) -> None:
             r"method='top' is not allowed: it must be 'gate' or 'token'",
         ),
         (lambda model: score_experts(model, [IDS], max_tokens=0), r"max_tokens=0 is not allowed"),
+        (lambda model: score_experts(model, [[1, 2]]), r"input_ids as <class 'list'> is not allowed"),
+        (lambda model: score_experts(model, [IDS[0]]), r"input_ids as torch\.int64 of shape \(9,\) is not allowed"),
+        (lambda model: score_experts(model, [{"labels": IDS}]), r"input_ids as <class 'NoneType'> is not allowed"),
+        (lambda model: score_experts(model, [IDS + 96]), r"dataloader: token \d+ is not allowed: there are 96"),
+        (lambda model: select_experts({3: [[0.1]]}, 0.5), r"scores of layer 3 are not allowed"),
+        (lambda model: select_experts({}, 1.01), r"threshold=1\.01 is not allowed"),
         (lambda model: score_experts(model, []), r"dataloader is not allowed: it yields no tokens"),
         (lambda model: score_experts(model, [{"input_ids": IDS, "attention_mask": 0 * IDS}]), r"it yields no tokens"),
         (lambda model: score_experts(nn.Linear(1, 1), [IDS]), r"Linear has no stacked experts"),
@@ -281,6 +287,7 @@ def test_saving_what_was_trained_and_applying_it_to_the_base(tmp_path: Path) -> 
     ],
 )
 def test_what_does_not_fit_the_base(name: str, shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
+    ExpertSelection({}).save(tmp_path / "esft.json")
     good = "model.layers.1.mlp.experts.0.down_proj.weight"
     save_file({good: torch.ones(32, 16), name: torch.ones(shape)}, tmp_path / "esft.safetensors")
     model = make()
@@ -288,6 +295,21 @@ def test_what_does_not_fit_the_base(name: str, shape: tuple[int, ...], message: 
     with pytest.raises(ValueError, match=message):
         load_esft(model, tmp_path)
     assert torch.equal(logits(model), before)
+
+
+def test_a_folder_that_lacks_a_selected_weight(tmp_path: Path) -> None:
+    model = make()
+    prepare_esft(model, SELECTION)
+    save_esft(model, tmp_path / "esft")
+    path = tmp_path / "esft" / "esft.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.experts\.3\.up_proj\.weight is missing, which esft\.json"):
+        load_esft(make(), tmp_path / "esft")
+    (tmp_path / "esft" / "esft.json").unlink()
+    with pytest.raises(OSError, match=r"esft\.json"):
+        load_esft(make(), tmp_path / "esft")
 
 
 def test_shared_experts_and_everything_else(tmp_path: Path) -> None:

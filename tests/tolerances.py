@@ -12,6 +12,7 @@ SAME_COMPUTATION = 1e-5  # float32, the same sums in another order
 DOUBLE = 1e-10  # float64 against an independent loop
 UPCYCLED_LOGITS = 1e-3
 MERGED_LOGITS = 1e-4
+LOW_PRECISION_CHANGE = 0.1  # of what an adapter changes, by norm: bfloat16 against float32
 LOW_PRECISION_LOSS = 0.1  # bfloat16 or float16 against float32
 
 
