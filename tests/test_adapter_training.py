@@ -144,7 +144,6 @@ def perplexities(printed: str) -> tuple[float, float]:
 
 
 def test_example_of_trl(demo_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("trl")
     module = load("sft_trl")
     rows = module.conversations()
     assert len(rows) > 100 and rows[0]["messages"][0]["role"] == "user"
