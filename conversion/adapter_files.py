@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
 
 from modeling_deepseekmoe.checkpoint_layout import STACKS
-from modeling_deepseekmoe.folders import opened
+from modeling_deepseekmoe.folders import read_tensors
+from modeling_deepseekmoe.lora_layers import rank_and_alpha
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -105,8 +105,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             f"{folder}: init_lora_weights={config.init_lora_weights!r} is not allowed: such an adapter belongs to "
             "weights that it has changed itself. Let PEFT convert it into plain LoRA when it is saved."
         )
-    with opened(folder / WEIGHTS_NAME) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
+    tensors = read_tensors(folder / WEIGHTS_NAME)
     factors: dict[tuple[str, int], dict[str, str]] = {}
     replacements: dict[str, torch.Tensor] = {}
     sources: dict[str, str] = {}
@@ -155,8 +154,7 @@ def _low_rank(
 ) -> LowRank:
     as_parameter = any(f".{target}".endswith(f".{name}") for name in config.target_parameters or ())
     key = target if as_parameter else target.removesuffix(".weight")  # what PEFT matches the patterns with
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha)
+    rank, alpha = rank_and_alpha(config, key)
     if rank < 1:
         raise ValueError(f"Adapter: r={rank} of {key} is not allowed: it must be at least 1.")
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
@@ -178,6 +176,17 @@ def _low_rank(
     return LowRank(weight_a, weight_b, scaling, tuple(names.values()))
 
 
+def per_expert_parts(target: str, update: LowRank) -> dict[str, LowRank]:
+    """The parts of a stack's update by the official per-expert names of their weights."""
+    experts, stack = target.rsplit(".", 1)
+    rows = update.factor_b.shape[1] // len(STACKS[stack])
+    return {
+        f"{experts}.{expert}.{projection}.weight": update.part(expert, slice(half * rows, (half + 1) * rows))
+        for expert in range(len(update.factor_b))
+        for half, projection in enumerate(STACKS[stack])
+    }
+
+
 def is_stack(target: str) -> bool:
     """Whether a name is that of a stacked parameter."""
     return target.endswith(tuple(f".experts.{stack}" for stack in STACKS))
@@ -189,4 +198,4 @@ def split_expert(name: str) -> tuple[str, int, str] | None:
     return None if match is None else (match["experts"], int(match["id"]), match["projection"])
 
 
-__all__ = ["Adapter", "LowRank", "is_stack", "read_adapter", "split_expert"]
+__all__ = ["Adapter", "LowRank", "is_stack", "per_expert_parts", "read_adapter", "split_expert"]

@@ -19,11 +19,20 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from modeling_deepseekmoe.checkpoint_layout import PROJECTIONS, STACKS
+from modeling_deepseekmoe.checkpoint_layout import PROJECTIONS
 from modeling_deepseekmoe.experts import LAYER
 from modeling_deepseekmoe.folders import check_destination, local_folder, unfinished_folder
 
-from .adapter_files import PREFIX, WEIGHTS_NAME, Adapter, LowRank, is_stack, read_adapter, split_expert
+from .adapter_files import (
+    PREFIX,
+    WEIGHTS_NAME,
+    Adapter,
+    LowRank,
+    is_stack,
+    per_expert_parts,
+    read_adapter,
+    split_expert,
+)
 
 LAYOUTS = ("per-expert", "peft")
 
@@ -65,17 +74,9 @@ def export_adapter(adapter: str | Path, destination: str | Path, layout: str, nu
 
 
 def _to_per_expert(updates: dict[str, LowRank]) -> dict[str, LowRank]:
-    result = {}
+    result: dict[str, LowRank] = {}
     for target, update in updates.items():
-        if not is_stack(target):
-            result[target] = update
-            continue
-        experts, stack = target.rsplit(".", 1)
-        rows = update.factor_b.shape[1] // len(STACKS[stack])
-        for expert in range(len(update.factor_b)):
-            for half, projection in enumerate(STACKS[stack]):
-                part = update.part(expert, slice(half * rows, (half + 1) * rows))
-                result[f"{experts}.{expert}.{projection}.weight"] = part
+        result |= per_expert_parts(target, update) if is_stack(target) else {target: update}
     return result
 
 

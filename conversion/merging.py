@@ -19,7 +19,7 @@ from modeling_deepseekmoe.folders import FOREIGN_WEIGHTS, check_destination, loc
 from modeling_deepseekmoe.selected_experts import WEIGHTS_NAME as ESFT_WEIGHTS_NAME
 from modeling_deepseekmoe.selected_experts import read_esft
 
-from .adapter_files import LowRank, is_stack, read_adapter, split_expert
+from .adapter_files import LowRank, is_stack, per_expert_parts, read_adapter, split_expert
 
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -177,19 +177,15 @@ def _parts(target: str, update: LowRank, shapes: Shapes) -> list[tuple[str, Any,
     if not is_stack(target):
         name, place = _locate(target, shapes)
         return [(name, place, update)]
-    experts, stack = target.rsplit(".", 1)
-    number, rows = len(update.factor_b), update.factor_b.shape[1] // len(STACKS[stack])
+    number = len(update.factor_b)
     if target in shapes:
         if shapes[target][0] != number:
             raise ValueError(_mismatch(update.sources[0], f"{number} experts", target, shapes))
         return [(target, expert, update.part(expert)) for expert in range(number)]
+    experts = target.rsplit(".", 1)[0]
     if f"{experts}.{number}.down_proj.weight" in shapes:
         raise ValueError(f"Adapter tensor {update.sources[0]} is of {number} experts: the base has more in {experts}.")
-    return [
-        (f"{experts}.{expert}.{projection}.weight", (), update.part(expert, slice(half * rows, (half + 1) * rows)))
-        for expert in range(number)
-        for half, projection in enumerate(STACKS[stack])
-    ]
+    return [(name, (), part) for name, part in per_expert_parts(target, update).items()]
 
 
 def _locate(target: str, shapes: Shapes) -> tuple[str, Any]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
@@ -46,6 +47,12 @@ def opened(file: str | Path) -> Iterator[Any]:
         raise ValueError(f"File {Path(file).name} is not a readable safetensors file: {error}.") from error
 
 
+def read_tensors(file: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file; raises as [`opened`]."""
+    with opened(file) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - the handle is no mapping
+
+
 def check_destination(destination: str | Path) -> Path:
     """The absolute path of a folder to write.
 
@@ -77,4 +84,4 @@ def unfinished_folder(destination: str | Path) -> Iterator[Path]:
         raise
 
 
-__all__ = ["FOREIGN_WEIGHTS", "check_destination", "local_folder", "opened", "unfinished_folder"]
+__all__ = ["FOREIGN_WEIGHTS", "check_destination", "local_folder", "opened", "read_tensors", "unfinished_folder"]

@@ -40,7 +40,7 @@ class DirectLora(ParamWrapper):
         self.target_name = target_name
         self.empty_adapters: set[str] = set()  # those of the other projection alone
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter; see `peft.tuners.lora.LoraLayer.update_layer`. One that is restricted to some experts starts
         with both factors of all others at zero, where their gradients are exactly zero too and so they stay."""
         for field in ("lora_bias", "fan_in_fan_out"):  # PEFT refuses them for the first adapter only
@@ -159,8 +159,7 @@ class ExpertLora(DirectLora):
         """
         for name in [name for name in getattr(self.base_layer, "lora_A", ()) if name not in self.lora_A]:
             config, target = configs[name], f"{module_name}.{self.parameter_name}"
-            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), target), config.r)
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), target), config.lora_alpha)
+            rank, alpha = rank_and_alpha(config, target)
             self.update_layer(name, rank, alpha, config)
             for factor in (self.lora_A[name], self.lora_B[name]):
                 nn.init.zeros_(factor.weight)
@@ -277,6 +276,14 @@ def layer_class_of(base_layer: nn.Module, parameter_name: str | None) -> type[Di
     return None
 
 
+def rank_and_alpha(config: LoraConfig, key: str) -> tuple[int, float]:
+    """Rank and alpha of an adapter at a module or parameter, with the patterns of its config."""
+    return (
+        config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r),
+        config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha),
+    )
+
+
 def _without_dropout(config: LoraConfig) -> LoraConfig:
     """For PEFT's ParamWrapper, which cannot apply dropout and therefore refuses it."""
     plain = copy.copy(config)
@@ -302,4 +309,4 @@ def _tokens_of_adapters(
     }
 
 
-__all__ = ["DirectLora", "ExpertLora", "LinearWeightLora", "create_layer", "layer_class_of"]
+__all__ = ["DirectLora", "ExpertLora", "LinearWeightLora", "create_layer", "layer_class_of", "rank_and_alpha"]

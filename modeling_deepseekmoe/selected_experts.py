@@ -21,7 +21,7 @@ from .bias_update import BIAS_NAME
 from .checkpoint_layout import PROJECTIONS, STACKS
 from .esft import ExpertSelection
 from .experts import GroupedSlots, find_experts, grouped_linear, run_experts, why_unsupported
-from .folders import check_destination, opened, unfinished_folder
+from .folders import check_destination, read_tensors, unfinished_folder
 
 WEIGHTS_NAME, SELECTION_NAME = "esft.safetensors", "esft.json"
 
@@ -222,8 +222,7 @@ def read_esft(folder: str | Path) -> dict[str, torch.Tensor]:
         OSError: if a file is missing.
     """
     selection = ExpertSelection.of(Path(folder) / SELECTION_NAME)
-    with opened(Path(folder) / WEIGHTS_NAME) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
+    tensors = read_tensors(Path(folder) / WEIGHTS_NAME)
     for layer, ids in selection.experts.items():
         for name in (f"layers.{layer}.mlp.experts.{expert}.{part}.weight" for expert in ids for part in PROJECTIONS):
             if not any(f".{found}".endswith(f".{name}") for found in tensors):
