@@ -1,0 +1,263 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Converting checkpoints: dialect, layout and dtype, streamed from one folder to another."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import modeling_deepseekmoe
+from modeling_deepseekmoe import DeepseekMoeConfig
+from modeling_deepseekmoe.configuration import config_from_dict, list_presets, load_preset
+from modeling_deepseekmoe.folders import local_folder
+
+from .block_fp8 import BLOCK
+from .checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, Checkpoint, TensorSource, read_index, side_files
+from .description import Description, as_config, planned, read_config, understand
+from .dialects import check_dialect, translate
+from .streaming import Constant, Output, Part, outputs, parts_of
+from .tensor_table import entries
+from .writing import FolderPlan, make_shards, write_folder
+
+LAYOUTS = ("per-expert", "stacked")
+STORED_DTYPES = ("keep", "float32", "bfloat16", "float16", "fp8")
+_FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What a conversion will write, made without reading a weight.
+
+    Attributes:
+        source: what is read; a plan of names and shapes where the weights are not there.
+        folder: what is written.
+        dialect, layout, dtype: as asked for; the source's own where nothing was.
+        notes: what the user should know.
+        has_weights: whether the source's weights are there.
+    """
+
+    source: TensorSource
+    folder: FolderPlan
+    dialect: str
+    layout: str
+    dtype: str
+    notes: tuple[str, ...]
+    has_weights: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files; what `progress` of [`convert`] adds up to."""
+        return sum(shard.nbytes for shard in self.folder.shards)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers and strings."""
+        return {
+            "dialect": self.dialect,
+            "layout": self.layout,
+            "dtype": self.dtype,
+            "source_tensors": len(self.source.tensors),
+            "source_bytes": sum(tensor.nbytes for tensor in self.source.tensors.values()),
+            "tensors": sum(len(shard.outputs) for shard in self.folder.shards),
+            "tensors_by_dtype": self._by_dtype(),
+            "files": {shard.name: shard.nbytes for shard in self.folder.shards},
+            "other_files": sorted([*self.folder.texts, *(file.name for file in self.folder.copies)]),
+            "bytes": self.folder.nbytes,
+            "notes": list(self.notes),
+        }
+
+    def to_text(self) -> str:
+        """The plan as lines."""
+        facts = self.to_dict()
+        files = [f"  {name}  {size / 1e9:,.3f} GB" for name, size in facts["files"].items()]
+        if len(files) > 12:
+            files = [*files[:6], f"  ... {len(files) - 12} more", *files[-6:]]
+        counts = ", ".join(f"{count:,} {name}" for name, count in facts["tensors_by_dtype"].items())
+        return "\n".join(
+            [
+                f"{facts['source_tensors']:,} tensors, {facts['source_bytes'] / 1e9:,.3f} GB "
+                f"-> {facts['tensors']:,} tensors ({counts})",
+                f"dialect {self.dialect}, layout {self.layout}, dtype {self.dtype}, {len(facts['files']):,} files:",
+                *files,
+                f"  {', '.join(facts['other_files'])}",
+                f"disk needed: {facts['bytes'] / 1e9:,.3f} GB",
+                *(f"note: {note}" for note in self.notes),
+            ]
+        )
+
+    def _by_dtype(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for shard in self.folder.shards:
+            for output in shard.outputs:
+                name = str(output.dtype).removeprefix("torch.")
+                counts[name] = counts.get(name, 0) + 1
+        return counts
+
+
+def plan_conversion(
+    source: str | Path,
+    *,
+    to: str | None = None,
+    layout: str | None = None,
+    dtype: str = "keep",
+    max_shard_size: str | int = "5GB",
+    drop_mtp: bool = False,
+    without_weights: bool = False,
+) -> ConversionPlan:
+    """What [`convert`] would write: every file, tensor and size. No weight is read.
+
+    Args:
+        source: folder or hub id of a checkpoint of the family; without weights also a preset's name, or a folder with
+            a config and an index alone.
+        to: dialect; the source's by default.
+        layout: `"per-expert"` or `"stacked"`; the source's by default, and per-expert where the dialect changes.
+        dtype: `"keep"`, `"float32"`, `"bfloat16"`, `"float16"` or `"fp8"` (DeepSeek-V3's blocks).
+        max_shard_size: bytes or a text such as `"5GB"`; a larger tensor gets a file of its own.
+        drop_mtp: leave the multi-token-prediction layers out.
+        without_weights: plan from the config, and the index where there is one, if the weights are not there.
+
+    Raises:
+        ValueError: for an option that is not allowed, a source that is damaged or does not fit its config, and a
+            target that cannot express it.
+        OSError: for a file that is missing.
+    """
+    for field, value, allowed in (("layout", layout, (*LAYOUTS, None)), ("dtype", dtype, STORED_DTYPES)):
+        if value not in allowed:
+            raise ValueError(
+                f"{field}={value!r} is not allowed: it must be one of {', '.join(filter(None, allowed))}."
+            )
+    if to is not None:
+        check_dialect(to)
+    folder, found, has_weights = _source(source, without_weights)
+    dialect = to or found.config.model_type
+    layout = layout or (found.layout if dialect == found.config.model_type else LAYOUTS[0])
+    notes = [] if has_weights else ["the weights are not here: sizes follow from the config, and nothing was checked"]
+    if found.located.derived:
+        notes.append(f"{len(found.located.derived)} tensors of rotary embeddings follow from the config: left out")
+    mtp = [name for name in found.located.matrices if found.wanted[name].mtp_layer is not None]
+    if drop_mtp and mtp:
+        notes.append(f"{len(mtp)} tensors of multi-token-prediction layers are left out")
+    config, text = _translated_config(found, dialect, dtype, drop_mtp)
+    if dialect != found.config.model_type and config.loss_alphas != found.config.loss_alphas:
+        notes.append(f"balance losses in training: {found.config.loss_alphas} here, {config.loss_alphas} there")
+    tensors = list(_tensors(found, config, layout, dtype))
+    copies = () if folder is None else tuple(_copies(folder, code=dialect == found.config.model_type))
+    origin = {
+        "version": modeling_deepseekmoe.__version__,
+        "dtype": dtype,
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _files(found.source)],
+        "tensors": {tensor.name: tensor.offset for tensor in found.source.tensors.values()},
+    }
+    plan = FolderPlan(make_shards(tensors, max_shard_size), {CONFIG_NAME: text}, copies, origin)
+    return ConversionPlan(found.source, plan, dialect, layout, dtype, tuple(notes), has_weights)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str | None = None,
+    layout: str | None = None,
+    dtype: str = "keep",
+    max_shard_size: str | int = "5GB",
+    drop_mtp: bool = False,
+    resume: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int], None] = lambda size: None,
+) -> ConversionPlan:
+    """Convert a checkpoint: dialect, layout of the experts, and dtype.
+
+    Tensors are streamed: one file of the source is mapped at a time, and one block of a tensor is in memory. What is
+    not computed is copied byte for byte, FP8 values and their scales included. Config, generation config, tokenizer
+    and all other small files come along. The destination appears when it is complete.
+
+    Args:
+        source, to, layout, dtype, max_shard_size, drop_mtp: as for [`plan_conversion`].
+        destination: folder to write; must not exist or be empty.
+        resume: go on with what an interrupted run has left.
+        report: receives a line for every file.
+        progress: receives numbers of bytes that were written; they add up to the plan's `nbytes`.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        ValueError: as [`plan_conversion`]; for a destination in use; for a value that the dtype cannot hold.
+        OSError: for a file that is missing, or a disk that is full or cannot be written to. What is finished is kept
+            beside the destination, for `resume`.
+    """
+    plan = plan_conversion(source, to=to, layout=layout, dtype=dtype, max_shard_size=max_shard_size, drop_mtp=drop_mtp)
+    write_folder(plan.folder, plan.source, destination, resume=resume, report=report, progress=progress)
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------------------- the source
+def _source(source: str | Path, without_weights: bool) -> tuple[Path | None, Description, bool]:
+    """The source's folder, what it holds, and whether its weights are there."""
+    if without_weights and not Path(source).is_dir() and str(source) in list_presets():
+        config = load_preset(str(source))
+        return None, understand(planned(config, None), config.to_diff_dict()), False
+    folder = local_folder(source)
+    raw = read_config(folder)
+    weight_map = read_index(folder) if without_weights else None
+    if weight_map and not any((folder / name).is_file() for name in weight_map.values()):
+        return folder, understand(planned(as_config(raw, folder), weight_map), raw), False
+    return folder, understand(Checkpoint(folder), raw), True
+
+
+def _files(source: TensorSource) -> list[Path]:
+    return source.files if isinstance(source, Checkpoint) else []
+
+
+# ---------------------------------------------------------------------------------------------------------- the target
+def _tensors(found: Description, config: DeepseekMoeConfig, layout: str, dtype: str) -> list[Output]:
+    """The tensors of the target config, made of the source's."""
+    wanted = entries(config)
+    parts: dict[str, tuple[Part, Part | None]] = {}
+    for name, entry in wanted.items():
+        matrix = found.matrix(name)
+        if matrix is not None and not (entry.optional and name in found.located.absent):
+            parts[name] = parts_of(entry, matrix, dtype, found.block)
+        elif name.endswith("e_score_correction_bias") and name not in found.wanted:
+            parts[name] = Constant(torch.zeros(entry.shape)), None
+    return list(outputs(wanted, parts, layout, found.experts))
+
+
+def _translated_config(
+    found: Description, dialect: str, dtype: str, drop_mtp: bool
+) -> tuple[DeepseekMoeConfig, bytes]:
+    """The target's config, and the text of its file: the source's own but for what changes."""
+    raw, config = dict(found.raw), found.config
+    has_mtp = any(found.wanted[name].mtp_layer is not None for name in found.located.matrices)
+    if dialect not in ("deepseekmoe", "deepseek_v3") and has_mtp and not drop_mtp:
+        raise ValueError(
+            f"The checkpoint cannot be expressed in dialect {dialect!r}: it has multi-token-prediction layers "
+            f"(num_nextn_predict_layers={config.num_nextn_predict_layers}). Leave them out with --drop-mtp."
+        )
+    if dialect != config.model_type:
+        raw = json.loads(translate(config, dialect).to_json_string())
+        if "quantization_config" in found.raw:
+            raw["quantization_config"] = found.raw["quantization_config"]
+    promised = raw.get("num_nextn_predict_layers", config.num_nextn_predict_layers)
+    if promised and (drop_mtp or dialect not in ("deepseekmoe", "deepseek_v3")):
+        raw["num_nextn_predict_layers"] = 0
+    if dtype == "fp8":
+        raw.setdefault("quantization_config", {**_FP8_CONFIG, "weight_block_size": list(BLOCK)})
+    elif dtype != "keep":
+        raw.pop("quantization_config", None)
+        names = [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]
+        raw |= dict.fromkeys(names, dtype)
+    if raw == found.raw and isinstance(found.source, Checkpoint):
+        return config, (found.source.folder / CONFIG_NAME).read_bytes()
+    return config_from_dict(raw), (json.dumps(raw, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _copies(folder: Path, code: bool) -> list[Path]:
+    """The small files that come along; the code that `auto_map` names only while the dialect is the same."""
+    left_out = (CONFIG_NAME, MANIFEST_NAME, INDEX_NAME)
+    return [file for file in side_files(folder) if file.name not in left_out and (code or file.suffix != ".py")]
+
+
+__all__ = ["LAYOUTS", "STORED_DTYPES", "ConversionPlan", "convert", "plan_conversion"]

@@ -1,0 +1,144 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Configs from one dialect to another, or a refusal: the translated config must describe the same computation."""
+
+import dataclasses
+from typing import Any
+
+from modeling_deepseekmoe import DeepseekMoeConfig
+from modeling_deepseekmoe.configuration import config_from_dict
+from modeling_deepseekmoe.registration import CONFIG_CLASSES
+
+from .tensor_table import TABLES, head_of
+
+DIALECTS = tuple(TABLES)
+# What the released code of the first generation computes.
+DEEPSEEK_ROPE_TYPES = ("default", "linear", "dynamic")
+_CLASSES = {config_class.model_type: config_class for config_class in CONFIG_CLASSES}
+# Fields of a forward pass that mean the same in every dialect.
+_FORWARD_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "attention_type",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "rope_parameters",
+    "attention_bias",
+    "hidden_act",
+    "rms_norm_eps",
+    "moe_layers",
+    "shared_intermediate_size",
+)
+_ROUTING_FIELDS = (
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "scoring_func",
+    "gate_normalizes",
+    "gate_scaling_factor",
+    "router_dtype",
+)
+
+
+def translate(config: DeepseekMoeConfig, dialect: str) -> DeepseekMoeConfig:
+    """The config of the same model in another dialect.
+
+    A tied head becomes a tensor of its own in the official dialects, whose other readers do not tie.
+
+    Args:
+        config: of any dialect.
+        dialect: `"deepseekmoe"`, `"deepseek"`, `"deepseek_v2"` or `"deepseek_v3"`.
+
+    Raises:
+        ValueError: naming the field that the dialect cannot express.
+    """
+    check_dialect(dialect)
+    fields = {field.name for field in dataclasses.fields(DeepseekMoeConfig)}
+    content = {name: value for name, value in config.to_dict().items() if name not in ("auto_map", "model_type")}
+    content |= {name: getattr(config, name) for name in fields & content.keys()}
+    content |= _gate_fields(config, dialect)
+    if config.architectures:
+        prefix = _CLASSES[dialect].__name__.removesuffix("Config")
+        content["architectures"] = [prefix + head_of(name) for name in config.architectures]
+    if dialect != "deepseek_v3" and "expert" not in config.loss_alphas:
+        content["aux_loss_alpha"] = 0.0  # the third generation ignores what its files say
+    if dialect != "deepseekmoe":
+        content["tie_word_embeddings"] = False
+    try:
+        translated = config_from_dict({**content, "model_type": dialect})
+    except ValueError as error:
+        raise ValueError(f"The checkpoint cannot be expressed in dialect {dialect!r}: {error}") from error
+    _check_same(config, translated)
+    return translated
+
+
+def check_dialect(dialect: str) -> None:
+    """Raises `ValueError` unless it is one."""
+    if dialect not in DIALECTS:
+        raise ValueError(f"to={dialect!r} is not allowed: it must be one of {', '.join(DIALECTS)}.")
+
+
+def forward_fields(config: DeepseekMoeConfig) -> dict[str, Any]:
+    """What a forward pass depends on, in the same words for every dialect."""
+    found = {name: getattr(config, name) for name in _FORWARD_FIELDS}
+    rope = dict(config.rope_parameters or {})
+    rope.pop("type", None)
+    found["rope_parameters"] = rope
+    if config.attention_type == "mla":
+        found["rope_interleave"] = config.rope_interleave
+    if config.n_routed_experts:
+        found |= {name: getattr(config, name) for name in _ROUTING_FIELDS}
+        groups, kept = config.gate_groups
+        ranked = (config.topk_method, groups, kept) if kept < groups else ("all experts", 1, 1)
+        found["groups (topk_method, n_group, topk_group)"] = ranked
+        found["e_score_correction_bias"] = config.topk_method == "noaux_tc"
+    return found
+
+
+def _gate_fields(config: DeepseekMoeConfig, dialect: str) -> dict[str, Any]:
+    """The gate's fields in the words of a dialect; what it cannot say is found when the configs are compared."""
+    if not config.n_routed_experts:
+        return {}
+    fields: dict[str, Any] = {"routed_scaling_factor": config.gate_scaling_factor}
+    allowed = _CLASSES[dialect].allowed_topk_methods
+    groups, kept = config.gate_groups
+    if config.topk_method not in allowed and kept == groups:  # groups that exclude nothing
+        if config.topk_method == "group_limited_greedy" and "greedy" in allowed:
+            fields["topk_method"] = "greedy"
+        elif "noaux_tc" in allowed:
+            fields |= {"topk_method": "noaux_tc", "n_group": 1, "topk_group": 1}  # with a bias of zeros
+    return fields
+
+
+def _check_same(config: DeepseekMoeConfig, translated: DeepseekMoeConfig) -> None:
+    dialect = translated.model_type
+    found, wanted = forward_fields(translated), forward_fields(config)
+    if wanted.get("e_score_correction_bias") is False:
+        found["e_score_correction_bias"] = False  # zeros, which change nothing
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"The checkpoint cannot be expressed in dialect {dialect!r}: its {name} is {value!r}, and there it "
+                f"would be {found.get(name)!r}."
+            )
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if dialect == "deepseek" and rope_type not in DEEPSEEK_ROPE_TYPES:
+        raise ValueError(
+            f"The checkpoint cannot be expressed in dialect {dialect!r}: its rope_type is {rope_type!r}, and it must "
+            f"be one of {', '.join(DEEPSEEK_ROPE_TYPES)}."
+        )
+    if dialect in ("deepseek_v2", "deepseek_v3") and not config.rope_interleave:
+        raise ValueError(
+            f"The checkpoint cannot be expressed in dialect {dialect!r}: its rope_interleave is False, and the "
+            "released code always interleaves."
+        )
+
+
+__all__ = ["DEEPSEEK_ROPE_TYPES", "DIALECTS", "check_dialect", "forward_fields", "translate"]

@@ -1,0 +1,426 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Which tensors a checkpoint holds: one declarative table per dialect, read in both directions.
+
+A row names a tensor of the official per-expert layout, its shape in named dimensions, and what the config must say for
+it to exist. The stacked layout follows from the rows of the experts: a stack is the concatenation of its experts'
+matrices, expert by expert, so that every layout change is a matter of where the same bytes lie.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from modeling_deepseekmoe import DeepseekMoeConfig
+from modeling_deepseekmoe.checkpoint_layout import STACKS, mtp_layers
+
+from .block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, scale_shape
+from .checkpoint import StoredTensor, listed
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of tensor.
+
+    Attributes:
+        name: official name, below its section (the model, a layer); `{expert}` stands for the experts' numbers.
+        shape: names of its dimensions.
+        needs: name of what the config must have; a `!` before it: must not have.
+        linear: whether it is a weight that FP8 checkpoints hold in FP8.
+        optional: whether a checkpoint may lack it.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    needs: str = ""
+    linear: bool = False
+    optional: bool = False
+
+
+def _linear(name: str, rows: str, columns: str, needs: str = "") -> Row:
+    return Row(f"{name}.weight", (rows, columns), needs, linear=True)
+
+
+def _bias(name: str, rows: str) -> Row:
+    return Row(f"{name}.bias", (rows,), "attention_bias")
+
+
+MODEL = (Row("embed_tokens.weight", ("vocabulary", "hidden")), Row("norm.weight", ("hidden",)))
+HEADS = {
+    "ForCausalLM": (Row("lm_head.weight", ("vocabulary", "hidden")),),
+    "ForSequenceClassification": (Row("score.weight", ("labels", "hidden")),),
+    "ForTokenClassification": (Row("score.weight", ("labels", "hidden")), Row("score.bias", ("labels",))),
+    "Model": (),
+}
+NORMS = (Row("input_layernorm.weight", ("hidden",)), Row("post_attention_layernorm.weight", ("hidden",)))
+MHA = (
+    _linear("self_attn.q_proj", "queries", "hidden"),
+    _bias("self_attn.q_proj", "queries"),
+    _linear("self_attn.k_proj", "keys", "hidden"),
+    _bias("self_attn.k_proj", "keys"),
+    _linear("self_attn.v_proj", "keys", "hidden"),
+    _bias("self_attn.v_proj", "keys"),
+    _linear("self_attn.o_proj", "hidden", "queries"),
+    _bias("self_attn.o_proj", "hidden"),
+)
+MLA = (
+    _linear("self_attn.q_proj", "queries", "hidden", "!q_lora_rank"),
+    _linear("self_attn.q_a_proj", "q_latent", "hidden", "q_lora_rank"),
+    Row("self_attn.q_a_proj.bias", ("q_latent",), "q_lora_rank attention_bias"),
+    Row("self_attn.q_a_layernorm.weight", ("q_latent",), "q_lora_rank"),
+    _linear("self_attn.q_b_proj", "queries", "q_latent", "q_lora_rank"),
+    _linear("self_attn.kv_a_proj_with_mqa", "kv_latent_and_rope", "hidden"),
+    _bias("self_attn.kv_a_proj_with_mqa", "kv_latent_and_rope"),
+    Row("self_attn.kv_a_layernorm.weight", ("kv_latent",)),
+    _linear("self_attn.kv_b_proj", "keys_and_values", "kv_latent"),
+    _linear("self_attn.o_proj", "hidden", "values"),
+    _bias("self_attn.o_proj", "hidden"),
+)
+DENSE = (
+    _linear("mlp.gate_proj", "ffn", "hidden"),
+    _linear("mlp.up_proj", "ffn", "hidden"),
+    _linear("mlp.down_proj", "hidden", "ffn"),
+)
+GATE = (Row("mlp.gate.weight", ("experts", "hidden")),)
+BIAS = (Row("mlp.gate.e_score_correction_bias", ("experts",), "correction_bias"),)
+EXPERTS = (
+    _linear("mlp.experts.{expert}.gate_proj", "expert_ffn", "hidden"),
+    _linear("mlp.experts.{expert}.up_proj", "expert_ffn", "hidden"),
+    _linear("mlp.experts.{expert}.down_proj", "hidden", "expert_ffn"),
+    _linear("mlp.shared_experts.gate_proj", "shared_ffn", "hidden", "shared_experts"),
+    _linear("mlp.shared_experts.up_proj", "shared_ffn", "hidden", "shared_experts"),
+    _linear("mlp.shared_experts.down_proj", "hidden", "shared_ffn", "shared_experts"),
+)
+MTP = (
+    # The embedding and the head are the model's own: the released V3 repeats them, others leave them out.
+    Row("embed_tokens.weight", ("vocabulary", "hidden"), optional=True),
+    Row("enorm.weight", ("hidden",)),
+    Row("hnorm.weight", ("hidden",)),
+    Row("eh_proj.weight", ("hidden", "two_hidden")),
+    Row("shared_head.norm.weight", ("hidden",)),
+    Row("shared_head.head.weight", ("vocabulary", "hidden"), optional=True),
+)
+# Computed from the config, and stored by old versions of transformers.
+DERIVED = "self_attn.rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The tensors of a dialect: its attentions by type, its MoE block, and what a multi-token-prediction layer adds to
+    a decoder layer."""
+
+    attention: Mapping[str, tuple[Row, ...]]
+    moe: tuple[Row, ...]
+    mtp: tuple[Row, ...] = ()
+
+
+TABLES = {
+    "deepseek": Table({"mha": MHA}, GATE + EXPERTS),
+    "deepseek_v2": Table({"mla": MLA}, GATE + EXPERTS),
+    "deepseek_v3": Table({"mla": MLA}, GATE + BIAS + EXPERTS, MTP),
+    "deepseekmoe": Table({"mha": MHA, "mla": MLA}, GATE + BIAS + EXPERTS, MTP),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that a config asks for.
+
+    Attributes:
+        name, shape: in the official per-expert layout.
+        linear: whether FP8 checkpoints hold it in FP8.
+        optional: whether a checkpoint may lack it.
+        stack: of an expert's matrix, the name of its stack.
+        mtp_layer: number of its multi-token-prediction layer; such a layer may be missing as a whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    linear: bool = False
+    optional: bool = False
+    stack: str | None = None
+    mtp_layer: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Where the values of one official tensor lie: a range of rows of a stored tensor taken as a matrix.
+
+    Attributes:
+        tensor: the stored tensor.
+        rows: its rows; a vector is one row.
+        columns: its columns; all of them, but for a part of a down projection.
+        scales: of FP8 values, where their scales lie.
+        block: of FP8 values, rows and columns of a block.
+    """
+
+    tensor: StoredTensor
+    rows: range
+    columns: range
+    scales: "Matrix | None" = None
+    block: Block = BLOCK
+
+    @property
+    def width(self) -> int:
+        """Columns of the stored tensor."""
+        return self.tensor.shape[-1] if self.tensor.shape else 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return len(self.rows), len(self.columns)
+
+    def part(self, rows: range | None = None, columns: range | None = None) -> "Matrix":
+        """Some of its rows or columns. Not for FP8 values, whose blocks it would cut."""
+        assert self.scales is None
+        rows = range(len(self.rows)) if rows is None else rows
+        columns = range(len(self.columns)) if columns is None else columns
+        return replace(
+            self,
+            rows=self.rows[rows.start : rows.stop],
+            columns=self.columns[columns.start : columns.stop],
+        )
+
+
+@dataclass
+class Located:
+    """The tensors of a checkpoint, matched with what its config asks for.
+
+    Attributes:
+        matrices: by official name, where each one lies.
+        absent: official names of optional tensors, and of multi-token-prediction layers, that are not there.
+        derived: names of stored tensors that follow from the config and are not read.
+    """
+
+    matrices: dict[str, Matrix]
+    absent: set[str] = field(default_factory=set)
+    derived: list[str] = field(default_factory=list)
+
+
+def entries(config: DeepseekMoeConfig, architecture: str | None = None) -> dict[str, Entry]:
+    """All tensors that a config asks for, by official name: embedding, layers, norm, head, multi-token prediction.
+
+    Args:
+        config: of any dialect.
+        architecture: class of the model, which decides on the head; the config's first one by default, and a language
+            model where it has none.
+    """
+    table, dimensions, has = TABLES[config.model_type], _dimensions(config), _properties(config)
+    head = head_of(architecture or next(iter(config.architectures or ()), "ForCausalLM"))
+    root = "" if head == "Model" else "model."
+    decoder = NORMS + table.attention[config.attention_type]
+    found: dict[str, Entry] = {}
+
+    def add(prefix: str, rows: tuple[Row, ...], **marks: int) -> None:
+        for row, name, stack in _expanded([row for row in rows if _wanted(row, has)], config.n_routed_experts or 0):
+            shape = tuple(dimensions[dimension] for dimension in row.shape)
+            found[prefix + name] = Entry(
+                prefix + name, shape, row.linear, row.optional, stack and prefix + stack, **marks
+            )
+
+    add(root, MODEL[:1])
+    for layer in range(config.num_hidden_layers):
+        add(f"{root}layers.{layer}.", decoder + (table.moe if config.is_moe_layer(layer) else DENSE))
+    add(root, MODEL[1:])
+    tied = config.tie_word_embeddings and head == "ForCausalLM"
+    add("", tuple(replace(row, optional=tied) for row in HEADS[head]))
+    for layer in mtp_layers(config) if table.mtp else ():
+        block = table.moe if config.n_routed_experts else DENSE
+        add(f"{root}layers.{layer}.", table.mtp + decoder + block, mtp_layer=layer)
+    return found
+
+
+def head_of(architecture: str) -> str:
+    """The ending of a class name that says what head the model has.
+
+    Raises:
+        ValueError: for a class without a table.
+    """
+    for head in HEADS:
+        if architecture.endswith(head):
+            return head
+    raise ValueError(f"architecture={architecture!r} is not allowed: it must end in one of {', '.join(HEADS)}.")
+
+
+def stacks(wanted: Mapping[str, Entry]) -> dict[str, list[Entry]]:
+    """The matrices of every stack, in their order: expert by expert, gate before up."""
+    members: dict[str, list[Entry]] = {}
+    for entry in wanted.values():
+        if entry.stack is not None:
+            members.setdefault(entry.stack, []).append(entry)
+    return members
+
+
+def stack_shape(members: list[Entry], number: int) -> tuple[int, int, int]:
+    """(E, rows, columns) of a stack of `number` experts."""
+    rows, columns = members[0].shape
+    return number, len(members) // number * rows, columns
+
+
+def locate(
+    wanted: Mapping[str, Entry], tensors: Mapping[str, StoredTensor], experts: int = 0, block: Block = BLOCK
+) -> Located:
+    """Match stored tensors with what a config asks for; each expert's matrices are per expert or in a stack.
+
+    Args:
+        wanted: [`entries`] of the config.
+        tensors: the stored tensors.
+        experts: E, the number of routed experts.
+        block: rows and columns of an FP8 block.
+
+    Raises:
+        ValueError: listing the tensors that no row explains, that are missing, or that have another shape.
+    """
+    located = Located({})
+    used: set[str] = set()
+    missing: list[str] = []
+    for stack, members in stacks(wanted).items():
+        if stack in tensors:
+            _locate_stack(located, used, stack, members, tensors, experts, block)
+    for name, entry in wanted.items():
+        if name in located.matrices:
+            if name in tensors:
+                raise ValueError(f"Tensor {name} is there twice: alone, and in the stack {entry.stack}.")
+        elif name in tensors:
+            scales = tensors.get(name + SCALE_SUFFIX)
+            located.matrices[name] = _matrix(tensors[name], entry.shape, scales, block)
+            used |= {name} | ({scales.name} if scales else set())
+        else:
+            missing.append(name)
+    _check_missing(located, wanted, missing)
+    located.derived = [name for name in tensors if name.endswith(DERIVED)]
+    unknown = [name for name in tensors if name not in used and not name.endswith(DERIVED)]
+    if unknown:
+        raise ValueError(f"Checkpoint tensors that the config has no place for: {listed(unknown)}.")
+    return located
+
+
+# ----------------------------------------------------------------------------------------------------- what a row says
+def _dimensions(config: DeepseekMoeConfig) -> dict[str, int]:
+    heads = config.num_attention_heads
+    dimensions = {
+        "vocabulary": config.vocab_size,
+        "hidden": config.hidden_size,
+        "two_hidden": 2 * config.hidden_size,
+        "labels": config.num_labels,
+        "ffn": config.intermediate_size,
+        "expert_ffn": config.moe_intermediate_size,
+        "shared_ffn": config.shared_intermediate_size,
+        "experts": config.n_routed_experts or 0,
+    }
+    if config.attention_type == "mla":
+        return dimensions | {
+            "queries": heads * (config.qk_nope_head_dim + config.qk_rope_head_dim),
+            "q_latent": config.q_lora_rank or 0,
+            "kv_latent": config.kv_lora_rank,
+            "kv_latent_and_rope": config.kv_lora_rank + config.qk_rope_head_dim,
+            "keys_and_values": heads * (config.qk_nope_head_dim + config.v_head_dim),
+            "values": heads * config.v_head_dim,
+        }
+    return dimensions | {"queries": heads * config.head_dim, "keys": config.num_key_value_heads * config.head_dim}
+
+
+def _properties(config: DeepseekMoeConfig) -> dict[str, bool]:
+    return {
+        "attention_bias": config.attention_bias,
+        "q_lora_rank": config.q_lora_rank is not None,
+        "correction_bias": config.topk_method == "noaux_tc",
+        "shared_experts": bool(config.n_shared_experts),
+    }
+
+
+def _wanted(row: Row, has: dict[str, bool]) -> bool:
+    return all(has[name.removeprefix("!")] != name.startswith("!") for name in row.needs.split())
+
+
+def _expanded(rows: list[Row], experts: int) -> Iterator[tuple[Row, str, str | None]]:
+    """Rows with the names of their tensors and, of an expert's, its stack; all matrices of an expert together."""
+    per_expert = [row for row in rows if "{expert}" in row.name]
+    for row in rows:
+        if row not in per_expert:
+            yield row, row.name, None
+    for expert in range(experts):
+        for row in per_expert:
+            block, projection = row.name.split(".{expert}.")
+            stack = next(stack for stack, parts in STACKS.items() if projection.removesuffix(".weight") in parts)
+            yield row, row.name.format(expert=expert), f"{block}.{stack}"
+
+
+# -------------------------------------------------------------------------------------------------------- the matching
+def _matrix(tensor: StoredTensor, shape: tuple[int, ...], scales: StoredTensor | None, block: Block = BLOCK) -> Matrix:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"Checkpoint tensor {tensor.name} has shape {tensor.shape}, which is not allowed: the config asks for "
+            f"{shape}."
+        )
+    if (tensor.dtype == FP8) != (scales is not None):
+        found = "has no scales" if scales is None else f"is {tensor.dtype} and has scales"
+        raise ValueError(f"Checkpoint tensor {tensor.name} {found}: FP8 values need {tensor.name}{SCALE_SUFFIX}.")
+    rows = range(shape[0]) if len(shape) == 2 else range(1)
+    if scales is None:
+        return Matrix(tensor, rows, range(shape[-1]))
+    if len(shape) != 2:
+        raise ValueError(f"Checkpoint tensor {tensor.name} of shape {shape} is FP8: only matrices can be.")
+    own = _matrix(scales, scale_shape((shape[0], shape[1]), block), None)
+    return Matrix(tensor, rows, range(shape[1]), own, block)
+
+
+def _locate_stack(
+    located: Located,
+    used: set[str],
+    stack: str,
+    members: list[Entry],
+    tensors: Mapping[str, StoredTensor],
+    experts: int,
+    block: Block,
+) -> None:
+    tensor, scales = tensors[stack], tensors.get(stack + SCALE_SUFFIX)
+    rows, columns = members[0].shape
+    scale_rows, scale_columns = scale_shape((rows, columns), block)
+    flat = replace(tensor, shape=(len(members) * rows, columns))
+    whole = stack_shape(members, experts)
+    if tensor.shape != whole:
+        raise ValueError(
+            f"Checkpoint tensor {stack} has shape {tensor.shape}, which is not allowed: the config asks for {whole}."
+        )
+    whole_scales = (experts, len(members) // experts * scale_rows, scale_columns)
+    if scales is not None and scales.shape != whole_scales:
+        raise ValueError(
+            f"Checkpoint tensor {scales.name} has shape {scales.shape}, which is not allowed: it must be "
+            f"{whole_scales}, the scales of each matrix one below the other."
+        )
+    flat_scales = replace(scales, shape=(len(members) * scale_rows, scale_columns)) if scales else None
+    if (tensor.dtype == FP8) != (scales is not None):
+        raise ValueError(f"Checkpoint tensor {stack}: FP8 values, and only these, need {stack}{SCALE_SUFFIX}.")
+    for number, entry in enumerate(members):
+        own = None
+        if flat_scales is not None:
+            first = number * scale_rows
+            own = Matrix(flat_scales, range(first, first + scale_rows), range(scale_columns))
+        located.matrices[entry.name] = Matrix(
+            flat, range(number * rows, (number + 1) * rows), range(columns), own, block
+        )
+    used |= {stack} | ({scales.name} if scales else set())
+
+
+def _check_missing(located: Located, wanted: Mapping[str, Entry], missing: list[str]) -> None:
+    present = {wanted[name].mtp_layer for name in located.matrices}
+    located.absent = {
+        name for name in missing if wanted[name].optional or wanted[name].mtp_layer not in {None, *present}
+    }
+    lacking = [name for name in missing if name not in located.absent]
+    if lacking:
+        raise ValueError(f"Checkpoint tensors that the config asks for are missing: {listed(lacking)}.")
+
+
+__all__ = [
+    "TABLES",
+    "Entry",
+    "Located",
+    "Matrix",
+    "Row",
+    "Table",
+    "entries",
+    "head_of",
+    "locate",
+    "stack_shape",
+    "stacks",
+]
