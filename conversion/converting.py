@@ -1,8 +1,10 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Converting checkpoints: dialect, layout and dtype, streamed from one folder to another."""
 
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import torch
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import DeepseekMoeConfig
-from modeling_deepseekmoe.configuration import config_from_dict, list_presets, load_preset
+from modeling_deepseekmoe.configuration import list_presets, load_preset
 from modeling_deepseekmoe.folders import local_folder
+from modeling_deepseekmoe.registration import without_model_classes
 
 from .block_fp8 import BLOCK
 from .checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, Checkpoint, TensorSource, read_index, side_files
@@ -130,28 +133,8 @@ def plan_conversion(
             )
     if to is not None:
         check_dialect(to)
-    folder, found, has_weights = _source(source, without_weights)
-    dialect = to or found.config.model_type
-    layout = layout or (found.layout if dialect == found.config.model_type else LAYOUTS[0])
-    notes = [] if has_weights else ["the weights are not here: sizes follow from the config, and nothing was checked"]
-    if found.located.derived:
-        notes.append(f"{len(found.located.derived)} tensors of rotary embeddings follow from the config: left out")
-    mtp = [name for name in found.located.matrices if found.wanted[name].mtp_layer is not None]
-    if drop_mtp and mtp:
-        notes.append(f"{len(mtp)} tensors of multi-token-prediction layers are left out")
-    config, text = _translated_config(found, dialect, dtype, drop_mtp)
-    if dialect != found.config.model_type and config.loss_alphas != found.config.loss_alphas:
-        notes.append(f"balance losses in training: {found.config.loss_alphas} here, {config.loss_alphas} there")
-    tensors = list(_tensors(found, config, layout, dtype))
-    copies = () if folder is None else tuple(_copies(folder, code=dialect == found.config.model_type))
-    origin = {
-        "version": modeling_deepseekmoe.__version__,
-        "dtype": dtype,
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _files(found.source)],
-        "tensors": {tensor.name: tensor.offset for tensor in found.source.tensors.values()},
-    }
-    plan = FolderPlan(make_shards(tensors, max_shard_size), {CONFIG_NAME: text}, copies, origin)
-    return ConversionPlan(found.source, plan, dialect, layout, dtype, tuple(notes), has_weights)
+    with _no_garbage_collection():
+        return _plan(source, to, layout, dtype, max_shard_size, drop_mtp, without_weights)
 
 
 def convert(
@@ -189,22 +172,83 @@ def convert(
             beside the destination, for `resume`.
     """
     plan = plan_conversion(source, to=to, layout=layout, dtype=dtype, max_shard_size=max_shard_size, drop_mtp=drop_mtp)
-    write_folder(plan.folder, plan.source, destination, resume=resume, report=report, progress=progress)
+    carry_out(plan, destination, resume=resume, report=report, progress=progress)
     return plan
+
+
+def carry_out(
+    plan: ConversionPlan,
+    destination: str | Path,
+    *,
+    resume: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int], None] = lambda size: None,
+) -> None:
+    """The second half of [`convert`], for those who want to see the plan first."""
+    if not plan.has_weights:
+        raise ValueError("The plan cannot be carried out: the source's weights are not there.")
+    write_folder(plan.folder, plan.source, destination, resume=resume, report=report, progress=progress)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A plan is made of some hundred thousand objects without cycles, among which the collector would search."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _plan(
+    source: str | Path,
+    to: str | None,
+    layout: str | None,
+    dtype: str,
+    max_shard_size: str | int,
+    drop_mtp: bool,
+    without_weights: bool,
+) -> ConversionPlan:
+    folder, found, has_weights = _source(source, without_weights)
+    dialect = to or found.config.model_type
+    layout = layout or (found.layout if dialect == found.config.model_type else LAYOUTS[0])
+    notes = [] if has_weights else ["the weights are not here: sizes follow from the config, and nothing was checked"]
+    if found.located.derived:
+        notes.append(f"{len(found.located.derived)} tensors of rotary embeddings follow from the config: left out")
+    mtp = [name for name in found.located.matrices if found.wanted[name].mtp_layer is not None]
+    if drop_mtp and mtp:
+        notes.append(f"{len(mtp)} tensors of multi-token-prediction layers are left out")
+    config, text = _translated_config(found, dialect, dtype, drop_mtp)
+    if dialect != found.config.model_type and config.loss_alphas != found.config.loss_alphas:
+        notes.append(f"balance losses in training: {found.config.loss_alphas} here, {config.loss_alphas} there")
+    tensors = list(_tensors(found, config, layout, dtype))
+    copies = () if folder is None else tuple(_copies(folder, code=dialect == found.config.model_type))
+    origin = {
+        "version": modeling_deepseekmoe.__version__,
+        "dtype": dtype,
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _files(found.source)],
+        "tensors": {tensor.name: tensor.offset for tensor in found.source.tensors.values()},
+    }
+    plan = FolderPlan(make_shards(tensors, max_shard_size), {CONFIG_NAME: text}, copies, origin)
+    return ConversionPlan(found.source, plan, dialect, layout, dtype, tuple(notes), has_weights)
 
 
 # ---------------------------------------------------------------------------------------------------------- the source
 def _source(source: str | Path, without_weights: bool) -> tuple[Path | None, Description, bool]:
     """The source's folder, what it holds, and whether its weights are there."""
     if without_weights and not Path(source).is_dir() and str(source) in list_presets():
-        config = load_preset(str(source))
-        return None, understand(planned(config, None), config.to_diff_dict()), False
+        with without_model_classes():
+            config = load_preset(str(source))
+        return None, planned(config.to_diff_dict(), config, None), False
     folder = local_folder(source)
     raw = read_config(folder)
+    config = as_config(raw, folder)
     weight_map = read_index(folder) if without_weights else None
     if weight_map and not any((folder / name).is_file() for name in weight_map.values()):
-        return folder, understand(planned(as_config(raw, folder), weight_map), raw), False
-    return folder, understand(Checkpoint(folder), raw), True
+        return folder, planned(raw, config, weight_map), False
+    return folder, understand(Checkpoint(folder), raw, config), True
 
 
 def _files(source: TensorSource) -> list[Path]:
@@ -214,7 +258,7 @@ def _files(source: TensorSource) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- the target
 def _tensors(found: Description, config: DeepseekMoeConfig, layout: str, dtype: str) -> list[Output]:
     """The tensors of the target config, made of the source's."""
-    wanted = entries(config)
+    wanted = found.wanted if config is found.config else entries(config)
     parts: dict[str, tuple[Part, Part | None]] = {}
     for name, entry in wanted.items():
         matrix = found.matrix(name)
@@ -251,7 +295,8 @@ def _translated_config(
         raw |= dict.fromkeys(names, dtype)
     if raw == found.raw and isinstance(found.source, Checkpoint):
         return config, (found.source.folder / CONFIG_NAME).read_bytes()
-    return config_from_dict(raw), (json.dumps(raw, indent=2, sort_keys=True) + "\n").encode()
+    text = (json.dumps(raw, indent=2, sort_keys=True) + "\n").encode()
+    return config if raw == found.raw else as_config(raw), text
 
 
 def _copies(folder: Path, code: bool) -> list[Path]:
@@ -260,4 +305,4 @@ def _copies(folder: Path, code: bool) -> list[Path]:
     return [file for file in side_files(folder) if file.name not in left_out and (code or file.suffix != ".py")]
 
 
-__all__ = ["LAYOUTS", "STORED_DTYPES", "ConversionPlan", "convert", "plan_conversion"]
+__all__ = ["LAYOUTS", "STORED_DTYPES", "ConversionPlan", "carry_out", "convert", "plan_conversion"]

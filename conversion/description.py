@@ -9,10 +9,11 @@ import torch
 
 from modeling_deepseekmoe import DeepseekMoeConfig
 from modeling_deepseekmoe.configuration import config_from_dict
+from modeling_deepseekmoe.registration import without_model_classes
 
 from .block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, scale_shape
 from .checkpoint import CONFIG_NAME, Checkpoint, StoredTensor, TensorSource, check_inside, parse_json
-from .tensor_table import Entry, Located, Matrix, entries, locate
+from .tensor_table import Entry, Located, Matrix, entries, locate, stack_shape, stacks
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def describe(folder: str | Path) -> Description:
     """
     folder = Path(folder)
     raw = read_config(folder)
-    return understand(Checkpoint(folder), raw)
+    return understand(Checkpoint(folder), raw, as_config(raw, folder))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -82,19 +83,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 def as_config(raw: dict[str, Any], folder: Path | None = None) -> DeepseekMoeConfig:
     """A `config.json` as this package's class; raises `ValueError` for what cannot be read."""
     try:
-        return config_from_dict(raw)
+        with without_model_classes():
+            return config_from_dict(raw)
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{CONFIG_NAME} of {folder} cannot be read as a config: {error}") from error
 
 
-def understand(source: TensorSource, raw: dict[str, Any]) -> Description:
-    """Match tensors with a config.
-
-    Raises:
-        ValueError: for a config that is not allowed, and tensors that do not fit it.
-    """
-    config = as_config(raw, getattr(source, "folder", None))
-    wanted = entries(config)
+def understand(
+    source: TensorSource, raw: dict[str, Any], config: DeepseekMoeConfig, wanted: dict[str, Entry] | None = None
+) -> Description:
+    """Match tensors with a config, which is also there as its file has it; raises `ValueError` if they do not fit."""
+    wanted = entries(config) if wanted is None else wanted
     block = _fp8_block(raw)
     located = locate(wanted, source.tensors, config.n_routed_experts or 0, block)
     return Description(source, raw, config, wanted, located, block)
@@ -113,22 +112,34 @@ def _fp8_block(raw: dict[str, Any]) -> Block:
     return block[0], block[1]
 
 
-def planned(config: DeepseekMoeConfig, weight_map: dict[str, str] | None) -> TensorSource:
-    """The tensors of a config without their values; of those names alone that an index has."""
+def planned(raw: dict[str, Any], config: DeepseekMoeConfig, weight_map: dict[str, str] | None) -> Description:
+    """The checkpoint of a config, without its values: with the tensors of an index, or all but those of
+    multi-token-prediction layers.
+
+    Raises:
+        ValueError: listing the tensors of the index that the config has no place for, or that are missing.
+    """
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    wanted = entries(config)
+    if weight_map is None:
+        names = [name for name, entry in wanted.items() if entry.mtp_layer is None]
+    else:
+        names = list(weight_map)
+    shapes = {name: entry.shape for name, entry in wanted.items()}
+    if any(name not in shapes for name in names):
+        for stack, members in stacks(wanted).items():
+            shapes[stack] = stack_shape(members, config.n_routed_experts)
     tensors = []
-    for name, entry in entries(config).items():
-        if weight_map is None and entry.mtp_layer is not None:
-            continue  # presets are counted without
-        if weight_map is not None and name not in weight_map:
-            continue
-        quantized = weight_map is not None and name + SCALE_SUFFIX in weight_map
-        own = torch.float32 if name.endswith("e_score_correction_bias") else FP8 if quantized else dtype
-        tensors.append(StoredTensor(name, own, entry.shape))
-        if quantized:
-            shape = scale_shape((entry.shape[0], entry.shape[1]))
-            tensors.append(StoredTensor(name + SCALE_SUFFIX, torch.float32, shape))
-    return TensorSource(tensors)
+    for name in names:
+        plain = name.removesuffix(SCALE_SUFFIX)
+        if plain != name and plain in shapes and weight_map and plain in weight_map:
+            shape, own = (*shapes[plain][:-2], *scale_shape(shapes[plain][-2:])), torch.float32
+        else:
+            quantized = weight_map is not None and name + SCALE_SUFFIX in weight_map
+            own = torch.float32 if name.endswith("e_score_correction_bias") else FP8 if quantized else dtype
+            shape = shapes.get(name, ())
+        tensors.append(StoredTensor(name, own, shape))
+    return understand(TensorSource(tensors), raw, config, wanted)
 
 
 __all__ = ["Description", "as_config", "describe", "planned", "read_config", "understand"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from modeling_deepseekmoe import DeepseekMoeConfig
 from modeling_deepseekmoe.configuration import config_from_dict
-from modeling_deepseekmoe.registration import CONFIG_CLASSES
+from modeling_deepseekmoe.registration import CONFIG_CLASSES, without_model_classes
 
 from .tensor_table import TABLES, head_of
 
@@ -72,7 +72,8 @@ def translate(config: DeepseekMoeConfig, dialect: str) -> DeepseekMoeConfig:
     if dialect != "deepseekmoe":
         content["tie_word_embeddings"] = False
     try:
-        translated = config_from_dict({**content, "model_type": dialect})
+        with without_model_classes():
+            translated = config_from_dict({**content, "model_type": dialect})
     except ValueError as error:
         raise ValueError(f"The checkpoint cannot be expressed in dialect {dialect!r}: {error}") from error
     _check_same(config, translated)

@@ -120,7 +120,7 @@ TABLES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor that a config asks for.
 
@@ -210,10 +210,11 @@ def entries(config: DeepseekMoeConfig, architecture: str | None = None) -> dict[
     found: dict[str, Entry] = {}
 
     def add(prefix: str, rows: tuple[Row, ...], **marks: int) -> None:
-        for row, name, stack in _expanded([row for row in rows if _wanted(row, has)], config.n_routed_experts or 0):
-            shape = tuple(dimensions[dimension] for dimension in row.shape)
+        rows = tuple(row for row in rows if _wanted(row, has))
+        shapes = {row.name: tuple(dimensions[name] for name in row.shape) for row in rows}
+        for row, name, stack in _expanded(rows, config.n_routed_experts or 0):
             found[prefix + name] = Entry(
-                prefix + name, shape, row.linear, row.optional, stack and prefix + stack, **marks
+                prefix + name, shapes[row.name], row.linear, row.optional, stack and prefix + stack, **marks
             )
 
     add(root, MODEL[:1])
@@ -331,17 +332,19 @@ def _wanted(row: Row, has: dict[str, bool]) -> bool:
     return all(has[name.removeprefix("!")] != name.startswith("!") for name in row.needs.split())
 
 
-def _expanded(rows: list[Row], experts: int) -> Iterator[tuple[Row, str, str | None]]:
+def _expanded(rows: tuple[Row, ...], experts: int) -> Iterator[tuple[Row, str, str | None]]:
     """Rows with the names of their tensors and, of an expert's, its stack; all matrices of an expert together."""
-    per_expert = [row for row in rows if "{expert}" in row.name]
+    per_expert = []
     for row in rows:
-        if row not in per_expert:
+        if "{expert}" not in row.name:
             yield row, row.name, None
+            continue
+        block, projection = row.name.split("{expert}")
+        own = next(stack for stack, parts in STACKS.items() if projection.split(".")[1] in parts)
+        per_expert.append((row, block, projection, block + own))
     for expert in range(experts):
-        for row in per_expert:
-            block, projection = row.name.split(".{expert}.")
-            stack = next(stack for stack, parts in STACKS.items() if projection.removesuffix(".weight") in parts)
-            yield row, row.name.format(expert=expert), f"{block}.{stack}"
+        for row, block, projection, stack in per_expert:
+            yield row, f"{block}{expert}{projection}", stack
 
 
 # -------------------------------------------------------------------------------------------------------- the matching

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import logging
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
@@ -36,6 +34,10 @@ def register_checkpoint_layout() -> None:
     The mapping of `deepseek_v2` and `deepseek_v3` equals the one that transformers holds for its own classes; it is
     registered again because transformers applies a mapping to classes from outside only where they registered it.
     """
+    # Slow to import, and the models that call this have loaded it anyway.
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
     for model_type in MODEL_TYPES:
         stacking = [
             WeightConverter(

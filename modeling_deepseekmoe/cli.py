@@ -99,6 +99,52 @@ def inspect(
             typer.echo(f"{tensors} tensors read, all values finite.", err=as_json)
 
 
+@contextmanager
+def _bytes_bar(total: int) -> Iterator[Any]:
+    """A progress bar on stderr: bytes, speed, time left."""
+    from huggingface_hub.utils import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, file=sys.stderr) as bar:
+        yield bar
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; with --dry-run also a preset's name.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    to: Annotated[
+        str | None, typer.Option(help="Dialect: deepseekmoe, deepseek, deepseek_v2 or deepseek_v3; the source's own.")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="per-expert or stacked; the source's own.")] = None,
+    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16, float16 or fp8.")] = "keep",
+    max_shard_size: Annotated[str, typer.Option(help="Size of a weight file, as 5GB or 500MB.")] = "5GB",
+    drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave multi-token-prediction layers out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has left.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Convert a checkpoint's dialect, layout of the experts, or dtype, streaming from folder to folder."""
+    from modeling_deepseekmoe.conversion.converting import carry_out, plan_conversion
+
+    with _exit_codes():
+        plan = plan_conversion(
+            source,
+            to=to,
+            layout=layout,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            drop_mtp=drop_mtp,
+            without_weights=dry_run,
+        )
+        typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else plan.to_text())
+        if not dry_run:
+            with _bytes_bar(plan.nbytes) as bar:
+                carry_out(plan, destination, resume=resume, report=bar.write, progress=bar.update)
+            typer.echo(f"{destination}: complete.", err=as_json)
+
+
 @app.command()
 def upcycle(
     source: Annotated[str, typer.Argument(help="Folder or hub id of a dense Llama, Mistral, Qwen2 or SmolLM2 model.")],

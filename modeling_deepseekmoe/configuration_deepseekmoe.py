@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .parallel_plans import PIPELINE_PLAN, expert_parallel_plan, tensor_parallel_plan
+from .parallel_plans import PIPELINE_PLAN, tensor_parallel_plan
 
 ATTENTION_TYPES = ("mha", "mla")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
@@ -186,7 +186,6 @@ class DeepseekMoeConfig(PreTrainedConfig):
             self.attention_type = "mla" if self.kv_lora_rank is not None else "mha"
         self.check_fields()
         self.base_model_tp_plan = tensor_parallel_plan(self)
-        self.base_model_ep_plan = expert_parallel_plan()
         super().__post_init__(**kwargs)
         self._check_rope()
 
@@ -272,7 +271,6 @@ class DeepseekMoeConfig(PreTrainedConfig):
         """The config as a dictionary, without what can be derived from the other fields."""
         output = super().to_dict()
         output.pop("qk_head_dim", None)
-        output.pop("base_model_ep_plan", None)
         if output.get("head_dim") in (None, self._default_head_dim()):
             output.pop("head_dim", None)
         if self.attention_type == "mha":
@@ -330,9 +328,10 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
     def _check_kinds(self) -> None:
         """Fields that are neither sizes nor part of the routing."""
-        from transformers.activations import ACT2CLS  # slow to import, and loaded with the models anyway
+        if self.hidden_act != "silu":  # the list of all others is slow to import
+            from transformers.activations import ACT2CLS
 
-        self._check_one_of("hidden_act", tuple(ACT2CLS))
+            self._check_one_of("hidden_act", tuple(ACT2CLS))
         for field in ("norm_topk_prob", "seq_aux", "attention_bias", "tie_word_embeddings", "rope_interleave"):
             if not isinstance(getattr(self, field), bool | None):
                 self._refuse(field, "it must be true or false")

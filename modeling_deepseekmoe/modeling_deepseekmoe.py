@@ -44,6 +44,7 @@ from .checkpoint_layout import (
 )
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
+from .parallel_plans import expert_parallel_plan
 from .replaced_forward import keep_auxiliary_loss
 from .router_load import (
     NO_RECORD,
@@ -64,6 +65,7 @@ from .token_dropping import drop_tokens
 ATTENTION_CLASSES: dict[str, type[nn.Module]] = {"mha": LlamaAttention, "mla": DeepseekV3Attention}
 
 register_checkpoint_layout()
+DeepseekMoeConfig.base_model_ep_plan = expert_parallel_plan()  # here, because it takes a second to find out
 
 
 @dataclass

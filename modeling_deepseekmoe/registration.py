@@ -1,6 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Registration with transformers' Auto classes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from transformers import AutoConfig
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
@@ -33,6 +36,17 @@ def register(override_native: bool = False) -> None:
         _restore_native()
     # The model classes take seconds to import, and no Auto class needs them before a config of theirs exists.
     DeepseekMoeConfig.before_first_config = _register_models
+
+
+@contextmanager
+def without_model_classes() -> Iterator[None]:
+    """Inside, configs are made without importing the model classes, which takes seconds: for reading files alone. The
+    first config afterwards registers the classes, as always."""
+    hook, DeepseekMoeConfig.before_first_config = DeepseekMoeConfig.before_first_config, None
+    try:
+        yield
+    finally:
+        DeepseekMoeConfig.before_first_config = hook
 
 
 def _restore_native() -> None:
@@ -77,4 +91,4 @@ def _register_models() -> None:
         TOKENIZER_MAPPING_NAMES.setdefault(config_class.model_type, "TokenizersBackend")
 
 
-__all__ = ["register"]
+__all__ = ["register", "without_model_classes"]

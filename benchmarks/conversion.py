@@ -1,0 +1,195 @@
+"""Converting checkpoints: memory, and speed against `cp`.
+
+A synthetic checkpoint with the tensors of DeepSeekMoE 16B (hidden 2048, 64 experts of width 1408, vocabulary 102400),
+random, in bfloat16, with as many layers as the size asks for. Every conversion runs in a process of its own, whose
+anonymous resident memory (`RssAnon`) and mapped files are sampled from the operating system. `cp` and the conversions
+take turns; what one has left in the page cache is written to the disk before the next one begins.
+
+    python benchmarks/conversion.py [--sizes 2 8] [--rounds 3] [--folder FOLDER]
+
+Prints a table; writes benchmarks/results/conversion.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from modeling_deepseekmoe import DeepseekConfig
+from modeling_deepseekmoe.conversion.checkpoint import StoredTensor, TensorSource
+from modeling_deepseekmoe.conversion.streaming import outputs, parts_of
+from modeling_deepseekmoe.conversion.tensor_table import entries, locate
+from modeling_deepseekmoe.conversion.writing import FolderPlan, make_shards, write_folder
+
+RESULTS = Path(__file__).parent / "results" / "conversion.json"
+SHARD = "2GB"
+# Name of a case, its arguments for `deepseekmoe convert`, and whether it starts from the stacked copy.
+CASES = {
+    "per-expert to stacked": ("--layout", "stacked"),
+    "stacked to per-expert": ("--layout", "per-expert"),
+    "per-expert to stacked, float32": ("--layout", "stacked", "--dtype", "float32"),
+    "bfloat16 to FP8": ("--dtype", "fp8"),
+    "FP8 to bfloat16": ("--dtype", "bfloat16"),
+}
+SOURCES = {"stacked to per-expert": "stacked", "FP8 to bfloat16": "fp8"}
+SAMPLING = 0.02  # seconds
+
+
+class RandomTensors(TensorSource):
+    """Tensors of small random values, the same ones again and again."""
+
+    def __init__(self, tensors: list[StoredTensor]) -> None:
+        super().__init__(tensors)
+        torch.manual_seed(0)
+        self.values = (torch.randn(2**24) * 0.02).to(torch.bfloat16)
+
+    def read(self, tensor: StoredTensor, first: int, last: int) -> torch.Tensor:
+        """A part of the values."""
+        return self.values[: last - first]
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> int:
+    """Write the synthetic checkpoint; returns its size in bytes."""
+    layers = 2
+    while size_of(config_of(layers)) < gigabytes * 1e9:
+        layers += 1
+    config = config_of(layers)
+    wanted = entries(config)
+    source = RandomTensors([StoredTensor(name, torch.bfloat16, entry.shape) for name, entry in wanted.items()])
+    located = locate(wanted, source.tensors, config.n_routed_experts)
+    parts = {name: parts_of(entry, located.matrices[name], "keep") for name, entry in wanted.items()}
+    shards = make_shards(list(outputs(wanted, parts, "per-expert", config.n_routed_experts)), SHARD)
+    text = config.to_json_string().encode()
+    write_folder(FolderPlan(shards, {"config.json": text}), source, folder)
+    return folder_size(folder)
+
+
+def config_of(layers: int) -> DeepseekConfig:
+    """DeepSeekMoE 16B with fewer layers."""
+    return DeepseekConfig(
+        hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=layers,
+        num_attention_heads=16, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+        first_k_dense_replace=1, dtype="bfloat16", architectures=["DeepseekForCausalLM"],
+    )  # fmt: skip
+
+
+def size_of(config: DeepseekConfig) -> int:
+    """Bytes of the weights in bfloat16."""
+    return sum(2 * StoredTensor("", torch.bfloat16, entry.shape).numel for entry in entries(config).values())
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def copy(source: Path, destination: Path) -> dict[str, float]:
+    """`cp -r`, timed."""
+    os.sync()
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", source, destination], check=True)
+    return {"seconds": time.perf_counter() - started, "bytes": folder_size(destination)}
+
+
+def convert(source: Path, destination: Path, arguments: tuple[str, ...]) -> dict[str, float]:
+    """`deepseekmoe convert` in a process of its own: time, peak of its anonymous memory, most files mapped at once."""
+    os.sync()
+    command = [sys.executable, "-m", "modeling_deepseekmoe.cli", "convert", str(source), str(destination), *arguments]
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, "--max-shard-size", SHARD], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    peak = mapped = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        except OSError:
+            break
+        lines = [line for line in status.splitlines() if line.startswith("RssAnon")]
+        peak = max(peak, int(lines[0].split()[1]) * 1024 if lines else 0)
+        files = {line.split()[-1] for line in maps.splitlines() if line.endswith(".safetensors")}
+        mapped = max(mapped, len(files))
+        time.sleep(SAMPLING)
+    if process.wait():
+        raise RuntimeError(f"{' '.join(command)} failed")
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "bytes": folder_size(destination), "rss_anon": peak, "mapped": mapped}
+
+
+def measure(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
+    """All cases for one size."""
+    source = folder / "source"
+    size = make_checkpoint(source, gigabytes)
+    result: dict[str, Any] = {"gigabytes": size / 1e9, "files": len(list(source.glob("*.safetensors"))), "cases": {}}
+    sources = {"source": source}
+    for name, arguments in CASES.items():
+        runs = []
+        for number in range(rounds):
+            start = sources[SOURCES.get(name, "source")]
+            reference = copy(start, folder / "copy")
+            shutil.rmtree(folder / "copy")
+            run = convert(start, folder / "converted", arguments)
+            # Bytes a second, of what is written; `cp` writes what it reads.
+            run["of_cp"] = (run["bytes"] / run["seconds"]) / (reference["bytes"] / reference["seconds"])
+            run["cp_seconds"] = reference["seconds"]
+            runs.append(run)
+            kept = {"per-expert to stacked": "stacked", "bfloat16 to FP8": "fp8"}.get(name)
+            if kept and number == rounds - 1:
+                sources[kept] = (folder / "converted").rename(folder / kept)
+            else:
+                shutil.rmtree(folder / "converted")
+        if SOURCES.get(name):
+            shutil.rmtree(sources[SOURCES[name]])
+        result["cases"][name] = {
+            key: statistics.median(run[key] for run in runs) for key in ("seconds", "cp_seconds", "of_cp", "bytes")
+        } | {"rss_anon": max(run["rss_anon"] for run in runs), "mapped": max(run["mapped"] for run in runs)}
+        print(f"{size / 1e9:.2f} GB, {name}: {result['cases'][name]}", flush=True)
+    shutil.rmtree(source)
+    return result
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=float, nargs="+", default=[2.0, 8.0], help="GB")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to work; needs four times the largest size")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    results = []
+    for gigabytes in options.sizes:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            results.append(measure(Path(folder), gigabytes, options.rounds))
+    content = {
+        "torch": torch.__version__, "safetensors": safetensors.__version__, "python": platform.python_version(),
+        "cpus": os.cpu_count(), "rounds": options.rounds, "results": results,
+    }  # fmt: skip
+    options.output.write_text(json.dumps(content, indent=2) + "\n")
+    print(
+        "\n| checkpoint | conversion | time | `cp` of the source | bytes written a second, of `cp` "
+        "| peak RssAnon | files mapped at once |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for result in results:
+        for name, case in result["cases"].items():
+            print(
+                f"| {result['gigabytes']:.2f} GB, {result['files']} files | {name} | {case['seconds']:.1f} s "
+                f"| {case['cp_seconds']:.1f} s | {case['of_cp']:.0%} | {case['rss_anon'] / 1e6:.0f} MB "
+                f"| {case['mapped']} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
