@@ -276,18 +276,25 @@ def check_inside(file: Path, folder: Path) -> None:
         raise ValueError(f"{file.name} is a link to {target}, which is not allowed: it must lie in the folder.")
 
 
-def side_files(folder: Path) -> Iterator[Path]:
-    """The files of a checkpoint beside its weights, sorted: tokenizer, generation config, chat template, texts.
+def small_files(folder: Path, code: bool) -> Iterator[Path]:
+    """The files of a checkpoint beside weights and config, sorted: tokenizer, generation config, chat template, texts.
+
+    Args:
+        folder: the checkpoint.
+        code: whether to include Python files, which `auto_map` in the config names.
 
     Raises:
         ValueError: for a link to another place.
     """
     for file in sorted(folder.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and file.name != INDEX_NAME:
-            if file.name.endswith((*FOREIGN_WEIGHTS, ".safetensors")) or file.name.endswith(".index.json"):
-                continue
-            check_inside(file, folder)
-            yield file
+        if not file.is_file() or file.name.startswith(".") or file.name in (CONFIG_NAME, MANIFEST_NAME):
+            continue
+        if file.name.endswith((*FOREIGN_WEIGHTS, ".safetensors", ".index.json")) or (
+            file.suffix == ".py" and not code
+        ):
+            continue
+        check_inside(file, folder)
+        yield file
 
 
 def listed(names: Iterable[str]) -> str:
@@ -313,6 +320,6 @@ __all__ = [
     "parse_json",
     "read_header",
     "read_index",
-    "side_files",
+    "small_files",
     "weight_files",
 ]

@@ -18,7 +18,7 @@ from modeling_deepseekmoe.folders import local_folder
 from modeling_deepseekmoe.registration import without_model_classes
 
 from .block_fp8 import BLOCK
-from .checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, Checkpoint, TensorSource, read_index, side_files
+from .checkpoint import CONFIG_NAME, Checkpoint, TensorSource, read_index, small_files
 from .description import Description, as_config, planned, read_config, understand
 from .dialects import check_dialect, translate
 from .streaming import Constant, Output, Part, outputs, parts_of
@@ -224,7 +224,7 @@ def _plan(
     if dialect != found.config.model_type and config.loss_alphas != found.config.loss_alphas:
         notes.append(f"balance losses in training: {found.config.loss_alphas} here, {config.loss_alphas} there")
     tensors = list(_tensors(found, config, layout, dtype))
-    copies = () if folder is None else tuple(_copies(folder, code=dialect == found.config.model_type))
+    copies = () if folder is None else tuple(small_files(folder, code=dialect == found.config.model_type))
     origin = {
         "version": modeling_deepseekmoe.__version__,
         "dtype": dtype,
@@ -297,12 +297,6 @@ def _translated_config(
         return config, (found.source.folder / CONFIG_NAME).read_bytes()
     text = (json.dumps(raw, indent=2, sort_keys=True) + "\n").encode()
     return config if raw == found.raw else as_config(raw), text
-
-
-def _copies(folder: Path, code: bool) -> list[Path]:
-    """The small files that come along; the code that `auto_map` names only while the dialect is the same."""
-    left_out = (CONFIG_NAME, MANIFEST_NAME, INDEX_NAME)
-    return [file for file in side_files(folder) if file.name not in left_out and (code or file.suffix != ".py")]
 
 
 __all__ = ["LAYOUTS", "STORED_DTYPES", "ConversionPlan", "carry_out", "convert", "plan_conversion"]

@@ -20,8 +20,8 @@ from modeling_deepseekmoe.selected_experts import WEIGHTS_NAME as ESFT_WEIGHTS_N
 from modeling_deepseekmoe.selected_experts import read_esft
 
 from .adapter_files import LowRank, is_stack, per_expert_parts, read_adapter, split_expert
+from .checkpoint import MANIFEST_NAME, read_header, weight_files
 
-INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ROUNDING = 1e-6  # relative error of what is computed in float32
 
@@ -108,33 +108,9 @@ def merge_adapter(
             _merge_file(file, unfinished / file.name, own)
             _verify_file(file, unfinished / file.name, own, errors)
         for file in base.iterdir():
-            if file.is_file() and not file.name.endswith((*FOREIGN_WEIGHTS, ".safetensors")):
+            if file.is_file() and not file.name.endswith((*FOREIGN_WEIGHTS, ".safetensors", MANIFEST_NAME)):
                 shutil.copyfile(file, unfinished / file.name)
     return MergeReport(len(changes), tensors, dict(sorted(errors.items())))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, from its index if it has one.
-
-    Raises:
-        ValueError: for an index that cannot be read or that names a file outside the folder.
-        OSError: if a file is missing, or there is none.
-    """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{INDEX_NAME} is not allowed: it must be JSON with an object 'weight_map'.") from error
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ValueError(f"{INDEX_NAME} names {outside[0]!r}, which is not allowed: it must lie in the folder.")
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        raise FileNotFoundError(f"{folder} lacks {missing[0] if missing else 'any .safetensors file'}.")
-    return [folder / name for name in names]
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -228,12 +204,11 @@ def _mismatch(source: str, found: str, name: str, shapes: Shapes) -> str:
 # -------------------------------------------------------------------------------------------- writing and verification
 def _merge_file(source: Path, destination: Path, changes: dict[str, _Change]) -> None:
     """Overwrite the weights that change, where they lie in the copy: names, shapes and dtypes stay."""
+    offsets = {tensor.name: tensor.offset for tensor in read_header(destination)}
     with opened(source) as before, destination.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
         for name, change in changes.items():
             merged = _merged(name, before.get_tensor(name), change)
-            file.seek(8 + length + header[name]["data_offsets"][0])
+            file.seek(offsets[name])
             file.write(merged.contiguous().view(torch.uint8).numpy().tobytes())
 
 
@@ -289,4 +264,4 @@ def _error_of(name: str, base: torch.Tensor, merged: torch.Tensor, part: LowRank
     return error
 
 
-__all__ = ["MergeReport", "MergingError", "merge_adapter", "weight_files"]
+__all__ = ["MergeReport", "MergingError", "merge_adapter"]

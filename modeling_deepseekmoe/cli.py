@@ -146,6 +146,40 @@ def convert(
 
 
 @app.command()
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    other: Annotated[
+        str | None, typer.Argument(help="Another one to compare with, of any layout, dtype and dialect.")
+    ] = None,
+    write_manifest: Annotated[
+        bool, typer.Option("--write-manifest", help="Write the SHA-256 of every tensor into the folder.")
+    ] = False,
+    logits: Annotated[bool, typer.Option("--logits", help="Also compare logits on random tokens.")] = False,
+    tolerance: Annotated[float, typer.Option(help="Largest allowed logit difference.")] = 1e-3,
+) -> None:
+    """Prove that a checkpoint is whole, and that two of them hold the same model."""
+    from modeling_deepseekmoe.conversion import VerificationError
+    from modeling_deepseekmoe.conversion.verifying import bytes_to_read
+    from modeling_deepseekmoe.conversion.verifying import verify as run
+
+    with _exit_codes():
+        try:
+            with _bytes_bar(bytes_to_read(checkpoint, other)) as bar:
+                result = run(
+                    checkpoint,
+                    other,
+                    write_manifest=write_manifest,
+                    logits=logits,
+                    tolerance=tolerance,
+                    report=bar.write,
+                    progress=bar.update,
+                )
+        except (VerificationError, ValueError) as error:
+            raise FailedCheck(str(error)) from error
+        typer.echo(str(result))
+
+
+@app.command()
 def upcycle(
     source: Annotated[str, typer.Argument(help="Folder or hub id of a dense Llama, Mistral, Qwen2 or SmolLM2 model.")],
     destination: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],

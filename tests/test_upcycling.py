@@ -24,8 +24,9 @@ from modeling_deepseekmoe.conversion import (
     upcycle_model,
     upcycling,
     verify_upcycling,
+    writing,
 )
-from modeling_deepseekmoe.conversion.upcycling import add_noise
+from modeling_deepseekmoe.conversion.streaming import Cast
 
 COMMON = {
     "vocab_size": 260,
@@ -114,19 +115,21 @@ def test_the_same_seed_gives_the_same_model() -> None:
 
 
 def test_noise_separates_the_copies() -> None:
-    model = upcycle_model(dense_model("llama"), PLAN)
-    stack = model.model.layers[0].mlp.experts.down_proj
-    assert torch.equal(stack[0], stack[4])
-    std = stack.std().item()
-    add_noise(model, 0.1)
-    assert (stack[0] - stack[4]).std().item() == pytest.approx(0.1 * std * 2**0.5, rel=0.2)
+    dense, plan = dense_model("llama"), replace(PLAN, noise=0.1)
+    exact, noisy = (upcycle_model(dense, plan, noise=noise) for noise in (False, True))
+    before, after = (model.model.layers[0].mlp.experts.down_proj for model in (exact, noisy))
+    assert torch.equal(before[0], before[4])
+    assert (after[0] - after[4]).std().item() == pytest.approx(0.1 * before[0].std().item() * 2**0.5, rel=0.2)
+    assert torch.equal(exact.model.layers[0].mlp.gate.weight, noisy.model.layers[0].mlp.gate.weight)
 
 
 def test_the_dense_model_is_not_touched() -> None:
     dense = dense_model("llama-tied")
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     model = upcycle_model(dense, replace(PLAN, dialect="deepseek"))
-    add_noise(model, 1.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
 
 
@@ -220,14 +223,14 @@ def test_a_used_destination_is_refused(source: Path, tmp_path: Path) -> None:
 
 def spoil_one_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the division wrong in one expert of one layer."""
-    divide = upcycling._upcycled_tensors
+    divide = upcycling.upcycled_tensors
 
-    def spoiled(*args: object) -> dict[str, torch.Tensor]:
-        tensors = divide(*args)
-        tensors["model.layers.1.mlp.experts.down_proj"][3] *= 1.5
-        return tensors
+    def spoiled(*args: object, **kwargs: object) -> dict:
+        parts, name = divide(*args, **kwargs), "model.layers.1.mlp.experts.3.down_proj.weight"
+        parts[name] = Cast(parts[name][0].matrix, torch.bfloat16, factor=1.5), None
+        return parts
 
-    monkeypatch.setattr(upcycling, "_upcycled_tensors", spoiled)
+    monkeypatch.setattr(upcycling, "upcycled_tensors", spoiled)
 
 
 def test_nothing_is_written_if_the_models_differ(
@@ -239,13 +242,30 @@ def test_nothing_is_written_if_the_models_differ(
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 
-def test_an_interrupted_save_leaves_nothing_behind(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError("No space left on device")
+def test_an_interrupted_run_is_resumed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"max_shard_size": "20KB"}
+    assert upcycle(source, tmp_path / "whole", PLAN, **sizes).passed
+    with monkeypatch.context() as context:
+        finished: list[Path] = []
+        finish = writing._finish
 
-    monkeypatch.setattr(DeepseekMoeForCausalLM, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left"):
-        upcycle(source, tmp_path / "moe", PLAN)
-    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+        def fail_at_the_fifth(partial: Path, path: Path) -> None:
+            if len(finished) == 4:
+                raise OSError(28, "No space left on device", str(path))
+            finished.append(path)
+            finish(partial, path)
+
+        context.setattr(writing, "_finish", fail_at_the_fifth)
+        with pytest.raises(OSError, match=r"No space left .* go on with --resume"):
+            upcycle(source, tmp_path / "moe", PLAN, **sizes)
+    assert not (tmp_path / "moe").exists()
+    with pytest.raises(ValueError, match="unfinished work of an interrupted run"):
+        upcycle(source, tmp_path / "moe", PLAN, **sizes)
+    with pytest.raises(ValueError, match="cannot be resumed: it holds the work of another source"):
+        upcycle(source, tmp_path / "moe", replace(PLAN, seed=1), resume=True, **sizes)
+    lines: list[str] = []
+    assert upcycle(source, tmp_path / "moe", PLAN, resume=True, report=lines.append, **sizes).passed
+    assert sum("finished earlier" in line for line in lines) == 3  # the first of the four is the mark
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "whole", "moe"}
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "moe" / path.name).read_bytes() == path.read_bytes()

@@ -1,0 +1,332 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Proof that a checkpoint is whole, and that two of them hold the same model, whatever their layouts and dtypes."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_deepseekmoe.folders import local_folder
+
+from .block_fp8 import FP8, block_scales, quantize
+from .checkpoint import DTYPE_NAMES, INDEX_NAME, MANIFEST_NAME, StoredTensor, listed, parse_json
+from .description import Description, describe
+from .dialects import forward_fields
+from .streaming import BLOCK_BYTES, values
+from .tensor_table import Matrix
+
+IDENTICAL, ROUNDED, DEQUANTIZED, QUANTIZED = "identical", "equal after rounding", "dequantised", "quantised"
+_BITS = {FP8: 8, torch.bfloat16: 16, torch.float16: 16, torch.float32: 32, torch.float64: 64}
+
+
+class VerificationError(RuntimeError):
+    """A checkpoint is not whole, or two of them do not hold the same model; the message lists what was found."""
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What was verified; all of it holds.
+
+    Attributes:
+        tensors, nbytes: number and size of the tensors that were read.
+        digest: SHA-256 over the hashes of all tensors, in the order of their names.
+        manifest: `"written"`, `"checked"`, or `None` where there was none.
+        compared: of a comparison, the number of tensors by how they are equal.
+        notes: what else was found.
+        max_logit_difference: of a comparison with logits, the largest absolute difference.
+    """
+
+    tensors: int
+    nbytes: int
+    digest: str
+    manifest: str | None = None
+    compared: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    max_logit_difference: float | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.tensors:,} tensors, {self.nbytes / 1e9:,.3f} GB: names, shapes and values are in order"]
+        lines.append(f"SHA-256 of all tensors: {self.digest}")
+        if self.manifest:
+            lines.append(f"manifest {MANIFEST_NAME}: {self.manifest}")
+        if self.compared:
+            lines.append("compared: " + ", ".join(f"{number:,} {how}" for how, number in self.compared.items()))
+        if self.max_logit_difference is not None:
+            lines.append(f"largest difference of the logits on random tokens: {self.max_logit_difference:.2e}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def verify(
+    folder: str | Path,
+    other: str | Path | None = None,
+    *,
+    write_manifest: bool = False,
+    logits: bool = False,
+    tolerance: float = 1e-3,
+    report: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int], None] = lambda size: None,
+) -> VerificationReport:
+    """Check a checkpoint, and compare it with another one.
+
+    The headers must fit the files and the index, the tensors the config, and all values must be finite. Every tensor
+    is hashed; where the folder has a manifest, the hashes must be its own. In a comparison every tensor of one is
+    looked up in the other: the same bytes, or, where the dtypes differ, one the rounded, the quantised or the
+    dequantised other. The configs must describe the same computation.
+
+    Args:
+        folder: folder or hub id of a checkpoint of the family.
+        other: another one, of any layout, dtype and dialect.
+        write_manifest: write the hashes to `tensors.sha256.json` in the folder, instead of checking them.
+        logits: of a comparison, also run both models on random tokens, one layer in memory at a time.
+        tolerance: largest absolute difference of the logits.
+        report: receives a line at every step.
+        progress: receives numbers of bytes that were read; they add up to [`bytes_to_read`].
+
+    Raises:
+        ValueError: if the files cannot be read, or do not fit the index or the config.
+        VerificationError: if they can, and something else does not hold.
+        OSError: for a file that is missing or cannot be written.
+    """
+    if logits and other is None:
+        raise ValueError("logits=True is not allowed without another checkpoint to compare with.")
+    path = local_folder(folder)
+    found = describe(path)
+    problems: list[str] = []
+    report(f"Reading {len(found.source.tensors):,} tensors of {path}")
+    hashes = _read_all(found, problems, progress)
+    manifest = None
+    if write_manifest and not problems:
+        _write_manifest(path / MANIFEST_NAME, hashes)
+        manifest = "written"
+    elif (path / MANIFEST_NAME).is_file() and not write_manifest:
+        _check_manifest(path / MANIFEST_NAME, hashes, problems)
+        manifest = "checked"
+    digest = hashlib.sha256("".join(hashes[name]["sha256"] for name in sorted(hashes)).encode()).hexdigest()
+    result = VerificationReport(
+        len(hashes), _size(found), digest, manifest, notes=tuple(_index_notes(path, _size(found)))
+    )
+    if other is not None and not problems:
+        report(f"Comparing with {other}")
+        second = describe(local_folder(other))
+        compared, notes = _compare(found, second, problems, progress)
+        result = replace(result, compared=compared, notes=(*result.notes, *notes))
+        if logits and not problems:
+            report("Running both models on random tokens")
+            result = replace(result, max_logit_difference=_compare_logits(found, second, tolerance, problems))
+    if problems:
+        raise VerificationError("; ".join(problems))
+    return result
+
+
+def bytes_to_read(folder: str | Path, other: str | Path | None = None) -> int:
+    """What the progress of [`verify`] adds up to; raises as it does."""
+    size = _size(describe(local_folder(folder)))
+    return size if other is None else 2 * size
+
+
+def _size(found: Description) -> int:
+    return sum(tensor.nbytes for tensor in found.source.tensors.values())
+
+
+# ----------------------------------------------------------------------------------------------------- one checkpoint
+def _read_all(found: Description, problems: list[str], progress: Callable[[int], None]) -> dict[str, dict[str, Any]]:
+    """Hash every tensor, and look for values that are not finite."""
+    hashes, wrong = {}, []
+    for name, tensor in found.source.tensors.items():
+        digest, finite = hashlib.sha256(), True
+        for block in _blocks(found, tensor):
+            digest.update(memoryview(block.view(torch.uint8).numpy()))
+            finite = finite and bool(torch.isfinite(block.float() if block.dtype == FP8 else block).all())
+            progress(block.nbytes)
+            del block
+        if not finite:
+            wrong.append(name)
+        hashes[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "sha256": digest.hexdigest(),
+        }
+    if wrong:
+        problems.append(f"values that are not finite (NaN or infinity): {_with_files(found, wrong)}")
+    return hashes
+
+
+def _blocks(found: Description, tensor: StoredTensor) -> Iterator[torch.Tensor]:
+    step = BLOCK_BYTES // tensor.dtype.itemsize
+    for first in range(0, tensor.numel, step):
+        yield found.source.read(tensor, first, min(first + step, tensor.numel))
+
+
+def _with_files(found: Description, names: list[str]) -> str:
+    files = [found.source.tensors[name].file for name in names]
+    return listed(f"{name} in {file.name if file else '?'}" for name, file in zip(names, files, strict=True))
+
+
+def _write_manifest(path: Path, hashes: dict[str, dict[str, Any]]) -> None:
+    path.write_text(json.dumps({"tensors": hashes}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_manifest(path: Path, hashes: dict[str, dict[str, Any]], problems: list[str]) -> None:
+    content = parse_json(path)
+    known = content.get("tensors") if isinstance(content, dict) else None
+    if not isinstance(known, dict):
+        raise ValueError(f"{path.name} is not allowed: it must be JSON with an object 'tensors'.")
+    for what, names in (
+        ("not in the manifest", hashes.keys() - known.keys()),
+        ("in the manifest alone", known.keys() - hashes.keys()),
+        ("not what the manifest says", {name for name in hashes.keys() & known if hashes[name] != known[name]}),
+    ):
+        if names:
+            problems.append(f"tensors {what}: {listed(sorted(names))}")
+
+
+def _index_notes(folder: Path, size: int) -> Iterator[str]:
+    """The index's total size decides nothing, and the released V3's is that of other files."""
+    if (folder / INDEX_NAME).is_file():
+        metadata = parse_json(folder / INDEX_NAME).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if total is not None and total != size:
+            yield f"the index gives a total_size of {total}, and the tensors have {size} bytes"
+
+
+# --------------------------------------------------------------------------------------------------- two checkpoints
+def _compare(
+    first: Description, second: Description, problems: list[str], progress: Callable[[int], None]
+) -> tuple[dict[str, int], list[str]]:
+    _compare_configs(first, second, problems)
+    compared: dict[str, int] = {}
+    notes: list[str] = []
+    different, alone, left_out = [], [], 0
+    for name in {**first.wanted, **second.wanted}:
+        here, there = first.matrix(name), second.matrix(name)
+        if here is None or there is None:
+            if here is None and there is None:
+                continue
+            found = first if there is None else second
+            if found.wanted[name].mtp_layer is not None:
+                left_out += 1
+            elif not (name.endswith("e_score_correction_bias") and not _largest(found, name)):
+                alone.append(name)
+        elif here.shape != there.shape:
+            different.append(name)
+        else:
+            how = _how_equal(first, here, second, there)
+            if how is None:
+                different.append(name)
+            else:
+                compared[how] = compared.get(how, 0) + 1
+        if here is not None:
+            scales = here.scales.tensor.dtype.itemsize * math.prod(here.scales.shape) if here.scales else 0
+            progress(here.tensor.dtype.itemsize * math.prod(here.shape) + scales)
+    if left_out:
+        notes.append(f"{left_out} tensors of multi-token-prediction layers are in one of the two alone")
+    if alone:
+        problems.append(f"tensors of one of the two alone: {listed(alone)}")
+    if different:
+        problems.append(f"tensors that differ: {listed(different)}")
+    return compared, notes
+
+
+def _compare_configs(first: Description, second: Description, problems: list[str]) -> None:
+    here, there = forward_fields(first.config), forward_fields(second.config)
+    for fields in (here, there):
+        fields.pop("e_score_correction_bias", None)  # compared as a tensor, and zeros where there is none
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            problems.append(f"the configs differ in {name}: {here.get(name)!r} and {there.get(name)!r}")
+
+
+def _largest(found: Description, name: str) -> float:
+    """Largest absolute value of a vector."""
+    matrix = found.matrix(name)
+    assert matrix is not None
+    return float(values(matrix, found.source, 0, 1).abs().max())
+
+
+def _how_equal(first: Description, here: Matrix, second: Description, there: Matrix) -> str | None:
+    """How two tensors are equal, or `None`."""
+    if here.tensor.dtype == there.tensor.dtype and _same_values(first, here, second, there):
+        return IDENTICAL
+    if here.scales is None and there.scales is None:
+        same = here.tensor.dtype != there.tensor.dtype and _same_rounded(first, here, second, there)
+        return ROUNDED if same else None
+    if here.scales is not None and there.scales is not None:
+        return None
+    if _same_rounded(first, here, second, there):
+        return DEQUANTIZED
+    plain, packed = ((first, here), (second, there)) if here.scales is None else ((second, there), (first, here))
+    return QUANTIZED if _is_quantized(*plain, *packed) else None
+
+
+def _same_values(first: Description, here: Matrix, second: Description, there: Matrix) -> bool:
+    """Whether two tensors of one dtype have the same bytes, and their scales, where they have some."""
+    if (
+        here.scales is not None
+        and there.scales is not None
+        and (here.block != there.block or not _same_values(first, here.scales, second, there.scales))
+    ):
+        return False
+    for start, stop in _ranges(here, there):
+        if not torch.equal(_bytes(first, here, start, stop), _bytes(second, there, start, stop)):
+            return False
+    return True
+
+
+def _bytes(found: Description, matrix: Matrix, start: int, stop: int) -> torch.Tensor:
+    row = matrix.rows.start
+    block = found.source.read(matrix.tensor, (row + start) * matrix.width, (row + stop) * matrix.width)
+    return block.view(torch.uint8)
+
+
+def _same_rounded(first: Description, here: Matrix, second: Description, there: Matrix) -> bool:
+    """Whether the narrower one of two tensors is the other one, rounded; FP8 counts by what it stands for."""
+    wide, narrow = ((first, here), (second, there))
+    if here.scales is None and (there.scales is not None or _BITS[here.tensor.dtype] <= _BITS[there.tensor.dtype]):
+        wide, narrow = narrow, wide
+    dtype = narrow[1].tensor.dtype
+    for start, stop in _ranges(here, there):
+        exact = values(wide[1], wide[0].source, start, stop)
+        if not torch.equal(exact.to(dtype), values(narrow[1], narrow[0].source, start, stop).to(dtype)):
+            return False
+    return True
+
+
+def _is_quantized(plain: Description, weight: Matrix, packed: Description, quantized: Matrix) -> bool:
+    """Whether FP8 values and scales are what the other tensor is quantised to."""
+    assert quantized.scales is not None
+    high = quantized.block[0]
+    for start, stop in _ranges(weight, quantized):
+        exact = values(weight, plain.source, start, stop)
+        scales = block_scales(exact, quantized.block)
+        found = values(quantized.scales, packed.source, start // high, -(-stop // high))
+        own = quantize(exact, scales, quantized.block).view(torch.uint8).reshape(-1)
+        if not torch.equal(found, scales) or not torch.equal(own, _bytes(packed, quantized, start, stop)):
+            return False
+    return True
+
+
+def _ranges(here: Matrix, there: Matrix) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that cut no FP8 block of either tensor."""
+    high = math.lcm(here.block[0], there.block[0])
+    step = max(1, BLOCK_BYTES // (4 * high * max(1, here.width))) * high
+    for first in range(0, len(here.rows), step):
+        yield first, min(first + step, len(here.rows))
+
+
+def _compare_logits(first: Description, second: Description, tolerance: float, problems: list[str]) -> float:
+    from .streamed_model import checkpoint_model, logits_of
+
+    tokens = torch.randint(first.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    results = [logits_of(checkpoint_model(found), tokens) for found in (first, second)]
+    difference = float((results[0] - results[1]).abs().max())
+    if not difference <= tolerance:
+        problems.append(f"the logits differ by {difference:.2e}, and {tolerance:g} is allowed")
+    return difference
+
+
+__all__ = ["VerificationError", "VerificationReport", "bytes_to_read", "verify"]
