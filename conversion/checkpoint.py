@@ -119,15 +119,10 @@ class Checkpoint(TensorSource):
         offset = tensor.offset + first * tensor.dtype.itemsize
         return torch.frombuffer(self._map(tensor.file), dtype=tensor.dtype, count=last - first, offset=offset)
 
-    def close(self) -> None:
-        """Unmap the file that was read last."""
-        if self._mapped is not None:
-            self._mapped[1].close()
-            self._mapped = None
-
     def _map(self, file: Path) -> mmap.mmap:
         if self._mapped is None or self._mapped[0] != file:
-            self.close()
+            # Not closed: a tensor does not lock the mapping that it views. It is unmapped with the last of its views.
+            self._mapped = None
             with file.open("rb") as handle:
                 # A private mapping, because torch wants memory that it could write to.
                 mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -147,10 +142,6 @@ def read_index(folder: Path) -> dict[str, str] | None:
     index = folder / INDEX_NAME
     if not index.is_file():
         return None
-    if (folder / WEIGHTS_NAME).is_file():
-        raise ValueError(
-            f"{folder} holds {WEIGHTS_NAME} and {INDEX_NAME}, which is not allowed: one of them is stale."
-        )
     check_inside(index, folder)
     content = parse_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -161,6 +152,11 @@ def read_index(folder: Path) -> dict[str, str] | None:
             raise ValueError(f"{index.name} names {name!r}, which is not allowed: it must lie in the folder.")
         if not name.endswith(".safetensors"):
             raise ValueError(f"{index.name} names {name!r}, which is not allowed: only .safetensors files are read.")
+    if (folder / WEIGHTS_NAME).is_file() and set(weight_map.values()) != {WEIGHTS_NAME}:
+        raise ValueError(
+            f"{folder} holds {WEIGHTS_NAME}, which {INDEX_NAME} does not name: one of them is stale, and readers "
+            "differ in which one they take. Remove it."
+        )
     return weight_map
 
 

@@ -199,12 +199,13 @@ def row_blocks(matrix: Matrix, block: Block = BLOCK) -> Iterator[tuple[int, int]
 
 def values(matrix: Matrix, source: TensorSource, first: int, last: int) -> torch.Tensor:
     """Rows `first` to `last` of a matrix as numbers: FP8 dequantised, in float32 or, where stored so, float64."""
-    stored = _stored(matrix, source, first, last)
     if matrix.scales is None:
+        stored = _stored(matrix, source, first, last)
         return stored.to(torch.promote_types(stored.dtype, torch.float32))
     high = matrix.block[0]
-    scales = _stored(matrix.scales, source, first // high, -(-last // high))
-    return dequantize(stored, scales.float(), matrix.block)
+    # Copied, because the values may lie in another file.
+    scales = _stored(matrix.scales, source, first // high, -(-last // high)).to(torch.float32, copy=True)
+    return dequantize(_stored(matrix, source, first, last), scales, matrix.block)
 
 
 def _stored(matrix: Matrix, source: TensorSource, first: int, last: int) -> torch.Tensor:

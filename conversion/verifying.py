@@ -284,16 +284,23 @@ def _bytes(found: Description, matrix: Matrix, start: int, stop: int) -> torch.T
 
 
 def _same_rounded(first: Description, here: Matrix, second: Description, there: Matrix) -> bool:
-    """Whether the narrower one of two tensors is the other one, rounded; FP8 counts by what it stands for."""
-    wide, narrow = ((first, here), (second, there))
-    if here.scales is None and (there.scales is not None or _BITS[here.tensor.dtype] <= _BITS[there.tensor.dtype]):
-        wide, narrow = narrow, wide
-    dtype = narrow[1].tensor.dtype
-    for start, stop in _ranges(here, there):
-        exact = values(wide[1], wide[0].source, start, stop)
-        if not torch.equal(exact.to(dtype), values(narrow[1], narrow[0].source, start, stop).to(dtype)):
-            return False
-    return True
+    """Whether one of two tensors is the other one, rounded to fewer bits; FP8 counts by what it stands for."""
+
+    def is_rounded(exact: tuple[Description, Matrix], rounded: tuple[Description, Matrix]) -> bool:
+        dtype = rounded[1].tensor.dtype
+        return all(
+            torch.equal(
+                values(exact[1], exact[0].source, start, stop).to(dtype),
+                values(rounded[1], rounded[0].source, start, stop).to(dtype),
+            )
+            for start, stop in _ranges(here, there)
+        )
+
+    one, two = (first, here), (second, there)
+    if here.scales is not None or there.scales is not None:
+        return is_rounded(one, two) if here.scales is not None else is_rounded(two, one)
+    bits = _BITS[here.tensor.dtype] - _BITS[there.tensor.dtype]
+    return (bits >= 0 and is_rounded(one, two)) or (bits <= 0 and is_rounded(two, one))
 
 
 def _is_quantized(plain: Description, weight: Matrix, packed: Description, quantized: Matrix) -> bool:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from .streaming import Output
 
 _FOLDER, _FINGERPRINT, _LOCK = "folder", "conversion.json", "lock"
 _PARTIAL = ".partial"
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]B)?\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,15 @@ def make_shards(tensors: list[Output], max_shard_size: str | int) -> tuple[Shard
     Raises:
         ValueError: for a size that is none.
     """
-    try:
-        split = split_state_dict_into_shards_factory(
-            {output.name: output for output in tensors},
-            get_storage_size=lambda output: output.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise ValueError(f"max_shard_size={max_shard_size!r} is not allowed: {error}") from error
+    match = _SIZE.match(str(max_shard_size))
+    if match is None or float(match[1]) == 0 or (match[2] is None) != isinstance(max_shard_size, int):
+        raise ValueError(f"max_shard_size={max_shard_size!r} is not allowed: it must be bytes, or a text as '500MB'.")
+    split = split_state_dict_into_shards_factory(
+        {output.name: output for output in tensors},
+        get_storage_size=lambda output: output.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
     by_name = {output.name: output for output in tensors}
     return tuple(
         _shard(name, [by_name[tensor] for tensor in names]) for name, names in split.filename_to_tensors.items()

@@ -437,6 +437,9 @@ def test_a_quantised_base_a_wrong_index_and_missing_files(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"names '\.\./elsewhere\.safetensors', which is not allowed"):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}}))
+    with pytest.raises(ValueError, match=r"holds model\.safetensors, which .* does not name: one of them is stale"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    (base / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"lacks gone\.safetensors"):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
