@@ -1,0 +1,360 @@
+"""Damaged, hostile and unfortunate files: a clear error that names the file, nothing written, nothing changed."""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Golden
+from safetensors import SafetensorError, safe_open
+from synthetic import CONFIG, read, same_bytes, v3_tensors, write
+from test_cli import run
+from test_conversion import INDEX, digests
+
+from modeling_deepseekmoe.conversion import convert, writing
+from modeling_deepseekmoe.conversion.checkpoint import Checkpoint, read_header
+
+SECOND = "model-00002-of-00003.safetensors"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+
+
+@pytest.fixture
+def folder(v1: Golden, tmp_path: Path) -> Path:
+    """A sharded checkpoint."""
+    return write(tmp_path / "source", v1.tensors, v1.config, 3)
+
+
+@contextmanager
+def deadline(seconds: int = 120) -> Iterator[None]:
+    """Turns a hang into a failure."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError(f"no end after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def edit_header(file: Path, old: str, new: str) -> None:
+    content = file.read_bytes()
+    assert old.encode() in content and len(old) == len(new)
+    file.write_bytes(content.replace(old.encode(), new.encode(), 1))
+
+
+def edit_index(folder: Path, **changes: object) -> None:
+    content = json.loads((folder / INDEX).read_text())
+    content["weight_map"] |= changes
+    (folder / INDEX).write_text(json.dumps(content))
+
+
+def as_link(file: Path) -> None:
+    elsewhere = file.parent.parent / f"elsewhere-{file.name}"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+
+
+def with_extra_tensor(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    first, second = load_file(folder / SECOND.replace("2-of", "1-of")), load_file(folder / SECOND)
+    save_file(first | {sorted(second)[0]: second[sorted(second)[0]]}, folder / SECOND.replace("2-of", "1-of"))
+
+
+def pickled(folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def pickled_under_another_name(folder: Path) -> None:
+    torch.save({"a": torch.zeros(100)}, folder / SECOND)
+
+
+def named_bin(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    edit_index(folder, **{"model.norm.weight": "pytorch_model.bin"})
+
+
+BROKEN = {
+    "truncated": (lambda f: os.truncate(f / SECOND, 3000), rf"{SECOND} is not a readable .*tensors end at byte"),
+    "empty": (lambda f: os.truncate(f / SECOND, 0), rf"{SECOND} is not a readable .*the file has 0"),
+    "only a length": (lambda f: os.truncate(f / SECOND, 8), rf"{SECOND} is not a readable .*the file has 8"),
+    "longer": (lambda f: (f / SECOND).open("ab").write(b"x"), rf"{SECOND} is not a readable .*end at byte"),
+    "header is not JSON": (lambda f: edit_header(f / SECOND, '"F32"', '"F32}'), rf"{SECOND} .* header is not JSON"),
+    "dtype": (lambda f: edit_header(f / SECOND, '"F32"', '"I32"'), rf"{SECOND} .* dtype 'I32'; allowed are F64"),
+    "shape": (lambda f: edit_header(f / SECOND, "[24,64]", "[25,64]"), rf"{SECOND} .* of shape \[25, 64\]"),
+    "offset": (lambda f: edit_header(f / SECOND, "offsets\":[0,", "offsets\":[8,"), rf"{SECOND} is not a readable"),
+    "twice in a header": (
+        lambda f: edit_header(f / SECOND, "up_proj", "gate_pr"[:7]),
+        "(is there twice|no place for|lacks|does not hold)",
+    ),
+    "duplicate": (with_extra_tensor, r"is in two files, model-00001-of-00003.safetensors and model-00002"),
+    "index names ../": (
+        lambda f: edit_index(f, **{"model.norm.weight": "../x.safetensors"}),
+        r"index\.json names '\.\./x\.safetensors', which is not allowed: it must lie in the folder",
+    ),
+    "index names an absolute path": (
+        lambda f: edit_index(f, **{"model.norm.weight": "/tmp/x.safetensors"}),
+        r"index\.json names '/tmp/x\.safetensors'",
+    ),
+    "index names a missing file": (
+        lambda f: edit_index(f, **{"model.norm.weight": "gone.safetensors"}), r"lacks gone\.safetensors",
+    ),
+    "index names another file": (
+        lambda f: edit_index(f, **{"model.norm.weight": SECOND, "lm_head.weight": SECOND}),
+        rf"index\.json has tensor .* in {SECOND}, which does not hold it",
+    ),
+    "index lacks a tensor": (
+        lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace('"model.norm.weight"', '"model.n.weight"')),
+        r"index\.json has tensor model\.n\.weight",
+    ),
+    "index is a list": (lambda f: (f / INDEX).write_text("[]"), r"index\.json is not allowed: it must be JSON"),
+    "index has a key twice": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'), r"index\.json .*'a' is there twice",
+    ),
+    "index is deep": (lambda f: (f / INDEX).write_text("[" * 10**5), r"index\.json is not readable JSON"),
+    "index is binary": (lambda f: (f / INDEX).write_bytes(b"\xff\xfe\x00"), r"index\.json is not readable JSON"),
+    "a stale file beside the index": (
+        lambda f: shutil.copy(f / SECOND, f / "model.safetensors"), r"holds model\.safetensors, which .* one of them",
+    ),
+    "no index": (lambda f: (f / INDEX).unlink(), r"lacks model\.safetensors"),
+    "shard is a link": (lambda f: as_link(f / SECOND), rf"{SECOND} is a link to .*it must lie in the folder"),
+    "config is a link": (lambda f: as_link(f / "config.json"), r"config\.json is a link to"),
+    "tokenizer is a link": (lambda f: as_link(f / "tokenizer.json"), r"tokenizer\.json is a link to"),
+    "pickled": (pickled, r"holds its weights in pytorch_model\.bin, which is not allowed: only \.safetensors"),
+    "index names a pickled file": (named_bin, r"index\.json names 'pytorch_model\.bin'.*only \.safetensors"),
+    "a pickled file under another name": (pickled_under_another_name, rf"{SECOND} is not a readable safetensors file"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"must hold a config\.json"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not readable JSON"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[1]"), r"config of type list is not allowed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("command", ["convert", "verify"])
+def test_broken_sources(case: str, command: str, folder: Path, tmp_path: Path) -> None:
+    import re
+
+    breaks, message = BROKEN[case]
+    breaks(folder)
+    before = digests(folder)
+    with deadline():
+        code, output = run(command, folder, *([tmp_path / "out"] if command == "convert" else []))
+    if (case, command) == ("tokenizer is a link", "verify"):
+        return  # it reads no tokenizer
+    assert code in (1, 2) and re.search(message, output.replace("\n", " ")), output
+    assert digests(folder) == before
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
+
+
+def test_links_of_the_hub_cache_are_followed(folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "cache" / "models--someone--moe"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    convert(snapshot, tmp_path / "out")
+    assert same_bytes(read(tmp_path / "out"), read(folder))
+    (tmp_path / "cache" / "secret").write_bytes((folder / SECOND).read_bytes())
+    (snapshot / SECOND).unlink()
+    (snapshot / SECOND).symlink_to(tmp_path / "cache" / "secret")
+    with pytest.raises(ValueError, match=rf"{SECOND} is a link to"):
+        convert(snapshot, tmp_path / "again")
+
+
+def test_flipped_data_is_found_by_verify(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "copy", layout="stacked")
+    assert run("verify", folder, "--write-manifest")[0] == 0
+    code, output = run("verify", folder)
+    assert code == 0 and "manifest tensors.sha256.json: checked" in output
+    tensor = Checkpoint(folder).tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    content = bytearray(tensor.file.read_bytes())
+    content[tensor.offset + 5] ^= 0x10
+    tensor.file.write_bytes(content)
+    code, output = run("verify", folder)
+    assert code == 1 and f"not what the manifest says: {tensor.name}" in output
+    (folder / "tensors.sha256.json").unlink()
+    assert run("verify", folder)[0] == 0  # nothing to compare it with
+    code, output = run("verify", tmp_path / "copy", folder)
+    assert code == 1 and f"tensors that differ: {tensor.name}" in output
+
+
+def test_a_thousand_random_corruptions(v1: Golden, folder: Path, tmp_path: Path) -> None:
+    """Of a header or the index: an error, or the right result."""
+    convert(folder, tmp_path / "right")
+    expected = read(tmp_path / "right")
+    generator, outcomes = random.Random(0), {0: 0, 1: 0, 2: 0}
+    headers = {file: 8 + int.from_bytes(file.read_bytes()[:8], "little") for file in folder.glob("*.safetensors")}
+    targets = [*headers, folder / INDEX, folder / INDEX]
+    for number in range(1000):
+        file = generator.choice(targets)
+        content = file.read_bytes()
+        end = headers.get(file, len(content))
+        corrupted = bytearray(content)
+        for _ in range(generator.choice((1, 1, 1, 2, 5))):
+            place = generator.randrange(end)
+            kind = generator.randrange(5)
+            if kind == 0:
+                corrupted[place] ^= 1 << generator.randrange(8)
+            elif kind == 1:
+                corrupted[place] = generator.randrange(256)
+            elif kind == 2:
+                corrupted[place] = generator.choice(b'0123456789"{}[],:.')
+            elif kind == 3:
+                del corrupted[place : place + generator.randrange(1, 9)]
+            else:
+                corrupted[place:place] = corrupted[place // 2 : place // 2 + generator.randrange(1, 30)]
+        file.write_bytes(corrupted)
+        out = tmp_path / f"out-{number}"
+        with deadline():
+            code, output = run("convert", folder, out)
+            verified, _ = run("verify", folder)
+        assert "Traceback" not in output and code in (0, 2) and (verified == 0) == (code == 0), output
+        outcomes[code] += 1
+        if code == 0:
+            assert same_bytes(read(out), expected)
+            shutil.rmtree(out)
+        else:
+            assert "Error: " in output and not out.exists()
+        file.write_bytes(content)
+    assert outcomes[2] > 800 and outcomes[0] > 0  # some change the index's metadata or white space alone
+
+
+def test_headers_are_read_as_the_safetensors_library_reads_them(v3: Golden, tmp_path: Path) -> None:
+    """Whatever is accepted here is accepted there, and with the same meaning."""
+    generator, content = random.Random(1), (v3.folder / "model.safetensors").read_bytes()
+    end, file, accepted = 8 + int.from_bytes(content[:8], "little"), tmp_path / "x.safetensors", 0
+    for _ in range(1500):
+        corrupted = bytearray(content)
+        for _ in range(generator.choice((0, 1, 1, 1))):
+            corrupted[generator.randrange(end)] = generator.choice(b'0123456789"{}[],:. F32xyz')
+        file.write_bytes(corrupted)
+        try:
+            tensors = {tensor.name: tensor for tensor in read_header(file)}
+        except ValueError:
+            continue
+        accepted += 1
+        try:
+            with safe_open(file, framework="pt") as handle:
+                assert set(handle.keys()) == tensors.keys()
+                for name, tensor in tensors.items():
+                    assert tuple(handle.get_slice(name).get_shape()) == tensor.shape
+        except SafetensorError as error:
+            raise AssertionError(f"accepted here, and not there: {error}") from error
+    assert accepted > 100
+
+
+# ----------------------------------------------------------------------------------------------------- the destination
+def test_destinations_in_use(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("mine")
+    for destination in (tmp_path / "used", tmp_path / "used" / "file", folder):
+        code, output = run("convert", folder, destination)
+        assert code == 2 and "must not exist, or be an empty folder" in output
+        code, output = run("convert", folder, destination, "--resume")
+        assert code == 2 and "must not exist, or be an empty folder" in output
+    (tmp_path / "empty").mkdir()
+    assert run("convert", folder, tmp_path / "empty")[0] == 0
+    code, output = run("convert", folder, tmp_path / "empty", "--resume")
+    assert code == 0 and "is complete" in output
+    assert run("convert", folder, tmp_path / "empty", "--resume", "--layout", "stacked")[0] == 2
+    assert (tmp_path / "used" / "file").read_text() == "mine"
+
+
+def test_a_file_size_limit(folder: Path, tmp_path: Path) -> None:
+    """A disk that is full in the middle of a file, as a limit on its size makes it; then there is room again."""
+    convert(folder, tmp_path / "whole", max_shard_size="150KB")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        code, output = run("convert", folder, tmp_path / "out", "--max-shard-size", "150KB")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "model-00001-of-" in output and os.strerror(errno.EFBIG) in output
+    assert "go on with --resume" in output and not (tmp_path / "out").exists()
+    code, output = run("convert", folder, tmp_path / "out", "--max-shard-size", "150KB")
+    assert code == 2 and "unfinished work of an interrupted run" in output
+    assert run("convert", folder, tmp_path / "out", "--max-shard-size", "150KB", "--resume")[0] == 0
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only who may mount can make a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mounted(tmp_path / "disk", "size=200k") as disk:
+        code, output = run("convert", folder, disk / "out")
+        assert code == 2 and "GB are needed, and 0.00 GB are free" in output
+        assert not list(disk.iterdir())
+        monkeypatch.setattr(writing, "_check_space", lambda *_: None)  # as a quota, which nobody can ask for
+        code, output = run("convert", folder, disk / "out", "--max-shard-size", "100KB")
+        assert code == 2 and os.strerror(errno.ENOSPC) in output and ".safetensors" in output
+        assert [path.name for path in disk.iterdir()] == ["out.unfinished"]
+        code, output = run("convert", folder, disk)
+        assert code == 2 and "mount point" in output
+
+
+def test_a_read_only_disk(folder: Path, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "ro,size=1m") as disk:
+        code, output = run("convert", folder, disk / "out")
+        assert code == 2 and os.strerror(errno.EROFS) in output and "out" in output
+
+
+@linux
+def test_a_target_that_cannot_be_written_to(folder: Path) -> None:
+    code, output = run("convert", folder, "/sys/deepseekmoe")
+    assert code == 2 and "/sys/deepseekmoe" in output
+
+
+def test_a_file_in_the_way(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, output = run("convert", folder, tmp_path / "file" / "out")
+    assert code == 2 and "Error: " in output
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------------------------------- one at a time
+@linux
+def test_one_file_of_the_source_is_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that belong together are dealt out over three files, scales apart from their values."""
+    source = write(tmp_path / "source", v3_tensors(), CONFIG, 3)
+    mapped: list[set[str]] = []
+    original = Checkpoint.read
+
+    def watched(self: Checkpoint, *args: object) -> torch.Tensor:
+        block = original(self, *args)
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped.append({line.split()[-1] for line in lines if str(source) in line})
+        return block
+
+    monkeypatch.setattr(Checkpoint, "read", watched)
+    for number, options in enumerate(({"layout": "stacked"}, {"dtype": "bfloat16"}, {"dtype": "float32"})):
+        convert(source, tmp_path / str(number), **options)
+    assert len(set().union(*mapped)) == 3 and max(len(files) for files in mapped) == 1
