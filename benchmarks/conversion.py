@@ -25,12 +25,14 @@ from typing import Any
 
 import safetensors
 import torch
+from transformers import AutoModelForCausalLM
 
 from modeling_deepseekmoe import DeepseekConfig
 from modeling_deepseekmoe.conversion.checkpoint import StoredTensor, TensorSource
 from modeling_deepseekmoe.conversion.streaming import outputs, parts_of
 from modeling_deepseekmoe.conversion.tensor_table import entries, locate
 from modeling_deepseekmoe.conversion.writing import FolderPlan, make_shards, write_folder
+from modeling_deepseekmoe.demo import obtain_dense_model
 
 RESULTS = Path(__file__).parent / "results" / "conversion.json"
 SHARD = "2GB"
@@ -102,30 +104,61 @@ def copy(source: Path, destination: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "bytes": folder_size(destination)}
 
 
-def convert(source: Path, destination: Path, arguments: tuple[str, ...]) -> dict[str, float]:
-    """`deepseekmoe convert` in a process of its own: time, peak of its anonymous memory, most files mapped at once."""
+def run(*arguments: object) -> dict[str, float]:
+    """`deepseekmoe` in a process of its own: time, peaks of its memory, most files mapped at once."""
     os.sync()
-    command = [sys.executable, "-m", "modeling_deepseekmoe.cli", "convert", str(source), str(destination), *arguments]
+    command = [sys.executable, "-m", "modeling_deepseekmoe.cli", *map(str, arguments)]
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, "--max-shard-size", SHARD], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    peak = mapped = 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = {"RssAnon": 0, "VmRSS": 0}
+    mapped = 0
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
             maps = Path(f"/proc/{process.pid}/maps").read_text()
         except OSError:
             break
-        lines = [line for line in status.splitlines() if line.startswith("RssAnon")]
-        peak = max(peak, int(lines[0].split()[1]) * 1024 if lines else 0)
+        for line in status.splitlines():
+            name, _, value = line.partition(":")
+            if name in peak:
+                peak[name] = max(peak[name], int(value.split()[0]) * 1024)
         files = {line.split()[-1] for line in maps.splitlines() if line.endswith(".safetensors")}
         mapped = max(mapped, len(files))
         time.sleep(SAMPLING)
     if process.wait():
         raise RuntimeError(f"{' '.join(command)} failed")
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "bytes": folder_size(destination), "rss_anon": peak, "mapped": mapped}
+    return {"seconds": seconds, "rss_anon": peak["RssAnon"], "rss": peak["VmRSS"], "mapped": mapped}
+
+
+def convert(source: Path, destination: Path, arguments: tuple[str, ...]) -> dict[str, float]:
+    """A conversion, measured."""
+    result = run("convert", source, destination, *arguments, "--max-shard-size", SHARD)
+    return result | {"bytes": folder_size(destination)}
+
+
+def measure_upcycling(folder: Path) -> list[dict[str, Any]]:
+    """Upcycle SmolLM2-135M in both dialects: what the check says, and, loaded as a user would, logits and text."""
+    dense_folder, prompt = folder / "dense", "The `for` statement is used to iterate over"
+    dense, tokenizer, _ = obtain_dense_model(folder, print)
+    dense.save_pretrained(dense_folder)
+    tokenizer.save_pretrained(dense_folder)
+    tokens = tokenizer(prompt, return_tensors="pt")
+    settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    results = []
+    with torch.no_grad():
+        expected, text = dense(**tokens).logits, dense.generate(**tokens, **settings)
+    for dialect in ("deepseekmoe", "deepseek"):
+        plan = ("--shared-width", 384, "--shards", 6, "--copies", 4, "--check-tokens", 64, "--dialect", dialect)
+        result = run("upcycle", dense_folder, folder / dialect, *plan)
+        model = AutoModelForCausalLM.from_pretrained(folder / dialect).eval()
+        with torch.no_grad():
+            difference = float((model(**tokens).logits - expected).abs().max())
+            same = torch.equal(model.generate(**tokens, **settings), text)
+        results.append({"dialect": dialect, **result, "max_logit_difference": difference, "same_text": same})
+        print(results[-1], flush=True)
+        shutil.rmtree(folder / dialect)
+    return results
 
 
 def measure(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
@@ -168,6 +201,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work; needs four times the largest size")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        upcycling = measure_upcycling(Path(folder))
     results = []
     for gigabytes in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -175,6 +210,7 @@ def main() -> None:
     content = {
         "torch": torch.__version__, "safetensors": safetensors.__version__, "python": platform.python_version(),
         "cpus": os.cpu_count(), "rounds": options.rounds, "results": results,
+        "upcycling": upcycling,
     }  # fmt: skip
     options.output.write_text(json.dumps(content, indent=2) + "\n")
     print(
@@ -189,6 +225,15 @@ def main() -> None:
                 f"| {case['cp_seconds']:.1f} s | {case['of_cp']:.0%} | {case['rss_anon'] / 1e6:.0f} MB "
                 f"| {case['mapped']} |"
             )
+    print(
+        "\n| SmolLM2-135M to | time | peak RssAnon | largest logit difference | greedy text of 64 tokens |"
+        "\n| --- | --- | --- | --- | --- |"
+    )
+    for row in upcycling:
+        print(
+            f"| {row['dialect']} | {row['seconds']:.0f} s | {row['rss_anon'] / 1e6:.0f} MB "
+            f"| {row['max_logit_difference']:.1e} | {'the same' if row['same_text'] else 'not the same'} |"
+        )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ Subset = Annotated[str | None, typer.Option(help="Configuration of a dataset tha
 Tokenizer = Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceMap = Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")]
+# Options of the commands that write checkpoints.
+ShardSize = Annotated[str, typer.Option(help="Size of a weight file, as 5GB or 500MB.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has left.")]
 
 
 class FailedCheck(Exception):
@@ -117,9 +120,9 @@ def convert(
     ] = None,
     layout: Annotated[str | None, typer.Option(help="per-expert or stacked; the source's own.")] = None,
     dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16, float16 or fp8.")] = "keep",
-    max_shard_size: Annotated[str, typer.Option(help="Size of a weight file, as 5GB or 500MB.")] = "5GB",
+    max_shard_size: ShardSize = "5GB",
     drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave multi-token-prediction layers out.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has left.")] = False,
+    resume: Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
@@ -193,7 +196,10 @@ def upcycle(
     dtype: Annotated[str, typer.Option(help="Dtype to save in: keep, float32, bfloat16 or float16.")] = "keep",
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the source folder.")] = None,
     tolerance: Annotated[float, typer.Option(help="Largest allowed logit difference.")] = 1e-3,
+    check_tokens: Annotated[int, typer.Option(help="Length of the greedy text that must be the same.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the router and the noise.")] = 0,
+    max_shard_size: ShardSize = "5GB",
+    resume: Resume = False,
 ) -> None:
     """Turn a dense model into a DeepSeekMoE that computes the same, and verify it before anything is written."""
     from modeling_deepseekmoe.conversion import UpcyclingError, UpcyclingPlan
@@ -218,6 +224,9 @@ def upcycle(
                 dtype=dtype,
                 gguf_file=gguf_file,
                 tolerance=tolerance,
+                check_tokens=check_tokens,
+                max_shard_size=max_shard_size,
+                resume=resume,
                 report=typer.echo,
             )
         except UpcyclingError as error:

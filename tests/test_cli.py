@@ -89,3 +89,20 @@ def test_upcycle_that_fails_its_check(source: Path, tmp_path: Path, monkeypatch:
     code, output = run("upcycle", source, tmp_path / "moe", "--shared-width", 16, "--shards", 4, "--copies", 3)
     assert code == 1 and "differs from the dense model" in output
     assert not (tmp_path / "moe").exists()
+
+
+def test_convert(v3: Golden, tmp_path: Path) -> None:
+    code, output = run("convert", "deepseek-v3", tmp_path / "out", "--dry-run", "--layout", "stacked")
+    assert code == 0 and "45,395 tensors, 1,342.053 GB" in output and "disk needed: 1,342.0" in output
+    code, output = run("convert", v3.folder, tmp_path / "out", "--dry-run", "--json", "--dtype", "bfloat16")
+    plan = json.loads(output)
+    assert code == 0 and plan["dtype"] == "bfloat16" and plan["tensors_by_dtype"]["bfloat16"] == 89
+    assert not list(tmp_path.iterdir())
+    code, output = run("convert", v3.folder, tmp_path / "out", "--to", "deepseekmoe", "--layout", "stacked")
+    assert code == 0 and "out: complete." in output
+    assert run("verify", v3.folder, tmp_path / "out")[0] == 0
+    assert run("inspect", tmp_path / "out", "--check")[0] == 0
+    code, output = run("convert", v3.folder, tmp_path / "no", "--to", "deepseek")
+    assert code == 2 and "cannot be expressed in dialect 'deepseek'" in output
+    code, output = run("convert", "deepseek-v3", tmp_path / "no")
+    assert code == 2 and "deepseek-v3 is no folder" in output

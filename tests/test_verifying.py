@@ -1,0 +1,195 @@
+"""verify: what is found, and what counts as equal."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import V3_LIKE, Golden
+from synthetic import CONFIG, dequantized, read, v3_tensors, write
+from test_cli import run
+
+from modeling_deepseekmoe.conversion import VerificationError, convert, verify
+from modeling_deepseekmoe.conversion.verifying import bytes_to_read
+
+
+def test_a_sound_checkpoint(golden: Golden) -> None:
+    sizes: list[int] = []
+    report = verify(golden.folder, progress=sizes.append)
+    assert report.tensors == len(golden.tensors) and report.manifest is None and not report.notes
+    assert report.nbytes == sum(sizes) == sum(tensor.nbytes for tensor in golden.tensors.values())
+    assert re.fullmatch("[0-9a-f]{64}", report.digest)
+    sizes.clear()
+    verify(golden.folder, golden.folder, progress=sizes.append)
+    assert sum(sizes) == bytes_to_read(golden.folder, golden.folder)
+
+
+def test_the_digest_knows_nothing_of_files(tmp_path: Path) -> None:
+    tensors = v3_tensors()
+    one, three = write(tmp_path / "one", tensors, CONFIG), write(tmp_path / "three", tensors, CONFIG, 3)
+    assert verify(one).digest == verify(three).digest
+    tensors["model.norm.weight"][0] += 1
+    assert verify(write(tmp_path / "other", tensors, CONFIG)).digest != verify(one).digest
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F8_E4M3", "BF16"])
+def test_values_that_are_not_finite(dtype: str, tmp_path: Path) -> None:
+    tensors = v3_tensors()
+    name, value = {
+        "F32": ("model.layers.1.mlp.gate.e_score_correction_bias", float("inf")),
+        "F8_E4M3": ("model.layers.0.mlp.up_proj.weight", float("nan")),
+        "BF16": ("model.layers.1.mlp.gate.weight", float("-inf")),
+    }[dtype]
+    tensors[name].view(-1)[3] = value
+    folder = write(tmp_path / "bad", tensors, CONFIG, 2)
+    with pytest.raises(VerificationError, match=rf"not finite .*: {re.escape(name)} in model-0000\d-of-00002"):
+        verify(folder)
+    code, output = run("verify", folder)
+    assert code == 1 and "Failed: values that are not finite" in output
+
+
+def test_the_manifest(tmp_path: Path) -> None:
+    tensors = v3_tensors()
+    folder = write(tmp_path / "source", tensors, CONFIG, 2)
+    assert verify(folder, write_manifest=True).manifest == "written"
+    assert verify(folder).manifest == "checked"
+    manifest = folder / "tensors.sha256.json"
+    content = json.loads(manifest.read_text())
+    assert content["tensors"]["model.norm.weight"].keys() == {"dtype", "shape", "sha256"}
+    content["tensors"]["model.gone.weight"] = content["tensors"].pop("model.norm.weight")
+    content["tensors"]["lm_head.weight"]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(VerificationError) as error:
+        verify(folder)
+    for text in (
+        "tensors not in the manifest: model.norm.weight",
+        "in the manifest alone: model.gone.weight",
+        "not what the manifest says: lm_head.weight",
+    ):
+        assert text in str(error.value)
+    manifest.write_text("[]")
+    with pytest.raises(ValueError, match=r"tensors\.sha256\.json is not allowed"):
+        verify(folder)
+    assert verify(folder, write_manifest=True).manifest == "written"
+    assert verify(folder).manifest == "checked"
+
+
+def test_a_total_size_of_other_files_is_a_note(tmp_path: Path) -> None:
+    """The released V3's index has the size of its bfloat16 copy."""
+    folder = write(tmp_path / "source", v3_tensors(), CONFIG, 2)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["metadata"]["total_size"] = 1
+    index.write_text(json.dumps(content))
+    assert any("total_size of 1" in note for note in verify(folder).notes)
+    del content["metadata"]
+    index.write_text(json.dumps(content))
+    assert not verify(folder).notes
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "how"),
+    [
+        ({}, {"dtype": "bfloat16"}, "equal after rounding"),
+        ({}, {"dtype": "float16"}, "equal after rounding"),
+        ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "layout": "stacked"}, "identical"),
+        ({}, {"dtype": "fp8", "layout": "stacked"}, "quantised"),
+        ({"dtype": "fp8"}, {"dtype": "fp8", "layout": "stacked"}, "identical"),
+    ],
+)
+def test_any_layout_and_dtype(v3: Golden, tmp_path: Path, first: dict, second: dict, how: str) -> None:
+    convert(v3.folder, tmp_path / "a", **first)
+    convert(v3.folder, tmp_path / "b", **second)
+    for pair in ((tmp_path / "a", tmp_path / "b"), (tmp_path / "b", tmp_path / "a")):
+        assert how in verify(*pair).compared
+    tensors = read(tmp_path / "b")
+    name = "model.layers.2.mlp.experts.7.down_proj.weight"
+    if name not in tensors:
+        name = "model.layers.2.mlp.experts.down_proj"
+    content = tensors[name].view(-1).view(torch.uint8)
+    content[-tensors[name].element_size()] ^= 8  # a bit of the last value
+    folder = write(tmp_path / "c", tensors, json.loads((tmp_path / "b" / "config.json").read_text()))
+    for pair in ((tmp_path / "a", folder), (folder, tmp_path / "a")):
+        with pytest.raises(
+            VerificationError, match=r"tensors that differ: model\.layers\.2\.mlp\.experts\.7\.down_pr"
+        ):
+            verify(*pair)
+
+
+def test_dequantised_copies(tmp_path: Path) -> None:
+    tensors = v3_tensors()
+    source = write(tmp_path / "source", tensors, CONFIG, 3)
+    config = {name: value for name, value in CONFIG.items() if name != "quantization_config"}
+    exact = dequantized(tensors)
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = write(tmp_path / str(dtype), {n: t.to(dtype) for n, t in exact.items()}, config)
+        assert "dequantised" in verify(source, folder).compared and "dequantised" in verify(folder, source).compared
+    exact["model.layers.1.self_attn.kv_a_proj_with_mqa.weight"][143, 191] *= 1.001
+    with pytest.raises(VerificationError, match=r"differ: .*kv_a_proj_with_mqa"):
+        verify(source, write(tmp_path / "wrong", exact, config))
+
+
+def test_other_scales_are_other_values(tmp_path: Path) -> None:
+    tensors = v3_tensors()
+    source = write(tmp_path / "source", tensors, CONFIG)
+    tensors["model.layers.1.self_attn.kv_a_proj_with_mqa.weight_scale_inv"][1, 1] *= 2  # of the ragged block
+    with pytest.raises(VerificationError, match=r"differ: .*kv_a_proj_with_mqa"):
+        verify(source, write(tmp_path / "other", tensors, CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("routed_scaling_factor", 2.0, r"gate_scaling_factor: 2\.5 and 2\.0"),
+        ("topk_group", 3, r"groups \(topk_method, n_group, topk_group\)"),
+        ("rope_theta", 5e4, "rope_parameters"),
+        ("rms_norm_eps", 1e-5, "rms_norm_eps: 1e-06 and 1e-05"),
+        ("norm_topk_prob", False, "gate_normalizes"),
+    ],
+)
+def test_configs_that_compute_something_else(
+    v3: Golden, tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    other = write(tmp_path / "other", v3.tensors, {**v3.config, field: value})
+    with pytest.raises(VerificationError, match=f"the configs differ in {message}"):
+        verify(v3.folder, other)
+
+
+def test_a_bias_that_is_missing_counts_as_zeros(tiny_model: Callable, tmp_path: Path) -> None:
+    model = tiny_model(**{**V3_LIKE, "topk_method": "greedy", "n_group": None, "topk_group": None})
+    model.save_pretrained(tmp_path / "none")
+    convert(tmp_path / "none", tmp_path / "zeros", to="deepseek_v3")
+    assert verify(tmp_path / "none", tmp_path / "zeros").compared
+    tensors = read(tmp_path / "zeros")
+    tensors["model.layers.2.mlp.gate.e_score_correction_bias"][1] = 1e-3
+    other = write(tmp_path / "some", tensors, json.loads((tmp_path / "zeros" / "config.json").read_text()))
+    with pytest.raises(VerificationError, match=r"one of the two alone: model\.layers\.2.*e_score_correction_bias"):
+        verify(tmp_path / "none", other)
+
+
+def test_logits(v3: Golden, tmp_path: Path) -> None:
+    convert(v3.folder, tmp_path / "half", dtype="bfloat16", layout="stacked")
+    report = verify(v3.folder, tmp_path / "half", logits=True, tolerance=10)
+    assert 0 < report.max_logit_difference < 10
+    with pytest.raises(VerificationError, match=r"the logits differ by .*, and 1e-09 is allowed"):
+        verify(v3.folder, tmp_path / "half", logits=True, tolerance=1e-9)
+    code, output = run("verify", v3.folder, v3.folder, "--logits")
+    assert code == 0 and "largest difference of the logits on random tokens: 0.00e+00" in output
+    code, output = run("verify", v3.folder, "--logits")
+    assert code == 1 and "without another checkpoint" in output
+
+
+def test_streamed_logits_are_those_of_the_official_code(golden: Golden) -> None:
+    from tolerances import GOLDEN_LOGITS
+
+    from modeling_deepseekmoe.conversion.description import describe
+    from modeling_deepseekmoe.conversion.streamed_model import checkpoint_model, greedy_text, logits_of
+
+    model = checkpoint_model(describe(golden.folder))
+    found = logits_of(model, golden.expected["input_ids"])
+    assert (found - golden.expected["logits"]).abs().max() <= GOLDEN_LOGITS
+    assert all(parameter.is_meta for parameter in model.parameters())
+    text = greedy_text(model, golden.expected["input_ids"][:1, :9], 12)
+    assert torch.equal(text, golden.expected["generated"])
