@@ -31,6 +31,7 @@ from modeling_deepseekmoe import DeepseekConfig
 from modeling_deepseekmoe.conversion.checkpoint import StoredTensor, TensorSource
 from modeling_deepseekmoe.conversion.streaming import outputs, parts_of
 from modeling_deepseekmoe.conversion.tensor_table import entries, locate
+from modeling_deepseekmoe.conversion.upcycling import save_dequantized
 from modeling_deepseekmoe.conversion.writing import FolderPlan, make_shards, write_folder
 from modeling_deepseekmoe.demo import obtain_dense_model
 
@@ -141,7 +142,7 @@ def measure_upcycling(folder: Path) -> list[dict[str, Any]]:
     """Upcycle SmolLM2-135M in both dialects: what the check says, and, loaded as a user would, logits and text."""
     dense_folder, prompt = folder / "dense", "The `for` statement is used to iterate over"
     dense, tokenizer, _ = obtain_dense_model(folder, print)
-    dense.save_pretrained(dense_folder)
+    save_dequantized(dense, dense_folder)
     tokenizer.save_pretrained(dense_folder)
     tokens = tokenizer(prompt, return_tensors="pt")
     settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}

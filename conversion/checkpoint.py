@@ -109,7 +109,14 @@ class Checkpoint(TensorSource):
         if weight_map is not None:
             _check_index(weight_map, tensors)
         super().__init__(tensors.values())
+        self._sizes = {file: file.stat().st_size for file in self.files}
         self._mapped: tuple[Path, mmap.mmap] | None = None
+
+    @property
+    def identity(self) -> list[object]:
+        """What a change of the files would change, as far as can be told without reading them."""
+        places = {tensor.name: tensor.offset for tensor in self.tensors.values()}
+        return [places, *(file_identity(file) for file in self.files)]
 
     def read(self, tensor: StoredTensor, first: int, last: int) -> torch.Tensor:
         """As [`TensorSource.read`]; the tensor is a view of the mapped file."""
@@ -126,6 +133,8 @@ class Checkpoint(TensorSource):
             with file.open("rb") as handle:
                 # A private mapping, because torch wants memory that it could write to.
                 mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+            if len(mapped) != self._sizes[file]:
+                raise OSError(f"{file.name} has changed while it was read.")
             mapped.madvise(mmap.MADV_SEQUENTIAL)
             self._mapped = (file, mapped)
         return self._mapped[1]
@@ -293,6 +302,11 @@ def small_files(folder: Path, code: bool) -> Iterator[Path]:
         yield file
 
 
+def file_identity(file: Path) -> list[object]:
+    """Name, size and time of the last change of a file."""
+    return [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+
+
 def listed(names: Iterable[str]) -> str:
     """Some names for a message, with the number of the others."""
     names = list(names)
@@ -312,6 +326,7 @@ __all__ = [
     "StoredTensor",
     "TensorSource",
     "check_inside",
+    "file_identity",
     "listed",
     "parse_json",
     "read_header",

@@ -18,16 +18,21 @@ from modeling_deepseekmoe.folders import local_folder
 from modeling_deepseekmoe.registration import without_model_classes
 
 from .block_fp8 import BLOCK
-from .checkpoint import CONFIG_NAME, Checkpoint, TensorSource, read_index, small_files
+from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, TensorSource, listed, read_index, small_files
 from .description import Description, as_config, planned, read_config, understand
-from .dialects import check_dialect, translate
+from .dialects import check_dialect, check_same, translate
 from .streaming import Constant, Output, Part, outputs, parts_of
 from .tensor_table import entries
 from .writing import FolderPlan, make_shards, write_folder
 
 LAYOUTS = ("per-expert", "stacked")
 STORED_DTYPES = ("keep", "float32", "bfloat16", "float16", "fp8")
-_FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+_FP8_CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": list(BLOCK),
+}
 
 
 @dataclass(frozen=True)
@@ -211,61 +216,77 @@ def _plan(
     drop_mtp: bool,
     without_weights: bool,
 ) -> ConversionPlan:
-    folder, found, has_weights = _source(source, without_weights)
+    folder, found, missing = _source(source, without_weights)
     dialect = to or found.config.model_type
     layout = layout or (found.layout if dialect == found.config.model_type else LAYOUTS[0])
-    notes = [] if has_weights else ["the weights are not here: sizes follow from the config, and nothing was checked"]
+    notes = []
+    if missing:
+        notes.append(
+            f"weights that are not here: {listed(missing)}; sizes follow from the config, nothing was checked"
+        )
     if found.located.derived:
         notes.append(f"{len(found.located.derived)} tensors of rotary embeddings follow from the config: left out")
     mtp = [name for name in found.located.matrices if found.wanted[name].mtp_layer is not None]
     if drop_mtp and mtp:
         notes.append(f"{len(mtp)} tensors of multi-token-prediction layers are left out")
+    promised = found.config.num_nextn_predict_layers
+    if promised and not mtp and found.source.tensors:
+        notes.append(f"num_nextn_predict_layers={promised}, and there are no tensors of such layers")
     config, text = _translated_config(found, dialect, dtype, drop_mtp)
     if dialect != found.config.model_type and config.loss_alphas != found.config.loss_alphas:
         notes.append(f"balance losses in training: {found.config.loss_alphas} here, {config.loss_alphas} there")
-    tensors = list(_tensors(found, config, layout, dtype))
+    tensors = list(_tensors(found, config, layout, dtype, drop_mtp))
     copies = () if folder is None else tuple(small_files(folder, code=dialect == found.config.model_type))
     origin = {
         "version": modeling_deepseekmoe.__version__,
         "dtype": dtype,
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _files(found.source)],
-        "tensors": {tensor.name: tensor.offset for tensor in found.source.tensors.values()},
+        "source": found.source.identity if isinstance(found.source, Checkpoint) else None,
     }
     plan = FolderPlan(make_shards(tensors, max_shard_size), {CONFIG_NAME: text}, copies, origin)
-    return ConversionPlan(found.source, plan, dialect, layout, dtype, tuple(notes), has_weights)
+    return ConversionPlan(found.source, plan, dialect, layout, dtype, tuple(notes), not missing)
 
 
 # ---------------------------------------------------------------------------------------------------------- the source
-def _source(source: str | Path, without_weights: bool) -> tuple[Path | None, Description, bool]:
-    """The source's folder, what it holds, and whether its weights are there."""
+def _source(source: str | Path, without_weights: bool) -> tuple[Path | None, Description, list[str]]:
+    """The source's folder, what it holds, and which of its weight files are not there."""
     if without_weights and not Path(source).is_dir() and str(source) in list_presets():
         with without_model_classes():
             config = load_preset(str(source))
-        return None, planned(config.to_diff_dict(), config, None), False
-    folder = local_folder(source)
+        return None, planned(config.to_diff_dict(), config, None), [WEIGHTS_NAME]
+    folder = local_folder(source, weights=not without_weights)
     raw = read_config(folder)
     config = as_config(raw, folder)
-    weight_map = read_index(folder) if without_weights else None
-    if weight_map and not any((folder / name).is_file() for name in weight_map.values()):
-        return folder, planned(raw, config, weight_map), False
-    return folder, understand(Checkpoint(folder), raw, config), True
-
-
-def _files(source: TensorSource) -> list[Path]:
-    return source.files if isinstance(source, Checkpoint) else []
+    if without_weights:
+        weight_map = read_index(folder)
+        names = [WEIGHTS_NAME] if weight_map is None else sorted(set(weight_map.values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            return folder, planned(raw, config, weight_map), missing
+    return folder, understand(Checkpoint(folder), raw, config), []
 
 
 # ---------------------------------------------------------------------------------------------------------- the target
-def _tensors(found: Description, config: DeepseekMoeConfig, layout: str, dtype: str) -> list[Output]:
+def _tensors(found: Description, config: DeepseekMoeConfig, layout: str, dtype: str, drop_mtp: bool) -> list[Output]:
     """The tensors of the target config, made of the source's."""
-    wanted = found.wanted if config is found.config else entries(config)
+    wanted = found.wanted if config is found.config else entries(config, mtp=found.has_mtp)
     parts: dict[str, tuple[Part, Part | None]] = {}
+    used = set()
     for name, entry in wanted.items():
         matrix = found.matrix(name)
         if matrix is not None and not (entry.optional and name in found.located.absent):
             parts[name] = parts_of(entry, matrix, dtype, found.block)
+            used.add(name)
         elif name.endswith("e_score_correction_bias") and name not in found.wanted:
             parts[name] = Constant(torch.zeros(entry.shape)), None
+        elif not entry.optional and name not in found.located.absent:
+            raise ValueError(f"The target's config asks for {name}, which the checkpoint does not have.")
+    lost = [
+        name
+        for name in found.located.matrices
+        if name not in used and not (drop_mtp and found.wanted[name].mtp_layer is not None)
+    ]
+    if lost:
+        raise ValueError(f"The target's config has no place for {listed(lost)}.")
     return list(outputs(wanted, parts, layout, found.experts))
 
 
@@ -274,21 +295,19 @@ def _translated_config(
 ) -> tuple[DeepseekMoeConfig, bytes]:
     """The target's config, and the text of its file: the source's own but for what changes."""
     raw, config = dict(found.raw), found.config
-    has_mtp = any(found.wanted[name].mtp_layer is not None for name in found.located.matrices)
-    if dialect not in ("deepseekmoe", "deepseek_v3") and has_mtp and not drop_mtp:
+    if dialect not in ("deepseekmoe", "deepseek_v3") and found.has_mtp and not drop_mtp:
         raise ValueError(
             f"The checkpoint cannot be expressed in dialect {dialect!r}: it has multi-token-prediction layers "
             f"(num_nextn_predict_layers={config.num_nextn_predict_layers}). Leave them out with --drop-mtp."
         )
     if dialect != config.model_type:
         raw = json.loads(translate(config, dialect).to_json_string())
-        if "quantization_config" in found.raw:
-            raw["quantization_config"] = found.raw["quantization_config"]
+        raw |= {name: found.raw[name] for name in ("quantization_config",) if name in found.raw}
     promised = raw.get("num_nextn_predict_layers", config.num_nextn_predict_layers)
     if promised and (drop_mtp or dialect not in ("deepseekmoe", "deepseek_v3")):
         raw["num_nextn_predict_layers"] = 0
     if dtype == "fp8":
-        raw.setdefault("quantization_config", {**_FP8_CONFIG, "weight_block_size": list(BLOCK)})
+        raw["quantization_config"] = raw.get("quantization_config") or _FP8_CONFIG
     elif dtype != "keep":
         raw.pop("quantization_config", None)
         names = [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]
@@ -296,7 +315,9 @@ def _translated_config(
     if raw == found.raw and isinstance(found.source, Checkpoint):
         return config, (found.source.folder / CONFIG_NAME).read_bytes()
     text = (json.dumps(raw, indent=2, sort_keys=True) + "\n").encode()
-    return config if raw == found.raw else as_config(raw), text
+    written = config if raw == found.raw else as_config(raw)
+    check_same(config, written)
+    return written, text
 
 
 __all__ = ["LAYOUTS", "STORED_DTYPES", "ConversionPlan", "carry_out", "convert", "plan_conversion"]

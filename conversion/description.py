@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """A checkpoint of the family, understood: its config, its tensors, and which of them is what."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,13 @@ from modeling_deepseekmoe.registration import without_model_classes
 from .block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, scale_shape
 from .checkpoint import CONFIG_NAME, Checkpoint, StoredTensor, TensorSource, check_inside, parse_json
 from .tensor_table import Entry, Located, Matrix, entries, locate, stack_shape, stacks
+
+_LAYER = re.compile(r"^(?:model\.)?layers\.(\d{1,6})\.")
+# What is counted or listed as soon as a config is made; the largest models have a hundredth of it.
+_MOST = {"num_hidden_layers": 10**4, "num_nextn_predict_layers": 10**4, "num_labels": 10**6}
+_LARGEST_BLOCK = 2**16
+# What transformers raises for values that no config should have.
+_ODD = (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,11 @@ class Description:
         """Of the experts, as stored."""
         stacked = any(entry.stack in self.source.tensors for entry in self.wanted.values())
         return "stacked" if stacked else "per-expert"
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether there are multi-token-prediction layers."""
+        return any(self.wanted[name].mtp_layer is not None for name in self.located.matrices)
 
     @property
     def experts(self) -> int:
@@ -71,32 +84,77 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a folder.
 
     Raises:
-        ValueError: if there is none, or it is not readable, or a link to another place.
+        ValueError: if it is not readable, or a link to another place.
+        OSError: if there is none.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(f"folder={str(folder)!r} is not allowed: it must hold a {CONFIG_NAME}.")
+        raise FileNotFoundError(f"{folder} lacks {CONFIG_NAME}.")
     check_inside(path, folder)
     return parse_json(path)
 
 
 def as_config(raw: dict[str, Any], folder: Path | None = None) -> DeepseekMoeConfig:
     """A `config.json` as this package's class; raises `ValueError` for what cannot be read."""
+    if isinstance(raw, dict):
+        _check_raw(raw)
     try:
         with without_model_classes():
             return config_from_dict(raw)
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{CONFIG_NAME} of {folder} cannot be read as a config: {error}") from error
+    except _ODD as error:
+        raise ValueError(f"{folder or 'the source'}/{CONFIG_NAME} cannot be read as a config: {error}") from error
+
+
+def _check_raw(raw: dict[str, Any]) -> None:
+    """What would do harm before a config is made of it."""
+    for name in raw:
+        if callable(getattr(DeepseekMoeConfig, name, None)):
+            raise ValueError(f"{CONFIG_NAME}: {name!r} is not allowed as a field.")
+    architectures = raw.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise ValueError(f"{CONFIG_NAME}: architectures={architectures!r} is not allowed: it must be a list of names.")
+    for name, most in _MOST.items():
+        if raw.get(name) is not None and not (type(raw[name]) is int and 0 <= raw[name] <= most):
+            raise ValueError(
+                f"{CONFIG_NAME}: {name}={raw[name]!r} is not allowed: it must be an integer from 0 to {most}."
+            )
 
 
 def understand(
     source: TensorSource, raw: dict[str, Any], config: DeepseekMoeConfig, wanted: dict[str, Entry] | None = None
 ) -> Description:
     """Match tensors with a config, which is also there as its file has it; raises `ValueError` if they do not fit."""
-    wanted = entries(config) if wanted is None else wanted
+    if wanted is None:
+        with_mtp = _check_sizes(config, source)
+        wanted = entries(config, mtp=with_mtp)
     block = _fp8_block(raw)
     located = locate(wanted, source.tensors, config.n_routed_experts or 0, block)
     return Description(source, raw, config, wanted, located, block)
+
+
+def _check_sizes(config: DeepseekMoeConfig, source: TensorSource) -> bool:
+    """That the config's numbers of layers and experts are those of the tensors, before all of them are named; returns
+    whether there are multi-token-prediction layers."""
+    layers = 1 + max((int(match[1]) for name in source.tensors if (match := _LAYER.match(name))), default=-1)
+    if config.num_hidden_layers > layers:
+        raise ValueError(
+            f"{CONFIG_NAME}: num_hidden_layers={config.num_hidden_layers} is not allowed: the checkpoint has tensors "
+            f"of {layers} layers."
+        )
+    with_mtp = layers > config.num_hidden_layers
+    if with_mtp and config.num_nextn_predict_layers > layers - config.num_hidden_layers:
+        raise ValueError(
+            f"{CONFIG_NAME}: num_nextn_predict_layers={config.num_nextn_predict_layers} is not allowed: the "
+            f"checkpoint has tensors of {layers - config.num_hidden_layers} layers beyond num_hidden_layers."
+        )
+    gates = [tensor for name, tensor in source.tensors.items() if name.endswith("mlp.gate.weight")]
+    experts = config.n_routed_experts or 0
+    if experts > 1 and config.moe_layers and (not gates or gates[0].shape[:1] != (experts,)):
+        found = f"{gates[0].name} has the shape {gates[0].shape}" if gates else "the checkpoint has no mlp.gate.weight"
+        raise ValueError(f"{CONFIG_NAME}: n_routed_experts={experts} is not allowed: {found}.")
+    return with_mtp
 
 
 def _fp8_block(raw: dict[str, Any]) -> Block:
@@ -107,8 +165,14 @@ def _fp8_block(raw: dict[str, Any]) -> Block:
     if method != "fp8":
         raise ValueError(f"quant_method={method!r} is not allowed: only 'fp8' (blocks, as DeepSeek-V3) is read.")
     block = quantization.get("weight_block_size", BLOCK)
-    if not isinstance(block, (list, tuple)) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise ValueError(f"weight_block_size={block!r} is not allowed: it must be two integers of at least 1.")
+    if (
+        not isinstance(block, (list, tuple))
+        or len(block) != 2
+        or not all(type(number) is int and 0 < number <= _LARGEST_BLOCK for number in block)
+    ):
+        raise ValueError(
+            f"weight_block_size={block!r} is not allowed: it must be two integers from 1 to {_LARGEST_BLOCK}."
+        )
     return block[0], block[1]
 
 
@@ -126,14 +190,22 @@ def planned(raw: dict[str, Any], config: DeepseekMoeConfig, weight_map: dict[str
     else:
         names = list(weight_map)
     shapes = {name: entry.shape for name, entry in wanted.items()}
+    block, experts = _fp8_block(raw), config.n_routed_experts or 0
+    scales: dict[str, tuple[int, ...]] = {}
+    for name, entry in wanted.items():
+        if entry.linear:
+            scales[name] = scale_shape(entry.shape, block)
     if any(name not in shapes for name in names):
         for stack, members in stacks(wanted).items():
-            shapes[stack] = stack_shape(members, config.n_routed_experts)
+            shapes[stack] = stack_shape(members, experts)
+            rows, columns = scales[members[0].name]
+            scales[stack] = (experts, len(members) // experts * rows, columns)
     tensors = []
+    shape: tuple[int, ...]
     for name in names:
         plain = name.removesuffix(SCALE_SUFFIX)
-        if plain != name and plain in shapes and weight_map and plain in weight_map:
-            shape, own = (*shapes[plain][:-2], *scale_shape(shapes[plain][-2:])), torch.float32
+        if plain != name and plain in scales and weight_map and plain in weight_map:
+            shape, own = scales[plain], torch.float32
         else:
             quantized = weight_map is not None and name + SCALE_SUFFIX in weight_map
             own = torch.float32 if name.endswith("e_score_correction_bias") else FP8 if quantized else dtype

@@ -18,8 +18,6 @@ _CLASSES = {config_class.model_type: config_class for config_class in CONFIG_CLA
 _FORWARD_FIELDS = (
     "vocab_size",
     "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
@@ -35,11 +33,12 @@ _FORWARD_FIELDS = (
     "hidden_act",
     "rms_norm_eps",
     "moe_layers",
-    "shared_intermediate_size",
 )
 _ROUTING_FIELDS = (
     "n_routed_experts",
     "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_intermediate_size",
     "scoring_func",
     "gate_normalizes",
     "gate_scaling_factor",
@@ -76,7 +75,9 @@ def translate(config: DeepseekMoeConfig, dialect: str) -> DeepseekMoeConfig:
             translated = config_from_dict({**content, "model_type": dialect})
     except ValueError as error:
         raise ValueError(f"The checkpoint cannot be expressed in dialect {dialect!r}: {error}") from error
-    _check_same(config, translated)
+    check_same(config, translated)
+    if dialect != config.model_type:
+        _check_released_code(config, dialect)
     return translated
 
 
@@ -92,9 +93,13 @@ def forward_fields(config: DeepseekMoeConfig) -> dict[str, Any]:
     rope = dict(config.rope_parameters or {})
     rope.pop("type", None)
     found["rope_parameters"] = rope
+    if rope.get("rope_type", "default") != "default":
+        found["max_position_embeddings"] = config.max_position_embeddings  # some types of scaling begin there
+    if len(config.moe_layers) < config.num_hidden_layers:
+        found["intermediate_size"] = config.intermediate_size
     if config.attention_type == "mla":
         found["rope_interleave"] = config.rope_interleave
-    if config.n_routed_experts:
+    if config.moe_layers:
         found |= {name: getattr(config, name) for name in _ROUTING_FIELDS}
         groups, kept = config.gate_groups
         ranked = (config.topk_method, groups, kept) if kept < groups else ("all experts", 1, 1)
@@ -118,7 +123,12 @@ def _gate_fields(config: DeepseekMoeConfig, dialect: str) -> dict[str, Any]:
     return fields
 
 
-def _check_same(config: DeepseekMoeConfig, translated: DeepseekMoeConfig) -> None:
+def check_same(config: DeepseekMoeConfig, translated: DeepseekMoeConfig) -> None:
+    """That a translated config describes the same computation.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
     dialect = translated.model_type
     found, wanted = forward_fields(translated), forward_fields(config)
     if wanted.get("e_score_correction_bias") is False:
@@ -129,6 +139,10 @@ def _check_same(config: DeepseekMoeConfig, translated: DeepseekMoeConfig) -> Non
                 f"The checkpoint cannot be expressed in dialect {dialect!r}: its {name} is {value!r}, and there it "
                 f"would be {found.get(name)!r}."
             )
+
+
+def _check_released_code(config: DeepseekMoeConfig, dialect: str) -> None:
+    """What a dialect's config could say, and its released code would not compute."""
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if dialect == "deepseek" and rope_type not in DEEPSEEK_ROPE_TYPES:
         raise ValueError(
@@ -142,4 +156,4 @@ def _check_same(config: DeepseekMoeConfig, translated: DeepseekMoeConfig) -> Non
         )
 
 
-__all__ = ["DEEPSEEK_ROPE_TYPES", "DIALECTS", "check_dialect", "forward_fields", "translate"]
+__all__ = ["DEEPSEEK_ROPE_TYPES", "DIALECTS", "check_dialect", "check_same", "forward_fields", "translate"]

@@ -69,8 +69,10 @@ class UpcyclingPlan:
                 "the weight of a single chosen expert is not normalised and would not be 1."
             )
         for field in ("router_std", "noise"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"{field}={getattr(self, field)} is not allowed: it must be at least 0.")
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field}={getattr(self, field)} is not allowed: it must be finite and at least 0.")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed} is not allowed: it must be at least 0 and below 2**31.")
         if self.dialect not in ("deepseekmoe", "deepseek"):
             raise ValueError(f"dialect={self.dialect!r} is not allowed: it must be 'deepseekmoe' or 'deepseek'.")
 
@@ -240,6 +242,8 @@ def _check_source(dense: Any) -> None:
             f"model_type={dense.model_type!r} is not allowed as a source: it must be one of "
             f"{', '.join(SOURCE_MODEL_TYPES)}."
         )
+    if getattr(dense, "quantization_config", None):
+        raise ValueError("quantization_config is not allowed as a source: upcycle the checkpoint that was quantised.")
     if getattr(dense, "mlp_bias", False):
         raise ValueError("mlp_bias=True is not allowed as a source: experts have no bias.")
     window = getattr(dense, "sliding_window", None)

@@ -30,6 +30,7 @@ def streamed_model(config: PreTrainedConfig, architecture: str | None, read: Rea
             model = AutoModelForCausalLM.from_config(deepcopy(config))
         else:
             model = getattr(modeling_deepseekmoe, architecture)(deepcopy(config))
+            model.set_experts_implementation("eager")  # takes experts of every width
     decoder = getattr(model, model.base_model_prefix, model)
     decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config)  # its buffers are in no checkpoint
     prefix = "" if decoder is model else f"{model.base_model_prefix}."
@@ -68,7 +69,7 @@ def checkpoint_model(found: Description) -> PreTrainedModel:
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """What the model's head returns for tokens (B, S): logits, or the hidden states of a model without one."""
-    output = model(input_ids, use_cache=False)
+    output = model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
     return output.logits if "logits" in output else output.last_hidden_state
 
 

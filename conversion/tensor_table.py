@@ -6,6 +6,7 @@ it to exist. The stacked layout follows from the rows of the experts: a stack is
 matrices, expert by expert, so that every layout change is a matter of where the same bytes lie.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -99,7 +100,7 @@ MTP = (
     Row("shared_head.head.weight", ("vocabulary", "hidden"), optional=True),
 )
 # Computed from the config, and stored by old versions of transformers.
-DERIVED = "self_attn.rotary_emb.inv_freq"
+DERIVED = re.compile(r"^(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -195,16 +196,15 @@ class Located:
     derived: list[str] = field(default_factory=list)
 
 
-def entries(config: DeepseekMoeConfig, architecture: str | None = None) -> dict[str, Entry]:
+def entries(config: DeepseekMoeConfig, *, mtp: bool = True) -> dict[str, Entry]:
     """All tensors that a config asks for, by official name: embedding, layers, norm, head, multi-token prediction.
 
     Args:
         config: of any dialect.
-        architecture: class of the model, which decides on the head; the config's first one by default, and a language
-            model where it has none.
+        mtp: whether to include the multi-token-prediction layers that the config promises.
     """
     table, dimensions, has = TABLES[config.model_type], _dimensions(config), _properties(config)
-    head = head_of(architecture or next(iter(config.architectures or ()), "ForCausalLM"))
+    head = head_of(next(iter(config.architectures or ()), "ForCausalLM"))
     root = "" if head == "Model" else "model."
     decoder = NORMS + table.attention[config.attention_type]
     found: dict[str, Entry] = {}
@@ -223,7 +223,7 @@ def entries(config: DeepseekMoeConfig, architecture: str | None = None) -> dict[
     add(root, MODEL[1:])
     tied = config.tie_word_embeddings and head == "ForCausalLM"
     add("", tuple(replace(row, optional=tied) for row in HEADS[head]))
-    for layer in mtp_layers(config) if table.mtp else ():
+    for layer in mtp_layers(config) if table.mtp and mtp else ():
         block = table.moe if config.n_routed_experts else DENSE
         add(f"{root}layers.{layer}.", table.mtp + decoder + block, mtp_layer=layer)
     return found
@@ -286,11 +286,14 @@ def locate(
             used |= {name} | ({scales.name} if scales else set())
         else:
             missing.append(name)
-    _check_missing(located, wanted, missing)
-    located.derived = [name for name in tensors if name.endswith(DERIVED)]
-    unknown = [name for name in tensors if name not in used and not name.endswith(DERIVED)]
-    if unknown:
-        raise ValueError(f"Checkpoint tensors that the config has no place for: {listed(unknown)}.")
+    located.derived = [name for name, tensor in tensors.items() if DERIVED.match(name) and len(tensor.shape) == 1]
+    used |= set(located.derived)
+    unknown = [_place(tensor) for name, tensor in tensors.items() if name not in used]
+    lacking = _lacking(located, wanted, missing)
+    problems = [f"has no place for: {listed(unknown)}"] if unknown else []
+    problems += [f"asks for what is missing: {listed(lacking)}"] if lacking else []
+    if problems:
+        raise ValueError(f"The tensors do not fit the config, which {', and '.join(problems)}.")
     return located
 
 
@@ -351,17 +354,17 @@ def _expanded(rows: tuple[Row, ...], experts: int) -> Iterator[tuple[Row, str, s
 def _matrix(tensor: StoredTensor, shape: tuple[int, ...], scales: StoredTensor | None, block: Block = BLOCK) -> Matrix:
     if tensor.shape != shape:
         raise ValueError(
-            f"Checkpoint tensor {tensor.name} has shape {tensor.shape}, which is not allowed: the config asks for "
+            f"Checkpoint tensor {_place(tensor)} has shape {tensor.shape}, which is not allowed: the config asks for "
             f"{shape}."
         )
     if (tensor.dtype == FP8) != (scales is not None):
         found = "has no scales" if scales is None else f"is {tensor.dtype} and has scales"
-        raise ValueError(f"Checkpoint tensor {tensor.name} {found}: FP8 values need {tensor.name}{SCALE_SUFFIX}.")
+        raise ValueError(f"Checkpoint tensor {_place(tensor)} {found}: FP8 values need {tensor.name}{SCALE_SUFFIX}.")
     rows = range(shape[0]) if len(shape) == 2 else range(1)
     if scales is None:
         return Matrix(tensor, rows, range(shape[-1]))
     if len(shape) != 2:
-        raise ValueError(f"Checkpoint tensor {tensor.name} of shape {shape} is FP8: only matrices can be.")
+        raise ValueError(f"Checkpoint tensor {_place(tensor)} of shape {shape} is FP8: only matrices can be.")
     own = _matrix(scales, scale_shape((shape[0], shape[1]), block), None)
     return Matrix(tensor, rows, range(shape[1]), own, block)
 
@@ -382,17 +385,20 @@ def _locate_stack(
     whole = stack_shape(members, experts)
     if tensor.shape != whole:
         raise ValueError(
-            f"Checkpoint tensor {stack} has shape {tensor.shape}, which is not allowed: the config asks for {whole}."
+            f"Checkpoint tensor {_place(tensor)} has shape {tensor.shape}, which is not allowed: the config asks for "
+            f"{whole}."
         )
     whole_scales = (experts, len(members) // experts * scale_rows, scale_columns)
     if scales is not None and scales.shape != whole_scales:
         raise ValueError(
-            f"Checkpoint tensor {scales.name} has shape {scales.shape}, which is not allowed: it must be "
+            f"Checkpoint tensor {_place(scales)} has shape {scales.shape}, which is not allowed: it must be "
             f"{whole_scales}, the scales of each matrix one below the other."
         )
     flat_scales = replace(scales, shape=(len(members) * scale_rows, scale_columns)) if scales else None
     if (tensor.dtype == FP8) != (scales is not None):
-        raise ValueError(f"Checkpoint tensor {stack}: FP8 values, and only these, need {stack}{SCALE_SUFFIX}.")
+        raise ValueError(
+            f"Checkpoint tensor {_place(tensor)}: FP8 values, and only these, need {stack}{SCALE_SUFFIX}."
+        )
     for number, entry in enumerate(members):
         own = None
         if flat_scales is not None:
@@ -404,14 +410,19 @@ def _locate_stack(
     used |= {stack} | ({scales.name} if scales else set())
 
 
-def _check_missing(located: Located, wanted: Mapping[str, Entry], missing: list[str]) -> None:
+def _lacking(located: Located, wanted: Mapping[str, Entry], missing: list[str]) -> list[str]:
+    """The names that may not be missing; the others are noted."""
     present = {wanted[name].mtp_layer for name in located.matrices}
+    some_mtp = present != {None}  # all such layers may be missing, but not one of several
     located.absent = {
-        name for name in missing if wanted[name].optional or wanted[name].mtp_layer not in {None, *present}
+        name for name in missing if wanted[name].optional or (wanted[name].mtp_layer is not None and not some_mtp)
     }
-    lacking = [name for name in missing if name not in located.absent]
-    if lacking:
-        raise ValueError(f"Checkpoint tensors that the config asks for are missing: {listed(lacking)}.")
+    return [name for name in missing if name not in located.absent]
+
+
+def _place(tensor: StoredTensor) -> str:
+    """The name of a tensor, and its file."""
+    return f"{tensor.name} ({tensor.file.name})" if tensor.file else tensor.name
 
 
 __all__ = [

@@ -4,6 +4,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from modeling_deepseekmoe import DeepseekMoeConfig
 from modeling_deepseekmoe.folders import check_destination, local_folder
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekForCausalLM, DeepseekMoeForCausalLM
 
-from .checkpoint import CONFIG_NAME, Checkpoint, StateDict, TensorSource, small_files
+from .checkpoint import CONFIG_NAME, Checkpoint, StateDict, TensorSource, file_identity, small_files
+from .description import read_config
 from .dividing import UpcyclingPlan, dense_matrices, upcycled_config, upcycled_tensors
 from .streamed_model import greedy_text, logits_of, streamed_model
 from .streaming import Cast, Output, Part, outputs
@@ -105,20 +107,25 @@ def upcycle(
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(STORED_DTYPES)}.")
     path = check_destination(destination) if not resume else Path(destination).absolute()
-    with _dense_folder(source, gguf_file, path, report) as folder:
-        dense = AutoConfig.from_pretrained(folder)
+    with _dense_folder(source, gguf_file, report) as folder:
+        read_config(folder)  # there, readable, and no link to another place
+        try:
+            dense = AutoConfig.from_pretrained(folder)
+        except Exception as error:  # whatever a library makes of a field that is wrong
+            raise ValueError(f"{folder / CONFIG_NAME} cannot be read as a config: {error}") from error
         config = upcycled_config(dense, plan)
         checkpoint = Checkpoint(folder)
         matrices = dense_matrices(dense, config, checkpoint)
         stored = None if dtype == "keep" else getattr(torch, dtype)
-        config.dtype = str(stored or matrices["model.embed_tokens.weight"].tensor.dtype).removeprefix("torch.")
+        plain = matrices["model.embed_tokens.weight"].tensor.dtype
+        config.dtype = str(stored or plain).removeprefix("torch.")
         report(f"Comparing the division of {dense.num_hidden_layers} FFNs with the dense model, layer by layer")
         exact = upcycled_tensors(config, matrices, plan, stored, noise=False)
         check = _check_streamed(dense, config, checkpoint, matrices, exact, tolerance, check_tokens)
         report(f"Compared with the dense model: {check}")
         if not check.passed:
             raise UpcyclingError(
-                f"The upcycled model differs from the dense model: {check}.{_rounding_hint(plan, config)}"
+                f"The upcycled model differs from the dense model: {check}.{_rounding_hint(plan, stored or plain)}"
             )
         noisy = upcycled_tensors(config, matrices, plan, stored, noise=True) if plan.noise else exact
         tensors = list(outputs(entries(config), noisy, "per-expert", config.n_routed_experts))
@@ -126,8 +133,8 @@ def upcycle(
             "version": modeling_deepseekmoe.__version__,
             "plan": asdict(plan),
             "dtype": dtype,
-            # A GGUF file's own tensors are written anew for every run.
-            "source": [[file.name, 0 if gguf_file else file.stat().st_mtime_ns] for file in checkpoint.files],
+            # A GGUF file's tensors are written out anew for every run.
+            "source": [file_identity(Path(source) / gguf_file)] if gguf_file else checkpoint.identity,
         }
         text = (config.to_json_string()).encode()
         folder_plan = FolderPlan(
@@ -138,29 +145,37 @@ def upcycle(
 
 
 @contextmanager
-def _dense_folder(
-    source: str | Path, gguf_file: str | None, destination: Path, report: Callable[[str], None]
-) -> Iterator[Path]:
-    """The dense checkpoint in safetensors files; a GGUF file is written out as such beside the destination."""
+def _dense_folder(source: str | Path, gguf_file: str | None, report: Callable[[str], None]) -> Iterator[Path]:
+    """The dense checkpoint in safetensors files; a GGUF file is written out as such, into a temporary folder."""
     if gguf_file is None:
         yield local_folder(source)
         return
     report(f"Dequantising {gguf_file}")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as folder:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", gguf_file=gguf_file)
-        model.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        save_dequantized(AutoModelForCausalLM.from_pretrained(source, dtype="auto", gguf_file=gguf_file), folder)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(folder)
-        del model
         yield Path(folder)
 
 
-def _rounding_hint(plan: UpcyclingPlan, config: DeepseekMoeConfig) -> str:
-    if plan.dialect != "deepseek" or config.dtype == torch.float32:
+def save_dequantized(model: PreTrainedModel, folder: str | Path) -> None:
+    """Save a model that came from a GGUF file as an ordinary checkpoint, which transformers refuses to do."""
+    config = deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder)
+
+
+def _rounding_hint(plan: UpcyclingPlan, dtype: torch.dtype) -> str:
+    if plan.dialect != "deepseek" or dtype == torch.float32:
         return ""
     return (
         f" Dialect 'deepseek' folds the factor num_shards={plan.num_shards} into the down projections: exact in "
-        f"{config.dtype} only for a power of two. Choose one, or dtype='float32'."
+        f"{dtype} only for a power of two. Choose one, or dtype='float32'."
     )
 
 
@@ -257,6 +272,7 @@ __all__ = [
     "UpcyclingCheck",
     "UpcyclingError",
     "UpcyclingPlan",
+    "save_dequantized",
     "upcycle",
     "upcycle_model",
     "verify_upcycling",

@@ -14,11 +14,21 @@ import torch
 from modeling_deepseekmoe.folders import local_folder
 
 from .block_fp8 import FP8, block_scales, quantize
-from .checkpoint import DTYPE_NAMES, INDEX_NAME, MANIFEST_NAME, StoredTensor, listed, parse_json
+from .checkpoint import (
+    CONFIG_NAME,
+    DTYPE_NAMES,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    StoredTensor,
+    check_inside,
+    listed,
+    parse_json,
+)
 from .description import Description, describe
 from .dialects import forward_fields
 from .streaming import BLOCK_BYTES, values
 from .tensor_table import Matrix
+from .unfinished_work import write_small
 
 IDENTICAL, ROUNDED, DEQUANTIZED, QUANTIZED = "identical", "equal after rounding", "dequantised", "quantised"
 _BITS = {FP8: 8, torch.bfloat16: 16, torch.float16: 16, torch.float32: 32, torch.float64: 64}
@@ -85,7 +95,7 @@ def verify(
         logits: of a comparison, also run both models on random tokens, one layer in memory at a time.
         tolerance: largest absolute difference of the logits.
         report: receives a line at every step.
-        progress: receives numbers of bytes that were read; they add up to [`bytes_to_read`].
+        progress: receives numbers of bytes that were read; they add up to about [`bytes_to_read`].
 
     Raises:
         ValueError: if the files cannot be read, or do not fit the index or the config.
@@ -104,6 +114,7 @@ def verify(
         _write_manifest(path / MANIFEST_NAME, hashes)
         manifest = "written"
     elif (path / MANIFEST_NAME).is_file() and not write_manifest:
+        check_inside(path / MANIFEST_NAME, path)
         _check_manifest(path / MANIFEST_NAME, hashes, problems)
         manifest = "checked"
     digest = hashlib.sha256("".join(hashes[name]["sha256"] for name in sorted(hashes)).encode()).hexdigest()
@@ -124,7 +135,7 @@ def verify(
 
 
 def bytes_to_read(folder: str | Path, other: str | Path | None = None) -> int:
-    """What the progress of [`verify`] adds up to; raises as it does."""
+    """What the progress of [`verify`] adds up to, but for tied weights; raises as it does."""
     size = _size(describe(local_folder(folder)))
     return size if other is None else 2 * size
 
@@ -168,7 +179,12 @@ def _with_files(found: Description, names: list[str]) -> str:
 
 
 def _write_manifest(path: Path, hashes: dict[str, dict[str, Any]]) -> None:
-    path.write_text(json.dumps({"tensors": hashes}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    content = {"config": _file_hash(path.with_name(CONFIG_NAME)), "tensors": hashes}
+    write_small(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_manifest(path: Path, hashes: dict[str, dict[str, Any]], problems: list[str]) -> None:
@@ -176,6 +192,8 @@ def _check_manifest(path: Path, hashes: dict[str, dict[str, Any]], problems: lis
     known = content.get("tensors") if isinstance(content, dict) else None
     if not isinstance(known, dict):
         raise ValueError(f"{path.name} is not allowed: it must be JSON with an object 'tensors'.")
+    if content.get("config") != _file_hash(path.with_name(CONFIG_NAME)):
+        problems.append(f"{CONFIG_NAME} is not what the manifest says")
     for what, names in (
         ("not in the manifest", hashes.keys() - known.keys()),
         ("in the manifest alone", known.keys() - hashes.keys()),

@@ -1,35 +1,31 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Writing a checkpoint folder that can be interrupted at any moment and resumed, and appears only when it is complete.
 
-Everything is written to `<destination>.unfinished/folder`: shard by shard, each under another name until it is on the
-disk, then the small files, the config, and the index last. Then the folder takes the destination's name, in one step.
-All headers are known before the first byte, so that a finished shard can be told by its header and its size.
+Shard by shard, each under another name until it is on the disk, then the small files, the config, and the index last;
+then the folder takes the destination's name, in one step. All headers are known before the first byte, so that a
+finished shard can be told by its header and its size.
 """
 
 import errno
+import filecmp
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
-
-from modeling_deepseekmoe.folders import check_destination
 
 from .checkpoint import DTYPE_NAMES, INDEX_NAME, TensorSource
 from .streaming import Output
+from .unfinished_work import PARTIAL, claimed, clean_up, finish, is_finished, unfinished_path, write_all, write_small
 
-_FOLDER, _FINGERPRINT, _LOCK = "folder", "conversion.json", "lock"
-_PARTIAL = ".partial"
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]B)?\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]B)?\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class FolderPlan:
     copies: tuple[Path, ...] = ()
     origin: Mapping[str, object] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def index(self) -> bytes | None:
         """The index; `None` for a single file, which has none."""
         if len(self.shards) == 1:
@@ -83,7 +79,7 @@ class FolderPlan:
         small = sum(len(text) for text in (*self.texts.values(), self.index or b""))
         return sum(shard.nbytes for shard in self.shards) + small + sum(file.stat().st_size for file in self.copies)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of all that decides on the content."""
         digest = hashlib.sha256(_json(self.origin))
@@ -108,13 +104,14 @@ def make_shards(tensors: list[Output], max_shard_size: str | int) -> tuple[Shard
         ValueError: for a size that is none.
     """
     match = _SIZE.match(str(max_shard_size))
-    if match is None or float(match[1]) == 0 or (match[2] is None) != isinstance(max_shard_size, int):
+    size = 0 if match is None else int(float(match[1]) * 1000 ** "BKMGT".index((match[2] or "B")[0].upper()))
+    if size < 1:
         raise ValueError(f"max_shard_size={max_shard_size!r} is not allowed: it must be bytes, or a text as '500MB'.")
     split = split_state_dict_into_shards_factory(
         {output.name: output for output in tensors},
         get_storage_size=lambda output: output.nbytes,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+        max_shard_size=size,
     )
     by_name = {output.name: output for output in tensors}
     return tuple(
@@ -164,68 +161,24 @@ def write_folder(
         OSError: for a disk that is full or cannot be written to, or work that another process is doing. What is
             finished is kept for `resume`.
     """
-    path = Path(destination).absolute()
+    path = Path(destination).resolve()
     if path.is_mount():
         raise ValueError(f"destination={str(path)!r} is not allowed: it is a mount point. Name a folder inside it.")
-    if resume and _is_complete(path, plan):
+    if resume and (is_finished(path, plan.fingerprint) or _is_complete(path, plan, source, report)):
         report(f"{path} is complete")
         progress(sum(shard.nbytes for shard in plan.shards))
-        shutil.rmtree(unfinished_path(path), ignore_errors=True)  # what is left of an interrupted last step
+        clean_up(path)
         return
-    with _claimed(path, plan, resume) as folder:
+    _check_space(path, plan)
+    with claimed(path, plan.fingerprint, resume) as folder:
         _write_shards(plan, source, folder, report, progress)
         for file in plan.copies:
-            _write_small(folder / file.name, file.read_bytes())
+            shutil.copyfile(file, folder / (file.name + PARTIAL))
+            finish(folder / (file.name + PARTIAL), folder / file.name)
         for name, text in sorted(plan.texts.items()):
-            _write_small(folder / name, text)
+            write_small(folder / name, text)
         if plan.index is not None:
-            _write_small(folder / INDEX_NAME, plan.index)
-        _sync(folder)
-        folder.replace(path)
-        _sync(path.parent)
-
-
-def unfinished_path(destination: str | Path) -> Path:
-    """Where the unfinished work on a destination lies."""
-    path = Path(destination).absolute()
-    return path.with_name(f"{path.name}.unfinished")
-
-
-@contextmanager
-def _claimed(path: Path, plan: FolderPlan, resume: bool) -> Iterator[Path]:
-    """The folder to write to, for this process alone, beside the mark that tells what is being written."""
-    check_destination(path)
-    work = unfinished_path(path)
-    found = work.exists()
-    if found and not resume:
-        raise ValueError(
-            f"destination={str(path)!r} is not allowed: {work} holds the unfinished work of an interrupted run. Go on "
-            "with it (--resume, or resume=True), or delete it."
-        )
-    _check_space(work, plan)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        with FileLock(work / _LOCK, timeout=0):
-            mark = work / _FINGERPRINT
-            if mark.is_file() and json.loads(mark.read_text())["fingerprint"] != plan.fingerprint:
-                raise ValueError(
-                    f"{work} cannot be resumed: it holds the work of another source, other options or another "
-                    "version. Delete it to begin anew."
-                )
-            _write_small(mark, _json({"fingerprint": plan.fingerprint}))
-            folder = work / _FOLDER
-            folder.mkdir(exist_ok=True)
-            yield folder
-            shutil.rmtree(work)
-    except Timeout as error:
-        raise OSError(errno.EBUSY, "Another process is writing to this folder", str(work)) from error
-    except OSError as error:
-        kept = f" What is finished is kept in {work}: go on with --resume, or delete it." if work.exists() else ""
-        raise OSError(f"{error}.{kept}") from error
-    except ValueError:
-        if not found:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
+            write_small(folder / INDEX_NAME, plan.index)
 
 
 def _write_shards(
@@ -244,18 +197,18 @@ def _write_shards(
                 progress(shard.nbytes)
                 continue
             report(f"[{number}/{len(plan.shards)}] {shard.name}: {len(shard.outputs)} tensors")
-            partial = folder / (shard.name + _PARTIAL)
+            partial = folder / (shard.name + PARTIAL)
             _write_shard(shard, source, partial, progress)
             if syncing is not None:
                 syncing.result()
-            syncing = background.submit(_finish, partial, folder / shard.name)
+            syncing = background.submit(finish, partial, folder / shard.name)
         if syncing is not None:
             syncing.result()
 
 
 def _write_shard(shard: Shard, source: TensorSource, path: Path, progress: Callable[[int], None]) -> None:
     with path.open("wb", buffering=0) as file:
-        _write_all(file.fileno(), path, shard.header)
+        write_all(file.fileno(), path, shard.header)
         progress(len(shard.header))
         for output in shard.outputs:
             written = 0
@@ -263,44 +216,11 @@ def _write_shard(shard: Shard, source: TensorSource, path: Path, progress: Calla
                 for block in part.blocks(source):
                     data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
                     del block
-                    _write_all(file.fileno(), path, data)
+                    write_all(file.fileno(), path, data)
                     progress(len(data))
                     written += len(data)
                     del data  # a view of the mapped file, which may be another one next
             assert written == output.nbytes, output.name
-
-
-def _write_all(descriptor: int, path: Path, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    try:
-        while view:
-            view = view[os.write(descriptor, view) :]
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _finish(partial: Path, path: Path) -> None:
-    _sync(partial)
-    partial.replace(path)
-
-
-def _write_small(path: Path, content: bytes) -> None:
-    """A file that is there with its whole content or not at all."""
-    partial = path.with_name(path.name + _PARTIAL)
-    with partial.open("wb", buffering=0) as file:
-        _write_all(file.fileno(), path, content)
-    _finish(partial, path)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(descriptor)
 
 
 def _is_written(path: Path, shard: Shard) -> bool:
@@ -310,23 +230,43 @@ def _is_written(path: Path, shard: Shard) -> bool:
         return file.read(len(shard.header)) == shard.header
 
 
-def _is_complete(path: Path, plan: FolderPlan) -> bool:
-    """Whether a folder holds the plan's files, by their headers, sizes and texts."""
-    texts = dict(plan.texts)
-    if plan.index is not None:
-        texts[INDEX_NAME] = plan.index
+def _is_complete(path: Path, plan: FolderPlan, source: TensorSource, report: Callable[[str], None]) -> bool:
+    """Whether a folder holds the plan's files and nothing else, compared byte by byte."""
+    texts = dict(plan.texts) if plan.index is None else {**plan.texts, INDEX_NAME: plan.index}
+    names = {*texts, *(shard.name for shard in plan.shards), *(file.name for file in plan.copies)}
+    if not path.is_dir() or {file.name for file in path.iterdir()} != names:
+        return False
+    if not all(_is_written(path / shard.name, shard) for shard in plan.shards):
+        return False
+    report(f"Comparing {path} with what would be written")
     return (
-        path.is_dir()
-        and all(_is_written(path / shard.name, shard) for shard in plan.shards)
-        and all((path / name).is_file() and (path / name).read_bytes() == text for name, text in texts.items())
+        all((path / name).read_bytes() == text for name, text in texts.items())
+        and all(filecmp.cmp(file, path / file.name, shallow=False) for file in plan.copies)
+        and all(_holds(path / shard.name, shard, source) for shard in plan.shards)
     )
 
 
-def _check_space(work: Path, plan: FolderPlan) -> None:
+def _holds(path: Path, shard: Shard, source: TensorSource) -> bool:
+    """Whether the tensors of a finished file are those of the plan."""
+    with path.open("rb") as file:
+        file.seek(len(shard.header))
+        for output in shard.outputs:
+            for part in output.parts:
+                for block in part.blocks(source):
+                    data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
+                    del block
+                    if file.read(len(data)) != data:
+                        return False
+                    del data
+    return True
+
+
+def _check_space(path: Path, plan: FolderPlan) -> None:
+    work = unfinished_path(path)
     existing = work
     while not existing.exists():
         existing = existing.parent
-    finished = sum(file.stat().st_size for file in (work / _FOLDER).glob("*") if file.is_file())
+    finished = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     needed, free = plan.nbytes - finished, shutil.disk_usage(existing).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed / 1e9:,.2f} GB are needed, and {free / 1e9:,.2f} GB are free", str(work))
@@ -336,4 +276,4 @@ def _json(content: object) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-__all__ = ["FolderPlan", "Shard", "make_shards", "unfinished_path", "write_folder"]
+__all__ = ["FolderPlan", "Shard", "make_shards", "write_folder"]

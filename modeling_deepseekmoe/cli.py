@@ -131,7 +131,11 @@ def convert(
     """Convert a checkpoint's dialect, layout of the experts, or dtype, streaming from folder to folder."""
     from modeling_deepseekmoe.conversion.converting import carry_out, plan_conversion
 
+    from .folders import check_destination
+
     with _exit_codes():
+        if not (dry_run or resume):
+            check_destination(destination)
         plan = plan_conversion(
             source,
             to=to,
@@ -166,6 +170,8 @@ def verify(
     from modeling_deepseekmoe.conversion.verifying import verify as run
 
     with _exit_codes():
+        if logits and other is None:
+            raise ValueError("--logits is not allowed without another checkpoint to compare with.")
         try:
             with _bytes_bar(bytes_to_read(checkpoint, other)) as bar:
                 result = run(

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-def local_folder(name_or_folder: str | Path) -> Path:
-    """A folder as it is, or a repository of the hub, downloaded into its cache.
+def local_folder(name_or_folder: str | Path, weights: bool = True) -> Path:
+    """A folder as it is, or a repository of the hub, downloaded into its cache, with or without its weights.
 
     Raises:
         OSError: if there is no such folder, and no such repository or no hub.
@@ -25,9 +25,8 @@ def local_folder(name_or_folder: str | Path) -> Path:
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
     try:
-        return Path(
-            snapshot_download(str(name_or_folder), ignore_patterns=[f"*{suffix}" for suffix in FOREIGN_WEIGHTS])
-        )
+        left_out = [f"*{suffix}" for suffix in (*FOREIGN_WEIGHTS, *(() if weights else (".safetensors",)))]
+        return Path(snapshot_download(str(name_or_folder), ignore_patterns=left_out))
     except (OSError, ValueError) as error:
         raise OSError(f"{name_or_folder} is no folder, and cannot be had from the hub: {error}") from error
 

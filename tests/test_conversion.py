@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers import DeepseekV3Config as NativeV3Config
 
 import modeling_deepseekmoe
-from modeling_deepseekmoe import DeepseekMoeForCausalLM
+from modeling_deepseekmoe import DeepseekMoeForCausalLM, folders
 from modeling_deepseekmoe.configuration import list_presets, load_config, load_preset
 from modeling_deepseekmoe.conversion import convert, plan_conversion, verify
+from modeling_deepseekmoe.conversion.converting import carry_out
 from modeling_deepseekmoe.conversion.dialects import translate
 from modeling_deepseekmoe.conversion.tensor_table import entries, stack_shape, stacks
 
@@ -210,6 +211,7 @@ def test_a_gate_without_a_bias_gets_one_of_zeros(tiny_model: Callable, tmp_path:
 
 SOFTMAX_MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
                "v_head_dim": 8}  # fmt: skip
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 
 
@@ -223,6 +225,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_pos
         ({}, "deepseek_v3", r"attention_type='mha'"),
         ({"routed_scaling_factor": 2.0}, "deepseek", r"gate_scaling_factor is 2\.0, and there it would be 1\.0"),
         ({"head_dim": 16}, "deepseek", r"head_dim=16"),
+        ({"rope_parameters": PARTIAL}, "deepseek", r"its rope_parameters is .*partial_rotary_factor"),
         ({"rope_parameters": YARN}, "deepseek", r"rope_type is 'yarn', and it must be one of default, linear"),
         ({"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "deepseek", r"topk_method="),
         (SOFTMAX_MLA, "deepseek_v3", r"scoring_func='softmax'"),
@@ -255,8 +258,12 @@ def test_mtp_has_no_place_in_the_first_generations(tiny_model: Callable, tmp_pat
         convert(source, tmp_path / "out", to="deepseek")
     convert(source, tmp_path / "out", to="deepseek", drop_mtp=True)
     assert same_bytes(read(tmp_path / "out"), tensors)
+    with pytest.raises(ValueError, match=r"num_nextn_predict_layers=2 is not allowed: .* 1 layers beyond"):
+        convert(write(tmp_path / "two", tensors | layer, config | {"num_nextn_predict_layers": 2}), tmp_path / "no")
+    plan = plan_conversion(write(tmp_path / "none", tensors, config))
+    assert plan.notes == ("num_nextn_predict_layers=1, and there are no tensors of such layers",)
     del layer["model.layers.3.hnorm.weight"]
-    with pytest.raises(ValueError, match=r"asks for are missing: model\.layers\.3\.hnorm\.weight\."):
+    with pytest.raises(ValueError, match=r"asks for what is missing: model\.layers\.3\.hnorm\.weight\."):
         convert(write(tmp_path / "half", tensors | layer, config), tmp_path / "no")
 
 
@@ -309,6 +316,12 @@ def test_to_fp8_and_back(golden: Golden, layout: str, tmp_path: Path) -> None:
     assert same_bytes(read(tmp_path / "again"), read(tmp_path / "fp8"))  # untouched
 
 
+def test_fp8_where_the_config_says_null(v1: Golden, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", v1.tensors, {**v1.config, "quantization_config": None})
+    convert(source, tmp_path / "fp8", dtype="fp8")
+    assert json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+
+
 def test_fp8_keeps_what_is_fp8_already(tmp_path: Path) -> None:
     tensors = v3_tensors()
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -348,7 +361,8 @@ def test_values_that_a_dtype_cannot_hold(v1: Golden, tmp_path: Path) -> None:
         ({"max_shard_size": "0GB"}, r"max_shard_size='0GB' is not allowed"),
         ({"max_shard_size": "infGB"}, r"max_shard_size='infGB' is not allowed"),
         ({"max_shard_size": "-1GB"}, r"max_shard_size='-1GB' is not allowed"),
-        ({"max_shard_size": "500"}, r"max_shard_size='500' is not allowed"),
+        ({"max_shard_size": "0.1B"}, r"max_shard_size='0.1B' is not allowed"),
+        ({"max_shard_size": f"{'9' * 400}GB"}, r"max_shard_size='9+GB' is not allowed"),
         ({"max_shard_size": 0}, r"max_shard_size=0 is not allowed"),
     ],
 )
@@ -361,13 +375,19 @@ def test_wrong_options(v1: Golden, tmp_path: Path, options: dict, message: str) 
 def test_tensors_without_a_place_or_missing(v1: Golden, tmp_path: Path) -> None:
     tensors = v1.tensors
     odd = {f"model.layers.1.mlp.odd_{number}.weight": torch.zeros(2) for number in range(10)}
-    with pytest.raises(ValueError, match=r"no place for: model\.layers\.1\.mlp\.odd_0\.weight, .* and 2 more\."):
+    with pytest.raises(
+        ValueError, match=r"no place for: model\.layers\.1\.mlp\.odd_0\.weight \(model\.safetensors\), .* and 2 more\."
+    ):
         convert(write(tmp_path / "a", tensors | odd, v1.config), tmp_path / "out")
     lacking = {name: tensor for name, tensor in tensors.items() if "experts.3.up" not in name}
-    with pytest.raises(ValueError, match=r"are missing: model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight, model"):
+    with pytest.raises(
+        ValueError, match=r"asks for what is missing: model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight, model"
+    ):
         convert(write(tmp_path / "b", lacking, v1.config), tmp_path / "out")
     tensors["model.norm.weight"] = torch.ones(65)
-    with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(65,\).*asks for \(64,\)"):
+    with pytest.raises(
+        ValueError, match=r"model\.norm\.weight \(model\.safetensors\) has shape \(65,\).*asks for \(64,\)"
+    ):
         convert(write(tmp_path / "c", tensors, v1.config), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -399,7 +419,7 @@ def test_a_plan_without_weights(tmp_path: Path) -> None:
     facts = plan.to_dict()
     assert facts["source_bytes"] == 2 * 671_026_419_200 + 2 * 58 * 256  # the biases are in float32
     assert facts["tensors_by_dtype"]["float8_e4m3fn"] == 61 * 5 + 3 * 3 + 58 * 5
-    assert "the weights are not here" in plan.to_text() and "disk needed: 673.1" in plan.to_text()
+    assert "weights that are not here: model.safetensors" in plan.to_text() and "disk needed: 673.1" in plan.to_text()
     with pytest.raises(OSError, match="deepseek-v3 is no folder"):
         plan_conversion("deepseek-v3")
 
@@ -421,11 +441,46 @@ def test_a_plan_without_weights(tmp_path: Path) -> None:
     assert plan_conversion(tmp_path / "stacked", without_weights=True).layout == "stacked"
     with pytest.raises(FileNotFoundError, match=r"lacks model-00001-of-00003\.safetensors"):
         convert(bare, tmp_path / "out")
+    (bare / "model-00002-of-00003.safetensors").write_bytes((whole / "model-00002-of-00003.safetensors").read_bytes())
+    assert plan_conversion(bare, without_weights=True).to_dict()["files"] == plan_conversion(whole).to_dict()["files"]
     index = json.loads((bare / INDEX).read_text())
     index["weight_map"]["model.odd.weight"] = "model-00001-of-00003.safetensors"
     (bare / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"no place for: model\.odd\.weight"):
         plan_conversion(bare, without_weights=True)
+    (bare / INDEX).unlink()
+    plan = plan_conversion(bare, without_weights=True, drop_mtp=True)
+    assert not plan.has_weights and plan.to_dict()["source_tensors"] == len(dequantized(v3_tensors(mtp=False)))
+    with pytest.raises(ValueError, match="cannot be carried out: the source's weights are not there"):
+        carry_out(plan, tmp_path / "out")
+
+
+def test_a_dry_run_of_a_repository_leaves_its_weights_there(
+    v3: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict] = []
+
+    def download(repository: str, **kwargs: object) -> str:
+        asked.append(kwargs)
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        (tmp_path / "snapshot" / "config.json").write_bytes((v3.folder / "config.json").read_bytes())
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(folders, "snapshot_download", download)
+    assert not plan_conversion("someone/moe", without_weights=True).has_weights
+    assert "*.safetensors" in asked[0]["ignore_patterns"]
+    with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
+        plan_conversion("someone/moe")
+    assert "*.safetensors" not in asked[1]["ignore_patterns"]
+
+
+def test_a_plan_of_stacked_ragged_blocks(golden: Golden, tmp_path: Path) -> None:
+    convert(golden.folder, tmp_path / "fp8", dtype="fp8", layout="stacked", max_shard_size="100KB")
+    expected = plan_conversion(tmp_path / "fp8", layout="per-expert").to_dict()
+    for file in (tmp_path / "fp8").glob("*.safetensors"):
+        file.unlink()
+    found = plan_conversion(tmp_path / "fp8", layout="per-expert", without_weights=True).to_dict()
+    assert found["tensors_by_dtype"] == expected["tensors_by_dtype"] and found["bytes"] == expected["bytes"]
 
 
 def test_progress_adds_up(v3: Golden, tmp_path: Path) -> None:

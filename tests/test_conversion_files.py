@@ -21,8 +21,9 @@ from synthetic import CONFIG, read, same_bytes, v3_tensors, write
 from test_cli import run
 from test_conversion import INDEX, digests
 
-from modeling_deepseekmoe.conversion import convert, writing
+from modeling_deepseekmoe.conversion import convert, plan_conversion, writing
 from modeling_deepseekmoe.conversion.checkpoint import Checkpoint, read_header
+from modeling_deepseekmoe.conversion.converting import carry_out
 
 SECOND = "model-00002-of-00003.safetensors"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
@@ -139,7 +140,7 @@ BROKEN = {
     "pickled": (pickled, r"holds its weights in pytorch_model\.bin, which is not allowed: only \.safetensors"),
     "index names a pickled file": (named_bin, r"index\.json names 'pytorch_model\.bin'.*only \.safetensors"),
     "a pickled file under another name": (pickled_under_another_name, rf"{SECOND} is not a readable safetensors file"),
-    "no config": (lambda f: (f / "config.json").unlink(), r"must hold a config\.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"source lacks config\.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not readable JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[1]"), r"config of type list is not allowed"),
 }  # fmt: skip
@@ -261,6 +262,63 @@ def test_headers_are_read_as_the_safetensors_library_reads_them(v3: Golden, tmp_
     assert accepted > 100
 
 
+ODD_FIELDS = [
+    {"architectures": [5]},
+    {"architectures": "DeepseekForCausalLM"},
+    {"architectures": ["BertForPreTraining"]},
+    {"dtype": [1]},
+    {"is_moe_layer": 5},
+    {"num_hidden_layers": 10**7},
+    {"num_hidden_layers": 2},
+    {"n_routed_experts": 10**7},
+    {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    {"num_labels": 10**40},
+    {"num_labels": "two"},
+    {"quantization_config": 5},
+    {"quantization_config": {"quant_method": "gptq"}},
+    {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 10**13]}},
+    {"quantization_config": {"quant_method": "fp8", "weight_block_size": "128"}},
+    {"rope_scaling": 5},
+    {"hidden_size": 10**30},
+    {"hidden_size": None},
+    {"num_attention_heads": 0},
+    {"vocab_size": "x"},
+    {"moe_layer_freq": 0},
+    {"model_type": "llama"},
+    {"model_type": None},
+    {"first_k_dense_replace": 0},
+]
+
+
+@pytest.mark.parametrize("fields", ODD_FIELDS, ids=str)
+def test_odd_configs(fields: dict, v1: Golden, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", v1.tensors, {**v1.config, **fields})
+    with deadline():
+        for command in (("convert", source, tmp_path / "out", "--dtype", "fp8"), ("verify", source)):
+            code, output = run(*command)
+            assert code in (1, 2) and ("Error: " in output or "Failed: " in output), output
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
+
+
+def test_a_foreign_folder_in_the_place_of_the_unfinished_one_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "whole")
+    (tmp_path / "out.unfinished" / "folder").mkdir(parents=True)
+    (tmp_path / "out.unfinished" / "thesis.txt").write_text("mine")
+    for options in ((), ("--resume",)):
+        code, output = run("convert", folder, tmp_path / "out", *options)
+        assert code == 2 and "is in the way" in output
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    assert run("convert", folder, tmp_path / "out", "--resume")[0] == 0  # it is complete; nothing is cleaned up
+    assert (tmp_path / "out.unfinished" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_file_that_changes_while_it_is_read(folder: Path, tmp_path: Path) -> None:
+    plan = plan_conversion(folder, layout="stacked")
+    os.truncate(folder / SECOND, 3000)
+    with pytest.raises(OSError, match=rf"{SECOND} has changed while it was read"):
+        carry_out(plan, tmp_path / "out")
+
+
 # ----------------------------------------------------------------------------------------------------- the destination
 def test_destinations_in_use(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
@@ -274,6 +332,20 @@ def test_destinations_in_use(folder: Path, tmp_path: Path) -> None:
     assert run("convert", folder, tmp_path / "empty")[0] == 0
     code, output = run("convert", folder, tmp_path / "empty", "--resume")
     assert code == 0 and "is complete" in output
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert run("convert", folder, tmp_path / "link")[0] == 2
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    assert run("convert", folder, tmp_path / "link")[0] == 0 and digests(tmp_path / "other") == digests(
+        tmp_path / "empty"
+    )
+    shard = tmp_path / "other" / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    code, output = run("convert", folder, tmp_path / "other", "--resume")
+    assert code == 2 and "must not exist, or be an empty folder" in output
     assert run("convert", folder, tmp_path / "empty", "--resume", "--layout", "stacked")[0] == 2
     assert (tmp_path / "used" / "file").read_text() == "mine"
 
@@ -317,6 +389,7 @@ def test_a_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         code, output = run("convert", folder, disk / "out", "--max-shard-size", "100KB")
         assert code == 2 and os.strerror(errno.ENOSPC) in output and ".safetensors" in output
         assert [path.name for path in disk.iterdir()] == ["out.unfinished"]
+        shutil.rmtree(disk / "out.unfinished")
         code, output = run("convert", folder, disk)
         assert code == 2 and "mount point" in output
 

@@ -1,5 +1,6 @@
 """Upcycling: the MoE computes exactly what the dense model computed."""
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -14,6 +15,7 @@ from transformers import (
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from modeling_deepseekmoe import DeepseekForCausalLM, DeepseekMoeForCausalLM
@@ -143,6 +145,9 @@ def test_the_dense_model_is_not_touched() -> None:
         ({"first_k_dense": -1}, r"first_k_dense=-1 .* at least 0"),
         ({"router_std": -1.0}, r"router_std=-1\.0 .* at least 0"),
         ({"noise": float("nan")}, r"noise=nan .* at least 0"),
+        ({"noise": float("inf")}, r"noise=inf .* finite and at least 0"),
+        ({"seed": -1}, r"seed=-1 is not allowed"),
+        ({"seed": 2**62}, r"seed=\d+ is not allowed"),
         ({"dialect": "deepseek_v3"}, r"dialect='deepseek_v3' .* 'deepseekmoe' or 'deepseek'"),
         ({"first_k_dense": 3}, r"first_k_dense=3 .* below num_hidden_layers=3"),
         ({"num_shards": 5}, r"num_shards=5 .* divide the 32 neurons"),
@@ -167,6 +172,29 @@ def test_wrong_plans(fields: dict, message: str) -> None:
 def test_sources_that_cannot_be_kept_exactly(config: LlamaConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         upcycle_model(AutoModelForCausalLM.from_config(config), PLAN)
+
+
+def test_qk_norm_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"'qwen3' is not allowed as a source: it normalises queries and keys \(QK-n"):
+        upcycle_model(AutoModelForCausalLM.from_config(Qwen3Config(**COMMON, head_dim=8)), PLAN)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": "x"}, r"config\.json cannot be read as a config"),
+        ({"num_attention_heads": 0}, r"config\.json cannot be read as a config"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is not allowed as a source"),
+        ({"model_type": "qwen3"}, "QK-norm"),
+        ({"intermediate_size": 80}, r"gate_proj\.weight .* has shape \(48, 32\)"),
+    ],
+)
+def test_folders_that_cannot_be_upcycled(source: Path, tmp_path: Path, fields: dict, message: str) -> None:
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    with pytest.raises(ValueError, match=message):
+        upcycle(source, tmp_path / "moe", PLAN)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 
 def test_other_architectures_are_refused(tiny_model: Callable) -> None:
@@ -247,15 +275,15 @@ def test_an_interrupted_run_is_resumed(source: Path, tmp_path: Path, monkeypatch
     assert upcycle(source, tmp_path / "whole", PLAN, **sizes).passed
     with monkeypatch.context() as context:
         finished: list[Path] = []
-        finish = writing._finish
+        finish = writing.finish
 
         def fail_at_the_fifth(partial: Path, path: Path) -> None:
-            if len(finished) == 4:
+            if len(finished) == 3:
                 raise OSError(28, "No space left on device", str(path))
             finished.append(path)
             finish(partial, path)
 
-        context.setattr(writing, "_finish", fail_at_the_fifth)
+        context.setattr(writing, "finish", fail_at_the_fifth)
         with pytest.raises(OSError, match=r"No space left .* go on with --resume"):
             upcycle(source, tmp_path / "moe", PLAN, **sizes)
     assert not (tmp_path / "moe").exists()
@@ -265,7 +293,7 @@ def test_an_interrupted_run_is_resumed(source: Path, tmp_path: Path, monkeypatch
         upcycle(source, tmp_path / "moe", replace(PLAN, seed=1), resume=True, **sizes)
     lines: list[str] = []
     assert upcycle(source, tmp_path / "moe", PLAN, resume=True, report=lines.append, **sizes).passed
-    assert sum("finished earlier" in line for line in lines) == 3  # the first of the four is the mark
+    assert sum("finished earlier" in line for line in lines) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "whole", "moe"}
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "moe" / path.name).read_bytes() == path.read_bytes()

@@ -60,6 +60,7 @@ def test_the_manifest(tmp_path: Path) -> None:
     assert content["tensors"]["model.norm.weight"].keys() == {"dtype", "shape", "sha256"}
     content["tensors"]["model.gone.weight"] = content["tensors"].pop("model.norm.weight")
     content["tensors"]["lm_head.weight"]["sha256"] = "0" * 64
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     manifest.write_text(json.dumps(content))
     with pytest.raises(VerificationError) as error:
         verify(folder)
@@ -67,6 +68,7 @@ def test_the_manifest(tmp_path: Path) -> None:
         "tensors not in the manifest: model.norm.weight",
         "in the manifest alone: model.gone.weight",
         "not what the manifest says: lm_head.weight",
+        "config.json is not what the manifest says",
     ):
         assert text in str(error.value)
     manifest.write_text("[]")
@@ -74,6 +76,13 @@ def test_the_manifest(tmp_path: Path) -> None:
         verify(folder)
     assert verify(folder, write_manifest=True).manifest == "written"
     assert verify(folder).manifest == "checked"
+    (tmp_path / "outside").write_text("mine")
+    manifest.unlink()
+    manifest.symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=r"tensors\.sha256\.json is a link to"):
+        verify(folder)
+    assert verify(folder, write_manifest=True).manifest == "written"
+    assert (tmp_path / "outside").read_text() == "mine" and not manifest.is_symlink()
 
 
 def test_a_total_size_of_other_files_is_a_note(tmp_path: Path) -> None:
@@ -147,6 +156,7 @@ def test_other_scales_are_other_values(tmp_path: Path) -> None:
         ("rope_theta", 5e4, "rope_parameters"),
         ("rms_norm_eps", 1e-5, "rms_norm_eps: 1e-06 and 1e-05"),
         ("norm_topk_prob", False, "gate_normalizes"),
+        ("max_position_embeddings", 64, "max_position_embeddings: 128 and 64"),  # of YaRN
     ],
 )
 def test_configs_that_compute_something_else(
@@ -178,7 +188,17 @@ def test_logits(v3: Golden, tmp_path: Path) -> None:
     code, output = run("verify", v3.folder, v3.folder, "--logits")
     assert code == 0 and "largest difference of the logits on random tokens: 0.00e+00" in output
     code, output = run("verify", v3.folder, "--logits")
-    assert code == 1 and "without another checkpoint" in output
+    assert code == 2 and "without another checkpoint" in output
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_logits_of_classifiers_and_odd_widths(kind: str, tiny_config: Callable, tmp_path: Path) -> None:
+    import modeling_deepseekmoe
+
+    config = tiny_config(moe_intermediate_size=13, pad_token_id=None)
+    getattr(modeling_deepseekmoe, f"DeepseekMoeFor{kind}")(config).save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", layout="stacked")
+    assert verify(tmp_path / "a", tmp_path / "b", logits=True).max_logit_difference == 0
 
 
 def test_streamed_logits_are_those_of_the_official_code(golden: Golden) -> None:
