@@ -42,6 +42,7 @@ format: $(VENV)/.installed
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/against_transformers.py
 	$(BIN)/python benchmarks/expert_lora.py
+	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/balancing_overhead.py
 	$(BIN)/python benchmarks/balancing.py
 

@@ -171,8 +171,12 @@ class Output:
 
     def read(self, source: TensorSource) -> torch.Tensor:
         """The whole tensor, in memory of its own."""
-        blocks = [block.reshape(-1).clone() for part in self.parts for block in part.blocks(source)]
-        return (torch.cat(blocks) if blocks else torch.empty(0, dtype=self.dtype)).view(self.shape)
+        tensor, place = torch.empty(math.prod(self.shape), dtype=self.dtype), 0
+        for part in self.parts:
+            for block in part.blocks(source):
+                tensor[place : place + block.numel()] = block.reshape(-1)
+                place += block.numel()
+        return tensor.view(self.shape)
 
     def check(self) -> None:
         """That the parts fit together.

@@ -81,13 +81,13 @@ def _options() -> None:
 def inspect(
     name_or_folder: Annotated[str, typer.Argument(help="A preset's name, or a checkpoint folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Also read every weight and check that it is finite.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also read every weight, as `deepseekmoe verify`.")] = False,
     lora_rank: Annotated[int, typer.Option(help="Rank for the LoRA memory figure.")] = 16,
 ) -> None:
     """Show parameters, FLOPs, cache and memory of a preset or a checkpoint folder."""
-    from .inspection import check_weights, inspect_model
+    from modeling_deepseekmoe.conversion import VerificationError, verify
+
+    from .inspection import inspect_model
 
     with _exit_codes():
         report = inspect_model(name_or_folder, lora_rank=lora_rank)
@@ -96,10 +96,10 @@ def inspect(
             if not Path(name_or_folder).is_dir():
                 raise ValueError(f"--check is not allowed for the preset {name_or_folder!r}: it has no weights.")
             try:
-                tensors = check_weights(name_or_folder)
-            except ValueError as error:
+                checked = verify(name_or_folder)
+            except (VerificationError, ValueError) as error:
                 raise FailedCheck(str(error)) from error
-            typer.echo(f"{tensors} tensors read, all values finite.", err=as_json)
+            typer.echo(str(checked), err=as_json)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import torch
 from modeling_deepseekmoe.configuration import list_presets, load_config, read_preset
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
-from .folders import opened
 
 PAPER_SEQUENCE_LENGTH = 4096
 BYTES_PER_ELEMENT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8_e4m3 (128 x 128 blocks)": 1 + 4 / 128**2}
@@ -181,33 +180,6 @@ def kv_cache_elements_per_token(config: DeepseekMoeConfig) -> int:
     return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
 
 
-def check_weights(folder: str | Path) -> int:
-    """Read every tensor of a checkpoint folder and check that its values are finite.
-
-    Returns:
-        The number of tensors that were read.
-
-    Raises:
-        ValueError: if the folder holds no safetensors file, or naming the first tensor with a NaN or an infinity.
-    """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"folder={str(folder)!r} is not allowed: it must hold at least one .safetensors file.")
-    tensors = 0
-    for file in files:
-        with opened(file) as handle:
-            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
-                tensor = handle.get_tensor(name)
-                wrong = int((~torch.isfinite(tensor.float())).sum()) if tensor.is_floating_point() else 0
-                if wrong:
-                    raise ValueError(
-                        f"Checkpoint tensor {name} in {file.name} holds {wrong} of {tensor.numel()} values that are "
-                        "not finite (NaN or infinity), which is not allowed."
-                    )
-                tensors += 1
-    return tensors
-
-
 def _count(parameters: dict[str, torch.nn.Parameter], *parts: str) -> int:
     return sum(parameter.numel() for key, parameter in parameters.items() if any(part in key for part in parts))
 
@@ -230,7 +202,6 @@ def _lora_parameters(key: str, parameter: torch.nn.Parameter, rank: int) -> int:
 
 __all__ = [
     "ModelReport",
-    "check_weights",
     "inspect_model",
     "kv_cache_elements_per_token",
     "report_on",

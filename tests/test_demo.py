@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tolerances import UPCYCLED_LOGITS
+from transformers import AutoModelForCausalLM
 
 from modeling_deepseekmoe import demo
-from modeling_deepseekmoe.conversion import UpcyclingPlan, upcycle
-from modeling_deepseekmoe.inspection import check_weights
+from modeling_deepseekmoe.conversion import UpcyclingPlan, upcycle, verify
 
 
 @pytest.mark.slow
@@ -38,7 +39,14 @@ def test_upcycling_of_the_gguf_file(tmp_path: Path, dialect: str) -> None:
     folder = demo._wheel_folder(tmp_path)
     plan = UpcyclingPlan(shared_width=384, num_shards=6, num_copies=4, dialect=dialect)
     assert upcycle(folder, tmp_path / "moe", plan, gguf_file=demo.GGUF_FILE).passed
-    assert check_weights(tmp_path / "moe") > 2000
+    assert verify(tmp_path / "moe").tensors > 2000
+    dense, tokenizer = demo._load(str(folder), gguf_file=demo.GGUF_FILE)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    tokens = tokenizer(demo.PROMPT, return_tensors="pt")
+    with torch.no_grad():
+        assert (model(**tokens).logits - dense(**tokens).logits).abs().max() <= UPCYCLED_LOGITS
+    settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**tokens, **settings), dense.generate(**tokens, **settings))
 
 
 def test_train_and_held_out_pages_are_apart() -> None:

@@ -25,7 +25,11 @@ PUBLIC_MODULES = [
     *(f"modeling_deepseekmoe.{path.stem}" for path in sorted(CORE.glob("*.py")) if path.stem != "__init__"),
     "modeling_deepseekmoe.configuration",
     "modeling_deepseekmoe.conversion",
-    "modeling_deepseekmoe.conversion.upcycling",
+    *(
+        f"modeling_deepseekmoe.conversion.{path.stem}"
+        for path in sorted((ROOT / "conversion").glob("*.py"))
+        if path.stem != "__init__"
+    ),
 ]
 
 
