@@ -14,7 +14,7 @@ from modeling_deepseekmoe.registration import without_model_classes
 
 from .block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, scale_shape
 from .checkpoint import CONFIG_NAME, Checkpoint, StoredTensor, TensorSource, check_inside, parse_json
-from .tensor_table import Entry, Located, Matrix, entries, locate, stack_shape, stacks
+from .tensor_table import Entry, Located, Matrix, entries, head_of, locate, stack_shape, stacks
 
 _LAYER = re.compile(r"^(?:model\.)?layers\.(\d{1,6})\.")
 # What is counted or listed as soon as a config is made; the largest models have a hundredth of it.
@@ -95,31 +95,32 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def as_config(raw: dict[str, Any], folder: Path | None = None) -> DeepseekMoeConfig:
-    """A `config.json` as this package's class; raises `ValueError` for what cannot be read."""
-    if isinstance(raw, dict):
-        _check_raw(raw)
+    """A `config.json` as this package's class; raises `ValueError`, with the file's name, for what cannot be read."""
     try:
+        if isinstance(raw, dict):
+            _check_raw(raw)
         with without_model_classes():
             return config_from_dict(raw)
-    except _ODD as error:
-        raise ValueError(f"{folder or 'the source'}/{CONFIG_NAME} cannot be read as a config: {error}") from error
+    except (ValueError, *_ODD) as error:
+        raise ValueError(f"{folder / CONFIG_NAME if folder else CONFIG_NAME}: {error}") from error
 
 
 def _check_raw(raw: dict[str, Any]) -> None:
     """What would do harm before a config is made of it."""
     for name in raw:
         if callable(getattr(DeepseekMoeConfig, name, None)):
-            raise ValueError(f"{CONFIG_NAME}: {name!r} is not allowed as a field.")
+            raise ValueError(f"{name!r} is not allowed as a field.")
     architectures = raw.get("architectures")
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     ):
-        raise ValueError(f"{CONFIG_NAME}: architectures={architectures!r} is not allowed: it must be a list of names.")
+        raise ValueError(f"architectures={architectures!r} is not allowed: it must be a list of names.")
+    for name in architectures or ():
+        head_of(name)
+    fp8_block(raw)
     for name, most in _MOST.items():
         if raw.get(name) is not None and not (type(raw[name]) is int and 0 <= raw[name] <= most):
-            raise ValueError(
-                f"{CONFIG_NAME}: {name}={raw[name]!r} is not allowed: it must be an integer from 0 to {most}."
-            )
+            raise ValueError(f"{name}={raw[name]!r} is not allowed: it must be an integer from 0 to {most}.")
 
 
 def understand(
@@ -129,7 +130,7 @@ def understand(
     if wanted is None:
         with_mtp = _check_sizes(config, source)
         wanted = entries(config, mtp=with_mtp)
-    block = _fp8_block(raw)
+    block = fp8_block(raw)
     located = locate(wanted, source.tensors, config.n_routed_experts or 0, block)
     return Description(source, raw, config, wanted, located, block)
 
@@ -157,7 +158,9 @@ def _check_sizes(config: DeepseekMoeConfig, source: TensorSource) -> bool:
     return with_mtp
 
 
-def _fp8_block(raw: dict[str, Any]) -> Block:
+def fp8_block(raw: dict[str, Any]) -> Block:
+    """Rows and columns of a checkpoint's FP8 blocks, from its `config.json`; raises `ValueError` for other
+    quantisations."""
     quantization = raw.get("quantization_config")
     if quantization is None:
         return BLOCK
@@ -190,7 +193,7 @@ def planned(raw: dict[str, Any], config: DeepseekMoeConfig, weight_map: dict[str
     else:
         names = list(weight_map)
     shapes = {name: entry.shape for name, entry in wanted.items()}
-    block, experts = _fp8_block(raw), config.n_routed_experts or 0
+    block, experts = fp8_block(raw), config.n_routed_experts or 0
     scales: dict[str, tuple[int, ...]] = {}
     for name, entry in wanted.items():
         if entry.linear:
@@ -214,4 +217,4 @@ def planned(raw: dict[str, Any], config: DeepseekMoeConfig, weight_map: dict[str
     return understand(TensorSource(tensors), raw, config, wanted)
 
 
-__all__ = ["Description", "as_config", "describe", "planned", "read_config", "understand"]
+__all__ = ["Description", "as_config", "describe", "fp8_block", "planned", "read_config", "understand"]

@@ -17,7 +17,6 @@ from .checkpoint import StoredTensor, TensorSource
 from .tensor_table import Entry, Matrix, stack_shape, stacks
 
 BLOCK_BYTES = 2**24
-_VALUES = BLOCK_BYTES // 4  # computed in float32
 
 
 class Part(Protocol):
@@ -58,9 +57,9 @@ class Copied:
             for first, last in row_blocks(matrix):
                 yield _stored(matrix, source, first, last).contiguous()
             return
-        start, step = matrix.rows.start * matrix.width, BLOCK_BYTES // self.dtype.itemsize
-        for first in range(0, self.numel, step):
-            yield source.read(matrix.tensor, start + first, start + min(first + step, self.numel))
+        start = matrix.rows.start * matrix.width
+        for first, last in value_blocks(self.numel, self.dtype):
+            yield source.read(matrix.tensor, start + first, start + last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ class Quantized:
 
     def blocks(self, source: TensorSource) -> Iterator[torch.Tensor]:
         """The scales are computed twice, for themselves and for the values: that is cheaper than to keep them."""
-        for first, last in row_blocks(self.matrix, self.block):
+        for first, last in row_blocks(self.matrix, self.block[0]):
             exact = values(self.matrix, source, first, last)
             if not bool(torch.isfinite(exact).all()):
                 raise ValueError(f"Tensor {self.matrix.tensor.name} holds values that are not finite: FP8 has none.")
@@ -176,6 +175,7 @@ class Output:
             for block in part.blocks(source):
                 tensor[place : place + block.numel()] = block.reshape(-1)
                 place += block.numel()
+        assert place == tensor.numel(), self.name
         return tensor.view(self.shape)
 
     def check(self) -> None:
@@ -193,10 +193,17 @@ class Output:
         assert sum(part.numel for part in self.parts) == math.prod(self.shape), self.name
 
 
-def row_blocks(matrix: Matrix, block: Block = BLOCK) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of a matrix that are small enough to compute with, and cut no FP8 block."""
-    high = matrix.block[0] if matrix.scales is not None else block[0]
-    step = max(1, _VALUES // max(1, high * max(len(matrix.columns), matrix.width))) * high
+def value_blocks(number: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """Ranges of a number of stored values that are small enough to have in memory."""
+    step = max(1, BLOCK_BYTES // dtype.itemsize)
+    for first in range(0, number, step):
+        yield first, min(first + step, number)
+
+
+def row_blocks(matrix: Matrix, high: int | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that are small enough to compute with in float32, multiples of an FP8 block's `high` rows."""
+    high = matrix.block[0] if high is None else high
+    step = max(1, BLOCK_BYTES // max(1, 4 * high * matrix.width)) * high
     for first in range(0, len(matrix.rows), step):
         yield first, min(first + step, len(matrix.rows))
 
@@ -302,5 +309,6 @@ __all__ = [
     "parts_of",
     "row_blocks",
     "stored",
+    "value_blocks",
     "values",
 ]

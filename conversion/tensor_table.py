@@ -238,7 +238,7 @@ def head_of(architecture: str) -> str:
     for head in HEADS:
         if architecture.endswith(head):
             return head
-    raise ValueError(f"architecture={architecture!r} is not allowed: it must end in one of {', '.join(HEADS)}.")
+    raise ValueError(f"architectures={architecture!r} is not allowed: it must end in one of {', '.join(HEADS)}.")
 
 
 def stacks(wanted: Mapping[str, Entry]) -> dict[str, list[Entry]]:

@@ -112,7 +112,7 @@ def upcycle(
         try:
             dense = AutoConfig.from_pretrained(folder)
         except Exception as error:  # whatever a library makes of a field that is wrong
-            raise ValueError(f"{folder / CONFIG_NAME} cannot be read as a config: {error}") from error
+            raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
         config = upcycled_config(dense, plan)
         checkpoint = Checkpoint(folder)
         matrices = dense_matrices(dense, config, checkpoint)

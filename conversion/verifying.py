@@ -19,14 +19,13 @@ from .checkpoint import (
     DTYPE_NAMES,
     INDEX_NAME,
     MANIFEST_NAME,
-    StoredTensor,
     check_inside,
     listed,
     parse_json,
 )
 from .description import Description, describe
 from .dialects import forward_fields
-from .streaming import BLOCK_BYTES, values
+from .streaming import row_blocks, value_blocks, values
 from .tensor_table import Matrix
 from .unfinished_work import write_small
 
@@ -150,7 +149,8 @@ def _read_all(found: Description, problems: list[str], progress: Callable[[int],
     hashes, wrong = {}, []
     for name, tensor in found.source.tensors.items():
         digest, finite = hashlib.sha256(), True
-        for block in _blocks(found, tensor):
+        for first, last in value_blocks(tensor.numel, tensor.dtype):
+            block = found.source.read(tensor, first, last)
             digest.update(memoryview(block.view(torch.uint8).numpy()))
             finite = finite and bool(torch.isfinite(block.float() if block.dtype == FP8 else block).all())
             progress(block.nbytes)
@@ -165,12 +165,6 @@ def _read_all(found: Description, problems: list[str], progress: Callable[[int],
     if wrong:
         problems.append(f"values that are not finite (NaN or infinity): {_with_files(found, wrong)}")
     return hashes
-
-
-def _blocks(found: Description, tensor: StoredTensor) -> Iterator[torch.Tensor]:
-    step = BLOCK_BYTES // tensor.dtype.itemsize
-    for first in range(0, tensor.numel, step):
-        yield found.source.read(tensor, first, min(first + step, tensor.numel))
 
 
 def _with_files(found: Description, names: list[str]) -> str:
@@ -337,10 +331,7 @@ def _is_quantized(plain: Description, weight: Matrix, packed: Description, quant
 
 def _ranges(here: Matrix, there: Matrix) -> Iterator[tuple[int, int]]:
     """Ranges of rows that cut no FP8 block of either tensor."""
-    high = math.lcm(here.block[0], there.block[0])
-    step = max(1, BLOCK_BYTES // (4 * high * max(1, here.width))) * high
-    for first in range(0, len(here.rows), step):
-        yield first, min(first + step, len(here.rows))
+    return row_blocks(here, math.lcm(here.block[0], there.block[0]))
 
 
 def _compare_logits(first: Description, second: Description, tolerance: float, problems: list[str]) -> float:

@@ -51,6 +51,8 @@ CONFIG: dict[str, Any] = {
     "v_head_dim": 32,
     "vocab_size": 160,
 }
+# Of the same model without FP8.
+PLAIN_CONFIG = {name: value for name, value in CONFIG.items() if name != "quantization_config"}
 
 
 def linears(layer: int) -> dict[str, tuple[int, int]]:
@@ -100,7 +102,27 @@ def v3_tensors(mtp: bool = True) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def dequantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with the experts of a layer in stacks, and their scales."""
+    found = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
+    for layer in range(1, LAYERS + 1):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        for suffix in ("", "_scale_inv"):
+
+            def one(expert: int, half: str, prefix: str = prefix, suffix: str = suffix) -> torch.Tensor:
+                tensor = tensors[f"{prefix}{expert}.{half}_proj.weight{suffix}"]
+                return tensor if suffix else tensor.view(torch.uint8)
+
+            if f"{prefix}0.up_proj.weight" in tensors:
+                gate_up = [torch.cat([one(expert, "gate"), one(expert, "up")]) for expert in range(EXPERTS)]
+                down = [one(expert, "down") for expert in range(EXPERTS)]
+                for name, parts in (("gate_up", gate_up), ("down", down)):
+                    stack = torch.stack(parts)
+                    found[f"{prefix}{name}_proj{suffix}"] = stack if suffix else stack.view(torch.float8_e4m3fn)
+    return found
+
+
+def dequantized(tensors: dict[str, torch.Tensor], high: int = 128, wide: int = 128) -> dict[str, torch.Tensor]:
     """The FP8 weights in float32, value by value: an independent formula."""
     found = {}
     for name, tensor in tensors.items():
@@ -108,8 +130,8 @@ def dequantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             continue
         if tensor.dtype == torch.float8_e4m3fn:
             scales = tensors[f"{name}_scale_inv"]
-            rows = torch.arange(tensor.shape[0])[:, None] // 128
-            columns = torch.arange(tensor.shape[1])[None, :] // 128
+            rows = torch.arange(tensor.shape[0])[:, None] // high
+            columns = torch.arange(tensor.shape[1])[None, :] // wide
             found[name] = tensor.to(torch.float32) * scales[rows, columns]
         else:
             found[name] = tensor

@@ -1,14 +1,18 @@
 """Converting between dialects, layouts and dtypes: what comes out, and what is refused."""
 
 import hashlib
+import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDEN_NAMES, V3_LIKE, Golden
-from synthetic import CONFIG, dequantized, read, same_bytes, v3_tensors, write
+from synthetic import CONFIG, PLAIN_CONFIG, as_stacked, dequantized, read, same_bytes, v3_tensors, write
 from tolerances import GOLDEN_LOGITS, assert_same
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers import DeepseekV3Config as NativeV3Config
@@ -16,7 +20,7 @@ from transformers import DeepseekV3Config as NativeV3Config
 import modeling_deepseekmoe
 from modeling_deepseekmoe import DeepseekMoeForCausalLM, folders
 from modeling_deepseekmoe.configuration import list_presets, load_config, load_preset
-from modeling_deepseekmoe.conversion import convert, plan_conversion, verify
+from modeling_deepseekmoe.conversion import convert, plan_conversion, streaming, verify
 from modeling_deepseekmoe.conversion.converting import carry_out
 from modeling_deepseekmoe.conversion.dialects import translate
 from modeling_deepseekmoe.conversion.tensor_table import entries, stack_shape, stacks
@@ -139,6 +143,17 @@ def test_two_conversions_are_the_same_bytes(tmp_path: Path) -> None:
         assert digests(folders[0]) == digests(folders[1])
 
 
+def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
+    """Nothing depends on the order of a set, which is another one in every process."""
+    source = write(tmp_path / "source", v3_tensors(), CONFIG, 3)
+    command = [sys.executable, "-m", "modeling_deepseekmoe.cli", "convert", source]
+    options = ["--layout", "stacked", "--to", "deepseekmoe", "--max-shard-size", "100KB"]
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([*command, tmp_path / seed, *options], check=True, capture_output=True, env=environment)
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+
+
 def test_experts_in_both_layouts_at_once(v1: Golden, tmp_path: Path) -> None:
     """A folder may stack some layers only; a tensor that is there twice is refused."""
     tensors = v1.tensors
@@ -180,6 +195,7 @@ def test_v3_output_in_native_transformers(v3: Golden, tmp_path: Path) -> None:
     assert all(type(model) is DeepseekV3ForCausalLM and type(model.config) is NativeV3Config for model in models)
     with torch.no_grad():
         found, expected = (model(tokens).logits for model in models)
+    assert same_bytes(*(model.state_dict() for model in models))
     assert_same(found, expected)
     assert (found - v3.expected["logits"]).abs().max() <= GOLDEN_LOGITS
 
@@ -227,11 +243,15 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_pos
         ({"head_dim": 16}, "deepseek", r"head_dim=16"),
         ({"rope_parameters": PARTIAL}, "deepseek", r"its rope_parameters is .*partial_rotary_factor"),
         ({"rope_parameters": YARN}, "deepseek", r"rope_type is 'yarn', and it must be one of default, linear"),
-        ({"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "deepseek", r"topk_method="),
+        (
+            {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+            "deepseek",
+            r"topk_method='group_limi",
+        ),
         (SOFTMAX_MLA, "deepseek_v3", r"scoring_func='softmax'"),
         ({**SOFTMAX_MLA, "topk_method": "noaux_tc"}, "deepseek_v2", r"topk_method='noaux_tc'"),
         ({**SOFTMAX_MLA, "rope_interleave": False}, "deepseek_v2", r"rope_interleave is False"),
-        ({**SOFTMAX_MLA, "norm_topk_prob": True, "routed_scaling_factor": 2.0}, "deepseek_v2", r"gate_scaling_factor"),
+        ({**SOFTMAX_MLA, "norm_topk_prob": True, "routed_scaling_factor": 2.0}, "deepseek_v2", r"factor is 2\.0"),
         ({**V3_LIKE, "topk_method": "group_limited_greedy"}, "deepseek_v3", r"topk_method='group_limited_greedy'"),
         ({}, "deepseek_v9", r"to='deepseek_v9' is not allowed: it must be one of deepseek, deepseek_v2"),
     ],
@@ -289,11 +309,17 @@ def test_fp8_to_other_dtypes(dtype: str, layout: str, tmp_path: Path) -> None:
     }
     assert same_bytes(read(tmp_path / "official"), expected)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config == {**{k: v for k, v in CONFIG.items() if k != "quantization_config"}, "torch_dtype": dtype}
+    assert config == {**PLAIN_CONFIG, "torch_dtype": dtype}
     compared = verify(source, tmp_path / "out").compared
     assert compared["dequantised"] == sum(t.dtype == torch.float8_e4m3fn for t in tensors.values())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert torch.isfinite(model(torch.arange(9)[None]).logits).all()
+    modeling_deepseekmoe.register()  # transformers' own, of the output and of what the independent formula gives
+    other = write(tmp_path / "other", expected, PLAIN_CONFIG)
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (tmp_path / "out", other)
+    ]
+    assert all(type(model) is DeepseekV3ForCausalLM for model in models)
+    assert same_bytes(*(model.state_dict() for model in models))
+    assert_same(*(model(torch.arange(9)[None]).logits for model in models))
 
 
 @pytest.mark.parametrize("layout", ["per-expert", "stacked"])
@@ -314,6 +340,47 @@ def test_to_fp8_and_back(golden: Golden, layout: str, tmp_path: Path) -> None:
     assert report.compared["quantised"] == sum("_proj" in name and name.endswith("weight") for name in found)
     convert(tmp_path / "fp8", tmp_path / "again", dtype="fp8", layout=layout)
     assert same_bytes(read(tmp_path / "again"), read(tmp_path / "fp8"))  # untouched
+
+
+@pytest.mark.parametrize("layout", ["per-expert", "stacked"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_quantised_files_against_an_independent_formula(layout: str, stored: torch.dtype, tmp_path: Path) -> None:
+    """The scales are those of every block's largest value; every value is within the bound of its own block."""
+    exact = {name: tensor.to(stored) for name, tensor in dequantized(v3_tensors()).items()}
+    source = write(tmp_path / "source", exact, PLAIN_CONFIG, 2)
+    convert(source, tmp_path / "fp8", dtype="fp8", layout=layout)
+    convert(tmp_path / "fp8", tmp_path / "official", layout="per-expert")
+    found, blocks = read(tmp_path / "official"), 0
+    again = dequantized(found)
+    assert found.keys() == v3_tensors().keys()
+    for name in found:
+        if not name.endswith("_scale_inv"):
+            continue
+        name, scales = name.removesuffix("_scale_inv"), found[name]
+        for row, column in itertools.product(range(scales.shape[0]), range(scales.shape[1])):
+            place = slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)
+            block = exact[name][place].float()
+            assert scales[row, column] == block.abs().max() / 448
+            bound = torch.maximum(block.abs() * 2**-4, scales[row, column] * 2**-10) * (1 + 1e-6)
+            assert ((again[name][place] - block).abs() <= bound).all(), name
+            blocks += 1
+    assert blocks > 100
+
+
+@pytest.mark.parametrize("block", [[64, 32], [100, 48], [1, 1]], ids=str)
+def test_blocks_of_another_size(block: list[int], tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in v3_tensors().items() if not name.endswith("_scale_inv")}
+    for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn]:
+        shape = [-(-size // step) for size, step in zip(tensors[name].shape, block, strict=True)]
+        tensors[f"{name}_scale_inv"] = torch.rand(shape) * 1e-3 + 1e-4
+    quantization = {**CONFIG["quantization_config"], "weight_block_size": block}
+    source = write(tmp_path / "source", tensors, {**CONFIG, "quantization_config": quantization}, 2)
+    convert(source, tmp_path / "stacked", layout="stacked")
+    convert(tmp_path / "stacked", tmp_path / "back", layout="per-expert")
+    assert same_bytes(read(tmp_path / "back"), tensors)
+    convert(tmp_path / "stacked", tmp_path / "float32", layout="per-expert", dtype="float32")
+    expected = {name: tensor.float() for name, tensor in dequantized(tensors, *block).items()}
+    assert same_bytes(read(tmp_path / "float32"), expected)
 
 
 def test_fp8_where_the_config_says_null(v1: Golden, tmp_path: Path) -> None:
@@ -349,6 +416,31 @@ def test_values_that_a_dtype_cannot_hold(v1: Golden, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight holds values that are not finite"):
         convert(source, tmp_path / "out", dtype="fp8")
     assert {path.name for path in tmp_path.iterdir()} == {"large", "nan"}
+
+
+@pytest.mark.parametrize("size", [2048, 20000])
+def test_blocks_smaller_than_a_tensor(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything again with blocks so small that every matrix takes several; none in memory is larger."""
+    pieces: list[int] = []
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", size)
+    tensors = v3_tensors()
+    source = write(tmp_path / "source", tensors, CONFIG, 3)
+    convert(source, tmp_path / "stacked", layout="stacked", progress=pieces.append)
+    assert max(pieces[1:]) <= size  # after the header
+    assert same_bytes(read(tmp_path / "stacked"), as_stacked(tensors))
+    pieces.clear()
+    convert(tmp_path / "stacked", tmp_path / "float32", layout="per-expert", dtype="float32", progress=pieces.append)
+    exact = {name: tensor.float() for name, tensor in dequantized(tensors).items()}
+    assert same_bytes(read(tmp_path / "float32"), exact)
+    assert max(pieces[1:]) <= max(size, 4 * 128 * 384)  # the rows of one FP8 block
+    convert(tmp_path / "float32", tmp_path / "fp8", dtype="fp8")
+    for folder in ("stacked", "float32", "fp8"):
+        assert verify(tmp_path / folder).tensors == len(read(tmp_path / folder))
+    assert verify(source, tmp_path / "float32").compared["dequantised"] > 40
+    assert verify(tmp_path / "float32", tmp_path / "fp8").compared["quantised"] > 40
+    monkeypatch.undo()
+    convert(tmp_path / "float32", tmp_path / "again", dtype="fp8")
+    assert digests(tmp_path / "again") == digests(tmp_path / "fp8")
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import V3_LIKE, Golden
-from synthetic import CONFIG, dequantized, read, v3_tensors, write
+from synthetic import CONFIG, PLAIN_CONFIG, dequantized, read, v3_tensors, write
 from test_cli import run
 
 from modeling_deepseekmoe.conversion import VerificationError, convert, verify
@@ -46,8 +46,9 @@ def test_values_that_are_not_finite(dtype: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "bad", tensors, CONFIG, 2)
     with pytest.raises(VerificationError, match=rf"not finite .*: {re.escape(name)} in model-0000\d-of-00002"):
         verify(folder)
-    code, output = run("verify", folder)
+    code, output = run("verify", folder, "--write-manifest")
     assert code == 1 and "Failed: values that are not finite" in output
+    assert not (folder / "tensors.sha256.json").exists()
 
 
 def test_the_manifest(tmp_path: Path) -> None:
@@ -104,14 +105,19 @@ def test_a_total_size_of_other_files_is_a_note(tmp_path: Path) -> None:
         ({}, {"dtype": "bfloat16"}, "equal after rounding"),
         ({}, {"dtype": "float16"}, "equal after rounding"),
         ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "layout": "stacked"}, "identical"),
+        ({"dtype": "bfloat16"}, {"dtype": "float16"}, None),
         ({}, {"dtype": "fp8", "layout": "stacked"}, "quantised"),
         ({"dtype": "fp8"}, {"dtype": "fp8", "layout": "stacked"}, "identical"),
     ],
 )
-def test_any_layout_and_dtype(v3: Golden, tmp_path: Path, first: dict, second: dict, how: str) -> None:
+def test_any_layout_and_dtype(v3: Golden, tmp_path: Path, first: dict, second: dict, how: str | None) -> None:
     convert(v3.folder, tmp_path / "a", **first)
     convert(v3.folder, tmp_path / "b", **second)
     for pair in ((tmp_path / "a", tmp_path / "b"), (tmp_path / "b", tmp_path / "a")):
+        if how is None:  # neither of the two has the values of the other, unless they were made of it
+            with pytest.raises(VerificationError, match="tensors that differ"):
+                verify(*pair)
+            return
         assert how in verify(*pair).compared
     tensors = read(tmp_path / "b")
     name = "model.layers.2.mlp.experts.7.down_proj.weight"
@@ -130,14 +136,24 @@ def test_any_layout_and_dtype(v3: Golden, tmp_path: Path, first: dict, second: d
 def test_dequantised_copies(tmp_path: Path) -> None:
     tensors = v3_tensors()
     source = write(tmp_path / "source", tensors, CONFIG, 3)
-    config = {name: value for name, value in CONFIG.items() if name != "quantization_config"}
     exact = dequantized(tensors)
     for dtype in (torch.float32, torch.bfloat16):
-        folder = write(tmp_path / str(dtype), {n: t.to(dtype) for n, t in exact.items()}, config)
+        folder = write(tmp_path / str(dtype), {n: t.to(dtype) for n, t in exact.items()}, PLAIN_CONFIG)
         assert "dequantised" in verify(source, folder).compared and "dequantised" in verify(folder, source).compared
     exact["model.layers.1.self_attn.kv_a_proj_with_mqa.weight"][143, 191] *= 1.001
     with pytest.raises(VerificationError, match=r"differ: .*kv_a_proj_with_mqa"):
-        verify(source, write(tmp_path / "wrong", exact, config))
+        verify(source, write(tmp_path / "wrong", exact, PLAIN_CONFIG))
+
+
+def test_wider_and_other_dtypes(v3: Golden, tmp_path: Path) -> None:
+    tensors = v3.tensors
+    convert(v3.folder, tmp_path / "bfloat16", dtype="bfloat16")
+    convert(tmp_path / "bfloat16", tmp_path / "float16", dtype="float16")
+    assert verify(tmp_path / "float16", tmp_path / "bfloat16").compared["equal after rounding"] > 80
+    wide = write(tmp_path / "float64", {name: tensor.double() for name, tensor in tensors.items()}, v3.config)
+    assert verify(wide, v3.folder).compared == {"equal after rounding": len(tensors)}
+    convert(wide, tmp_path / "float32", dtype="float32")
+    assert verify(v3.folder, tmp_path / "float32").compared == {"identical": len(tensors)}
 
 
 def test_other_scales_are_other_values(tmp_path: Path) -> None:
