@@ -3,11 +3,12 @@
 A synthetic checkpoint with the tensors of DeepSeekMoE 16B (hidden 2048, 64 experts of width 1408, vocabulary 102400),
 random, in bfloat16, with as many layers as the size asks for. Every conversion runs in a process of its own, whose
 anonymous resident memory (`RssAnon`) and mapped files are sampled from the operating system. `cp` and the conversions
-take turns; what one has left in the page cache is written to the disk before the next one begins.
+take turns, in both orders; what one has left in the page cache is written to the disk before the next one begins. Every
+result is verified against its source, value by value. SmolLM2-135M is upcycled before.
 
     python benchmarks/conversion.py [--sizes 2 8] [--rounds 3] [--folder FOLDER]
 
-Prints a table; writes benchmarks/results/conversion.json.
+Prints a table and whether the limits are kept; writes benchmarks/results/conversion.json.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseekmoe import DeepseekConfig
+from modeling_deepseekmoe.conversion import verify
 from modeling_deepseekmoe.conversion.checkpoint import StoredTensor, TensorSource
 from modeling_deepseekmoe.conversion.streaming import outputs, parts_of
 from modeling_deepseekmoe.conversion.tensor_table import entries, locate
@@ -37,7 +39,7 @@ from modeling_deepseekmoe.demo import obtain_dense_model
 
 RESULTS = Path(__file__).parent / "results" / "conversion.json"
 SHARD = "2GB"
-# Name of a case, its arguments for `deepseekmoe convert`, and whether it starts from the stacked copy.
+# Name of a case and its arguments for `deepseekmoe convert`; which of them start from another one's result.
 CASES = {
     "per-expert to stacked": ("--layout", "stacked"),
     "stacked to per-expert": ("--layout", "per-expert"),
@@ -47,6 +49,9 @@ CASES = {
 }
 SOURCES = {"stacked to per-expert": "stacked", "FP8 to bfloat16": "fp8"}
 SAMPLING = 0.02  # seconds
+LAYOUT_CASES = ("per-expert to stacked", "stacked to per-expert")  # nothing is computed
+MOST_MEMORY, MOST_GROWTH, LEAST_SPEED = 1.0e9, 1.2, 0.6
+UPCYCLING_MEMORY, UPCYCLING_LOGITS = 1.5e9, 1e-3
 
 
 class RandomTensors(TensorSource):
@@ -169,29 +174,67 @@ def measure(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
     result: dict[str, Any] = {"gigabytes": size / 1e9, "files": len(list(source.glob("*.safetensors"))), "cases": {}}
     sources = {"source": source}
     for name, arguments in CASES.items():
-        runs = []
-        for number in range(rounds):
-            start = sources[SOURCES.get(name, "source")]
-            reference = copy(start, folder / "copy")
-            shutil.rmtree(folder / "copy")
-            run = convert(start, folder / "converted", arguments)
-            # Bytes a second, of what is written; `cp` writes what it reads.
-            run["of_cp"] = (run["bytes"] / run["seconds"]) / (reference["bytes"] / reference["seconds"])
-            run["cp_seconds"] = reference["seconds"]
-            runs.append(run)
-            kept = {"per-expert to stacked": "stacked", "bfloat16 to FP8": "fp8"}.get(name)
-            if kept and number == rounds - 1:
-                sources[kept] = (folder / "converted").rename(folder / kept)
+        start, runs = sources[SOURCES.get(name, "source")], []
+        number_of_rounds = rounds if name in LAYOUT_CASES else 1
+        for number in range(number_of_rounds):
+            if number % 2 == 0:
+                reference = copy(start, folder / "copy")
+                run_ = convert(start, folder / "converted", arguments)
             else:
+                run_ = convert(start, folder / "converted", arguments)
+                reference = copy(start, folder / "copy")
+            shutil.rmtree(folder / "copy")
+            # Bytes a second, of what is written; `cp` writes what it reads.
+            run_["of_cp"] = (run_["bytes"] / run_["seconds"]) / (reference["bytes"] / reference["seconds"])
+            run_["cp_seconds"] = reference["seconds"]
+            runs.append(run_)
+            if number < number_of_rounds - 1:
                 shutil.rmtree(folder / "converted")
+        compared = verify(start, folder / "converted").compared
+        kept = {"per-expert to stacked": "stacked", "bfloat16 to FP8": "fp8"}.get(name)
+        if kept:
+            sources[kept] = (folder / "converted").rename(folder / kept)
+        else:
+            shutil.rmtree(folder / "converted")
         if SOURCES.get(name):
             shutil.rmtree(sources[SOURCES[name]])
         result["cases"][name] = {
-            key: statistics.median(run[key] for run in runs) for key in ("seconds", "cp_seconds", "of_cp", "bytes")
-        } | {"rss_anon": max(run["rss_anon"] for run in runs), "mapped": max(run["mapped"] for run in runs)}
+            key: statistics.median(run_[key] for run_ in runs) for key in ("seconds", "cp_seconds", "of_cp", "bytes")
+        } | {
+            "rss_anon": max(run_["rss_anon"] for run_ in runs),
+            "mapped": max(run_["mapped"] for run_ in runs),
+            "rounds": number_of_rounds,
+            "compared": compared,
+        }
         print(f"{size / 1e9:.2f} GB, {name}: {result['cases'][name]}", flush=True)
     shutil.rmtree(source)
     return result
+
+
+def verdict(results: list[dict[str, Any]], upcycling: list[dict[str, Any]]) -> list[str]:
+    """What is not within the limits."""
+    failures = []
+    for name in CASES:
+        cases = [result["cases"][name] for result in results]
+        for result, case in zip(results, cases, strict=True):
+            where = f"{result['gigabytes']:.1f} GB, {name}"
+            if case["rss_anon"] > MOST_MEMORY:
+                failures.append(f"{where}: {case['rss_anon'] / 1e6:.0f} MB of memory")
+            if case["mapped"] > 1:
+                failures.append(f"{where}: {case['mapped']} files mapped at once")
+        peaks = [case["rss_anon"] for case in cases]
+        if max(peaks) > MOST_GROWTH * min(peaks):
+            failures.append(f"{name}: memory grows with the size, {min(peaks) / 1e6:.0f} to {max(peaks) / 1e6:.0f} MB")
+        if name in LAYOUT_CASES and cases[-1]["of_cp"] < LEAST_SPEED:
+            failures.append(f"{name}: {cases[-1]['of_cp']:.0%} of the speed of cp")
+    for row in upcycling:
+        if (
+            row["rss_anon"] > UPCYCLING_MEMORY
+            or row["max_logit_difference"] > UPCYCLING_LOGITS
+            or not row["same_text"]
+        ):
+            failures.append(f"upcycling to {row['dialect']}: {row}")
+    return failures
 
 
 def main() -> None:
@@ -235,6 +278,9 @@ def main() -> None:
             f"| {row['dialect']} | {row['seconds']:.0f} s | {row['rss_anon'] / 1e6:.0f} MB "
             f"| {row['max_logit_difference']:.1e} | {'the same' if row['same_text'] else 'not the same'} |"
         )
+    failures = verdict(results, upcycling)
+    print("\n" + ("\n".join(failures) or "All limits are kept."))
+    sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

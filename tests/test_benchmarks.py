@@ -1,4 +1,4 @@
-"""What the balancing experiment concludes from its runs, and how it splits its texts."""
+"""What the benchmarks conclude from their runs, and how the balancing experiment splits its texts."""
 
 import importlib.util
 from pathlib import Path
@@ -7,13 +7,17 @@ from types import ModuleType
 import pytest
 
 
-@pytest.fixture(scope="module")
-def balancing() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "balancing.py"
-    spec = importlib.util.spec_from_file_location("benchmark_balancing", path)
+def load(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def balancing() -> ModuleType:
+    return load("balancing")
 
 
 def runs(balancing: ModuleType, free: list[float], violation: float = 0.05) -> list[dict]:
@@ -51,3 +55,23 @@ def test_validation_texts_are_no_copies_of_training_texts(balancing: ModuleType)
     training, validation = balancing.split([*texts, *copies])
     for text in validation:  # both the text and its copy are held out, or it would not be here
         assert f"{text} once more" not in training and text.removesuffix(" once more") not in training
+
+
+def test_limits_of_conversion() -> None:
+    conversion = load("conversion")
+    case = {"rss_anon": 3e8, "mapped": 1, "of_cp": 0.7}
+    upcycled = {"dialect": "deepseek", "rss_anon": 1e9, "max_logit_difference": 1e-4, "same_text": True}
+
+    def failures(name: str = "per-expert to stacked", last: dict | None = None, **upcycling: object) -> list[str]:
+        results = [{"gigabytes": size, "cases": dict.fromkeys(conversion.CASES, case)} for size in (2.0, 8.0)]
+        results[1]["cases"][name] = {**case, **(last or {})}
+        return conversion.verdict(results, [{**upcycled, **upcycling}])
+
+    assert failures() == []
+    assert "1100 MB of memory" in failures(last={"rss_anon": 1.1e9})[0]
+    assert "memory grows with the size, 300 to 400 MB" in failures(last={"rss_anon": 4e8})[0]
+    assert "2 files mapped" in failures(last={"mapped": 2})[0]
+    assert "50% of the speed of cp" in failures(last={"of_cp": 0.5})[0]
+    assert failures("bfloat16 to FP8", {"of_cp": 0.1}) == []
+    for wrong in ({"rss_anon": 1.6e9}, {"max_logit_difference": 2e-3}, {"same_text": False}):
+        assert "upcycling to deepseek" in failures(**wrong)[0]
