@@ -3,8 +3,8 @@
 A synthetic checkpoint with the tensors of DeepSeekMoE 16B (hidden 2048, 64 experts of width 1408, vocabulary 102400),
 random, in bfloat16, with as many layers as the size asks for. Every conversion runs in a process of its own, whose
 anonymous resident memory (`RssAnon`) and mapped files are sampled from the operating system. `cp` and the conversions
-take turns, in both orders; what one has left in the page cache is written to the disk before the next one begins. Every
-result is verified against its source, value by value. SmolLM2-135M is upcycled before.
+take turns, in both orders; what one has left in the page cache is written to the disk before the next one begins.
+Every result is verified against its source, value by value. SmolLM2-135M is upcycled before.
 
     python benchmarks/conversion.py [--sizes 2 8] [--rounds 3] [--folder FOLDER]
 

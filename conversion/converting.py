@@ -104,6 +104,19 @@ class ConversionPlan:
         return counts
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A plan is made of some hundred thousand objects without cycles, among which the collector would search."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_garbage_collection()
 def plan_conversion(
     source: str | Path,
     *,
@@ -138,8 +151,34 @@ def plan_conversion(
             )
     if to is not None:
         check_dialect(to)
-    with _no_garbage_collection():
-        return _plan(source, to, layout, dtype, max_shard_size, drop_mtp, without_weights)
+    folder, found, missing = _source(source, without_weights)
+    dialect = to or found.config.model_type
+    layout = layout or (found.layout if dialect == found.config.model_type else LAYOUTS[0])
+    notes = []
+    if missing:
+        notes.append(
+            f"weights that are not here: {listed(missing)}; sizes follow from the config, nothing was checked"
+        )
+    if found.located.derived:
+        notes.append(f"{len(found.located.derived)} tensors of rotary embeddings follow from the config: left out")
+    mtp = [name for name in found.located.matrices if found.wanted[name].mtp_layer is not None]
+    if drop_mtp and mtp:
+        notes.append(f"{len(mtp)} tensors of multi-token-prediction layers are left out")
+    promised = found.config.num_nextn_predict_layers
+    if promised and not mtp and found.source.tensors:
+        notes.append(f"num_nextn_predict_layers={promised}, and there are no tensors of such layers")
+    config, text = _translated_config(found, dialect, dtype, drop_mtp)
+    if dialect != found.config.model_type and config.loss_alphas != found.config.loss_alphas:
+        notes.append(f"balance losses in training: {found.config.loss_alphas} here, {config.loss_alphas} there")
+    tensors = list(_tensors(found, config, layout, dtype, drop_mtp))
+    copies = () if folder is None else tuple(small_files(folder, code=dialect == found.config.model_type))
+    origin = {
+        "version": modeling_deepseekmoe.__version__,
+        "dtype": dtype,
+        "source": found.source.identity if isinstance(found.source, Checkpoint) else None,
+    }
+    plan = FolderPlan(make_shards(tensors, max_shard_size), {CONFIG_NAME: text}, copies, origin)
+    return ConversionPlan(found.source, plan, dialect, layout, dtype, tuple(notes), not missing)
 
 
 def convert(
@@ -193,57 +232,6 @@ def carry_out(
     if not plan.has_weights:
         raise ValueError("The plan cannot be carried out: the source's weights are not there.")
     write_folder(plan.folder, plan.source, destination, resume=resume, report=report, progress=progress)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A plan is made of some hundred thousand objects without cycles, among which the collector would search."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _plan(
-    source: str | Path,
-    to: str | None,
-    layout: str | None,
-    dtype: str,
-    max_shard_size: str | int,
-    drop_mtp: bool,
-    without_weights: bool,
-) -> ConversionPlan:
-    folder, found, missing = _source(source, without_weights)
-    dialect = to or found.config.model_type
-    layout = layout or (found.layout if dialect == found.config.model_type else LAYOUTS[0])
-    notes = []
-    if missing:
-        notes.append(
-            f"weights that are not here: {listed(missing)}; sizes follow from the config, nothing was checked"
-        )
-    if found.located.derived:
-        notes.append(f"{len(found.located.derived)} tensors of rotary embeddings follow from the config: left out")
-    mtp = [name for name in found.located.matrices if found.wanted[name].mtp_layer is not None]
-    if drop_mtp and mtp:
-        notes.append(f"{len(mtp)} tensors of multi-token-prediction layers are left out")
-    promised = found.config.num_nextn_predict_layers
-    if promised and not mtp and found.source.tensors:
-        notes.append(f"num_nextn_predict_layers={promised}, and there are no tensors of such layers")
-    config, text = _translated_config(found, dialect, dtype, drop_mtp)
-    if dialect != found.config.model_type and config.loss_alphas != found.config.loss_alphas:
-        notes.append(f"balance losses in training: {found.config.loss_alphas} here, {config.loss_alphas} there")
-    tensors = list(_tensors(found, config, layout, dtype, drop_mtp))
-    copies = () if folder is None else tuple(small_files(folder, code=dialect == found.config.model_type))
-    origin = {
-        "version": modeling_deepseekmoe.__version__,
-        "dtype": dtype,
-        "source": found.source.identity if isinstance(found.source, Checkpoint) else None,
-    }
-    plan = FolderPlan(make_shards(tensors, max_shard_size), {CONFIG_NAME: text}, copies, origin)
-    return ConversionPlan(found.source, plan, dialect, layout, dtype, tuple(notes), not missing)
 
 
 # ---------------------------------------------------------------------------------------------------------- the source

@@ -194,10 +194,9 @@ def planned(raw: dict[str, Any], config: DeepseekMoeConfig, weight_map: dict[str
         names = list(weight_map)
     shapes = {name: entry.shape for name, entry in wanted.items()}
     block, experts = fp8_block(raw), config.n_routed_experts or 0
-    scales: dict[str, tuple[int, ...]] = {}
-    for name, entry in wanted.items():
-        if entry.linear:
-            scales[name] = scale_shape(entry.shape, block)
+    scales: dict[str, tuple[int, ...]] = {
+        name: scale_shape((shape[0], shape[1]), block) for name, shape in shapes.items() if len(shape) == 2
+    }
     if any(name not in shapes for name in names):
         for stack, members in stacks(wanted).items():
             shapes[stack] = stack_shape(members, experts)

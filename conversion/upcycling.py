@@ -134,9 +134,9 @@ def upcycle(
             "plan": asdict(plan),
             "dtype": dtype,
             # A GGUF file's tensors are written out anew for every run.
-            "source": [file_identity(Path(source) / gguf_file)] if gguf_file else checkpoint.identity,
+            "source": _gguf_identity(Path(source), gguf_file) if gguf_file else checkpoint.identity,
         }
-        text = (config.to_json_string()).encode()
+        text = config.to_json_string().encode()
         folder_plan = FolderPlan(
             make_shards(tensors, max_shard_size), {CONFIG_NAME: text}, tuple(small_files(folder, code=False)), origin
         )
@@ -155,6 +155,11 @@ def _dense_folder(source: str | Path, gguf_file: str | None, report: Callable[[s
         save_dequantized(AutoModelForCausalLM.from_pretrained(source, dtype="auto", gguf_file=gguf_file), folder)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(folder)
         yield Path(folder)
+
+
+def _gguf_identity(source: Path, gguf_file: str) -> list[object]:
+    file = source / gguf_file
+    return file_identity(file) if file.is_file() else [str(source), gguf_file]  # of the hub
 
 
 def save_dequantized(model: PreTrainedModel, folder: str | Path) -> None:

@@ -10,13 +10,15 @@ import errno
 import filecmp
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -26,6 +28,8 @@ from .streaming import Output
 from .unfinished_work import PARTIAL, claimed, clean_up, finish, is_finished, unfinished_path, write_all, write_small
 
 _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]B)?\s*$", re.IGNORECASE)
+_FLUSHED_BYTES = 2**27
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -198,29 +202,65 @@ def _write_shards(
                 continue
             report(f"[{number}/{len(plan.shards)}] {shard.name}: {len(shard.outputs)} tensors")
             partial = folder / (shard.name + PARTIAL)
-            _write_shard(shard, source, partial, progress)
+            flushing = _write_shard(shard, source, partial, progress, background)
             if syncing is not None:
                 syncing.result()
-            syncing = background.submit(finish, partial, folder / shard.name)
+            syncing = background.submit(_finish_after, flushing, partial, folder / shard.name)
         if syncing is not None:
             syncing.result()
 
 
-def _write_shard(shard: Shard, source: TensorSource, path: Path, progress: Callable[[int], None]) -> None:
+def _write_shard(
+    shard: Shard, source: TensorSource, path: Path, progress: Callable[[int], None], background: ThreadPoolExecutor
+) -> Future[None] | None:
+    """Write a file; returns the last task that brings a part of it to the disk."""
     with path.open("wb", buffering=0) as file:
-        write_all(file.fileno(), path, shard.header)
-        progress(len(shard.header))
-        for output in shard.outputs:
-            written = 0
-            for part in output.parts:
-                for block in part.blocks(source):
-                    data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
-                    del block
-                    write_all(file.fileno(), path, data)
-                    progress(len(data))
-                    written += len(data)
-                    del data  # a view of the mapped file, which may be another one next
-            assert written == output.nbytes, output.name
+
+        def write(data: bytes | memoryview) -> int:
+            write_all(file.fileno(), path, data)
+            return len(data)
+
+        written = write(shard.header)
+        progress(written)
+        flushing: Future[None] | None = None
+        flushed = 0
+        for size in _for_each_piece(shard, source, write):
+            progress(size)
+            written += size
+            # The disk is kept busy from the beginning, so that little is left to wait for at the end.
+            if written - flushed >= _FLUSHED_BYTES and (flushing is None or flushing.done()):
+                if flushing is not None:
+                    flushing.result()
+                flushing, flushed = background.submit(_flush, os.dup(file.fileno())), written
+        assert written == shard.nbytes, shard.name
+    return flushing
+
+
+def _flush(descriptor: int) -> None:
+    """Bring what is written so far to the disk."""
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _finish_after(flushing: "Future[None] | None", partial: Path, path: Path) -> None:
+    """Give a file its name when all of it is on the disk. An error of the disk is told once, to who asks first."""
+    if flushing is not None:
+        flushing.result()
+    finish(partial, path)
+
+
+def _for_each_piece(shard: Shard, source: TensorSource, use: Callable[[memoryview], Result]) -> Iterator[Result]:
+    """What a function returns for every piece of a shard's tensors, in the order of their bytes."""
+    for output in shard.outputs:
+        for part in output.parts:
+            for block in part.blocks(source):
+                data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
+                del block
+                result = use(data)
+                del data  # a view of the mapped file, which may be another one next
+                yield result
 
 
 def _is_written(path: Path, shard: Shard) -> bool:
@@ -250,15 +290,7 @@ def _holds(path: Path, shard: Shard, source: TensorSource) -> bool:
     """Whether the tensors of a finished file are those of the plan."""
     with path.open("rb") as file:
         file.seek(len(shard.header))
-        for output in shard.outputs:
-            for part in output.parts:
-                for block in part.blocks(source):
-                    data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
-                    del block
-                    if file.read(len(data)) != data:
-                        return False
-                    del data
-    return True
+        return all(_for_each_piece(shard, source, lambda data: file.read(len(data)) == data))
 
 
 def _check_space(path: Path, plan: FolderPlan) -> None:
