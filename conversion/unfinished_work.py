@@ -34,8 +34,9 @@ def is_finished(path: Path, fingerprint: str) -> bool:
 
 
 @contextmanager
-def claimed(path: Path, fingerprint: str, resume: bool) -> Iterator[Path]:
-    """The folder to write to, for this process alone. At the end it takes the destination's name.
+def claimed(path: Path, fingerprint: str, resume: bool) -> Iterator[tuple[Path, bool]]:
+    """The folder to write to, for this process alone, and whether what it holds was written since the machine was
+    started, so that no failure of its power can have spoilt it. At the end the folder takes the destination's name.
 
     Args:
         path: the destination, which must not exist or be empty.
@@ -60,15 +61,18 @@ def claimed(path: Path, fingerprint: str, resume: bool) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
         with FileLock(work / _LOCK, timeout=0):
             check_destination(path)  # another process may have finished it meanwhile
+            trusted = _marked(work, "started") == _machine_start()
             if (work / _MARK).exists() and _marked(work) != fingerprint:
                 raise ValueError(
                     f"{work} cannot be resumed: it holds the work of another source, other options or another "
                     "version. Delete it to begin anew."
                 )
-            write_small(work / _MARK, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
             folder = work / _FOLDER
-            folder.mkdir(exist_ok=True)
-            yield folder
+            if not folder.exists():
+                mark = {"fingerprint": fingerprint, "started": _machine_start()}
+                write_small(work / _MARK, (json.dumps(mark) + "\n").encode())
+                folder.mkdir()
+            yield folder, trusted
             sync(folder)
             folder.replace(path)
             sync(path.parent)
@@ -136,10 +140,16 @@ def _is_ours(work: Path) -> bool:
     return names <= {_FOLDER, _MARK, _MARK + PARTIAL, _LOCK} and (_FOLDER not in names or _MARK in names)
 
 
-def _marked(work: Path) -> str | None:
-    """The fingerprint of the mark; `None` without one that can be read."""
+def _machine_start() -> str:
+    """What is another one after every start of the machine; the same always where the system does not tell."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.is_file() else "unknown"
+
+
+def _marked(work: Path, field: str = "fingerprint") -> str | None:
+    """A field of the mark; `None` without a mark that can be read."""
     try:
-        return str(json.loads((work / _MARK).read_text())["fingerprint"])
+        return str(json.loads((work / _MARK).read_text())[field])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,20 +1,19 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Writing a checkpoint folder that can be interrupted at any moment and resumed, and appears only when it is complete.
 
-Shard by shard, each under another name until it is on the disk, then the small files, the config, and the index last;
-then the folder takes the destination's name, in one step. All headers are known before the first byte, so that a
-finished shard can be told by its header and its size.
+Shard by shard, each under another name until it is whole, then the small files, the config, and the index last; then
+the folder takes the destination's name, in one step. All headers are known before the first byte, so that a finished
+shard can be told by its header and its size. As with `cp`, it is the system that brings the weights to the disk: after
+a restart of the machine, finished shards are compared with what they should hold.
 """
 
 import errno
 import filecmp
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,6 @@ from .streaming import Output
 from .unfinished_work import PARTIAL, claimed, clean_up, finish, is_finished, unfinished_path, write_all, write_small
 
 _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]B)?\s*$", re.IGNORECASE)
-_FLUSHED_BYTES = 2**27
 Result = TypeVar("Result")
 
 
@@ -174,8 +172,8 @@ def write_folder(
         clean_up(path)
         return
     _check_space(path, plan)
-    with claimed(path, plan.fingerprint, resume) as folder:
-        _write_shards(plan, source, folder, report, progress)
+    with claimed(path, plan.fingerprint, resume) as (folder, trusted):
+        _write_shards(plan, source, folder, trusted, report, progress)
         for file in plan.copies:
             shutil.copyfile(file, folder / (file.name + PARTIAL))
             finish(folder / (file.name + PARTIAL), folder / file.name)
@@ -189,31 +187,23 @@ def _write_shards(
     plan: FolderPlan,
     source: TensorSource,
     folder: Path,
+    trusted: bool,
     report: Callable[[str], None],
     progress: Callable[[int], None],
 ) -> None:
-    """Write the shards that are not finished. One is brought to the disk while the next one is computed."""
-    with ThreadPoolExecutor(1) as background:
-        syncing: Future[None] | None = None
-        for number, shard in enumerate(plan.shards, start=1):
-            if _is_written(folder / shard.name, shard):
-                report(f"[{number}/{len(plan.shards)}] {shard.name}: finished earlier")
-                progress(shard.nbytes)
-                continue
-            report(f"[{number}/{len(plan.shards)}] {shard.name}: {len(shard.outputs)} tensors")
-            partial = folder / (shard.name + PARTIAL)
-            flushing = _write_shard(shard, source, partial, progress, background)
-            if syncing is not None:
-                syncing.result()
-            syncing = background.submit(_finish_after, flushing, partial, folder / shard.name)
-        if syncing is not None:
-            syncing.result()
+    """Write the shards that are not finished; unless they are trusted, finished ones are read and compared."""
+    for number, shard in enumerate(plan.shards, start=1):
+        path, partial = folder / shard.name, folder / (shard.name + PARTIAL)
+        if _is_written(path, shard) and (trusted or _holds(path, shard, source)):
+            report(f"[{number}/{len(plan.shards)}] {shard.name}: finished earlier")
+            progress(shard.nbytes)
+            continue
+        report(f"[{number}/{len(plan.shards)}] {shard.name}: {len(shard.outputs)} tensors")
+        _write_shard(shard, source, partial, progress)
+        partial.replace(path)
 
 
-def _write_shard(
-    shard: Shard, source: TensorSource, path: Path, progress: Callable[[int], None], background: ThreadPoolExecutor
-) -> Future[None] | None:
-    """Write a file; returns the last task that brings a part of it to the disk."""
+def _write_shard(shard: Shard, source: TensorSource, path: Path, progress: Callable[[int], None]) -> None:
     with path.open("wb", buffering=0) as file:
 
         def write(data: bytes | memoryview) -> int:
@@ -222,33 +212,10 @@ def _write_shard(
 
         written = write(shard.header)
         progress(written)
-        flushing: Future[None] | None = None
-        flushed = 0
         for size in _for_each_piece(shard, source, write):
             progress(size)
             written += size
-            # The disk is kept busy from the beginning, so that little is left to wait for at the end.
-            if written - flushed >= _FLUSHED_BYTES and (flushing is None or flushing.done()):
-                if flushing is not None:
-                    flushing.result()
-                flushing, flushed = background.submit(_flush, os.dup(file.fileno())), written
         assert written == shard.nbytes, shard.name
-    return flushing
-
-
-def _flush(descriptor: int) -> None:
-    """Bring what is written so far to the disk."""
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _finish_after(flushing: "Future[None] | None", partial: Path, path: Path) -> None:
-    """Give a file its name when all of it is on the disk. An error of the disk is told once, to who asks first."""
-    if flushing is not None:
-        flushing.result()
-    finish(partial, path)
 
 
 def _for_each_piece(shard: Shard, source: TensorSource, use: Callable[[memoryview], Result]) -> Iterator[Result]:

@@ -21,7 +21,7 @@ from test_cli import run
 from test_conversion import INDEX, digests
 from test_conversion_files import deadline
 
-from modeling_deepseekmoe.conversion import convert
+from modeling_deepseekmoe.conversion import convert, unfinished_work
 from modeling_deepseekmoe.conversion.converting import carry_out
 from modeling_deepseekmoe.conversion.unfinished_work import unfinished_path
 
@@ -121,25 +121,26 @@ def test_killed_after_every_step(v3: Golden, tmp_path: Path, monkeypatch: pytest
     assert steps > 50
 
 
-def test_names_are_given_to_what_is_on_the_disk(v3: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rename that outlives a power failure must not be of a file that does not."""
-    synced: set[int] = set()
-    fsync, rename = os.fsync, os.replace
-
-    def watched_fsync(descriptor: int) -> None:
-        fsync(descriptor)
-        synced.add(os.fstat(descriptor).st_ino)
-
-    def watched_rename(source: Path, target: Path) -> None:
-        assert os.stat(source).st_ino in synced, source
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", watched_fsync)
-    for name in ("replace", "rename"):
-        monkeypatch.setattr(os, name, watched_rename)
-    convert(write(tmp_path / "source", v3.tensors, v3.config), tmp_path / "out", max_shard_size="150KB")
-    files = [*(tmp_path / "out").iterdir(), tmp_path / "out", tmp_path]
-    assert len(files) > 8 and all(file.stat().st_ino in synced for file in files)
+def test_after_a_restart_of_the_machine_finished_files_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written may not have reached the disk, though its name has."""
+    source = write(tmp_path / "source", v3_tensors(), CONFIG, 3)
+    convert(source, tmp_path / "whole", max_shard_size="100KB")
+    for restarted in (False, True):
+        destination = tmp_path / f"out-{restarted}"
+        with failing_after(4, monkeypatch), pytest.raises(OSError, match="Input/output error"):
+            convert(source, destination, max_shard_size="100KB")
+        shards = sorted((unfinished_path(destination) / "folder").glob("*.safetensors"))
+        assert len(shards) == 3
+        content = shards[1].read_bytes()
+        shards[1].write_bytes(content[:-100] + bytes(100))
+        if restarted:
+            monkeypatch.setattr(unfinished_work, "_machine_start", lambda: "another one")
+        lines: list[str] = []
+        convert(source, destination, max_shard_size="100KB", resume=True, report=lines.append)
+        assert sum("finished earlier" in line for line in lines) == 3 - restarted
+        assert (digests(destination) == digests(tmp_path / "whole")) == restarted
 
 
 def test_only_one_process_writes(v3: Golden, tmp_path: Path) -> None:
