@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from .block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, block_scales, dequantize, quantize, scale_shape
-from .checkpoint import StoredTensor, TensorSource
+from .checkpoint import TensorSource
 from .tensor_table import Entry, Matrix, stack_shape, stacks
 
 BLOCK_BYTES = 2**24
@@ -293,11 +293,6 @@ def _scale_shape(part: Part) -> tuple[int, int]:
     return scale_shape(part.matrix.shape, block)
 
 
-def stored(output: Output) -> StoredTensor:
-    """What an output will be."""
-    return StoredTensor(output.name, output.dtype, output.shape)
-
-
 __all__ = [
     "Cast",
     "Constant",
@@ -308,7 +303,6 @@ __all__ = [
     "outputs",
     "parts_of",
     "row_blocks",
-    "stored",
     "value_blocks",
     "values",
 ]
