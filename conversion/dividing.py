@@ -242,8 +242,6 @@ def _check_source(dense: Any) -> None:
             f"model_type={dense.model_type!r} is not allowed as a source: it must be one of "
             f"{', '.join(SOURCE_MODEL_TYPES)}."
         )
-    if getattr(dense, "quantization_config", None):
-        raise ValueError("quantization_config is not allowed as a source: upcycle the checkpoint that was quantised.")
     if getattr(dense, "mlp_bias", False):
         raise ValueError("mlp_bias=True is not allowed as a source: experts have no bias.")
     window = getattr(dense, "sliding_window", None)

@@ -113,6 +113,8 @@ def upcycle(
             dense = AutoConfig.from_pretrained(folder)
         except Exception as error:  # whatever a library makes of a field that is wrong
             raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+        if getattr(dense, "quantization_config", None):  # of files; a model in memory may come from a GGUF file
+            raise ValueError("quantization_config is not allowed as a source: upcycle what was quantised.")
         config = upcycled_config(dense, plan)
         checkpoint = Checkpoint(folder)
         matrices = dense_matrices(dense, config, checkpoint)

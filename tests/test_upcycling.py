@@ -181,6 +181,13 @@ def test_qk_norm_is_refused_with_the_reason() -> None:
         upcycle_model(AutoModelForCausalLM.from_config(Qwen3Config(**COMMON, head_dim=8)), PLAN)
 
 
+def test_a_model_that_came_from_a_gguf_file() -> None:
+    """Its values are dequantised, and its config still says where they came from."""
+    dense = dense_model("llama")
+    dense.config.quantization_config = {"quant_method": "gguf"}
+    assert verify_upcycling(dense, upcycle_model(dense, PLAN), text).passed
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
