@@ -85,8 +85,6 @@ def inspect(
     lora_rank: Annotated[int, typer.Option(help="Rank for the LoRA memory figure.")] = 16,
 ) -> None:
     """Show parameters, FLOPs, cache and memory of a preset or a checkpoint folder."""
-    from modeling_deepseekmoe.conversion import VerificationError, verify
-
     from .inspection import inspect_model
 
     with _exit_codes():
@@ -95,6 +93,8 @@ def inspect(
         if check:
             if not Path(name_or_folder).is_dir():
                 raise ValueError(f"--check is not allowed for the preset {name_or_folder!r}: it has no weights.")
+            from modeling_deepseekmoe.conversion import VerificationError, verify
+
             try:
                 checked = verify(name_or_folder)
             except (VerificationError, ValueError) as error:
