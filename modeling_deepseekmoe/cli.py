@@ -3,12 +3,28 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from .cli_options import (
+    Column,
+    DeviceMap,
+    Dtype,
+    FailedCheck,
+    Model,
+    Resume,
+    ShardSize,
+    Split,
+    Subset,
+    Tokenizer,
+    bytes_bar,
+    check_dtype,
+    check_file,
+    exit_codes,
+    load_model,
+)
 
 app = typer.Typer(
     name="deepseekmoe",
@@ -17,59 +33,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-# Options of the commands that read a model and a text.
-Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id, of any generation.")]
-Column = Annotated[str, typer.Option(help="Field of the rows that holds the text.")]
-Split = Annotated[str, typer.Option(help="Split of a dataset.")]
-Subset = Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-DeviceMap = Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")]
-# Options of the commands that write checkpoints.
-ShardSize = Annotated[str, typer.Option(help="Size of a weight file, as 5GB or 500MB.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has left.")]
-
-
-class FailedCheck(Exception):
-    """A check that was asked for did not hold: exit code 1."""
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    try:
-        yield
-    except FailedCheck as error:
-        typer.echo(f"Failed: {error}", err=True)
-        raise typer.Exit(1) from error
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={dtype!r} is not allowed: it must be auto, float32, bfloat16 or float16.")
-
-
-def _check_file(path: Path) -> None:
-    """That a file can be written, before the work begins."""
-    if path.is_dir():
-        raise ValueError(f"{path} is not allowed as a file to write: it is a folder.")
-
-
-def _load(model: str, tokenizer: str | None, dtype: str, device_map: str) -> tuple[Any, Any]:
-    """A checkpoint of any generation with this package's classes, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .registration import register
-
-    _check_dtype(dtype)
-    register(override_native=True)
-    return (
-        AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device_map),
-        AutoTokenizer.from_pretrained(tokenizer or model),
-    )
 
 
 @app.callback()
@@ -87,7 +50,7 @@ def inspect(
     """Show parameters, FLOPs, cache and memory of a preset or a checkpoint folder."""
     from .inspection import inspect_model
 
-    with _exit_codes():
+    with exit_codes():
         report = inspect_model(name_or_folder, lora_rank=lora_rank)
         typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
         if check:
@@ -100,15 +63,6 @@ def inspect(
             except (VerificationError, ValueError) as error:
                 raise FailedCheck(str(error)) from error
             typer.echo(str(checked), err=as_json)
-
-
-@contextmanager
-def _bytes_bar(total: int) -> Iterator[Any]:
-    """A progress bar on stderr: bytes, speed, time left."""
-    from huggingface_hub.utils import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, file=sys.stderr) as bar:
-        yield bar
 
 
 @app.command()
@@ -133,7 +87,7 @@ def convert(
 
     from .folders import check_destination
 
-    with _exit_codes():
+    with exit_codes():
         if not (dry_run or resume):
             check_destination(destination)
         plan = plan_conversion(
@@ -147,7 +101,7 @@ def convert(
         )
         typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else plan.to_text())
         if not dry_run:
-            with _bytes_bar(plan.nbytes) as bar:
+            with bytes_bar(plan.nbytes) as bar:
                 carry_out(plan, destination, resume=resume, report=bar.write, progress=bar.update)
             typer.echo(f"{destination}: complete.", err=as_json)
 
@@ -169,11 +123,11 @@ def verify(
     from modeling_deepseekmoe.conversion.verifying import bytes_to_read
     from modeling_deepseekmoe.conversion.verifying import verify as run
 
-    with _exit_codes():
+    with exit_codes():
         if logits and other is None:
             raise ValueError("--logits is not allowed without another checkpoint to compare with.")
         try:
-            with _bytes_bar(bytes_to_read(checkpoint, other)) as bar:
+            with bytes_bar(bytes_to_read(checkpoint, other)) as bar:
                 result = run(
                     checkpoint,
                     other,
@@ -211,7 +165,7 @@ def upcycle(
     from modeling_deepseekmoe.conversion import UpcyclingError, UpcyclingPlan
     from modeling_deepseekmoe.conversion import upcycle as run
 
-    with _exit_codes():
+    with exit_codes():
         plan = UpcyclingPlan(
             shared_width=shared_width,
             num_shards=shards,
@@ -260,13 +214,13 @@ def report(
     from .report import require_matplotlib
     from .routing_report import make_report, read_texts
 
-    with _exit_codes():
-        _check_dtype(dtype)
+    with exit_codes():
+        check_dtype(dtype)
         if not as_json:
             require_matplotlib()
-            _check_file(output)
+            check_file(output)
         result = make_report(
-            *_load(model, tokenizer, dtype, device_map),
+            *load_model(model, tokenizer, dtype, device_map),
             read_texts(data, split=split, column=column, subset=subset),
             title=model,
             source=Path(data).name if Path(data).exists() else data,
@@ -292,7 +246,7 @@ def merge(
     """Merge an adapter into its base, file by file, and prove that it computes the same."""
     from modeling_deepseekmoe.conversion import MergingError, merge_adapter
 
-    with _exit_codes():
+    with exit_codes():
         try:
             result = merge_adapter(base, adapter, out, report=typer.echo)
         except MergingError as error:
@@ -312,8 +266,82 @@ def export_adapter(
     """Write an adapter with one pair of factors for every expert's projections, or in PEFT's stacked layout."""
     from modeling_deepseekmoe.conversion import export_adapter as run
 
-    with _exit_codes():
+    with exit_codes():
         typer.echo(f"{out}: {run(adapter, out, layout, num_experts)} tensors.")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint, a LoRA adapter, or trained experts.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository: user/name.")],
+    license: Annotated[str | None, typer.Option(help="Of the model, as apache-2.0, mit or other.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="With --license other.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="With --license other.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Repository that this was made from.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Data it was trained on; may be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="For the card; may be repeated.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch; made from main where it does not exist.")] = "main",
+    code: Annotated[str, typer.Option(help="The model's code: auto, always or never.")] = "auto",
+    data: Annotated[
+        str | None, typer.Option(help="Text to measure the routing on, for the card, as in `deepseekmoe report`.")
+    ] = None,
+    column: Column = "text",
+    max_tokens: Annotated[int, typer.Option(help="Tokens to look at.")] = 32768,
+    overwrite_card: Annotated[
+        bool, typer.Option("--overwrite-card", help="Replace a model card that somebody wrote.")
+    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace what else the repository holds.")] = False,
+    with_training_state: Annotated[
+        bool, typer.Option("--with-training-state", help="Upload optimizer states and the like too.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, and upload nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Check a folder and publish it on the Hub, with a model card and, where it is needed, the model's code."""
+    from modeling_deepseekmoe.conversion.verifying import bytes_to_read
+
+    from .hub import plan_push, upload
+    from .model_card import CardFacts
+    from .preflight import PreflightError, find_kind
+    from .report import require_matplotlib
+    from .routing_report import make_report, read_texts
+
+    with exit_codes():
+        is_model = find_kind(folder) == "model"
+        routing = None
+        if data is not None:
+            require_matplotlib()
+            texts = read_texts(data, column=column)
+            routing = make_report(
+                *load_model(str(folder), None, "auto", "auto"),
+                texts,
+                title=repo_id,
+                source=Path(data).name if Path(data).exists() else data,
+                max_tokens=max_tokens,
+            )
+        facts = CardFacts(license, license_name, license_link, base_model, tuple(dataset or ()), tuple(tag or ()))
+        try:
+            with bytes_bar(bytes_to_read(folder) if is_model else 0) as bar:
+                plan = plan_push(
+                    folder,
+                    repo_id,
+                    private=private or None,
+                    revision=revision,
+                    code=code,
+                    facts=facts,
+                    routing=routing,
+                    overwrite_card=overwrite_card,
+                    replace_content=replace,
+                    with_training_state=with_training_state,
+                    progress=bar.update,
+                )
+        except PreflightError as error:
+            raise FailedCheck(str(error)) from error
+        typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else plan.to_text())
+        if not dry_run:
+            typer.echo(upload(plan, private=private or None, commit_message=message), err=as_json)
 
 
 @app.command()
@@ -338,15 +366,15 @@ def esft_select(
     from .esft import METHODS, ExpertSelection, save_scores, score_experts, select_experts, selection_table
     from .routing_report import read_texts, token_batches
 
-    with _exit_codes():
+    with exit_codes():
         if method not in METHODS:
             raise ValueError(f"method={method!r} is not allowed: it must be 'gate' or 'token'.")
         threshold = {"gate": 0.1, "token": 0.2}[method] if threshold is None else threshold
         select_experts({}, threshold)
         for path in (out, scores):
             if path is not None:
-                _check_file(path)
-        loaded, own_tokenizer = _load(model, tokenizer, dtype, device_map)
+                check_file(path)
+        loaded, own_tokenizer = load_model(model, tokenizer, dtype, device_map)
         texts = read_texts(data, split=split, column=column, subset=subset)
         batches = token_batches(
             texts, own_tokenizer, max_tokens=max_tokens, block_size=block_size, batch_size=batch_size
@@ -373,7 +401,7 @@ def demo(
     """Upcycle a real model, fine-tune it on real text, save it, load it again and generate."""
     from .demo import QUICK, DemoError, DemoSettings, run_demo
 
-    with _exit_codes():
+    with exit_codes():
         try:
             run_demo(output, QUICK if quick else DemoSettings(), typer.echo)
         except DemoError as error:

@@ -2,25 +2,23 @@
 """Configuration of the DeepSeekMoE family: one config, a superset of the official ones."""
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from .parallel_plans import PIPELINE_PLAN, tensor_parallel_plan
+from .remote_code import auto_map_beside, without_local_code
 
 ATTENTION_TYPES = ("mha", "mla")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 ROUTER_DTYPES = ("float32", "auto")
 
-_OWN_MODULES = (
-    "configuration_deepseekmoe",
-    "configuration_dialects",
-    "modeling_deepseekmoe",
-    "modeling_classification",
-)
 # The auxiliary losses in training, and the fields with their coefficients.
 LOSS_FIELDS = {
     "expert": "aux_loss_alpha",
@@ -279,12 +277,19 @@ class DeepseekMoeConfig(PreTrainedConfig):
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to `config.json`: [`to_dict`] without transformers' own defaults."""
+        """What is written to `config.json`: [`to_dict`] without transformers' own defaults, and without an `auto_map`
+        to files beside the original, which are not saved with it."""
         output = super().to_diff_dict()
-        auto_map = output.get("auto_map") or {}
-        if any("--" not in target and target.split(".")[0] not in _OWN_MODULES for target in _targets(auto_map)):
-            del output["auto_map"]  # it names code files that lie beside the original and are not saved
-        return output
+        output["auto_map"] = without_local_code(output.get("auto_map"))
+        return output if output["auto_map"] else _without(output, "auto_map")
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Write `config.json`. It names the code of the models (`auto_map`) where that lies in the same folder."""
+        content = json.loads(self.to_json_string(use_diff=use_diff))
+        auto_map = getattr(self, "auto_map", None)
+        content["auto_map"] = auto_map_beside(Path(json_file_path).parent, self.model_type, auto_map)
+        content = content if content["auto_map"] else _without(content, "auto_map")
+        Path(json_file_path).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     # ------------------------------------------------------------------------------------------------------ the checks
     def _refuse(self, field: str, allowed: str) -> None:
@@ -433,10 +438,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
                 self._refuse(field, "it needs devices to balance: set n_device_groups to at least 2")
 
 
-def _targets(auto_map: dict[str, Any]) -> list[str]:
-    """The classes that an auto_map names; an entry may hold several."""
-    values = [value if isinstance(value, (list, tuple)) else [value] for value in auto_map.values()]
-    return [target for value in values for target in value if target]
+def _without(content: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != name}
 
 
 __all__ = ["DeepseekMoeConfig"]

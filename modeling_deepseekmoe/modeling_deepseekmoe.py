@@ -45,6 +45,7 @@ from .checkpoint_layout import (
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .parallel_plans import expert_parallel_plan
+from .remote_code import PublishedModel
 from .replaced_forward import keep_auxiliary_loss
 from .router_load import (
     NO_RECORD,
@@ -269,7 +270,7 @@ class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
         return (residual + hidden_states, *(record or ()))
 
 
-class DeepseekMoePreTrainedModel(PreTrainedModel):
+class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
     """What all models of the family share: initialisation, checkpoints, parallel plans, recorded outputs."""
 
     config_class = DeepseekMoeConfig

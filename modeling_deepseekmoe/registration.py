@@ -1,8 +1,13 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Registration with transformers' Auto classes."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import util
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -74,6 +79,8 @@ def _register_models() -> None:
     from . import modeling_classification as classifiers
     from . import modeling_deepseekmoe as models
 
+    models.DeepseekMoePreTrainedModel.publisher = _publish
+    _carry_code_in_trainers()
     for config_class in CONFIG_CLASSES:
         prefix = config_class.__name__.removesuffix("Config")
         for auto_class, module, head in (
@@ -89,6 +96,50 @@ def _register_models() -> None:
         # transformers lists here itself: under that name it would lose its spaces.
         MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(config_class.model_type)
         TOKENIZER_MAPPING_NAMES.setdefault(config_class.model_type, "TokenizersBackend")
+
+
+def _carry_code_in_trainers() -> None:
+    """Add the callback that publishes the code to those that every Trainer has: now, or when Trainer is imported,
+    which takes a second that most processes can do without."""
+    if "transformers.trainer" in sys.modules:
+        _add_callback(sys.modules["transformers.trainer"])
+    elif _ON_IMPORT_OF_TRAINER not in sys.meta_path:
+        sys.meta_path.insert(0, _ON_IMPORT_OF_TRAINER)
+
+
+def _add_callback(trainer_module: Any) -> None:
+    from .callbacks import RemoteCodeCallback
+
+    if RemoteCodeCallback not in trainer_module.DEFAULT_CALLBACKS:
+        trainer_module.DEFAULT_CALLBACKS.append(RemoteCodeCallback)
+
+
+class _OnImportOfTrainer(MetaPathFinder):
+    """Finds `transformers.trainer` once, as the others would, and adds the callback when it has been imported."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != "transformers.trainer":
+            return None
+        sys.meta_path.remove(self)
+        spec = util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                _add_callback(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+_ON_IMPORT_OF_TRAINER = _OnImportOfTrainer()
+
+
+def _publish(model: Any, repo_id: str, **kwargs: Any) -> str:
+    from .hub import push_model  # the client of the Hub and the conversion, which few models need
+
+    return push_model(model, repo_id, **kwargs)
 
 
 __all__ = ["register", "without_model_classes"]

@@ -1,0 +1,157 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The code that travels to the Hub beside the weights, and the `auto_map` that names its classes.
+
+Ordinary checkpoints carry no code. [`attach_code`] puts it into a folder that is being published; a config that is
+saved into such a folder names it again.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+CODE_CHOICES = ("auto", "always", "never")
+# The prefix of the class names of each model type, and whether its code travels unless told otherwise: transformers
+# knows the other two by itself.
+_PREFIXES = {
+    "deepseekmoe": "DeepseekMoe",
+    "deepseek": "Deepseek",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+}
+_CARRIED_BY_DEFAULT = ("deepseekmoe", "deepseek")
+_AUTO_CLASSES = {
+    "AutoModel": ("modeling_deepseekmoe", "Model"),
+    "AutoModelForCausalLM": ("modeling_deepseekmoe", "ForCausalLM"),
+    "AutoModelForSequenceClassification": ("modeling_classification", "ForSequenceClassification"),
+    "AutoModelForTokenClassification": ("modeling_classification", "ForTokenClassification"),
+}
+_CONFIG_NAME = "config.json"
+
+
+def carries_code(model_type: str, code: str = "auto") -> bool:
+    """Whether the code is published with a model of this type.
+
+    Args:
+        model_type: of the config.
+        code: `"auto"` (where transformers has no classes of its own), `"always"` or `"never"`.
+
+    Raises:
+        ValueError: for another `code`.
+    """
+    if code not in CODE_CHOICES:
+        raise ValueError(f"code={code!r} is not allowed: it must be one of {', '.join(map(repr, CODE_CHOICES))}.")
+    return code == "always" or (code == "auto" and model_type in _CARRIED_BY_DEFAULT)
+
+
+def auto_map_of(model_type: str) -> dict[str, str]:
+    """The `auto_map` of a config of the family: for every Auto class, the file and the class in it."""
+    prefix = _PREFIXES[model_type]
+    config_module = "configuration_deepseekmoe" if model_type == "deepseekmoe" else "configuration_dialects"
+    classes = {name: f"{module}.{prefix}{head}" for name, (module, head) in _AUTO_CLASSES.items()}
+    return {"AutoConfig": f"{config_module}.{prefix}Config", **classes}
+
+
+def code_files() -> dict[str, Path]:
+    """The files that travel, by name: those of the `auto_map`, and what they import from beside them, as transformers
+    finds it."""
+    entry_points = {target.split(".")[0] for kind in _PREFIXES for target in auto_map_of(kind).values()}
+    found: dict[str, Path] = {}
+    for entry_point in entry_points:
+        file = Path(__file__).with_name(f"{entry_point}.py")
+        for path in (file, *map(Path, get_relative_import_files(file))):
+            found[path.name] = path
+    return dict(sorted(found.items()))
+
+
+def auto_map_beside(folder: str | Path, model_type: str, auto_map: dict[str, Any] | None) -> dict[str, Any]:
+    """The `auto_map` of a config that is saved into a folder: it names this code where it lies there, and keeps what
+    another one named in other repositories or in files of the folder. In an ordinary folder nothing is left."""
+    own = auto_map_of(model_type) if model_type in _PREFIXES else {}
+    named = {**(auto_map or {}), **{name: own[name] for name in own if _lies_in(folder, own[name])}}
+    return {
+        name: targets for name, targets in named.items() if all(_lies_in(folder, target) for target in _list(targets))
+    }
+
+
+def without_local_code(auto_map: dict[str, Any] | None) -> dict[str, Any]:
+    """The entries of an `auto_map` that name the code of other repositories, `repository--module.Class`."""
+    return {
+        name: targets for name, targets in (auto_map or {}).items() if all("--" in target for target in _list(targets))
+    }
+
+
+def _list(targets: Any) -> list[str]:
+    """An entry of an `auto_map` may hold several classes, or none in place of one."""
+    return [target for target in (targets if isinstance(targets, (list, tuple)) else [targets]) if target]
+
+
+def _lies_in(folder: str | Path, target: str) -> bool:
+    return "--" in target or (Path(folder) / f"{target.split('.')[0]}.py").is_file()
+
+
+def with_auto_map(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a `config.json` with the `auto_map` of its model type."""
+    return {**config, "auto_map": auto_map_of(config["model_type"])}
+
+
+def attach_code(folder: str | Path) -> None:
+    """Copy the code into a checkpoint folder that is being published, and name it in its `config.json`, if there is
+    one."""
+    folder = Path(folder)
+    for name, path in code_files().items():
+        if path.resolve() != (folder / name).resolve():
+            shutil.copyfile(path, folder / name)
+    file = folder / _CONFIG_NAME
+    if file.is_file():
+        content = with_auto_map(json.loads(file.read_text(encoding="utf-8")))
+        unfinished = file.with_name(f"{_CONFIG_NAME}.unfinished")
+        unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        unfinished.replace(file)
+
+
+class PublishedModel:
+    """What a model of the family has beside `PreTrainedModel`: it is published with its code, where transformers does
+    not know it."""
+
+    # `push_to_hub` of the package, which sets it; in a copy of this file on the Hub there is none, and transformers'
+    # own does it.
+    publisher: ClassVar[Callable[..., str] | None] = None
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the model to the Hub: checked first, in one commit, with a model card, and with its code.
+
+        Args:
+            repo_id (`str`): repository, `user/name`; it is made where it does not exist.
+            kwargs: those of `modeling_deepseekmoe.hub.push_model`, or of transformers' `push_to_hub` where the
+                package is not installed.
+
+        Returns:
+            The address of the commit.
+        """
+        publisher = type(self).publisher
+        if publisher is None:
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
+        return publisher(self, repo_id, **kwargs)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """What transformers calls to upload a folder in `save_pretrained(push_to_hub=True)`."""
+        if self.publisher is not None and carries_code(self.config.model_type):  # type: ignore[attr-defined]
+            attach_code(working_dir)  # a copy of this code is carried by transformers itself
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
+
+__all__ = [
+    "CODE_CHOICES",
+    "PublishedModel",
+    "attach_code",
+    "auto_map_beside",
+    "auto_map_of",
+    "carries_code",
+    "code_files",
+    "with_auto_map",
+    "without_local_code",
+]
