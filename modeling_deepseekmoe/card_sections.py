@@ -60,8 +60,8 @@ def architecture_section(config: DeepseekMoeConfig) -> str:
     gate += ", weights normalised" if config.gate_normalizes else ""
     gate += f", scaled by {config.gate_scaling_factor:g}" if config.gate_scaling_factor != 1 else ""
     losses = ", ".join(f"{name} {alpha:g}" for name, alpha in config.loss_alphas.items())
-    balance = (["bias, without an auxiliary loss"] if config.topk_method == "noaux_tc" else []) + (
-        [losses] if losses else []
+    balance = (["updates of the bias"] if config.topk_method == "noaux_tc" else []) + (
+        [f"losses: {losses}"] if losses else []
     )
     rows += [
         ("routed experts", f"{config.n_routed_experts} of width {config.moe_intermediate_size:,}"),

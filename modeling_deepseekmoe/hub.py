@@ -19,13 +19,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import modeling_deepseekmoe
-from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME
+from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, parse_json
 
 from .card_sections import HEATMAP_NAME, find_training_state, heatmap
 from .inspection import gigabytes
 from .model_card import CARD_NAME, CardFacts, is_hand_written, make_card
 from .preflight import Candidate, check_candidate, find_candidate
-from .remote_code import auto_map_beside, carries_code, code_files, with_auto_map
+from .remote_code import CARRIED_BY_DEFAULT, auto_map_beside, carries_code, code_files, with_auto_map
 from .repository import CONFIG_NAMES, Remote, UploadError, check_content, explained, full_repo_id, look
 from .routing_report import RoutingReport
 
@@ -136,7 +136,7 @@ def plan_push(
     files: dict[str, Path | bytes] = dict(candidate.files)
     notes: list[str] = []
     if candidate.kind == "model":
-        notes += _add_code(candidate, files, code)
+        notes += [*_add_code(candidate, files, code), *_name_tokenizer(candidate, files)]
     elif candidate.kind == "adapter" and candidate.raw.get("base_model_name_or_path") != facts.base_model:
         candidate = replace(candidate, raw={**candidate.raw, "base_model_name_or_path": facts.base_model})
         files[CONFIG_NAMES["adapter"]] = _as_json(candidate.raw)
@@ -191,7 +191,7 @@ def upload(
         The address of the commit, or of the pull request.
 
     Raises:
-        UploadError: if the connection broke, the Hub was busy, or the branch has changed; no commit was made.
+        UploadError: if the connection broke, the Hub was busy, or the branch has changed.
         OSError: if the Hub refuses.
     """
     api = HfApi(token=token, library_name="modeling-deepseekmoe", library_version=modeling_deepseekmoe.__version__)
@@ -352,6 +352,26 @@ def _add_code(candidate: Candidate, files: dict[str, Path | bytes], code: str) -
         return []
     files[CONFIG_NAME] = _as_json({**raw, "auto_map": kept} if kept else _without(raw, "auto_map"))
     return [f"{CONFIG_NAME} named code that is not published: its auto_map is left out"]
+
+
+def _name_tokenizer(candidate: Candidate, files: dict[str, Path | bytes]) -> list[str]:
+    """The first generation's tokenizer is byte-level, and was released under the name of Llama's, as which it loses its
+    spaces. transformers knows that of V2 and V3, and this package of all; others must read it in the file."""
+    settings, tokenizer = (candidate.files.get(name) for name in ("tokenizer_config.json", "tokenizer.json"))
+    if settings is None or tokenizer is None:
+        return []
+    content = parse_json(settings)
+    if content.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return []
+    if candidate.raw["model_type"] not in CARRIED_BY_DEFAULT or "ByteLevel" not in str(_pre_tokenizer(tokenizer)):
+        return []
+    files[settings.name] = _as_json({**content, "tokenizer_class": "PreTrainedTokenizerFast"})
+    return [f"{settings.name} names PreTrainedTokenizerFast instead of {content['tokenizer_class']}: it is byte-level"]
+
+
+def _pre_tokenizer(tokenizer: Path) -> Any:
+    content = parse_json(tokenizer)
+    return content.get("pre_tokenizer") if isinstance(content, dict) else None
 
 
 def _without(content: dict[str, Any], name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _PREFIXES = {
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
 }
-_CARRIED_BY_DEFAULT = ("deepseekmoe", "deepseek")
+CARRIED_BY_DEFAULT = ("deepseekmoe", "deepseek")
 _AUTO_CLASSES = {
     "AutoModel": ("modeling_deepseekmoe", "Model"),
     "AutoModelForCausalLM": ("modeling_deepseekmoe", "ForCausalLM"),
@@ -44,7 +44,7 @@ def carries_code(model_type: str, code: str = "auto") -> bool:
     """
     if code not in CODE_CHOICES:
         raise ValueError(f"code={code!r} is not allowed: it must be one of {', '.join(map(repr, CODE_CHOICES))}.")
-    return code == "always" or (code == "auto" and model_type in _CARRIED_BY_DEFAULT)
+    return code == "always" or (code == "auto" and model_type in CARRIED_BY_DEFAULT)
 
 
 def auto_map_of(model_type: str) -> dict[str, str]:
@@ -145,6 +145,7 @@ class PublishedModel:
 
 
 __all__ = [
+    "CARRIED_BY_DEFAULT",
     "CODE_CHOICES",
     "PublishedModel",
     "attach_code",

@@ -39,7 +39,8 @@ _CONNECTION_ERRORS: Any = (HfHubHTTPError.__mro__[1], RuntimeError)
 
 
 class UploadError(OSError):
-    """An upload did not come to its end: no commit was made. The same call goes on with it."""
+    """An upload did not come to its end. The repository shows what it did before, or, where only the Hub's answer was
+    lost, all of it; the same call goes on."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ def explained(repo_id: str) -> Iterator[None]:
             ) from error
         reason = "somebody has changed the branch meanwhile" if status in (409, 412) else f"the Hub answered {status}"
         raise UploadError(_interrupted(repo_id, reason)) from error
+    except json.JSONDecodeError as error:
+        raise UploadError(_interrupted(repo_id, "the Hub's answer cannot be read")) from error
     except _CONNECTION_ERRORS as error:
         cause = error.__cause__ or error
         if isinstance(cause, HfHubHTTPError):
@@ -159,8 +162,8 @@ def explained(repo_id: str) -> Iterator[None]:
 
 def _interrupted(repo_id: str, reason: str) -> str:
     return (
-        f"The upload to {repo_id} was interrupted, and no commit was made: {reason}. The same call goes on where "
-        "it stopped."
+        f"The upload to {repo_id} was interrupted: {reason}. The repository never shows a part of it; the same call goes "
+        "on where it stopped."
     )
 
 

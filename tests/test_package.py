@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 CORE = ROOT / "modeling_deepseekmoe"
 # These travel to the Hub beside the weights and must work where the package is not installed.
 STARRED = ("balancing", "checkpoint_layout", "configuration_deepseekmoe", "configuration_dialects",
-           "modeling_classification", "modeling_deepseekmoe", "parallel_plans", "remote_code", "replaced_forward", "router_load",
-           "routing", "token_dropping")  # fmt: skip
+           "modeling_classification", "modeling_deepseekmoe", "parallel_plans", "remote_code", "replaced_forward",
+           "router_load", "routing", "token_dropping")  # fmt: skip
 FOREIGN = ("torch", "transformers", "safetensors")
 PUBLIC_MODULES = [
     *(f"modeling_deepseekmoe.{path.stem}" for path in sorted(CORE.glob("*.py")) if path.stem != "__init__"),
