@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Configs by name: the shapes of released and published models, and configs of checkpoint folders."""
 
+import copy
 import json
 from dataclasses import dataclass
 from importlib import resources
@@ -65,7 +66,7 @@ def config_from_dict(content: dict[str, Any]) -> DeepseekMoeConfig:
     model_type = content.get("model_type")
     if model_type not in classes:
         raise ValueError(f"model_type={model_type!r} is not allowed: it must be one of {', '.join(classes)}.")
-    return classes[model_type].from_dict(content)
+    return classes[model_type].from_dict(copy.deepcopy(content))  # transformers writes into what is nested
 
 
 def load_config(folder: str | Path) -> DeepseekMoeConfig:

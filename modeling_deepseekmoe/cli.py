@@ -300,6 +300,10 @@ def push(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Check a folder and publish it on the Hub, with a model card and, where it is needed, the model's code."""
+    from itertools import chain
+
+    from huggingface_hub import is_offline_mode
+
     from modeling_deepseekmoe.conversion.verifying import bytes_to_read
 
     from .hub import plan_push, upload
@@ -314,6 +318,7 @@ def push(
         if data is not None:
             require_matplotlib()
             texts = read_texts(data, column=column)
+            texts = chain([next(texts)], texts)  # a mistake shows before the model is loaded
             routing = make_report(
                 *load_model(str(folder), None, "auto", "auto"),
                 texts,
@@ -335,6 +340,7 @@ def push(
                     overwrite_card=overwrite_card,
                     replace_content=replace,
                     with_training_state=with_training_state,
+                    ask_hub=not (dry_run and is_offline_mode()),
                     progress=bar.update,
                 )
         except PreflightError as error:

@@ -134,7 +134,7 @@ def plan_push(
         raise ValueError(f"private=True is not allowed: {repo_id} exists and is public.")
     facts = facts.completed(candidate, (card, remote.card))
     files: dict[str, Path | bytes] = dict(candidate.files)
-    notes: list[str] = []
+    notes = [] if ask_hub else ["the Hub was not asked: the repository is taken for a new one"]
     if candidate.kind == "model":
         notes += [*_add_code(candidate, files, code), *_name_tokenizer(candidate, files)]
     elif candidate.kind == "adapter" and candidate.raw.get("base_model_name_or_path") != facts.base_model:
@@ -355,8 +355,8 @@ def _add_code(candidate: Candidate, files: dict[str, Path | bytes], code: str) -
 
 
 def _name_tokenizer(candidate: Candidate, files: dict[str, Path | bytes]) -> list[str]:
-    """The first generation's tokenizer is byte-level, and was released under the name of Llama's, as which it loses its
-    spaces. transformers knows that of V2 and V3, and this package of all; others must read it in the file."""
+    """The first generation's tokenizer is byte-level, and was released under the name of Llama's, as which it loses
+    its spaces. transformers knows that of V2 and V3, and this package of all; others must read it in the file."""
     settings, tokenizer = (candidate.files.get(name) for name in ("tokenizer_config.json", "tokenizer.json"))
     if settings is None or tokenizer is None:
         return []

@@ -201,7 +201,7 @@ def check_candidate(candidate: Candidate, progress: Callable[[int], None] = lamb
         except VerificationError as error:
             raise PreflightError(str(error)) from error
         checks += [str(report).splitlines()[0], *(f"note: {note}" for note in report.notes)]
-        checks += [_load_model(candidate), *_load_small_files(candidate)]
+        checks += [*_load_small_files(candidate), _load_model(candidate)]
     elif candidate.kind == "adapter":
         adapter = adapter_files.read_adapter(candidate.folder)
         factors = {f"lora_A of {name}": update.factor_a for name, update in adapter.updates.items()}

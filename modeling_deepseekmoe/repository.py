@@ -162,8 +162,8 @@ def explained(repo_id: str) -> Iterator[None]:
 
 def _interrupted(repo_id: str, reason: str) -> str:
     return (
-        f"The upload to {repo_id} was interrupted: {reason}. The repository never shows a part of it; the same call goes "
-        "on where it stopped."
+        f"The upload to {repo_id} was interrupted: {reason}. The repository never shows a part of it; the same call "
+        "goes on where it stopped."
     )
 
 

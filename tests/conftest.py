@@ -2,14 +2,18 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
+from local_hub import WRITER, HubServer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -68,6 +72,35 @@ def fresh_state() -> None:
     torch._dynamo.reset()
     logging.get_logger("modeling_deepseekmoe").warning_once.cache_clear()
     router_load._watched.clear()
+
+
+@pytest.fixture
+def hub_server(tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub on the loopback interface."""
+    server = HubServer(tmp_path / "hub")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def hub(hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """A Hub that this process speaks with, as user alice, with an empty cache and without waiting between trials."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub_server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub_server.url)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    return hub_server
 
 
 @pytest.fixture

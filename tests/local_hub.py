@@ -85,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
     """One connection. The server holds the storage, the log and the faults that a test has ordered."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
     server: "HubServer"
 
     def log_message(self, *args: object) -> None:
@@ -117,7 +119,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _misbehave(self, path: str) -> None:
         fault = self.server.take_fault(self.command, path)
-        if fault is None:
+        self.loses_answer = fault is not None and fault["kind"] == "lose answer"
+        if fault is None or self.loses_answer:
             return
         if fault["kind"] == "status":
             self.drain()
@@ -125,7 +128,10 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.read(min(fault.get("after", 0), int(self.headers.get("Content-Length", 0))))
         if fault["kind"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        # A reset, and not an orderly end.
+        self._reset()
+
+    def _reset(self) -> None:
+        """A reset, and not an orderly end."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         raise ConnectionResetError
@@ -153,6 +159,8 @@ class Handler(BaseHTTPRequestHandler):
         return json.loads(self.body() or b"{}")
 
     def answer(self, content: Any = None, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        if self.loses_answer:
+            self._reset()
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in (headers or {}).items():
@@ -221,7 +229,8 @@ class HubServer(ThreadingHTTPServer):
                 self.authorized.append(f"{method} {path}")
 
     def fail(self, method: str, pattern: str, kind: str, times: int = 1, **how: int) -> None:
-        """Order a fault for the next requests that match: `status`, `reset` after some bytes, or `kill`."""
+        """Order a fault for the next requests that match: a `status`, a `reset` or a `kill` of the server after some
+        bytes, or `lose answer`, a reset when all is done."""
         self.faults.append({"method": method, "pattern": pattern, "kind": kind, "times": times, **how})
 
     def take_fault(self, method: str, path: str) -> dict[str, Any] | None:

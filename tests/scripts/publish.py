@@ -24,7 +24,7 @@ from modeling_deepseekmoe import (
     expert_lora_config,
     optimize_expert_lora,
 )
-from modeling_deepseekmoe.hub import plan_push, upload
+from modeling_deepseekmoe.hub import plan_push, push_model, upload
 from modeling_deepseekmoe.model_card import CardFacts
 
 FOLDER = Path(sys.argv[1])
@@ -47,8 +47,17 @@ SIZES = {
     "pad_token_id": 1,
     "initializer_range": 0.2,
 }
-V3_LIKE = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "scoring_func": "sigmoid",
-           "topk_method": "noaux_tc", "n_group": 4, "topk_group": 2, "norm_topk_prob": True}  # fmt: skip
+V3_LIKE = {
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+}
 
 
 class Rows(Dataset):
@@ -119,6 +128,7 @@ def main() -> None:
             nn.init.normal_(parameter, std=0.5)
     optimize_expert_lora(adapted)
     adapted.push_to_hub("alice/adapter")
+    push_model(adapted, "alice/lora", license="mit")
     note("adapter", adapted)
 
     # As a user has it: the token as an argument, which Trainer pickles with the others.

@@ -1,0 +1,531 @@
+"""Publishing folders: what goes up, what is refused, what an interruption leaves."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN_NAMES, Golden
+from huggingface_hub import snapshot_download
+from local_hub import READER, WRITER, HubServer
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from test_cli import run
+from torch import nn
+
+import modeling_deepseekmoe
+from modeling_deepseekmoe import DeepseekMoeForCausalLM, expert_lora_config, prepare_esft, save_esft
+from modeling_deepseekmoe.conversion import convert, verify
+from modeling_deepseekmoe.hub import plan_push, push_model, upload
+from modeling_deepseekmoe.model_card import CardFacts, is_hand_written
+from modeling_deepseekmoe.preflight import PreflightError
+from modeling_deepseekmoe.remote_code import code_files
+from modeling_deepseekmoe.repository import UploadError
+
+MIT = CardFacts(license="mit")
+CODE = set(code_files())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint of the first generation, in several files."""
+    convert(Golden("v1-mha").folder, tmp_path / "folder", max_shard_size="300KB")
+    return tmp_path / "folder"
+
+
+def push(folder: Path, repo: str, **options: object) -> str:
+    facts = options.pop("facts", MIT)
+    return upload(plan_push(folder, repo, facts=facts, **options))
+
+
+def nothing_uploaded(hub: HubServer) -> bool:
+    return not any(line.split()[0] in ("POST", "PUT") and "whoami" not in line for line in hub.requests)
+
+
+# -------------------------------------------------------------------------------------------------------- what goes up
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+@pytest.mark.parametrize("code", ["auto", "always", "never"])
+def test_code_travels_where_transformers_does_not_know_the_model(name: str, code: str, hub: HubServer) -> None:
+    golden = Golden(name)
+    before = {file.name: file.read_bytes() for file in golden.folder.iterdir()}
+    push(golden.folder, "alice/model", code=code)
+    files = hub.files("alice/model")
+    carried = code == "always" or (code == "auto" and name.startswith("v1"))
+    assert CODE & set(files) == (CODE if carried else set())
+    assert files.keys() - CODE == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert files["model.safetensors"] == before["model.safetensors"]
+    assert (files["config.json"] == before["config.json"]) != carried
+    for file in CODE & set(files):
+        assert files[file] == Path(modeling_deepseekmoe.__file__).with_name(file).read_bytes()
+    if carried:
+        config = json.loads(files["config.json"])
+        assert {key: value for key, value in config.items() if key != "auto_map"} == golden.config
+        for target in config["auto_map"].values():
+            module, _, cls = target.partition(".")
+            assert f"class {cls}(".encode() in files[f"{module}.py"]
+    assert before == {file.name: file.read_bytes() for file in golden.folder.iterdir()}
+
+
+def test_a_config_that_named_code_of_its_own(hub: HubServer, folder: Path) -> None:
+    """As the official one of the first generation does, whose code is not there."""
+    config = json.loads((folder / "config.json").read_text())
+    official = {"AutoConfig": "configuration_deepseek.DeepseekConfig", "AutoModel": "other/repo--modeling_x.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": official}))
+    push(folder, "alice/auto")
+    assert "configuration_dialects.DeepseekConfig" in hub.files("alice/auto")["config.json"].decode()
+    plan = plan_push(folder, "alice/never", code="never", facts=MIT)
+    assert any("auto_map" in note for note in plan.notes)
+    upload(plan)
+    named = json.loads(hub.files("alice/never")["config.json"])["auto_map"]
+    assert named == {"AutoModel": "other/repo--modeling_x.Model"}
+    (folder / "configuration_deepseek.py").write_text("class DeepseekConfig: ...\n")
+    push(folder, "alice/kept", code="never")
+    assert json.loads(hub.files("alice/kept")["config.json"])["auto_map"] == official
+    assert "configuration_deepseek.py" in hub.files("alice/kept")
+
+
+def test_what_was_pushed_is_what_was_there(hub: HubServer, folder: Path) -> None:
+    plan = plan_push(folder, "alice/model", facts=MIT)
+    assert not plan.exists and plan.kind == "model" and not (hub.storage.folder / "repos").exists()
+    text = plan.to_text()
+    assert "(new)" in text and "model-00001-of-" in text and "loads as DeepseekForCausalLM" in text
+    assert f"{(folder / 'model.safetensors.index.json').stat().st_size:,}" in text
+    assert upload(plan).startswith(f"{hub.url}/alice/model/commit/")
+    assert len(hub.history("alice/model")) == 2
+    assert str(verify("alice/model", folder)).count("identical") == 1
+    before = len(hub.history("alice/model"))
+    push(folder, "alice/model")
+    assert len(hub.history("alice/model")) == before, "nothing has changed, so there is no commit"
+
+
+def test_a_new_version_takes_the_place_of_the_former_one(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    push(folder, "alice/model")
+    convert(folder, tmp_path / "one", max_shard_size="1GB")
+    plan = plan_push(tmp_path / "one", "alice/model", facts=MIT, code="never")
+    assert plan.exists and set(plan.deleted) == {
+        *CODE, "model.safetensors.index.json", *(file.name for file in folder.glob("model-*.safetensors"))
+    }  # fmt: skip
+    upload(plan)
+    assert hub.files("alice/model").keys() == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert len(hub.history("alice/model")) == 3
+
+
+def test_branches_private_repositories_and_the_own_name(hub: HubServer, folder: Path) -> None:
+    push(folder, "model", private=True, revision="main")
+    assert hub.storage.read("alice/model")["private"] is False, "plan_push asks, upload decides"
+    upload(plan_push(folder, "alice/hidden", private=True, facts=MIT), private=True)
+    assert hub.storage.read("alice/hidden")["private"] is True
+    upload(plan_push(folder, "alice/hidden", private=True, facts=MIT, revision="v2", code="never"), private=True)
+    assert hub.files("alice/hidden").keys() >= CODE and not CODE & hub.files("alice/hidden", "v2").keys()
+    with pytest.raises(ValueError, match="private=True is not allowed: alice/model exists and is public"):
+        plan_push(folder, "alice/model", private=True, facts=MIT)
+
+
+def test_training_state_hidden_files_and_secrets_are_left_out(hub: HubServer, folder: Path) -> None:
+    left = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin",
+            "trainer_state.json", ".env", ".netrc", "hf_token.txt", "token", "server.pem", "id_rsa",
+            "credentials.json", "pytorch_model.bin", "model-00009-of-00009.safetensors"]  # fmt: skip
+    for name in left:
+        (folder / name).write_text("{}")
+    (folder / "checkpoint-3").mkdir()
+    (folder / "runs").mkdir()
+    kept = ["LICENSE", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"]
+    for name in kept:
+        (folder / name).write_text("{}")
+    plan = plan_push(folder, "alice/model", facts=MIT)
+    assert plan.left_out.keys() == {*left, "checkpoint-3/", "runs/"} and set(kept) <= plan.files.keys()
+    assert "leaves out .env: hidden" in plan.to_text()
+    upload(plan)
+    assert not set(left) & hub.files("alice/model").keys()
+    asked = plan_push(folder, "alice/model", facts=MIT, with_training_state=True)
+    assert asked.files.keys() - plan.files.keys() == {*left[:6]}
+
+
+def test_models_push_themselves(
+    hub: HubServer, tiny_model: Callable[..., DeepseekMoeForCausalLM], source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoTokenizer
+
+    model = tiny_model(vocab_size=256)
+    address = model.push_to_hub(
+        "alice/mine", tokenizer=AutoTokenizer.from_pretrained(source), tags=["tiny"], base_model="alice/base",
+        commit_message="First", max_shard_size="40KB",
+    )  # fmt: skip
+    files = hub.files("alice/mine")
+    assert address == f"{hub.url}/alice/mine/commit/{hub.storage.read('alice/mine')['branches']['main']}"
+    assert hub.history("alice/mine")[0]["title"] == "First" and files.keys() >= CODE
+    assert "tokenizer.json" in files and "model.safetensors.index.json" in files
+    card = files["README.md"].decode()
+    assert "- tiny\n" in card and "base_model: alice/base\n" in card and "license" not in card.split("---")[1]
+    assert not hasattr(model.config, "auto_map") or not model.config.auto_map
+    model.save_pretrained(source / "ordinary")
+    assert not list((source / "ordinary").glob("*.py"))
+    assert "auto_map" not in json.loads((source / "ordinary" / "config.json").read_text())
+
+
+def test_a_published_model_is_saved_without_code(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    push(folder, "alice/model")
+    model = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained("alice/model")
+    assert "AutoConfig" in model.config.auto_map
+    model.save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    into = Path(snapshot_download("alice/model", local_dir=tmp_path / "copy"))
+    model.save_pretrained(into)
+    assert "auto_map" in json.loads((into / "config.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+@pytest.fixture
+def adapter(hub: HubServer, folder: Path, tmp_path: Path) -> Path:
+    """An adapter of a model on the Hub."""
+    push(folder, "alice/base")
+    base = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained("alice/base")
+    adapted = get_peft_model(base, expert_lora_config(base, r=2, target_modules=("o_proj",)))
+    for key, parameter in adapted.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter(hub: HubServer, adapter: Path, tmp_path: Path) -> None:
+    code, output = run("push", adapter, "alice/adapter", "--license", "mit")
+    assert code == 0, output
+    files = hub.files("alice/adapter")
+    assert files.keys() == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert "base_model: alice/base\n" in files["README.md"].decode()
+    code, output = run("merge", "alice/base", "alice/adapter", tmp_path / "merged")
+    assert code == 0, output
+
+
+def test_an_adapter_of_a_folder_needs_the_name_of_its_base(hub: HubServer, adapter: Path, folder: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder)}))
+    hub.requests.clear()
+    with pytest.raises(ValueError, match=r"base_model=.* is not allowed: it (is a path|must be the id)"):
+        plan_push(adapter, "alice/adapter", facts=MIT)
+    assert nothing_uploaded(hub)
+    push(adapter, "alice/adapter", facts=CardFacts(license="mit", base_model="alice/base"))
+    assert json.loads(hub.files("alice/adapter")["adapter_config.json"])["base_model_name_or_path"] == "alice/base"
+    push(adapter, "alice/adapter", facts=CardFacts(license="mit", base_model="alice/base"))
+    with pytest.raises(ValueError, match=r"other content \(its adapter_config.json has base_model_name_or_path"):
+        plan_push(adapter, "alice/adapter", facts=CardFacts(license="mit", base_model="alice/other"))
+
+
+def test_adapted_models_and_trained_experts(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    push(folder, "alice/base")
+    base = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained("alice/base")
+    push_model(get_peft_model(base, expert_lora_config(base, r=2)), "alice/lora", license="mit")
+    assert "adapter_model.safetensors" in hub.files("alice/lora")
+    assert "deepseekmoe merge alice/base alice/lora merged" in hub.files("alice/lora")["README.md"].decode()
+    model = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained("alice/base")
+    prepare_esft(model, {1: [0, 3], 2: [5]})
+    save_esft(model, tmp_path / "experts")
+    with pytest.raises(ValueError, match="base_model='' is not allowed"):
+        plan_push(tmp_path / "experts", "alice/experts", facts=MIT)
+    push(tmp_path / "experts", "alice/experts", facts=CardFacts(license="mit", base_model="alice/base"))
+    card = hub.files("alice/experts")["README.md"].decode()
+    assert "3 in 2 layers" in card
+    code, output = run("merge", "alice/base", "alice/experts", tmp_path / "merged")
+    assert code == 0, output
+
+
+# --------------------------------------------------------------------------------------------------------------- cards
+def test_a_card_that_somebody_wrote_stays(hub: HubServer, folder: Path) -> None:
+    push(folder, "alice/model")
+    generated = hub.files("alice/model")["README.md"].decode()
+    assert not is_hand_written(generated)
+    plan = plan_push(folder, "alice/model", facts=CardFacts(license="apache-2.0"))
+    assert b"license: apache-2.0" in plan.files["README.md"], "a generated card is made anew"
+    edited = generated.replace("## Use", "## How I made it\n\nWith care.\n\n## Use")
+    (folder / "README.md").write_text(edited)
+    assert is_hand_written(edited)
+    push(folder, "alice/model")
+    assert hub.files("alice/model")["README.md"].decode() == edited
+    (folder / "README.md").unlink()
+    plan = plan_push(folder, "alice/model", facts=CardFacts())
+    assert "README.md" not in plan.files and any("--overwrite-card" in note for note in plan.notes)
+    upload(plan)
+    assert hub.files("alice/model")["README.md"].decode() == edited
+    (folder / "README.md").write_text("# Another one\n")
+    push(folder, "alice/model")
+    assert hub.files("alice/model")["README.md"].decode() == edited
+    push(folder, "alice/model", overwrite_card=True, facts=CardFacts())
+    assert hub.files("alice/model")["README.md"].decode() == generated, "the license is taken from the former card"
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+def damage(folder: Path, how: str) -> None:
+    """Make a folder one that must not be published."""
+    first = sorted(folder.glob("model-*.safetensors"))[0]
+    if how == "not finite":
+        tensors = load_file(first)
+        next(iter(tensors.values())).view(-1)[0] = float("nan")
+        save_file(tensors, first)
+    elif how == "tensor missing":
+        tensors = load_file(first)
+        name = next(iter(tensors))
+        del tensors[name]
+        save_file(tensors, first)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        del index["weight_map"][name]
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif how == "file missing":
+        first.unlink()
+    elif how == "wrong shape":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    elif how == "no checkpoint":
+        (folder / "config.json").unlink()
+    elif how == "another model":
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    elif how == "secret":
+        (folder / "notes.txt").write_text("x" * 2**22 + f"\nexport TOKEN={WRITER}\n")
+    elif how == "private key":
+        (folder / "notes.txt").write_text("-----BEGIN RSA PRIVATE KEY-----\n")
+    elif how == "link":
+        (folder / "notes.txt").symlink_to("/etc/hostname")
+    elif how == "generation":
+        (folder / "generation_config.json").write_text('{"max_new_tokens": -5}')
+    elif how == "tokenizer":
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "message"),
+    [
+        ("not finite", 1, "not finite"),
+        ("tensor missing", 2, "missing"),
+        ("file missing", 2, "lacks model-00001"),
+        ("wrong shape", 2, "shape"),
+        ("no checkpoint", 2, "is no checkpoint"),
+        ("another model", 2, "llama"),
+        ("secret", 1, "notes.txt holds what looks like your own token"),
+        ("private key", 1, "notes.txt holds what looks like a private key"),
+        ("link", 2, "notes.txt is a link"),
+        ("generation", 1, "generation_config.json"),
+        ("tokenizer", 1, "tokenizer cannot be loaded"),
+    ],
+)
+def test_folders_that_are_not_in_order(how: str, code: int, message: str, hub: HubServer, folder: Path) -> None:
+    damage(folder, how)
+    found, output = run("push", folder, "alice/model", "--license", "mit")
+    assert found == code and message in output and WRITER not in output, output
+    assert nothing_uploaded(hub)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("no/good/id", "--license", "mit"), "repo_id='no/good/id' is not allowed"),
+        (("alice/with space", "--license", "mit"), "repo_id='alice/with space' is not allowed"),
+        (("alice/-x..y", "--license", "mit"), "is not allowed"),
+        (("alice/model",), "license is missing"),
+        (("alice/model", "--license", "Apache 2"), "license='Apache 2' is not allowed"),
+        (("alice/model", "--license", "other"), "without license_name"),
+        (("alice/model", "--license", "mit", "--code", "maybe"), "code='maybe' is not allowed"),
+        (("alice/model", "--license", "mit", "--base-model", "/my/base"), "base_model='/my/base' is not allowed"),
+        (("alice/model", "--license", "mit", "--data", "nothing.txt"), "nothing.txt"),
+    ],
+)
+def test_arguments_that_are_not_allowed(
+    arguments: tuple[str, ...], message: str, hub: HubServer, folder: Path
+) -> None:
+    code, output = run("push", folder, *arguments)
+    assert code == 2 and message in output, output
+    assert nothing_uploaded(hub)
+
+
+def test_metadata_that_the_hub_refuses(hub: HubServer, folder: Path) -> None:
+    code, output = run("push", folder, "alice/model", "--license", "my-own-1.0")
+    assert code == 2 and '"license" must be one of' in output
+    assert len(hub.history("alice/model")) == 1
+
+
+def test_no_permission(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(folder, "alice/theirs")
+    upload(plan_push(folder, "alice/hidden", facts=MIT), private=True)
+    histories = [len(hub.history(name)) for name in ("alice/theirs", "alice/hidden")]
+    (folder / "more.txt").write_text("more")
+    for token, repo in ((READER, "alice/theirs"), (READER, "alice/hidden"), (READER, "alice/new"), (READER, "bob/new"),
+                        (WRITER, "bob/new"), ("hf_wrong", "alice/theirs"), ("", "alice/new")):  # fmt: skip
+        monkeypatch.setenv("HF_TOKEN", token)
+        code, output = run("push", folder, repo, "--license", "mit")
+        assert code == 2 and "Error:" in output, output
+        assert "hf auth login" in output or token == "hf_wrong", output
+        assert not token or token not in output
+    assert histories == [len(hub.history(name)) for name in ("alice/theirs", "alice/hidden")]
+    assert not (hub.storage.folder / "repos" / "bob").exists()
+
+
+def test_a_repository_with_other_content(hub: HubServer, folder: Path, adapter: Path) -> None:
+    push(Golden("v3-noaux").folder, "alice/model")
+    history, stored = len(hub.history("alice/model")), set((hub.storage.folder / "lfs").iterdir())
+    for other, problem in (
+        (folder, "its config.json has model_type='deepseek_v3', and this one 'deepseek'"),
+        (adapter, "it holds config.json, and no adapter_config.json"),
+    ):
+        code, output = run("push", other, "alice/model", "--license", "mit")
+        assert code == 2 and f"the repository has other content ({problem})" in output, output
+    assert history == len(hub.history("alice/model"))
+    assert stored == set((hub.storage.folder / "lfs").iterdir())
+    code, output = run("push", adapter, "alice/model", "--license", "mit", "--replace")
+    assert code == 0 and "removes from the repository: config.json" in output
+    assert hub.files("alice/model").keys() == {
+        ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+
+
+def test_a_repository_without_weights_is_taken(hub: HubServer, folder: Path, source: Path) -> None:
+    """A tokenizer that was pushed before the model, and a card that was written on the page."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(source).push_to_hub("alice/model")
+    assert "tokenizer.json" in hub.files("alice/model")
+    push(folder, "alice/model")
+    assert {"tokenizer.json", "config.json"} <= hub.files("alice/model").keys()
+
+
+# ------------------------------------------------------------------------------------------------------- interruptions
+def complete(hub: HubServer, folder: Path) -> None:
+    """That a branch holds all of a folder."""
+    files = hub.files("alice/model")
+    index = json.loads(files["model.safetensors.index.json"])
+    assert set(index["weight_map"].values()) | {"config.json", "README.md", *CODE} <= files.keys()
+    for file in folder.glob("*.safetensors*"):
+        assert files[file.name] == file.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["reset", "429", "503", "lose answer"])
+def test_every_request_may_fail_and_the_next_call_completes(kind: str, hub: HubServer, folder: Path) -> None:
+    """From the first, the second, ... request on that changes anything, the server fails every time."""
+
+    def attempt(first: int) -> tuple[bool, int]:
+        """A call with a server that fails from the n-th writing request on: whether it failed, how many there were."""
+        seen = []
+
+        def take(method: str, path: str) -> dict | None:
+            if method == "GET" or path.endswith("/create"):
+                return None
+            seen.append(path)
+            if len(seen) <= first:
+                return None
+            if kind.isdigit():
+                return {"kind": "status", "status": int(kind)}
+            return {"kind": kind, "after": 1000}
+
+        hub.take_fault = take
+        try:
+            upload(plan)
+        except UploadError as error:
+            assert "interrupted" in str(error) and WRITER not in str(error)
+            return True, len(seen)
+        finally:
+            del hub.take_fault
+        return False, len(seen)
+
+    plan = plan_push(folder, "alice/model", facts=MIT)
+    failures, number = 0, 0
+    while True:
+        shutil.rmtree(hub.storage.folder / "repos", ignore_errors=True)
+        shutil.rmtree(hub.storage.folder / "lfs")
+        (hub.storage.folder / "lfs").mkdir()
+        failed, _ = attempt(number)
+        if not failed:
+            break
+        failures += 1
+        titles = [commit["title"] for commit in hub.history("alice/model")]
+        if titles != ["initial commit"]:
+            assert kind == "lose answer" and titles == ["Upload model", "initial commit"]
+            complete(hub, folder)
+        push(folder, "alice/model")
+        complete(hub, folder)
+        assert [commit["title"] for commit in hub.history("alice/model")] == ["Upload model", "initial commit"]
+        number += 1
+    complete(hub, folder)
+    assert failures >= 8
+
+
+@pytest.mark.parametrize("how", [{"kind": "reset", "after": 50_000}, {"kind": "status", "status": 503}])
+def test_a_short_interruption_is_repeated_by_itself(how: dict, hub: HubServer, folder: Path) -> None:
+    hub.fail("PUT", "/storage/", times=2, **how)
+    hub.fail("POST", "/preupload/", times=1, kind="status", status=429)
+    push(folder, "alice/model")
+    complete(hub, folder)
+
+
+def test_a_server_that_is_killed_in_the_middle_of_a_file(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    from modeling_deepseekmoe import hub as publishing
+
+    def serve(port: int, faults: list[dict]) -> tuple[subprocess.Popen, str]:
+        script = Path(__file__).with_name("local_hub.py")
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "other"), str(port)],
+            stdout=subprocess.PIPE, text=True, env={"HUB_FAULTS": json.dumps(faults)},
+        )  # fmt: skip
+        return process, process.stdout.readline().strip()
+
+    process, url = serve(0, [{"method": "PUT", "pattern": "/storage/", "kind": "kill", "after": 40_000}])
+    other = HubServer(tmp_path / "other")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        with pytest.raises(UploadError, match=r"interrupted: .*Err"):
+            publishing.upload(plan_push(folder, "alice/model", facts=MIT))
+        assert process.wait() == -9
+        assert [commit["title"] for commit in other.history("alice/model")] == ["initial commit"]
+        process, url = serve(int(url.rpartition(":")[2]), [])
+        try:
+            publishing.upload(plan_push(folder, "alice/model", facts=MIT))
+        finally:
+            process.kill()
+            process.wait()
+    complete(other, folder)
+    other.server_close()
+
+
+def test_what_arrived_is_not_sent_again(hub: HubServer, folder: Path) -> None:
+    shards = len(list(folder.glob("*.safetensors")))
+    hub.fail("POST", "/commit/", "status", times=9, status=503)
+    with pytest.raises(UploadError, match="the Hub answered 503"):
+        push(folder, "alice/model")
+    hub.faults.clear()
+    sent = sum(line.startswith("PUT") for line in hub.requests)
+    assert sent >= shards > 1
+    push(folder, "alice/model")
+    assert sum(line.startswith("PUT") for line in hub.requests) == sent
+    complete(hub, folder)
+
+
+def test_somebody_else_was_faster(hub: HubServer, folder: Path) -> None:
+    push(folder, "alice/model")
+    (folder / "LICENSE").write_text("mine")
+    plan = plan_push(folder, "alice/model", facts=MIT)
+    (folder / "LICENSE").write_text("theirs")
+    push(folder, "alice/model")
+    (folder / "LICENSE").write_text("mine")
+    with pytest.raises(UploadError, match="somebody has changed the branch"):
+        upload(plan)
+    assert hub.files("alice/model")["LICENSE"] == b"theirs"
+
+
+def test_dry_run_and_offline(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output = run("push", folder, "alice/model", "--license", "mit", "--dry-run", "--json")
+    assert code == 0 and json.loads(output[output.index("{\n") :])["files"]["config.json"] > 500
+    assert nothing_uploaded(hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, output = run("push", folder, "alice/model", "--license", "mit")
+    assert code == 2 and "offline" in output
+    code, output = run("push", folder, "alice/model", "--license", "mit", "--dry-run")
+    assert code == 0 and "the Hub was not asked" in output
+
+
+def test_preflight_names_what_does_not_load(hub: HubServer, folder: Path, source: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder / name)
+    with pytest.raises(PreflightError, match="The tokenizer has 256 tokens, and the model vocab_size=96"):
+        plan_push(folder, "alice/model", facts=MIT)
+    assert torch.get_default_dtype() == torch.float32
