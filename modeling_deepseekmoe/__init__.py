@@ -21,7 +21,7 @@ _LAZY = {
         "sequence_balance_loss",
     ),
     "bias_update": ("bias_step", "take_router_load", "track_router_load", "untrack_router_load", "update_router_bias"),
-    "callbacks": ("LoadBalancingCallback", "ModelCardCallback", "RouterStatsCallback"),
+    "callbacks": ("LoadBalancingCallback", "RouterStatsCallback"),
     "esft": ("ExpertSelection", "score_experts", "select_experts"),
     "inspection": ("ModelReport", "inspect_model"),
     "lora": ("expert_lora_config", "optimize_expert_lora"),
@@ -50,6 +50,7 @@ _LAZY = {
     "router_load": ("RouterLoad",),
     "router_stats": ("RouterStats",),
     "routing": ("RoutingPlan", "route"),
+    "upload_callbacks": ("ModelCardCallback",),
     "selected_experts": ("load_esft", "merge_esft", "prepare_esft", "save_esft"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}

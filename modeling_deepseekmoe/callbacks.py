@@ -1,8 +1,6 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Callbacks for transformers' Trainer and every trainer built on it."""
 
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,7 +16,6 @@ from .bias_update import (
     untrack_router_load,
     update_router_bias,
 )
-from .remote_code import PublishedModel, attach_code, carries_code
 from .router_load import RouterLoad
 from .router_stats import RouterStats
 
@@ -157,82 +154,4 @@ class LoadBalancingCallback(RouterStatsCallback):
         return update_router_bias(model, self.update_rate, self.update)
 
 
-class RemoteCodeCallback(TrainerCallback):
-    """Lets what `Trainer(push_to_hub=True)` uploads carry the code of the family, where transformers does not know the
-    model, and keeps the token out of the uploaded `training_args.bin`.
-
-    Importing the package adds it to every Trainer. It does nothing for other models or without uploads.
-    """
-
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Hide the token before the arguments are saved for the first time."""
-        if args.hub_token is not None and _published_model(kwargs.get("model")) is not None:
-            args.hub_token = _HiddenToken(args.hub_token)
-
-    def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Put the code beside what is uploaded: the output folder, and the checkpoint that its files are taken from. A
-        config that is saved into a folder with the code names it."""
-        model = _published_model(kwargs.get("model"))
-        if model is None or model is not kwargs["model"] or not carries_code(model.config.model_type):
-            return  # an adapter's code is its base's
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for folder in (Path(args.output_dir), checkpoint):
-            if folder.is_dir():
-                attach_code(folder)
-
-
-class ModelCardCallback(TrainerCallback):
-    """Lets `Trainer(push_to_hub=True)` write this package's model card instead of Trainer's: `add_to(trainer)`.
-
-    A card that somebody wrote, in the repository or in the output folder, stays. Cards are written when a model has
-    been saved into the output folder, as `trainer.push_to_hub()` does.
-
-    Args:
-        license, license_name, license_link, base_model, datasets, tags: see [`CardFacts`].
-    """
-
-    def __init__(self, license: str, **facts: Any) -> None:
-        from .model_card import CardFacts
-
-        self.facts = CardFacts(license=license, **facts)
-        self.facts.check_license(required=True)
-
-    def add_to(self, trainer: Trainer) -> None:
-        """Let a trainer write these cards."""
-        trainer.add_callback(self)
-
-        def create_model_card(*args: Any, **kwargs: Any) -> None:
-            if trainer.is_world_process_zero():
-                self.write_card(trainer)
-
-        trainer.create_model_card = create_model_card
-
-    def write_card(self, trainer: Trainer) -> None:
-        """Write the card of what lies in the output folder of a trainer."""
-        from .hub import write_card
-
-        repo_id = trainer.hub_model_id or trainer.args.hub_model_id or Path(trainer.args.output_dir).name
-        write_card(trainer.args.output_dir, repo_id, self.facts, asdict(trainer.state), trainer.args.hub_token)
-
-
-class _HiddenToken(str):
-    """A token that is used as always, and of which nothing is pickled."""
-
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return str, ("<HUB_TOKEN>",)
-
-    def __repr__(self) -> str:
-        return "'<HUB_TOKEN>'"
-
-
-def _published_model(model: Any) -> Any:
-    """The model of this family in a trainer's model, an adapted one included; `None` for others."""
-    base = getattr(model, "get_base_model", lambda: model)()
-    return base if isinstance(base, PublishedModel) else None
-
-
-__all__ = ["LoadBalancingCallback", "ModelCardCallback", "RemoteCodeCallback", "RouterStatsCallback"]
+__all__ = ["LoadBalancingCallback", "RouterStatsCallback"]

@@ -8,13 +8,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .inspection import gigabytes, report_on
 from .report import plot_expert_load
 from .routing_report import RoutingReport
 
+logger = logging.get_logger(__name__)
+
 HEATMAP_NAME = "expert_load.png"
 _NO_HEAD = ("", "")
+_TOO_LARGE = 1e300  # for a float, and NaN is not below it either
+_FIGURES_OF_STATE = {
+    "global_step": ("optimizer steps", ","),
+    "epoch": ("epochs", ".2f"),
+    "train_batch_size": ("batch on each device", ","),
+    "total_flos": ("floating-point operations, as Trainer counts them", ".3g"),
+}
 
 
 def find_training_state(folder: str | Path) -> dict[str, Any] | None:
@@ -28,7 +39,11 @@ def find_training_state(folder: str | Path) -> dict[str, Any] | None:
     for place in (folder, *(path for _, path in sorted(steps, reverse=True))):
         file = place / "trainer_state.json"
         if file.is_file():
-            state = json.loads(file.read_text(encoding="utf-8"))
+            try:
+                state = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                logger.warning(f"{file} cannot be read, so that the card has no figures of the training: {error}")
+                return None
             return state if isinstance(state, dict) else None
     return None
 
@@ -122,14 +137,12 @@ def routing_section(routing: RoutingReport | None) -> dict[str, str] | None:
 
 def training_section(state: Mapping[str, Any] | None) -> str | None:
     """The figures of a Trainer's state, the content of its `trainer_state.json`."""
-    log = [entry for entry in (state or {}).get("log_history", ()) if isinstance(entry, dict)]
+    history = (state or {}).get("log_history")
+    log = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
     if state is None or not log:
         return None
-    rows = [("optimizer steps", f"{state.get('global_step', 0):,}")]
-    if isinstance(state.get("epoch"), (int, float)):
-        rows.append(("epochs", f"{state['epoch']:.2f}"))
-    if isinstance(state.get("train_batch_size"), int):
-        rows.append(("batch on each device", f"{state['train_batch_size']}"))
+    figures = {name: sum(_series([state], name)) for name in _FIGURES_OF_STATE}
+    rows = [(label, f"{figures[name]:{shape}}") for name, (label, shape) in _FIGURES_OF_STATE.items() if figures[name]]
     rates, losses, evaluations = (_series(log, name) for name in ("learning_rate", "loss", "eval_loss"))
     if rates:
         rows.append(("highest learning rate", f"{max(rates):.3g}"))
@@ -138,8 +151,6 @@ def training_section(state: Mapping[str, Any] | None) -> str | None:
     if evaluations:
         perplexity = f" (perplexity {math.exp(evaluations[-1]):.3f})" if evaluations[-1] < 100 else ""
         rows.append(("evaluation loss, last", f"{evaluations[-1]:.4f}{perplexity}"))
-    if state.get("total_flos"):
-        rows.append(("floating-point operations, as Trainer counts them", f"{state['total_flos']:.3g}"))
     for name in sorted({key for entry in log for key in entry if key.startswith(("router/", "aux_loss"))}):
         values = _series(log, name)
         if values:
@@ -148,7 +159,9 @@ def training_section(state: Mapping[str, Any] | None) -> str | None:
 
 
 def _series(log: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [entry[name] for entry in log if isinstance(entry.get(name), (int, float)) and math.isfinite(entry[name])]
+    """The numbers that a log has under a name."""
+    values: list[Any] = [entry.get(name) for entry in log]
+    return [value for value in values if type(value) in (int, float) and abs(value) < _TOO_LARGE]
 
 
 __all__ = [

@@ -347,7 +347,7 @@ def push(
             raise FailedCheck(str(error)) from error
         typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else plan.to_text())
         if not dry_run:
-            typer.echo(upload(plan, private=private or None, commit_message=message), err=as_json)
+            typer.echo(upload(plan, commit_message=message), err=as_json)
 
 
 @app.command()

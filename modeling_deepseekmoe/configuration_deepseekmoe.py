@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 from transformers.configuration_utils import PreTrainedConfig
 
 from .parallel_plans import PIPELINE_PLAN, tensor_parallel_plan
-from .remote_code import auto_map_beside, without_local_code
+from .remote_code import CarriesCode, auto_map_among, without_local_code
 
 ATTENTION_TYPES = ("mha", "mla")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
@@ -42,7 +42,7 @@ def _prepare_first_config() -> None:
         DeepseekMoeConfig.before_first_config = None
 
 
-class DeepseekMoeConfig(PreTrainedConfig):
+class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
     r"""
     Configuration of a DeepSeekMoE model of any generation (arXiv 2401.06066, 2405.04434, 2412.19437).
 
@@ -285,11 +285,11 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write `config.json`. It names the code of the models (`auto_map`) where that lies in the same folder."""
-        content = json.loads(self.to_json_string(use_diff=use_diff))
-        auto_map = getattr(self, "auto_map", None)
-        content["auto_map"] = auto_map_beside(Path(json_file_path).parent, self.model_type, auto_map)
+        file, content = Path(json_file_path), json.loads(self.to_json_string(use_diff=use_diff))
+        there = [path.name for path in file.parent.glob("*.py")]
+        content["auto_map"] = auto_map_among(there, self.model_type, getattr(self, "auto_map", None))
         content = content if content["auto_map"] else _without(content, "auto_map")
-        Path(json_file_path).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     # ------------------------------------------------------------------------------------------------------ the checks
     def _refuse(self, field: str, allowed: str) -> None:

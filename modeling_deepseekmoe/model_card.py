@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import logging
 
-from modeling_deepseekmoe.conversion import description
+from modeling_deepseekmoe.configuration import config_from_dict
 from modeling_deepseekmoe.conversion.checkpoint import read_header
 
 from .card_sections import architecture_section, parameters_section, routing_section, table, training_section
@@ -38,7 +38,12 @@ _BLANK_LINES = re.compile(
     r"This is the model card of a .* transformers model that has been pushed on the Hub\. This model card has been "
     r"automatically generated\.|### Framework versions|- PEFT \S+"
 )
-_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\r?\n|\Z)", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\A\ufeff?---\r?\n(.*?)\r?\n---\s*(?:\r?\n|\Z)", re.DOTALL)
+# Metadata that a card gets from the facts and from the model.
+_OWN_METADATA = ("license", "license_name", "license_link", "base_model", "datasets", "library_name", "pipeline_tag",
+                 "tags")  # fmt: skip
+# Tags that depend on what is published, and are not taken over.
+_DERIVED_TAGS = ("custom_code", "generated_from_trainer", "lora", "esft", "deepseek", "deepseek_v2", "deepseek_v3")
 _HEADS = {
     "ForCausalLM": ("text-generation", "AutoModelForCausalLM", "language model"),
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification", "text classifier"),
@@ -77,6 +82,7 @@ class CardFacts:
         base_model: id of the repository that this one was made from.
         datasets: ids of the data it was trained on.
         tags: beside those that follow from the model.
+        others: further metadata, as it stands in the card.
     """
 
     license: str | None = None
@@ -85,6 +91,7 @@ class CardFacts:
     base_model: str | None = None
     datasets: Sequence[str] = ()
     tags: Sequence[str] = ()
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     def completed(self, candidate: Candidate, cards: Sequence[str]) -> "CardFacts":
         """With what is not said taken from cards that are there, and an adapter's base from its config.
@@ -95,18 +102,26 @@ class CardFacts:
         facts = self
         if facts.base_model is not None:
             check_hub_id("base_model", facts.base_model)
-        elif candidate.kind == "adapter":
-            facts = replace(facts, base_model=candidate.raw.get("base_model_name_or_path") or None)
+        elif candidate.kind == "adapter" and is_hub_id(str(candidate.raw.get("base_model_name_or_path") or "")):
+            facts = replace(facts, base_model=candidate.raw["base_model_name_or_path"])
         for metadata in map(metadata_of, cards):
             if facts.license is None and isinstance(metadata.get("license"), str):
-                told = {name: metadata.get(name) for name in ("license", "license_name", "license_link")}
-                facts = replace(facts, **{name: value for name, value in told.items() if isinstance(value, str)})
+                name, link = metadata.get("license_name"), metadata.get("license_link")
+                facts = replace(facts, license=metadata["license"], license_name=name, license_link=link)
             if not facts.datasets and isinstance(metadata.get("datasets"), list):
                 facts = replace(facts, datasets=tuple(map(str, metadata["datasets"])))
             base = metadata.get("base_model")
             if facts.base_model is None and isinstance(base, str) and is_hub_id(base):
                 facts = replace(facts, base_model=base)
-        if candidate.kind != "model":
+            tags = metadata.get("tags")
+            tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+            others = {name: value for name, value in metadata.items() if name not in _OWN_METADATA}
+            if isinstance(base, list) and facts.base_model is None:
+                others["base_model"] = base
+            facts = replace(facts, tags=(*facts.tags, *tags), others={**others, **facts.others})
+        if candidate.kind == "adapter":
+            check_base_of_adapter(facts.base_model, candidate.raw.get("base_model_name_or_path"))
+        elif candidate.kind == "experts":
             check_hub_id("base_model", facts.base_model or "")
         return facts
 
@@ -126,6 +141,20 @@ class CardFacts:
             raise ValueError("license='other' is not allowed without license_name.")
         elif not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             raise ValueError(f"license={self.license!r} is not allowed: it must be an identifier, as apache-2.0.")
+
+
+def check_base_of_adapter(told: str | None, own: str | None) -> None:
+    """That the base of an adapter can be found by others: what the user says, or what the adapter's config names.
+
+    Raises:
+        ValueError: unless it is the id of a repository.
+    """
+    if told is not None:
+        check_hub_id("base_model", told)
+    elif not is_hub_id(own or ""):
+        raise ValueError(
+            f"base_model is missing: the adapter names {own!r}, which is no id of a repository that others could load."
+        )
 
 
 @dataclass(frozen=True)
@@ -192,15 +221,17 @@ def make_card(
         parameters = sum(math.prod(tensor.shape) for tensor in tensors)
         make = _parts_of_adapter if candidate.kind == "adapter" else _parts_of_experts
         parts = make(candidate, repo_id, facts, parameters)
+    kept = [tag for tag in facts.tags if tag not in _DERIVED_TAGS]
     data = ModelCardData(
         license=facts.license,
         license_name=facts.license_name,
         license_link=facts.license_link,
-        base_model=facts.base_model,
         datasets=list(facts.datasets) or None,
         library_name="peft" if candidate.kind == "adapter" else "transformers",
         pipeline_tag=parts.pop("pipeline", "text-generation"),
-        tags=[*_TAGS, *parts.pop("tags"), *facts.tags],
+        tags=list(dict.fromkeys([*_TAGS, *parts.pop("tags"), *kept])),
+        ignore_metadata_errors=True,
+        **{"base_model": facts.base_model, **facts.others},
     )
     papers = [_PAPERS[name] for name in (parts.pop("paper"),) if name in _PAPERS]
     card = ModelCard.from_template(
@@ -220,7 +251,7 @@ def make_card(
 def _parts_of_model(
     candidate: Candidate, repo_id: str, facts: CardFacts, with_code: bool, sizes: tuple[int, int]
 ) -> dict[str, Any]:
-    config = description.as_config(candidate.raw)
+    config = config_from_dict(candidate.raw)
     architecture = (candidate.raw.get("architectures") or ["ForCausalLM"])[0]
     pipeline, auto_class, kind = next(values for head, values in _HEADS.items() if architecture.endswith(head))
     experts = f"all of its {config.num_hidden_layers} layers are dense"
@@ -300,7 +331,7 @@ def _parts_of_adapter(candidate: Candidate, repo_id: str, facts: CardFacts, para
 
 
 def _parts_of_experts(candidate: Candidate, repo_id: str, facts: CardFacts, parameters: int) -> dict[str, Any]:
-    base, experts = facts.base_model, candidate.raw.get("experts", {})
+    base, experts = facts.base_model, candidate.raw["experts"]
     rows = [
         ("base model", f"`{base}`"),
         ("trained experts", f"{sum(map(len, experts.values()))} in {len(experts)} layers"),
@@ -324,4 +355,4 @@ def _names(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else sorted(map(str, value or ()))
 
 
-__all__ = ["CARD_NAME", "CardFacts", "Snippet", "is_hand_written", "make_card", "metadata_of"]
+__all__ = ["CARD_NAME", "CardFacts", "Snippet", "check_base_of_adapter", "is_hand_written", "make_card", "metadata_of"]

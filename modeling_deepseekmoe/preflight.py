@@ -3,7 +3,7 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,21 @@ from .folders import FOREIGN_WEIGHTS
 _ADAPTER_NAMES = (adapter_files.CONFIG_NAME, adapter_files.WEIGHTS_NAME)
 _EXPERTS_NAMES = (selected_experts.SELECTION_NAME, selected_experts.WEIGHTS_NAME)
 TRAINING_STATE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*.pth",
-                  "random_states_*.pkl", "training_args.bin", "trainer_state.json", "zero_to_fp32.py",
-                  "latest")  # fmt: skip
+                  "random_states_*.pkl", "custom_checkpoint_*.pkl", "training_args.bin", "trainer_state.json",
+                  "zero_to_fp32.py", "latest")  # fmt: skip
+_NO_PART = ("*.ckpt", "*.pkl", "*.npz", "*.npy", "*.log", "*.unfinished", "*.tmp", "*~", "events.out.tfevents*")
 # Files that may hold a secret, whatever is in them; hidden ones (.env, .netrc, .git-credentials) are left out anyway.
 _SECRET_NAMES = ("*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.kdbx", "id_rsa*", "id_dsa*", "id_ecdsa*",
                  "id_ed25519*", "*credential*", "*secret*", "*password*", "token", "token.*", "*_token", "*_token.*",
                  "stored_tokens*")  # fmt: skip
 _SECRETS = {
-    "a Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
-    "an OpenAI or Anthropic key": rb"\bsk-[A-Za-z0-9_-]{30,}",
-    "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,})",
-    "a GitLab token": rb"\bglpat-[A-Za-z0-9_-]{20,}",
-    "an AWS key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a Google key": rb"\bAIza[0-9A-Za-z_-]{35}",
-    "a Slack token": rb"\bxox[baprs]-[0-9A-Za-z-]{20,}",
+    "a Hugging Face token": rb"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{30,}",
+    "an OpenAI or Anthropic key": rb"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{30,}",
+    "a GitHub token": rb"(?<![A-Za-z0-9])(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,})",
+    "a GitLab token": rb"(?<![A-Za-z0-9])glpat-[A-Za-z0-9_-]{20,}",
+    "an AWS key": rb"(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a Google key": rb"(?<![A-Za-z0-9])AIza[0-9A-Za-z_-]{35}",
+    "a Slack token": rb"(?<![A-Za-z0-9])xox[baprs]-[0-9A-Za-z-]{20,}",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
 _BLOCK = 2**22
@@ -111,38 +112,47 @@ def find_candidate(folder: str | Path, with_training_state: bool = False) -> Can
         weights += [INDEX_NAME] if (folder / INDEX_NAME).is_file() else []
     else:
         names = _ADAPTER_NAMES if kind == "adapter" else _EXPERTS_NAMES
-        raw, weights = parse_json(folder / names[0]), [names[1]]
+        raw, weights = _parse_object(folder / names[0]), [names[1]]
     files: dict[str, Path] = {}
     left_out: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
-        reason = _reason_to_leave_out(path, weights, with_training_state)
+        if path.is_dir() and path.name in _FOLDERS:
+            files |= {f"{path.name}/{file.name}": file for file in sorted(path.glob("*.jinja")) if file.is_file()}
+            continue
+        reason = None if path.name in weights else _reason_to_leave_out(path, with_training_state)
         if reason:
             left_out[f"{path.name}/" if path.is_dir() else path.name] = reason
         else:
-            found = sorted(path.iterdir()) if path.is_dir() else [path]
-            files |= {file.relative_to(folder).as_posix(): file for file in found if file.is_file()}
+            files[path.name] = path
     for file in files.values():
         check_inside(file, folder)
+        target = file.resolve()
+        if target.is_relative_to(folder.resolve()) and target != file.parent.resolve() / file.name:
+            raise ValueError(f"{file.name} is a link to {target.name}, which is not allowed: publish the file itself.")
     return Candidate(folder, kind, raw, files, left_out)
 
 
-def _reason_to_leave_out(path: Path, weights: list[str], with_training_state: bool) -> str | None:
+def _parse_object(file: Path) -> dict[str, Any]:
+    content = parse_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} is not allowed: it must be a JSON object.")
+    return content
+
+
+def _reason_to_leave_out(path: Path, with_training_state: bool) -> str | None:
     name = path.name
-    training_state = _matches(name, TRAINING_STATE)
     if name.startswith((".", "_")):
         return "hidden"
     if path.is_dir():
-        return None if name in _FOLDERS else "a folder"
+        return "a folder"
     if not path.is_file():
         return "no file"
     if _matches(name, _SECRET_NAMES):
         return "may hold a secret"
-    if training_state:
+    if _matches(name, TRAINING_STATE):
         return None if with_training_state else "state of the training"
-    if name.endswith((*FOREIGN_WEIGHTS, ".safetensors", ".index.json")) and name not in weights:
-        return "weights that are not this checkpoint's"
-    if name.endswith((".unfinished", ".tmp", "~")):
-        return "unfinished"
+    if name.endswith((*FOREIGN_WEIGHTS, ".safetensors", ".index.json")) or _matches(name, _NO_PART):
+        return "no part of this checkpoint"
     return None
 
 
@@ -150,37 +160,44 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
 
 
-def check_secrets(files: dict[str, Path]) -> None:
-    """Look for tokens and keys in everything but the weights.
+def check_secrets(files: Mapping[str, Path | bytes], token: str | None = None) -> None:
+    """Look for tokens and keys in everything but the values of the weights.
+
+    Args:
+        files: contents by their names.
+        token: of the user; the stored one when absent.
 
     Raises:
         PreflightError: naming the files and what they seem to hold, and never the secret.
     """
-    own = get_token()
     patterns = {what: re.compile(pattern) for what, pattern in _SECRETS.items()}
+    own = token or get_token()
     if own:
         patterns = {"your own token": re.compile(re.escape(own.encode())), **patterns}
     found = []
-    for name, file in files.items():
-        if name.endswith(".safetensors"):
-            continue
-        held = {what for block in _blocks(file) for what, pattern in patterns.items() if pattern.search(block)}
+    for name, content in files.items():
+        blocks = [content] if isinstance(content, bytes) else _blocks(content)
+        held = {what for block in blocks for what, pattern in patterns.items() if pattern.search(block)}
         found += [f"{name} holds what looks like {what}" for what in patterns if what in held]
     if found:
         raise PreflightError("; ".join(found) + ". Nothing was uploaded.")
 
 
 def _blocks(file: Path) -> Iterator[bytes]:
-    tail = b""
+    """A file in overlapping pieces; of weights the header alone."""
+    size = file.stat().st_size
     with file.open("rb") as handle:
-        while block := handle.read(_BLOCK):
+        if file.name.endswith(".safetensors"):
+            size = min(size, 8 + int.from_bytes(handle.read(8), "little"))
+            handle.seek(0)
+        tail = b""
+        while block := handle.read(min(_BLOCK, size)):
             yield tail + block
-            tail = block[-_OVERLAP:]
+            tail, size = block[-_OVERLAP:], size - len(block)
 
 
 def check_candidate(candidate: Candidate, progress: Callable[[int], None] = lambda size: None) -> tuple[str, ...]:
-    """Read everything that would go up: it loads, its names and shapes are right, every value is finite, and no file
-    holds a secret.
+    """Read everything that would go up: it loads, its names and shapes are right, every value is finite.
 
     Args:
         candidate: from [`find_candidate`].
@@ -193,8 +210,7 @@ def check_candidate(candidate: Candidate, progress: Callable[[int], None] = lamb
         PreflightError: for what is not in order.
         ValueError: for files that cannot be read.
     """
-    check_secrets(candidate.files)
-    checks = ["no file holds what looks like a token or a key"]
+    checks = []
     if candidate.kind == "model":
         try:
             report = verify(candidate.folder, progress=progress)
@@ -225,15 +241,15 @@ def _load_model(candidate: Candidate) -> str:
     raw = candidate.raw
     if raw.get("quantization_config"):
         return "note: loading was not tried, because the weights are quantised; names, shapes and values are in order"
-    name = (
-        raw.get("architectures") or [f"{type(description.as_config(raw)).__name__.removesuffix('Config')}ForCausalLM"]
-    )[0]
+    prefix = type(description.as_config(raw)).__name__.removesuffix("Config")
+    name = (raw.get("architectures") or [f"{prefix}ForCausalLM"])[0]
+    model_class = getattr(modeling_deepseekmoe, name, None)
+    if model_class is None or not name.startswith(prefix):
+        raise ValueError(f"{CONFIG_NAME}: architectures={[name]} is not allowed for model_type={raw['model_type']!r}.")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        _, info = getattr(modeling_deepseekmoe, name).from_pretrained(
-            candidate.folder, device_map="meta", output_loading_info=True
-        )
+        _, info = model_class.from_pretrained(candidate.folder, device_map="meta", output_loading_info=True)
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -249,16 +265,16 @@ def _load_small_files(candidate: Candidate) -> list[str]:
     if "generation_config.json" in candidate.files:
         try:
             GenerationConfig.from_pretrained(candidate.folder).validate(strict=True)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, TypeError, AttributeError) as error:
             raise PreflightError(f"generation_config.json is not allowed: {error}") from error
         checks.append("generation config: in order")
     if "tokenizer_config.json" not in candidate.files:
         return [*checks, "note: there is no tokenizer"] if candidate.kind == "model" else checks
-    if "auto_map" in parse_json(candidate.files["tokenizer_config.json"]):
+    if "auto_map" in _parse_object(candidate.files["tokenizer_config.json"]):
         return [*checks, "note: the tokenizer has code of its own, which was not run"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(candidate.folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # that is what the tokenizers library raises
         raise PreflightError(f"The tokenizer cannot be loaded: {error}") from error
     size = candidate.raw.get("vocab_size")
     if candidate.kind == "model" and isinstance(size, int) and len(tokenizer) > size:
@@ -278,15 +294,15 @@ def check_hub_id(field_name: str, value: str) -> None:
         raise ValueError(
             f"{field_name}={value!r} is not allowed: it must be the id of a repository ({error})."
         ) from error
-    if Path(value).exists() or value.startswith((".", "/", "~")):
-        raise ValueError(
-            f"{field_name}={value!r} is not allowed: it is a path of this machine, not a repository's id."
-        )
+    if value.startswith((".", "/", "~")) or not value:
+        raise ValueError(f"{field_name}={value!r} is not allowed: it must be the id of a repository.")
 
 
 def is_hub_id(value: str) -> bool:
-    """Whether [`check_hub_id`] would let a value pass."""
+    """Whether a value is the id of a repository, and no folder here, of which it is the name too."""
     try:
+        if Path(value).exists():
+            return False
         check_hub_id("", value)
     except ValueError:
         return False

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from importlib import util
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -80,6 +81,7 @@ def _register_models() -> None:
     from . import modeling_deepseekmoe as models
 
     models.DeepseekMoePreTrainedModel.publisher = _publish
+    models.DeepseekMoePreTrainedModel.preflight = _check_before_upload
     _carry_code_in_trainers()
     for config_class in CONFIG_CLASSES:
         prefix = config_class.__name__.removesuffix("Config")
@@ -101,33 +103,41 @@ def _register_models() -> None:
 def _carry_code_in_trainers() -> None:
     """Add the callback that publishes the code to those that every Trainer has: now, or when Trainer is imported,
     which takes a second that most processes can do without."""
-    if "transformers.trainer" in sys.modules:
-        _add_callback(sys.modules["transformers.trainer"])
+    module = sys.modules.get("transformers.trainer")
+    if hasattr(module, "DEFAULT_CALLBACKS"):
+        _add_callback(module)
     elif _ON_IMPORT_OF_TRAINER not in sys.meta_path:
         sys.meta_path.insert(0, _ON_IMPORT_OF_TRAINER)
 
 
 def _add_callback(trainer_module: Any) -> None:
-    from .callbacks import RemoteCodeCallback
+    from .upload_callbacks import RemoteCodeCallback
 
     if RemoteCodeCallback not in trainer_module.DEFAULT_CALLBACKS:
         trainer_module.DEFAULT_CALLBACKS.append(RemoteCodeCallback)
 
 
 class _OnImportOfTrainer(MetaPathFinder):
-    """Finds `transformers.trainer` once, as the others would, and adds the callback when it has been imported."""
+    """Finds `transformers.trainer` as the others would, and adds the callback when it has been imported."""
+
+    _searching = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "transformers.trainer":
+        if fullname != "transformers.trainer" or self._searching:
             return None
-        sys.meta_path.remove(self)
-        spec = util.find_spec(fullname)
+        self._searching = True
+        try:
+            spec = util.find_spec(fullname)
+        finally:
+            self._searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 execute(module)
                 _add_callback(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -140,6 +150,12 @@ def _publish(model: Any, repo_id: str, **kwargs: Any) -> str:
     from .hub import push_model  # the client of the Hub and the conversion, which few models need
 
     return push_model(model, repo_id, **kwargs)
+
+
+def _check_before_upload(folder: str | Path) -> None:
+    from .preflight import check_candidate, find_candidate
+
+    check_candidate(find_candidate(folder))
 
 
 __all__ = ["register", "without_model_classes"]

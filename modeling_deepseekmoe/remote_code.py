@@ -6,8 +6,9 @@ saved into such a folder names it again.
 """
 
 import json
-import shutil
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,9 @@ _AUTO_CLASSES = {
     "AutoModelForTokenClassification": ("modeling_classification", "ForTokenClassification"),
 }
 _CONFIG_NAME = "config.json"
+CODE_MARK = "remote_code.py"  # this file: where it lies, the others do
+# Whether this is a copy that was loaded from the Hub: transformers carries such a one by itself.
+_IS_COPY = __name__.startswith("transformers_modules.")
 
 
 def carries_code(model_type: str, code: str = "auto") -> bool:
@@ -67,21 +71,28 @@ def code_files() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def auto_map_beside(folder: str | Path, model_type: str, auto_map: dict[str, Any] | None) -> dict[str, Any]:
-    """The `auto_map` of a config that is saved into a folder: it names this code where it lies there, and keeps what
-    another one named in other repositories or in files of the folder. In an ordinary folder nothing is left."""
-    own = auto_map_of(model_type) if model_type in _PREFIXES else {}
-    named = {**(auto_map or {}), **{name: own[name] for name in own if _lies_in(folder, own[name])}}
-    return {
-        name: targets for name, targets in named.items() if all(_lies_in(folder, target) for target in _list(targets))
-    }
-
-
 def without_local_code(auto_map: dict[str, Any] | None) -> dict[str, Any]:
     """The entries of an `auto_map` that name the code of other repositories, `repository--module.Class`."""
-    return {
-        name: targets for name, targets in (auto_map or {}).items() if all("--" in target for target in _list(targets))
-    }
+    return auto_map_among((), "", auto_map)
+
+
+def auto_map_among(files: Iterable[str], model_type: str, auto_map: dict[str, Any] | None) -> dict[str, Any]:
+    """The `auto_map` of a config that lies beside these files: it names this code where it is among them, and keeps
+    what another one named in them or in other repositories. In an ordinary folder nothing is left.
+
+    Args:
+        files: names of the files beside the config.
+        model_type: of the config.
+        auto_map: what the config has named so far.
+    """
+    there = set(files)
+
+    def is_there(target: str) -> bool:
+        return "--" in target or f"{target.split('.')[0]}.py" in there
+
+    own = auto_map_of(model_type) if model_type in _PREFIXES else {}
+    named = {**(auto_map or {}), **{name: target for name, target in own.items() if is_there(target)}}
+    return {name: targets for name, targets in named.items() if all(map(is_there, _list(targets)))}
 
 
 def _list(targets: Any) -> list[str]:
@@ -89,37 +100,47 @@ def _list(targets: Any) -> list[str]:
     return [target for target in (targets if isinstance(targets, (list, tuple)) else [targets]) if target]
 
 
-def _lies_in(folder: str | Path, target: str) -> bool:
-    return "--" in target or (Path(folder) / f"{target.split('.')[0]}.py").is_file()
-
-
-def with_auto_map(config: dict[str, Any]) -> dict[str, Any]:
-    """The content of a `config.json` with the `auto_map` of its model type."""
-    return {**config, "auto_map": auto_map_of(config["model_type"])}
-
-
 def attach_code(folder: str | Path) -> None:
     """Copy the code into a checkpoint folder that is being published, and name it in its `config.json`, if there is
     one."""
     folder = Path(folder)
     for name, path in code_files().items():
-        if path.resolve() != (folder / name).resolve():
-            shutil.copyfile(path, folder / name)
-    file = folder / _CONFIG_NAME
-    if file.is_file():
-        content = with_auto_map(json.loads(file.read_text(encoding="utf-8")))
-        unfinished = file.with_name(f"{_CONFIG_NAME}.unfinished")
-        unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        unfinished.replace(file)
+        _write(folder / name, path.read_bytes())
+    config = folder / _CONFIG_NAME
+    if config.is_file():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        there = [path.name for path in folder.iterdir()]
+        content["auto_map"] = auto_map_among(there, content["model_type"], content.get("auto_map"))
+        _write(config, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
-class PublishedModel:
-    """What a model of the family has beside `PreTrainedModel`: it is published with its code, where transformers does
-    not know it."""
+def _write(file: Path, content: bytes) -> None:
+    """Replace a file at once, if it is another."""
+    if file.is_file() and file.read_bytes() == content:
+        return
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as unfinished:
+        unfinished.write(content)
+    os.chmod(unfinished.name, 0o644)
+    os.replace(unfinished.name, file)
 
-    # `push_to_hub` of the package, which sets it; in a copy of this file on the Hub there is none, and transformers'
-    # own does it.
+
+class CarriesCode:
+    """What is published with the code of the family, where transformers does not know its model type."""
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """What transformers calls to upload what it has saved into a folder."""
+        config: Any = getattr(self, "config", self)
+        if not _IS_COPY and carries_code(config.model_type):
+            attach_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
+
+class PublishedModel(CarriesCode):
+    """What a model of the family has beside `PreTrainedModel`: the package publishes it."""
+
+    # The package sets these: its `push_to_hub`, and its check of a folder that transformers is about to upload.
     publisher: ClassVar[Callable[..., str] | None] = None
+    preflight: ClassVar[Callable[[str | Path], None] | None] = None
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the model to the Hub: checked first, in one commit, with a model card, and with its code.
@@ -138,21 +159,23 @@ class PublishedModel:
         return publisher(self, repo_id, **kwargs)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """What transformers calls to upload a folder in `save_pretrained(push_to_hub=True)`."""
-        if self.publisher is not None and carries_code(self.config.model_type):  # type: ignore[attr-defined]
-            attach_code(working_dir)  # a copy of this code is carried by transformers itself
-        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+        """As [`CarriesCode`]'s, after a check: `save_pretrained(push_to_hub=True)` comes here."""
+        preflight = type(self).preflight
+        if preflight is not None:
+            preflight(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 __all__ = [
     "CARRIED_BY_DEFAULT",
     "CODE_CHOICES",
+    "CODE_MARK",
+    "CarriesCode",
     "PublishedModel",
     "attach_code",
-    "auto_map_beside",
+    "auto_map_among",
     "auto_map_of",
     "carries_code",
     "code_files",
-    "with_auto_map",
     "without_local_code",
 ]

@@ -2,14 +2,16 @@
 """A repository of the Hub: what it holds already, whether that may be replaced, and what its errors mean."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -17,14 +19,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+import modeling_deepseekmoe
 from modeling_deepseekmoe.conversion import adapter_files
-from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME
+from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 
 from .folders import FOREIGN_WEIGHTS
 from .model_card import CARD_NAME
 from .preflight import Candidate
-from .remote_code import code_files
+from .remote_code import CODE_MARK, code_files
 from .selected_experts import SELECTION_NAME
+from .selected_experts import WEIGHTS_NAME as EXPERTS_NAME
 
 CONFIG_NAMES = {"model": CONFIG_NAME, "adapter": adapter_files.CONFIG_NAME, "experts": SELECTION_NAME}
 # Fields in which two versions of the same agree.
@@ -34,6 +38,11 @@ _SAME = {
     "adapter": ("peft_type", "base_model_name_or_path"),
     "experts": (),
 }  # fmt: skip
+_WEIGHTS = {"adapter": (adapter_files.WEIGHTS_NAME,), "experts": (EXPERTS_NAME,)}
+# What tells of other content, wherever in a repository it lies.
+_OTHER_WEIGHTS = (*FOREIGN_WEIGHTS, ".safetensors", ".ckpt", ".npz", ".pkl", ".tflite", ".keras", ".pb", ".parquet",
+                  ".arrow")  # fmt: skip
+_OTHER_CONFIGS = (*CONFIG_NAMES.values(), "model_index.json")
 # What the client raises when a connection breaks, in every version of it: its own errors are of this class too.
 _CONNECTION_ERRORS: Any = (HfHubHTTPError.__mro__[1], RuntimeError)
 
@@ -45,14 +54,38 @@ class UploadError(OSError):
 
 @dataclass(frozen=True)
 class Remote:
-    """What a branch of a repository holds."""
+    """What a branch of a repository holds.
+
+    Attributes:
+        exists, private: of the repository.
+        head: the latest commit.
+        files: paths.
+        card: text of its card.
+        configs: content of its configs, by kind.
+        shards: weight files that its index names.
+    """
 
     exists: bool = False
     private: bool | None = None
     head: str | None = None
     files: tuple[str, ...] = ()
     card: str = ""
-    config: dict[str, Any] | None = None
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shards: tuple[str, ...] = ()
+
+
+def client(token: str | bool | None) -> HfApi:
+    """The client of the Hub, with a token or the stored one.
+
+    Raises:
+        ValueError: for a token that cannot be sent; the message does not show it.
+    """
+    own = get_token() if token is None or token is True else token
+    own = own.strip() if isinstance(own, str) else own
+    if isinstance(own, str) and own and not re.fullmatch(r"[!-~]+", own):
+        raise ValueError("token is not allowed: it holds spaces or other characters that no token has.")
+    version = modeling_deepseekmoe.__version__
+    return HfApi(token=own or False, library_name="modeling-deepseekmoe", library_version=version)
 
 
 def full_repo_id(repo_id: str, api: HfApi | None) -> str:
@@ -65,34 +98,50 @@ def full_repo_id(repo_id: str, api: HfApi | None) -> str:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"repo_id={repo_id!r} is not allowed: it must be user/name. {error}") from error
-    return repo_id if "/" in repo_id or api is None else f"{api.whoami()['name']}/{repo_id}"
+    if "/" in repo_id or api is None:
+        return repo_id
+    with explained(repo_id):
+        return f"{api.whoami()['name']}/{repo_id}"
 
 
 def look(api: HfApi, repo_id: str, revision: str) -> Remote:
-    """What a branch holds, or `main` where there is no such branch yet."""
-    try:
+    """What a branch holds, or `main` where there is no such branch yet.
+
+    Raises:
+        ValueError: for a revision that is no branch.
+        OSError: if the Hub refuses or cannot be reached.
+    """
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(f"revision={revision!r} is not allowed: it must be a branch, not a commit.")
+    with explained(repo_id):
         try:
-            info = api.model_info(repo_id, revision=revision)
-        except RevisionNotFoundError:
-            info = api.model_info(repo_id)
-    except RepositoryNotFoundError:
-        return Remote()
-    names = tuple(file.rfilename for file in info.siblings or ())
+            try:
+                info = api.model_info(repo_id, revision=revision)
+            except RevisionNotFoundError:
+                if revision.startswith("refs/"):
+                    raise
+                info = api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            return Remote()
+        if revision != "main" and revision in {tag.name for tag in api.list_repo_refs(repo_id).tags}:
+            raise ValueError(f"revision={revision!r} is not allowed: it must be a branch, not a tag.")
+        names = tuple(file.rfilename for file in info.siblings or ())
 
-    def read(name: str) -> str:
-        if name not in names:
-            return ""
-        return Path(api.hf_hub_download(repo_id, name, revision=info.sha)).read_text(encoding="utf-8")
+        def read(name: str) -> str:
+            path = Path(api.hf_hub_download(repo_id, name, revision=info.sha))
+            return path.read_text(encoding="utf-8", errors="replace")
 
-    config = next((name for name in CONFIG_NAMES.values() if name in names), None)
-    return Remote(
-        exists=True,
-        private=bool(info.private),
-        head=info.sha,
-        files=names,
-        card=read(CARD_NAME),
-        config=_parse(read(config)) if config else None,
-    )
+        configs = {kind: _parse(read(name)) for kind, name in CONFIG_NAMES.items() if name in names}
+        index = _parse(read(INDEX_NAME)).get("weight_map") if INDEX_NAME in names else None
+        return Remote(
+            exists=True,
+            private=bool(info.private),
+            head=info.sha,
+            files=names,
+            card=read(CARD_NAME) if CARD_NAME in names else "",
+            configs=configs,
+            shards=tuple(sorted(map(str, index.values()))) if isinstance(index, dict) else (),
+        )
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -115,49 +164,71 @@ def check_content(candidate: Candidate, remote: Remote, repo_id: str, replace_co
     """
     if replace_content:
         return [name for name in remote.files if name not in (".gitattributes", CARD_NAME)]
-    own = CONFIG_NAMES[candidate.kind]
-    weights = [name for name in remote.files if name.endswith((*FOREIGN_WEIGHTS, ".safetensors")) and "/" not in name]
-    if own in remote.files:
-        found, raw = remote.config or {}, candidate.raw
+    own, found, raw = CONFIG_NAMES[candidate.kind], remote.configs.get(candidate.kind), candidate.raw
+    if found is not None:
         odd = [name for name in _SAME[candidate.kind] if found.get(name) != raw.get(name)]
         if not odd:
-            stale = (".safetensors", ".index.json", *code_files())
-            return [name for name in remote.files if "/" not in name and name.endswith(stale)]
+            stale = {*_WEIGHTS.get(candidate.kind, (WEIGHTS_NAME, INDEX_NAME, *remote.shards))}
+            stale |= set(code_files()) if CODE_MARK in remote.files and candidate.kind == "model" else set()
+            return [name for name in remote.files if name in stale]
         problem = f"its {own} has {odd[0]}={found.get(odd[0])!r}, and this one {raw.get(odd[0])!r}"
-    elif remote.config is not None or weights:
-        there = next((name for name in CONFIG_NAMES.values() if name in remote.files), None)
-        problem = f"it holds {there or weights[0]}, and no {own}"
     else:
-        return []
+        other = [name for name in remote.files if name.rpartition("/")[2] in _OTHER_CONFIGS]
+        other += [name for name in remote.files if name.endswith(_OTHER_WEIGHTS)]
+        if not other:
+            return []
+        problem = f"it holds {other[0]}, and no {own}"
     raise ValueError(
         f"repo_id={repo_id!r} is not allowed: the repository has other content ({problem}). Take another one, or "
         "replace what it holds (--replace)."
     )
 
 
+def check_metadata(card: str) -> None:
+    """Let the Hub check the metadata of a card, as it will when the card is committed.
+
+    Raises:
+        ValueError: with what it says.
+    """
+    with explained(CARD_NAME):
+        try:
+            ModelCard(card).validate()
+        except ValueError as error:
+            raise ValueError(f"{CARD_NAME}: the Hub does not allow its metadata: {error}") from error
+
+
 @contextmanager
 def explained(repo_id: str) -> Iterator[None]:
-    """Errors of the client during an upload as those of this package: what happened, and what to do."""
+    """Errors of the client as those of this package: what happened, and what to do."""
     try:
         yield
-    except OfflineModeIsEnabled:
+    except (OfflineModeIsEnabled, EntryNotFoundError):
         raise
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{repo_id} has no such branch: {error.server_message or error}") from error
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403, 404):
-            raise PermissionError(
-                f"The Hub refuses to write to {repo_id} ({status}). Log in with a token that may write there: hf "
-                f"auth login. It says: {error.server_message or 'nothing more'}"
-            ) from error
-        reason = "somebody has changed the branch meanwhile" if status in (409, 412) else f"the Hub answered {status}"
-        raise UploadError(_interrupted(repo_id, reason)) from error
+        raise _explain(repo_id, error) from error
     except json.JSONDecodeError as error:
         raise UploadError(_interrupted(repo_id, "the Hub's answer cannot be read")) from error
     except _CONNECTION_ERRORS as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _explain(repo_id, error.__cause__) from error
         cause = error.__cause__ or error
-        if isinstance(cause, HfHubHTTPError):
-            raise UploadError(_interrupted(repo_id, f"the Hub answered {cause.response.status_code}")) from error
         raise UploadError(_interrupted(repo_id, f"{type(cause).__name__}: {cause}")) from error
+
+
+def _explain(repo_id: str, error: HfHubHTTPError) -> OSError:
+    status, said = error.response.status_code, error.server_message or "nothing more"
+    if status in (401, 403, 404):
+        return PermissionError(
+            f"The Hub refuses access to {repo_id} ({status}). Log in with a token that may write there: hf auth "
+            f"login. It says: {said}"
+        )
+    if status in (409, 412):
+        return UploadError(_interrupted(repo_id, "somebody has changed the branch meanwhile"))
+    if status in (408, 429) or status >= 500:
+        return UploadError(_interrupted(repo_id, f"the Hub answered {status}"))
+    return OSError(f"The Hub refuses what was asked of {repo_id} ({status}). It says: {said}")
 
 
 def _interrupted(repo_id: str, reason: str) -> str:
@@ -167,4 +238,14 @@ def _interrupted(repo_id: str, reason: str) -> str:
     )
 
 
-__all__ = ["CONFIG_NAMES", "Remote", "UploadError", "check_content", "explained", "full_repo_id", "look"]
+__all__ = [
+    "CONFIG_NAMES",
+    "Remote",
+    "UploadError",
+    "check_content",
+    "check_metadata",
+    "client",
+    "explained",
+    "full_repo_id",
+    "look",
+]

@@ -283,7 +283,10 @@ def validate_yaml(self: Handler) -> None:
     except yaml.YAMLError as error:
         metadata, errors = {}, [{"message": str(error)}]
     errors += [{"message": problem} for problem in metadata_problems(metadata or {})]
-    self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+    if "text/plain" in self.headers.get("Accept", ""):
+        self.answer("\n".join(error["message"] for error in errors).encode(), 400 if errors else 200)
+    else:
+        self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
 
 
 def metadata_problems(metadata: dict[str, Any]) -> list[str]:

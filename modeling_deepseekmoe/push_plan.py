@@ -1,0 +1,243 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What would be uploaded of a folder: its files, the code, the card, and what the repository loses."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, listed, parse_json
+
+from .card_sections import HEATMAP_NAME, find_training_state, heatmap
+from .inspection import gigabytes
+from .model_card import CARD_NAME, CardFacts, is_hand_written, make_card, metadata_of
+from .preflight import Candidate, check_candidate, check_secrets, find_candidate
+from .remote_code import CARRIED_BY_DEFAULT, CODE_MARK, auto_map_among, carries_code, code_files
+from .repository import CONFIG_NAMES, Remote, check_content, check_metadata, client, full_repo_id, look
+from .routing_report import RoutingReport
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What would be uploaded.
+
+    Attributes:
+        repo_id, revision: the repository and its branch.
+        kind: `"model"`, `"adapter"` or `"experts"`.
+        exists: whether the repository is there already.
+        private: whether a new one is to be private; what the Hub does by default when absent.
+        files: contents by path in the repository, as a file of this machine or as bytes.
+        deleted: paths in the repository that the commit removes.
+        left_out: files of the folder that are not uploaded, with the reason.
+        checks: what was found in order.
+        notes: what else there is to say.
+        parent: commit of the branch that the plan was made for.
+        is_complete: whether the Hub was asked what is there; only such a plan can be carried out.
+    """
+
+    repo_id: str
+    revision: str
+    kind: str
+    exists: bool
+    private: bool | None
+    files: dict[str, Path | bytes]
+    deleted: tuple[str, ...]
+    left_out: dict[str, str]
+    checks: tuple[str, ...]
+    notes: tuple[str, ...]
+    parent: str | None
+    is_complete: bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file."""
+        return {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in self.files.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers and strings."""
+        return {**{key: value for key, value in asdict(self).items() if key != "files"}, "files": self.sizes}
+
+    def to_text(self) -> str:
+        """The plan for a reader."""
+        sizes = self.sizes
+        width = max(map(len, sizes))
+        where = f"{self.repo_id}, branch {self.revision}" + ("" if self.exists else " (new)")
+        lines = [f"{self.kind} for {where}", *(f"  {check}" for check in self.checks)]
+        lines += [f"uploads {len(sizes)} files, {gigabytes(sum(sizes.values()))}:"]
+        lines += [f"  {name:<{width}}  {size:>15,}" for name, size in sorted(sizes.items())]
+        lines += [f"removes from the repository: {', '.join(self.deleted)}"] if self.deleted else []
+        lines += [f"leaves out {name}: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def plan_push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str = "main",
+    code: str = "auto",
+    facts: CardFacts = CardFacts(),  # noqa: B008 - frozen
+    routing: RoutingReport | None = None,
+    overwrite_card: bool = False,
+    replace_content: bool = False,
+    with_training_state: bool = False,
+    license_required: bool = True,
+    token: str | bool | None = None,
+    ask_hub: bool = True,
+    progress: Callable[[int], None] = lambda size: None,
+) -> PushPlan:
+    """Check a folder, look at the repository, and say what would be uploaded. Nothing is written anywhere.
+
+    Args:
+        folder: a checkpoint of the family, a LoRA adapter, or the trained experts of `save_esft`.
+        repo_id: `user/name`.
+        private: whether a new repository is private; an existing one must be so already.
+        revision: branch; it is made from `main` where it does not exist.
+        code: whether the code of the family goes up with a model: `"auto"` (where transformers has no classes of its
+            own), `"always"` or `"never"`.
+        facts: for the card: license, base model, datasets. What is absent is taken from a card that is there already.
+        routing: what the gates did with a text, for the card.
+        overwrite_card: replace a card that somebody wrote.
+        replace_content: replace what else a repository holds.
+        with_training_state: let optimizer states and the like go up too.
+        license_required: refuse a new card without a license.
+        token: of the Hub; the stored one when absent.
+        ask_hub: whether to look at the repository; the plan is made for a new one otherwise.
+        progress: receives numbers of bytes of weights that were read.
+
+    Raises:
+        ValueError: for arguments, folders and repositories that are not allowed.
+        PreflightError: if the folder is not in order.
+        OSError: if files are missing, or the Hub refuses or cannot be reached.
+    """
+    carries_code("", code)
+    api = client(token) if ask_hub else None
+    repo_id = full_repo_id(repo_id, api)
+    candidate = find_candidate(folder, with_training_state)
+    card = _read_card(candidate)
+    remote = look(api, repo_id, revision) if api else Remote()
+    if private and remote.exists and not remote.private:
+        raise ValueError(f"private=True is not allowed: {repo_id} exists and is public.")
+    told, facts = facts, facts.completed(candidate, (card, remote.card))
+    files: dict[str, Path | bytes] = dict(candidate.files)
+    notes = [] if ask_hub else ["the Hub was not asked: the repository is taken for a new one"]
+    if candidate.kind == "model":
+        notes += [*_add_code(candidate, files, code), *_name_tokenizer(candidate, files)]
+    elif candidate.kind == "adapter" and candidate.raw.get("base_model_name_or_path") != facts.base_model:
+        candidate = replace(candidate, raw={**candidate.raw, "base_model_name_or_path": facts.base_model})
+        files[CONFIG_NAMES["adapter"]] = as_json(candidate.raw)
+        notes.append(f"{CONFIG_NAMES['adapter']} names {facts.base_model} as its base")
+    deleted = check_content(candidate, remote, repo_id, replace_content)
+    keeps_card = not overwrite_card and (is_hand_written(remote.card) or is_hand_written(card))
+    if keeps_card:
+        notes += _keep_card(files, remote, card, license_required)
+        if told != CardFacts() or routing is not None:
+            notes.append(f"{CARD_NAME} is not changed: what was said for it is left out")
+    else:
+        facts.check_license(license_required)
+        training, with_code = find_training_state(candidate.folder), CODE_MARK in files
+        card = make_card(candidate, repo_id, facts, with_code=with_code, routing=routing, training=training)
+        files[CARD_NAME] = card.encode()
+        if routing is not None:
+            files[HEATMAP_NAME] = heatmap(routing)
+    if api and CARD_NAME in files:
+        check_metadata(card)
+    checks = check_candidate(candidate, progress)
+    check_secrets(files, api.token if api and isinstance(api.token, str) else None)
+    return PushPlan(
+        repo_id=repo_id,
+        revision=revision,
+        kind=candidate.kind,
+        exists=remote.exists,
+        private=private,
+        files=files,
+        deleted=tuple(name for name in deleted if name not in files),
+        left_out=candidate.left_out,
+        checks=(*checks, "no file holds what looks like a token or a key"),
+        notes=tuple(notes),
+        parent=remote.head,
+        is_complete=ask_hub,
+    )
+
+
+def _read_card(candidate: Candidate) -> str:
+    if CARD_NAME not in candidate.files:
+        return ""
+    try:
+        return candidate.files[CARD_NAME].read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{CARD_NAME} is not allowed: it is no text in UTF-8 ({error}).") from error
+
+
+def _add_code(candidate: Candidate, files: dict[str, Path | bytes], code: str) -> list[str]:
+    """Add the code and its `auto_map`, or take an `auto_map` away that names what is not there."""
+    raw, own = candidate.raw, code_files()
+    carried = carries_code(raw["model_type"], code)
+    if CODE_MARK in files:
+        for name in own:
+            files.pop(name, None)
+    elif carried and own.keys() & files.keys():
+        raise ValueError(f"{listed(sorted(own.keys() & files.keys()))}: these names are those of the family's code.")
+    if carried:
+        files.update(own)
+    auto_map = auto_map_among(files, raw["model_type"], raw.get("auto_map"))
+    if auto_map == (raw.get("auto_map") or {}):
+        return []
+    files[CONFIG_NAME] = as_json(
+        {key: value for key, value in raw.items() if key != "auto_map"} | ({"auto_map": auto_map} if auto_map else {})
+    )
+    dropped = set(raw.get("auto_map") or ()) - set(auto_map)
+    return (
+        [f"the auto_map of {CONFIG_NAME} named code that is not published: {listed(sorted(dropped))}"]
+        if dropped
+        else []
+    )
+
+
+def _name_tokenizer(candidate: Candidate, files: dict[str, Path | bytes]) -> list[str]:
+    """The first generation's tokenizer is byte-level, and was released under the name of Llama's, as which it loses
+    its spaces. transformers knows that of V2 and V3, and this package of all; others must read it in the file."""
+    settings, tokenizer = (candidate.files.get(name) for name in ("tokenizer_config.json", "tokenizer.json"))
+    if settings is None or tokenizer is None:
+        return []
+    content = parse_json(settings)
+    if not isinstance(content, dict) or content.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return []
+    if candidate.raw["model_type"] not in CARRIED_BY_DEFAULT or "ByteLevel" not in str(_pre_tokenizer(tokenizer)):
+        return []
+    files[settings.name] = as_json({**content, "tokenizer_class": "PreTrainedTokenizerFast"})
+    return [f"{settings.name} names PreTrainedTokenizerFast instead of {content['tokenizer_class']}: it is byte-level"]
+
+
+def _pre_tokenizer(tokenizer: Path) -> Any:
+    content = parse_json(tokenizer)
+    return content.get("pre_tokenizer") if isinstance(content, dict) else None
+
+
+def as_json(content: dict[str, Any]) -> bytes:
+    """As transformers writes it."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _keep_card(files: dict[str, Path | bytes], remote: Remote, card: str, license_required: bool) -> list[str]:
+    """Which of two cards stays, where one is written by hand."""
+    stays = is_hand_written(remote.card)
+    if not metadata_of(remote.card if stays else card).get("license"):
+        problem = f"{CARD_NAME}{' in the repository' if stays else ''} is written by hand, and states no license"
+        if license_required:
+            raise ValueError(f"license is missing: {problem}. Add it to its metadata, or pass --overwrite-card.")
+        logger.warning(problem)
+    if not stays:
+        return [f"{CARD_NAME} of the folder is written by hand: it goes up as it is"]
+    files.pop(CARD_NAME, None)
+    differs = " The folder's differs." if card and card != remote.card else ""
+    return [f"{CARD_NAME} in the repository is written by hand: it stays (--overwrite-card makes a new one).{differs}"]
+
+
+__all__ = ["PushPlan", "plan_push"]
