@@ -41,6 +41,7 @@ _SECRETS = {
     "a Slack token": rb"(?<![A-Za-z0-9])xox[baprs]-[0-9A-Za-z-]{20,}",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
+_HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
 _BLOCK = 2**22
 _OVERLAP = 256  # of the blocks in which a file is searched, longer than any secret's recognisable part
 _FOLDERS = ("additional_chat_templates",)
@@ -244,7 +245,7 @@ def _load_model(candidate: Candidate) -> str:
     prefix = type(description.as_config(raw)).__name__.removesuffix("Config")
     name = (raw.get("architectures") or [f"{prefix}ForCausalLM"])[0]
     model_class = getattr(modeling_deepseekmoe, name, None)
-    if model_class is None or not name.startswith(prefix):
+    if model_class is None or name not in {prefix + head for head in _HEADS}:
         raise ValueError(f"{CONFIG_NAME}: architectures={[name]} is not allowed for model_type={raw['model_type']!r}.")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

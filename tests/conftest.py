@@ -104,6 +104,15 @@ def hub(hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint of the first generation, in several files."""
+    from modeling_deepseekmoe.conversion import convert
+
+    convert(GOLDEN_ROOT / "v1-mha", tmp_path / "folder", max_shard_size="300KB")
+    return tmp_path / "folder"
+
+
+@pytest.fixture
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
     """Counts the calls of an experts implementation of transformers, or of the eager one of this package."""
 

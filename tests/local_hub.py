@@ -7,6 +7,7 @@ Run as a program it serves until it is killed: `python local_hub.py FOLDER PORT`
 """
 
 import base64
+import fnmatch
 import hashlib
 import json
 import os
@@ -434,15 +435,18 @@ def preupload(self: Handler, repo: str, revision: str) -> None:
     wanted = self.json()
     content = self.repository(repo, write=True)
     present = content["commits"][self.revision(content, revision)]["files"]
+    ignored = wanted.get("gitIgnore")
+    if ignored is None and ".gitignore" in present:
+        ignored = self.server.storage.blob(present[".gitignore"]["oid"]).read_text()
     answers = []
     for file in wanted["files"]:
         binary = b"\0" in base64.b64decode(file["sample"])
         lfs = file["path"].endswith((".safetensors", ".bin", ".pt")) or binary or file["size"] >= LFS_FROM
         entry = present.get(file["path"])
         oid = None if entry is None else entry["oid" if entry["lfs"] else "git"]
-        answers.append(
-            {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid}
-        )
+        ignore = any(fnmatch.fnmatch(file["path"], pattern) for pattern in (ignored or "").split())
+        mode = "lfs" if lfs else "regular"
+        answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": ignore, "oid": oid})
     self.answer({"files": answers})
 
 

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDEN_NAMES, Golden
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from local_hub import READER, WRITER, HubServer
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
@@ -24,17 +22,9 @@ from modeling_deepseekmoe.hub import CardFacts, plan_push, push_model, upload
 from modeling_deepseekmoe.model_card import is_hand_written
 from modeling_deepseekmoe.preflight import PreflightError
 from modeling_deepseekmoe.remote_code import code_files
-from modeling_deepseekmoe.repository import UploadError
 
 MIT = CardFacts(license="mit")
 CODE = set(code_files())
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A checkpoint of the first generation, in several files."""
-    convert(Golden("v1-mha").folder, tmp_path / "folder", max_shard_size="300KB")
-    return tmp_path / "folder"
 
 
 def push(folder: Path, repo: str, **options: object) -> str:
@@ -167,6 +157,21 @@ def test_models_push_themselves(
     assert "auto_map" not in json.loads((source / "ordinary" / "config.json").read_text())
 
 
+def test_what_transformers_uploads_itself(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    """Checked, and with the code."""
+    model = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="alice/model")
+    assert hub.files("alice/model").keys() >= CODE
+    model.config.push_to_hub("alice/model")
+    assert "AutoModelForCausalLM" in json.loads(hub.files("alice/model")["config.json"])["auto_map"]
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    history = len(hub.history("alice/model"))
+    with pytest.raises(PreflightError, match="not finite"):
+        model.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="alice/model")
+    assert history == len(hub.history("alice/model"))
+
+
 def test_a_published_model_is_saved_without_code(hub: HubServer, folder: Path, tmp_path: Path) -> None:
     push(folder, "alice/model")
     model = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained("alice/model")
@@ -216,6 +221,15 @@ def test_an_adapter_of_a_folder_needs_the_name_of_its_base(hub: HubServer, adapt
     push(adapter, "alice/adapter", facts=CardFacts(license="mit", base_model="alice/base"))
     with pytest.raises(ValueError, match=r"other content \(its adapter_config.json has base_model_name_or_path"):
         plan_push(adapter, "alice/adapter", facts=CardFacts(license="mit", base_model="alice/other"))
+
+
+def test_named_adapters(hub: HubServer, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    push(folder, "alice/base")
+    base = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained("alice/base")
+    adapted = get_peft_model(base, expert_lora_config(base, r=2), adapter_name="mine")
+    adapted.add_adapter("other", expert_lora_config(base, r=4))
+    push_model(adapted, "alice/mine", license="mit")
+    assert json.loads(hub.files("alice/mine")["adapter_config.json"])["r"] == 2
 
 
 def test_adapted_models_and_trained_experts(hub: HubServer, folder: Path, tmp_path: Path) -> None:
@@ -382,6 +396,44 @@ def test_a_repository_with_other_content(hub: HubServer, folder: Path, adapter: 
     }  # fmt: skip
 
 
+def commit(hub: HubServer, repo: str, files: dict[str, str]) -> None:
+    """Put files into a repository by other means."""
+    api = HfApi()
+    api.create_repo(repo, exist_ok=True)
+    operations = [CommitOperationAdd(name, content.encode()) for name, content in files.items()]
+    api.create_commit(repo, operations, commit_message="By other means")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"model_index.json": "{}", "unet/diffusion.safetensors": "x"},
+        {"unet/diffusion.safetensors": "x"},
+        {"model.ckpt": "x"},
+        {"model-q4.gguf": "x"},
+        {"sub/config.json": "{}"},
+        {"config.json": "no json"},
+    ],
+)
+def test_what_counts_as_other_content(files: dict[str, str], hub: HubServer, folder: Path) -> None:
+    commit(hub, "alice/model", files)
+    with pytest.raises(ValueError, match="has other content"):
+        plan_push(folder, "alice/model", facts=MIT)
+    push(folder, "alice/model", replace_content=True)
+    assert not files.keys() & (hub.files("alice/model").keys() - {"config.json"})
+
+
+def test_a_model_and_an_adapter_in_one_repository(hub: HubServer, folder: Path, adapter: Path) -> None:
+    """Each replaces its own files alone."""
+    push(adapter, "alice/both")
+    assert "adapter_model.safetensors" in hub.files("alice/both")
+    model = {file.name: file.read_bytes().decode("latin1") for file in folder.glob("*.json")}
+    commit(hub, "alice/both", {**model, "model.safetensors": "of the model"})
+    assert plan_push(adapter, "alice/both", facts=MIT).deleted == ()
+    plan = plan_push(folder, "alice/both", facts=MIT)
+    assert plan.deleted == ("model.safetensors",), "the index of the new version does not name it"
+
+
 def test_a_repository_without_weights_is_taken(hub: HubServer, folder: Path, source: Path) -> None:
     """A tokenizer that was pushed before the model, and a card that was written on the page."""
     from transformers import AutoTokenizer
@@ -390,128 +442,6 @@ def test_a_repository_without_weights_is_taken(hub: HubServer, folder: Path, sou
     assert "tokenizer.json" in hub.files("alice/model")
     push(folder, "alice/model")
     assert {"tokenizer.json", "config.json"} <= hub.files("alice/model").keys()
-
-
-# ------------------------------------------------------------------------------------------------------- interruptions
-def complete(hub: HubServer, folder: Path) -> None:
-    """That a branch holds all of a folder."""
-    files = hub.files("alice/model")
-    index = json.loads(files["model.safetensors.index.json"])
-    assert set(index["weight_map"].values()) | {"config.json", "README.md", *CODE} <= files.keys()
-    for file in folder.glob("*.safetensors*"):
-        assert files[file.name] == file.read_bytes()
-
-
-@pytest.mark.parametrize("kind", ["reset", "429", "503", "lose answer"])
-def test_every_request_may_fail_and_the_next_call_completes(kind: str, hub: HubServer, folder: Path) -> None:
-    """From the first, the second, ... request on that changes anything, the server fails every time."""
-
-    def attempt(first: int) -> tuple[bool, int]:
-        """A call with a server that fails from the n-th writing request on: whether it failed, how many there were."""
-        seen = []
-
-        def take(method: str, path: str) -> dict | None:
-            if method == "GET" or path.endswith("/create"):
-                return None
-            seen.append(path)
-            if len(seen) <= first:
-                return None
-            if kind.isdigit():
-                return {"kind": "status", "status": int(kind)}
-            return {"kind": kind, "after": 1000}
-
-        hub.take_fault = take
-        try:
-            upload(plan)
-        except UploadError as error:
-            assert "interrupted" in str(error) and WRITER not in str(error)
-            return True, len(seen)
-        finally:
-            del hub.take_fault
-        return False, len(seen)
-
-    plan = plan_push(folder, "alice/model", facts=MIT)
-    failures, number = 0, 0
-    while True:
-        shutil.rmtree(hub.storage.folder / "repos", ignore_errors=True)
-        shutil.rmtree(hub.storage.folder / "lfs")
-        (hub.storage.folder / "lfs").mkdir()
-        failed, _ = attempt(number)
-        if not failed:
-            break
-        failures += 1
-        titles = [commit["title"] for commit in hub.history("alice/model")]
-        if titles != ["initial commit"]:
-            assert kind == "lose answer" and titles == ["Upload model", "initial commit"]
-            complete(hub, folder)
-        push(folder, "alice/model")
-        complete(hub, folder)
-        assert [commit["title"] for commit in hub.history("alice/model")] == ["Upload model", "initial commit"]
-        number += 1
-    complete(hub, folder)
-    assert failures >= 8
-
-
-@pytest.mark.parametrize("how", [{"kind": "reset", "after": 50_000}, {"kind": "status", "status": 503}])
-def test_a_short_interruption_is_repeated_by_itself(how: dict, hub: HubServer, folder: Path) -> None:
-    hub.fail("PUT", "/storage/", times=2, **how)
-    hub.fail("POST", "/preupload/", times=1, kind="status", status=429)
-    push(folder, "alice/model")
-    complete(hub, folder)
-
-
-def test_a_server_that_is_killed_in_the_middle_of_a_file(hub: HubServer, folder: Path, tmp_path: Path) -> None:
-    from modeling_deepseekmoe import hub as publishing
-
-    def serve(port: int, faults: list[dict]) -> tuple[subprocess.Popen, str]:
-        script = Path(__file__).with_name("local_hub.py")
-        process = subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "other"), str(port)],
-            stdout=subprocess.PIPE, text=True, env={"HUB_FAULTS": json.dumps(faults)},
-        )  # fmt: skip
-        return process, process.stdout.readline().strip()
-
-    process, url = serve(0, [{"method": "PUT", "pattern": "/storage/", "kind": "kill", "after": 40_000}])
-    other = HubServer(tmp_path / "other")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.ENDPOINT", url)
-        with pytest.raises(UploadError, match=r"interrupted: .*Err"):
-            publishing.upload(plan_push(folder, "alice/model", facts=MIT))
-        assert process.wait() == -9
-        assert [commit["title"] for commit in other.history("alice/model")] == ["initial commit"]
-        process, url = serve(int(url.rpartition(":")[2]), [])
-        try:
-            publishing.upload(plan_push(folder, "alice/model", facts=MIT))
-        finally:
-            process.kill()
-            process.wait()
-    complete(other, folder)
-    other.server_close()
-
-
-def test_what_arrived_is_not_sent_again(hub: HubServer, folder: Path) -> None:
-    shards = len(list(folder.glob("*.safetensors")))
-    hub.fail("POST", "/commit/", "status", times=9, status=503)
-    with pytest.raises(UploadError, match="the Hub answered 503"):
-        push(folder, "alice/model")
-    hub.faults.clear()
-    sent = sum(line.startswith("PUT") for line in hub.requests)
-    assert sent >= shards > 1
-    push(folder, "alice/model")
-    assert sum(line.startswith("PUT") for line in hub.requests) == sent
-    complete(hub, folder)
-
-
-def test_somebody_else_was_faster(hub: HubServer, folder: Path) -> None:
-    push(folder, "alice/model")
-    (folder / "LICENSE").write_text("mine")
-    plan = plan_push(folder, "alice/model", facts=MIT)
-    (folder / "LICENSE").write_text("theirs")
-    push(folder, "alice/model")
-    (folder / "LICENSE").write_text("mine")
-    with pytest.raises(UploadError, match="somebody has changed the branch"):
-        upload(plan)
-    assert hub.files("alice/model")["LICENSE"] == b"theirs"
 
 
 def test_dry_run_and_offline(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

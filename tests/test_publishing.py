@@ -162,8 +162,8 @@ for auto, name in ((AutoModelForCausalLM, "v1"), (AutoModelForSequenceClassifica
 def test_trainer(published: Published) -> None:
     server = published.server
     titles = [commit["title"] for commit in server.history("alice/trained")]
-    assert "Training in progress, step 2" in titles and "Training in progress, step 4" in titles
-    assert "End of training" in titles and titles[-1] == "initial commit"
+    assert {f"Training in progress, step {step}" for step in (2, 4, 6)} <= set(titles)
+    assert titles[-1] == "initial commit"
     files = server.files("alice/trained")
     assert files.keys() >= CODE and {f"last-checkpoint/{name}" for name in CODE} <= files.keys()
     assert b"auto_map" in files["config.json"] and b"auto_map" in files["last-checkpoint/config.json"]
@@ -179,17 +179,20 @@ def test_trainer(published: Published) -> None:
 
 
 def test_trainer_gets_the_callback_when_it_is_imported_later(published: Published) -> None:
-    """`publish.py` imports it first."""
+    """`publish.py` imports it first. Here the callbacks of the package import it, and somebody has looked for it."""
     code = """
 import sys, modeling_deepseekmoe
 modeling_deepseekmoe.DeepseekMoeConfig(num_hidden_layers=1)
-assert "transformers.trainer" not in sys.modules
+import importlib.util
+assert importlib.util.find_spec("transformers.trainer") and "transformers.trainer" not in sys.modules
 modeling_deepseekmoe.register(override_native=True)
 modeling_deepseekmoe.DeepseekMoeConfig(num_hidden_layers=1)
+from modeling_deepseekmoe import RouterStatsCallback
 from transformers import Trainer
 modeling_deepseekmoe.register()
 modeling_deepseekmoe.DeepseekMoeConfig(num_hidden_layers=1)
 from modeling_deepseekmoe.upload_callbacks import RemoteCodeCallback
+from modeling_deepseekmoe import LoadBalancingCallback
 assert sys.modules["transformers.trainer"].DEFAULT_CALLBACKS.count(RemoteCodeCallback) == 1
 assert not any("OnImport" in type(finder).__name__ for finder in sys.meta_path)
 """
