@@ -4,7 +4,7 @@
 import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,6 @@ class Candidate:
         raw: its config as its file has it: `config.json`, `adapter_config.json` or the selection.
         files: what goes up, by its path in the repository.
         left_out: what does not, with the reason.
-        checks: what was checked, a line each.
     """
 
     folder: Path
@@ -69,14 +68,13 @@ class Candidate:
     raw: dict[str, Any]
     files: dict[str, Path]
     left_out: dict[str, str]
-    checks: tuple[str, ...] = field(default=())
 
 
 def find_kind(folder: str | Path) -> str:
     """What a folder holds: `"model"`, `"adapter"` or `"experts"`.
 
     Raises:
-        ValueError: if it is none of them.
+        ValueError: if it is none of them, or more than one.
         OSError: if there is no such folder.
     """
     folder = Path(folder)
@@ -84,6 +82,11 @@ def find_kind(folder: str | Path) -> str:
         raise FileNotFoundError(f"{folder} is no folder.")
     for kind, names in (("adapter", _ADAPTER_NAMES), ("experts", _EXPERTS_NAMES)):
         if all((folder / name).is_file() for name in names):
+            for weights in (checkpoint.WEIGHTS_NAME, INDEX_NAME):
+                if (folder / weights).is_file():
+                    raise ValueError(
+                        f"{folder} holds {names[0]} and {weights}: publish each from a folder of its own."
+                    )
             return kind
     if (folder / CONFIG_NAME).is_file():
         return "model"

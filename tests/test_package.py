@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import modeling_deepseekmoe
+from modeling_deepseekmoe.remote_code import code_files
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "modeling_deepseekmoe"
@@ -52,6 +53,16 @@ def test_starred_files_import_nothing_that_does_not_travel(name: str) -> None:
         else:
             top = module.split(".")[0]
             assert top in FOREIGN or top in sys.stdlib_module_names, f"{name}: {module}"
+
+
+def test_the_starred_files_are_those_that_travel() -> None:
+    assert set(code_files()) == {f"{name}.py" for name in STARRED}
+    for path in code_files().values():
+        assert path.parent == CORE
+        # transformers finds what is imported by this form alone.
+        assert len(re.findall(r"^\s*from \.", path.read_text(), re.MULTILINE)) == len(
+            re.findall(r"^from \.\w+ import", path.read_text(), re.MULTILINE)
+        )
 
 
 def test_public_api() -> None:
@@ -151,6 +162,8 @@ def test_the_wheel_holds_everything_and_nothing_beside_the_package(tmp_path: Pat
         "from modeling_deepseekmoe.conversion import upcycle\n"
         f"assert modeling_deepseekmoe.__file__.startswith({str(tmp_path)!r})\n"
         "assert 'dense' in list_presets()\n"
+        "from modeling_deepseekmoe.model_card import _TEMPLATE\n"
+        "assert _TEMPLATE.is_file()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)

@@ -143,6 +143,13 @@ def test_kinds(folder: Path, tmp_path: Path) -> None:
         find_candidate(tmp_path / "empty")
 
 
+def test_a_model_and_an_adapter_in_one_folder(folder: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"holds adapter_config.json and model.safetensors.index.json: publish each"):
+        find_kind(folder)
+
+
 @pytest.mark.parametrize("value", ["", "/a/b", "./a", "~/a", "a/b/c", "a b", "-a/b"])
 def test_ids_that_are_none(value: str) -> None:
     with pytest.raises(ValueError, match=r"base_model=.* is not allowed"):
