@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
+# Most of the tests keep one core busy at a time: they run in as many processes, each with one thread, file by file.
+JOBS ?= 2
+IN_PARALLEL = -n $(JOBS) --dist loadfile
 
 .PHONY: help demo test test-slow test-gpu test-oldest lint format benchmark clean
 
@@ -19,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/deepseekmoe demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest --cov --cov-fail-under=95 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) --cov --cov-fail-under=95 $(ARGS)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -29,7 +32,8 @@ test-gpu: $(VENV)/.installed
 
 # Without the tests that handle files and processes alone: no version of transformers has a part in them.
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest --ignore tests/test_conversion_files.py --ignore tests/test_conversion_resume.py $(ARGS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(IN_PARALLEL) \
+		--ignore tests/test_conversion_files.py --ignore tests/test_conversion_resume.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

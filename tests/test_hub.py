@@ -135,6 +135,27 @@ def test_training_state_hidden_files_and_secrets_are_left_out(hub: HubServer, fo
     assert asked.files.keys() - plan.files.keys() == {*left[:6]}
 
 
+@pytest.mark.parametrize(
+    ("model_type", "named"), [("deepseek", "PreTrainedTokenizerFast"), ("deepseek_v2", "LlamaTokenizerFast")]
+)
+def test_a_byte_level_tokenizer_under_the_name_of_llamas(
+    model_type: str, named: str, hub: HubServer, folder: Path, source: Path
+) -> None:
+    """As the first generation was released: the oldest transformers reads it as Llama's where this package is not
+    installed, and loses its spaces. That of V2 and V3 they know."""
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    model = Golden("v2-lite").model() if model_type == "deepseek_v2" else Golden("v1-mha").model()
+    model.resize_token_embeddings(256)
+    model.save_pretrained(folder.with_name("model"))
+    shutil.copy(source / "tokenizer.json", folder.with_name("model"))
+    file = folder.with_name("model") / "tokenizer_config.json"
+    file.write_text(json.dumps({**settings, "tokenizer_class": "LlamaTokenizerFast"}))
+    push(file.parent, "alice/model")
+    published = json.loads(hub.files("alice/model")["tokenizer_config.json"])
+    assert published == {**settings, "tokenizer_class": named}
+    assert json.loads(file.read_text())["tokenizer_class"] == "LlamaTokenizerFast"
+
+
 def test_models_push_themselves(
     hub: HubServer, tiny_model: Callable[..., DeepseekMoeForCausalLM], source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
