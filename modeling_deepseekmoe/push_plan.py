@@ -147,7 +147,7 @@ def plan_push(
         if routing is not None:
             files[HEATMAP_NAME] = heatmap(routing)
     if api and CARD_NAME in files:
-        check_metadata(card)
+        check_metadata(api, card)
     checks = check_candidate(candidate, progress)
     check_secrets(files, api.token if api and isinstance(api.token, str) else None)
     return PushPlan(

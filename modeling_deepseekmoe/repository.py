@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import HFValidationError, get_session, hf_raise_for_status, validate_repo_id
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe.conversion import adapter_files
@@ -184,17 +184,19 @@ def check_content(candidate: Candidate, remote: Remote, repo_id: str, replace_co
     )
 
 
-def check_metadata(card: str) -> None:
+def check_metadata(api: HfApi, card: str) -> None:
     """Let the Hub check the metadata of a card, as it will when the card is committed.
 
     Raises:
         ValueError: with what it says.
     """
     with explained(CARD_NAME):
-        try:
-            ModelCard(card).validate()
-        except ValueError as error:
-            raise ValueError(f"{CARD_NAME}: the Hub does not allow its metadata: {error}") from error
+        content = {"content": card, "repoType": "model"}
+        address = f"{api.endpoint}/api/validate-yaml"
+        response = get_session().post(address, json=content, headers={"Accept": "text/plain"})
+        if response.status_code == 400:
+            raise ValueError(f"{CARD_NAME}: the Hub does not allow its metadata: {response.text}")
+        hf_raise_for_status(response)
 
 
 @contextmanager
