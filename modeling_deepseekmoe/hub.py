@@ -51,10 +51,13 @@ def upload(
     Raises:
         UploadError: if the connection broke, the Hub was busy, or the branch has changed.
         OSError: if the Hub refuses.
-        ValueError: for a plan that was made without asking the Hub.
+        ValueError: for a plan that was made without asking the Hub, or of files that have changed since.
     """
     if not plan.is_complete:
         raise ValueError("plan is not allowed: it was made without asking the Hub what is there.")
+    if create_pr and plan.revision != "main":
+        raise ValueError(f"create_pr=True is not allowed with revision={plan.revision!r}: it is for main.")
+    plan.check_unchanged()
     api = client(token)
     with explained(plan.repo_id):
         api.create_repo(plan.repo_id, private=plan.private, exist_ok=True)
@@ -62,7 +65,7 @@ def upload(
         if not plan.exists:
             found = look(api, plan.repo_id, "main")
             if set(found.files) - {".gitattributes"}:
-                raise UploadError(f"{plan.repo_id} has come into being meanwhile. The same call looks at it again.")
+                raise UploadError(f"{plan.repo_id} has come into being meanwhile. Push again, to see what is there.")
             parent = found.head
         if plan.revision != "main" and not plan.revision.startswith("refs/"):
             api.create_branch(plan.repo_id, branch=plan.revision, exist_ok=True)
@@ -74,11 +77,15 @@ def upload(
         for first in range(0, len(additions), _AT_A_TIME):
             # A .gitignore in the repository would make the client leave files out of the commit without a word.
             api.preupload_lfs_files(
-                additions=additions[first : first + _AT_A_TIME], gitignore_content="", free_memory=False, **branch
+                additions=additions[first : first + _AT_A_TIME],
+                gitignore_content="# nothing\n",
+                free_memory=False,
+                **branch,
             )
         ignored = [addition.path_in_repo for addition in additions if addition._should_ignore]
         if ignored:
             raise ValueError(f"{plan.repo_id} ignores {listed(ignored)}: change its .gitignore.")
+        plan.check_unchanged()
         commit = api.create_commit(
             operations=[*additions, *(CommitOperationDelete(name) for name in plan.deleted)],
             commit_message=commit_message or f"Upload {plan.kind}",
@@ -185,7 +192,8 @@ def write_card(
     revision: str = "main",
     token: str | bool | None = None,
 ) -> None:
-    """Write the model card of a folder that a trainer is about to upload, unless somebody wrote one.
+    """Write the model card of a folder that a trainer is about to upload, unless somebody wrote one: that of the
+    repository stays, or else that of the folder.
 
     Where the Hub cannot be asked whether it has one that somebody wrote, there is a warning and no card.
 
@@ -199,29 +207,45 @@ def write_card(
     """
     path = Path(folder) / CARD_NAME
     card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    if is_hand_written(card):
-        return
     remote = Remote()
-    if repo_id is not None:
-        try:
+    try:
+        if repo_id is not None:
             api = client(token)
             repo_id = full_repo_id(repo_id, api)
             remote = look(api, repo_id, revision)
-        except OSError as error:
-            logger.warning(f"No model card is written, because the Hub cannot be asked: {error}")
+    except (OSError, ValueError) as error:
+        logger.warning(f"No model card is written, because the Hub cannot be asked: {error}")
+        if not is_hand_written(card):
             path.unlink(missing_ok=True)
-            return
+        return
     if is_hand_written(remote.card):
-        path.unlink(missing_ok=True)  # which leaves the repository's as it is
+        _put_away(path, "" if card == remote.card else card)  # which leaves the repository's as it is
+        return
+    if is_hand_written(card):
         return
     try:
         candidate = find_candidate(folder)
     except (ValueError, FileNotFoundError) as error:
         logger.info(f"No model card is written yet: {error}")  # trainers ask before they save for the first time
         return
-    facts = facts.completed(candidate, (card, remote.card))
     name, with_code = repo_id or Path(folder).absolute().name, CODE_MARK in candidate.files
-    path.write_text(make_card(candidate, name, facts, with_code=with_code, training=training), encoding="utf-8")
+    try:
+        facts = facts.completed(candidate, (card, remote.card))
+        text = make_card(candidate, name, facts, with_code=with_code, training=training)
+    except ValueError as error:
+        logger.warning(f"No model card is written: {error}")
+        return
+    path.write_text(text, encoding="utf-8")
+
+
+def _put_away(path: Path, card: str) -> None:
+    """Take a card out of the way of the repository's; one that somebody wrote is kept beside, where trainers do not
+    upload it."""
+    if is_hand_written(card):
+        path.replace(path.with_name(f"_{path.name}"))
+        logger.warning(f"{path} is now _{path.name}, because the repository has a card that somebody wrote.")
+    else:
+        path.unlink(missing_ok=True)
 
 
 __all__ = ["CardFacts", "PushPlan", "UploadError", "plan_push", "push_model", "upload", "write_card"]

@@ -7,16 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from transformers.utils import logging
 
 from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, listed, parse_json
 
 from .card_sections import HEATMAP_NAME, find_training_state, heatmap
 from .inspection import gigabytes
-from .model_card import CARD_NAME, CardFacts, is_hand_written, make_card, metadata_of
+from .model_card import CARD_NAME, CardFacts, is_hand_written, make_card, metadata_of, read_metadata
 from .preflight import Candidate, check_candidate, check_secrets, find_candidate
 from .remote_code import CARRIED_BY_DEFAULT, CODE_MARK, auto_map_among, carries_code, code_files
-from .repository import CONFIG_NAMES, Remote, check_content, check_metadata, client, full_repo_id, look
+from .repository import CONFIG_NAMES, Remote, check_content, check_metadata, client, explained, full_repo_id, look
 from .routing_report import RoutingReport
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,7 @@ class PushPlan:
         checks: what was found in order.
         notes: what else there is to say.
         parent: commit of the branch that the plan was made for.
+        states: sizes and times of the files as they were checked.
         is_complete: whether the Hub was asked what is there; only such a plan can be carried out.
     """
 
@@ -51,6 +53,7 @@ class PushPlan:
     checks: tuple[str, ...]
     notes: tuple[str, ...]
     parent: str | None
+    states: dict[str, tuple[int, int]]
     is_complete: bool
 
     @property
@@ -58,9 +61,20 @@ class PushPlan:
         """Bytes of every file."""
         return {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in self.files.items()}
 
+    def check_unchanged(self) -> None:
+        """That the files are those that were checked.
+
+        Raises:
+            ValueError: naming those that are not.
+        """
+        odd = [name for name, state in self.states.items() if _state(self.files[name]) != state]
+        if odd:
+            raise ValueError(f"{listed(odd)}: changed since they were checked. Push again.")
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain numbers and strings."""
-        return {**{key: value for key, value in asdict(self).items() if key != "files"}, "files": self.sizes}
+        fields = {key: value for key, value in asdict(self).items() if key not in ("files", "states")}
+        return {**fields, "files": self.sizes}
 
     def to_text(self) -> str:
         """The plan for a reader."""
@@ -124,16 +138,18 @@ def plan_push(
     remote = look(api, repo_id, revision) if api else Remote()
     if private and remote.exists and not remote.private:
         raise ValueError(f"private=True is not allowed: {repo_id} exists and is public.")
-    told, facts = facts, facts.completed(candidate, (card, remote.card))
+    told, facts = facts, facts.completed(candidate, (card,) if replace_content else (card, remote.card))
     files: dict[str, Path | bytes] = dict(candidate.files)
     notes = [] if ask_hub else ["the Hub was not asked: the repository is taken for a new one"]
     if candidate.kind == "model":
         notes += [*_add_code(candidate, files, code), *_name_tokenizer(candidate, files)]
-    elif candidate.kind == "adapter" and candidate.raw.get("base_model_name_or_path") != facts.base_model:
+    elif api and not _is_on_hub(api, facts.base_model):
+        notes.append(f"the base model {facts.base_model} is not on the Hub, or not for this token")
+    if candidate.kind == "adapter" and candidate.raw.get("base_model_name_or_path") != facts.base_model:
         candidate = replace(candidate, raw={**candidate.raw, "base_model_name_or_path": facts.base_model})
         files[CONFIG_NAMES["adapter"]] = as_json(candidate.raw)
         notes.append(f"{CONFIG_NAMES['adapter']} names {facts.base_model} as its base")
-    deleted = check_content(candidate, remote, repo_id, replace_content)
+    deleted = check_content(candidate, remote, repo_id, replace_content, overwrite_card)
     keeps_card = not overwrite_card and (is_hand_written(remote.card) or is_hand_written(card))
     if keeps_card:
         notes += _keep_card(files, remote, card, license_required)
@@ -146,8 +162,11 @@ def plan_push(
         files[CARD_NAME] = card.encode()
         if routing is not None:
             files[HEATMAP_NAME] = heatmap(routing)
+        elif HEATMAP_NAME in remote.files:
+            deleted.append(HEATMAP_NAME)
     if api and CARD_NAME in files:
         check_metadata(api, card)
+    states = {name: _state(content) for name, content in files.items() if isinstance(content, Path)}
     checks = check_candidate(candidate, progress)
     check_secrets(files, api.token if api and isinstance(api.token, str) else None)
     return PushPlan(
@@ -162,17 +181,34 @@ def plan_push(
         checks=(*checks, "no file holds what looks like a token or a key"),
         notes=tuple(notes),
         parent=remote.head,
+        states=states,
         is_complete=ask_hub,
     )
+
+
+def _state(file: Any) -> tuple[int, int]:
+    """What a change of a file would change; of one that is not there, nothing that a file has."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _is_on_hub(api: HfApi, repo_id: str | None) -> bool:
+    with explained(str(repo_id)):
+        return repo_id is not None and api.repo_exists(repo_id)
 
 
 def _read_card(candidate: Candidate) -> str:
     if CARD_NAME not in candidate.files:
         return ""
     try:
-        return candidate.files[CARD_NAME].read_text(encoding="utf-8")
+        card = candidate.files[CARD_NAME].read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{CARD_NAME} is not allowed: it is no text in UTF-8 ({error}).") from error
+    read_metadata(card)
+    return card
 
 
 def _add_code(candidate: Candidate, files: dict[str, Path | bytes], code: str) -> list[str]:
@@ -231,7 +267,9 @@ def _keep_card(files: dict[str, Path | bytes], remote: Remote, card: str, licens
     if not metadata_of(remote.card if stays else card).get("license"):
         problem = f"{CARD_NAME}{' in the repository' if stays else ''} is written by hand, and states no license"
         if license_required:
-            raise ValueError(f"license is missing: {problem}. Add it to its metadata, or pass --overwrite-card.")
+            raise ValueError(
+                f"license is missing: {problem}. It is not changed: add one to its metadata, or pass --overwrite-card."
+            )
         logger.warning(problem)
     if not stays:
         return [f"{CARD_NAME} of the folder is written by hand: it goes up as it is"]

@@ -155,7 +155,9 @@ def _publish(model: Any, repo_id: str, **kwargs: Any) -> str:
 def _check_before_upload(folder: str | Path) -> None:
     from .preflight import check_candidate, find_candidate
 
-    check_candidate(find_candidate(folder))
+    # Adapters, variants and distributed checkpoints have other names.
+    if any(Path(folder, name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        check_candidate(find_candidate(folder))
 
 
 __all__ = ["register", "without_model_classes"]

@@ -100,10 +100,27 @@ def _list(targets: Any) -> list[str]:
     return [target for target in (targets if isinstance(targets, (list, tuple)) else [targets]) if target]
 
 
+def check_place_for_code(folder: str | Path) -> None:
+    """That the code would not take the place of somebody's own files.
+
+    Raises:
+        ValueError: naming them.
+    """
+    folder = Path(folder)
+    own = [name for name in code_files() if (folder / name).is_file()]
+    if own and not (folder / CODE_MARK).is_file():
+        raise ValueError(f"{folder} holds {', '.join(own)}: these are names of the family's code, which goes there.")
+
+
 def attach_code(folder: str | Path) -> None:
     """Copy the code into a checkpoint folder that is being published, and name it in its `config.json`, if there is
-    one."""
+    one.
+
+    Raises:
+        ValueError: if files of the same names lie there that are not this code.
+    """
     folder = Path(folder)
+    check_place_for_code(folder)
     for name, path in code_files().items():
         _write(folder / name, path.read_bytes())
     config = folder / _CONFIG_NAME
@@ -127,12 +144,17 @@ def _write(file: Path, content: bytes) -> None:
 class CarriesCode:
     """What is published with the code of the family, where transformers does not know its model type."""
 
-    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """What transformers calls to upload what it has saved into a folder."""
+    def _upload_modified_files(
+        self, working_dir: Any, repo_id: str, files_timestamps: dict[str, float], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What transformers calls to upload what has changed in a folder since these times."""
         config: Any = getattr(self, "config", self)
         if not _IS_COPY and carries_code(config.model_type):
             attach_code(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+            unchanged = {_CONFIG_NAME, *code_files()}  # in the folder, but perhaps not in this repository
+            files_timestamps = {name: time for name, time in files_timestamps.items() if name not in unchanged}
+        parent: Any = super()
+        return parent._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
 
 
 class PublishedModel(CarriesCode):
@@ -176,6 +198,7 @@ __all__ = [
     "auto_map_among",
     "auto_map_of",
     "carries_code",
+    "check_place_for_code",
     "code_files",
     "without_local_code",
 ]

@@ -24,7 +24,7 @@ from modeling_deepseekmoe.conversion import adapter_files
 from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 
 from .folders import FOREIGN_WEIGHTS
-from .model_card import CARD_NAME
+from .model_card import CARD_NAME, is_hand_written
 from .preflight import Candidate
 from .remote_code import CODE_MARK, code_files
 from .selected_experts import SELECTION_NAME
@@ -44,12 +44,12 @@ _OTHER_WEIGHTS = (*FOREIGN_WEIGHTS, ".safetensors", ".ckpt", ".npz", ".pkl", ".t
                   ".arrow")  # fmt: skip
 _OTHER_CONFIGS = (*CONFIG_NAMES.values(), "model_index.json")
 # What the client raises when a connection breaks, in every version of it: its own errors are of this class too.
-_CONNECTION_ERRORS: Any = (HfHubHTTPError.__mro__[1], RuntimeError)
+_CONNECTION_ERRORS: Any = (HfHubHTTPError.__mro__[1], RuntimeError, ConnectionError, TimeoutError)
 
 
 class UploadError(OSError):
     """An upload did not come to its end. The repository shows what it did before, or, where only the Hub's answer was
-    lost, all of it; the same call goes on."""
+    lost, all of it. Pushing again goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ def full_repo_id(repo_id: str, api: HfApi | None) -> str:
         raise ValueError(f"repo_id={repo_id!r} is not allowed: it must be user/name. {error}") from error
     if "/" in repo_id or api is None:
         return repo_id
+    if not api.token:
+        raise PermissionError(f"repo_id={repo_id!r} needs its user, or a token that tells it: hf auth login.")
     with explained(repo_id):
         return f"{api.whoami()['name']}/{repo_id}"
 
@@ -152,18 +154,25 @@ def _parse(text: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def check_content(candidate: Candidate, remote: Remote, repo_id: str, replace_content: bool) -> list[str]:
+def check_content(
+    candidate: Candidate, remote: Remote, repo_id: str, replace_content: bool = False, overwrite_card: bool = False
+) -> list[str]:
     """That a repository holds nothing else than an earlier version of the same.
 
     Returns:
         The paths that it is to lose, unless they are written again: weights and code of the earlier version, or, with
-        `replace_content`, everything but its card.
+        `replace_content`, everything.
 
     Raises:
         ValueError: if it holds something else; the message says what.
     """
     if replace_content:
-        return [name for name in remote.files if name not in (".gitattributes", CARD_NAME)]
+        if is_hand_written(remote.card) and not overwrite_card:
+            raise ValueError(
+                f"repo_id={repo_id!r} is not allowed: somebody wrote the card of what is to be replaced. Replace it "
+                "too (--overwrite-card)."
+            )
+        return [name for name in remote.files if name != ".gitattributes"]
     own, found, raw = CONFIG_NAMES[candidate.kind], remote.configs.get(candidate.kind), candidate.raw
     if found is not None:
         odd = [name for name in _SAME[candidate.kind] if found.get(name) != raw.get(name)]
@@ -235,8 +244,8 @@ def _explain(repo_id: str, error: HfHubHTTPError) -> OSError:
 
 def _interrupted(repo_id: str, reason: str) -> str:
     return (
-        f"The upload to {repo_id} was interrupted: {reason}. The repository never shows a part of it; the same call "
-        "goes on where it stopped."
+        f"The upload to {repo_id} was interrupted: {reason}. The repository never shows a part of it. Push again: "
+        "what has arrived is not sent twice."
     )
 
 

@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Callbacks for what `Trainer(push_to_hub=True)` uploads: the code of the family, and this package's model card."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from transformers.modeling_utils import unwrap_model
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from .remote_code import PublishedModel, attach_code, carries_code
+from .remote_code import PublishedModel, attach_code, carries_code, check_place_for_code
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -25,9 +26,18 @@ class RemoteCodeCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Hide the token before the arguments are saved for the first time."""
-        if isinstance(args.hub_token, str) and _published_model(kwargs.get("model")) is not None:
+        """Hide the token before the arguments are saved for the first time.
+
+        Raises:
+            ValueError: if the code would take the place of somebody's files in the output folder.
+        """
+        model = _published_model(kwargs.get("model"))
+        if model is None:
+            return
+        if isinstance(args.hub_token, str):
             args.hub_token = _HiddenToken(args.hub_token)
+        if args.push_to_hub and carries_code(model.config.model_type):
+            check_place_for_code(args.output_dir)
 
     on_train_begin = on_init_end  # it may have been set in between
 
@@ -50,22 +60,25 @@ class RemoteCodeCallback(TrainerCallback):
 class ModelCardCallback(TrainerCallback):
     """Lets `Trainer(push_to_hub=True)` write this package's model card instead of Trainer's: `add_to(trainer)`.
 
-    A card that somebody wrote stays, in the output folder and in the repository. Cards are written when a model has
-    been saved into the output folder, as `trainer.push_to_hub()` does. Where the Hub cannot be asked what it has,
-    there is a warning and no card; training goes on.
+    A card that somebody wrote stays: that of the repository, or else that of the output folder. Cards are written when
+    a model has been saved into the output folder, which is so from the second checkpoint on, and by
+    `trainer.push_to_hub()`. Where no card can be made, there is a warning; training goes on.
 
     Args:
         license, license_name, license_link, base_model, datasets, tags: see [`CardFacts`].
 
     Raises:
-        ValueError: for a license that is not allowed.
+        ValueError: for a license or a base model that is not allowed.
     """
 
     def __init__(self, license: str, **facts: Any) -> None:
         from .model_card import CardFacts
+        from .preflight import check_hub_id
 
         self.facts = CardFacts(license=license, **facts)
         self.facts.check_license(required=True)
+        if self.facts.base_model is not None:
+            check_hub_id("base_model", self.facts.base_model)
         self._trainer: Trainer | None = None
 
     def add_to(self, trainer: "Trainer") -> None:
@@ -81,7 +94,22 @@ class ModelCardCallback(TrainerCallback):
             check_base_of_adapter(self.facts.base_model, config.base_model_name_or_path)
         self._trainer = trainer
         trainer.add_callback(self)
-        trainer.create_model_card = lambda *args, **kwargs: self._write_card()
+
+        def create_model_card(*args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
+            tags = [tags] if isinstance(tags, str) else list(tags or ())
+            self._write_card([*(getattr(trainer.model, "model_tags", None) or ()), *tags])
+
+        trainer.create_model_card = create_model_card
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse to be one of the trainer's first callbacks, as which it would not know the trainer.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("callbacks: ModelCardCallback is not allowed there; call add_to(trainer) instead.")
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,7 +117,7 @@ class ModelCardCallback(TrainerCallback):
         """Bring the card up to date, or take it out of the way of one that somebody has written meanwhile."""
         self._write_card()
 
-    def _write_card(self) -> None:
+    def _write_card(self, tags: Sequence[str] = ()) -> None:
         trainer = self._trainer
         if trainer is None or not trainer.is_world_process_zero():
             return
@@ -99,7 +127,7 @@ class ModelCardCallback(TrainerCallback):
         write_card(
             args.output_dir,
             getattr(trainer, "hub_model_id", None),
-            self.facts,
+            replace(self.facts, tags=tuple(dict.fromkeys([*self.facts.tags, *tags]))),
             asdict(trainer.state),
             revision=getattr(args, "hub_revision", None) or "main",
             token=args.hub_token,

@@ -1,6 +1,7 @@
 """Fixtures: the golden checkpoints, tiny configs of every generation, and a registration that leaves no trace."""
 
 import json
+import logging as pylogging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -101,6 +102,18 @@ def hub(hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     monkeypatch.setenv("HF_TOKEN", WRITER)
     return hub_server
+
+
+@pytest.fixture
+def warnings_of_package() -> Iterator[list[str]]:
+    """What the package warns of."""
+    messages: list[str] = []
+    handler = pylogging.Handler(pylogging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = pylogging.getLogger("modeling_deepseekmoe")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

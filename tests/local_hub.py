@@ -29,7 +29,7 @@ WRITER = "hf_writerwriterwriterwriterwriterwr"  # user alice
 READER = "hf_readerreaderreaderreaderreaderre"  # user bob, who may not write
 USERS = {WRITER: "alice", READER: "bob"}
 LFS_FROM = 2**16  # bytes; smaller files are part of the commit, as on the Hub, except weights
-MULTIPART_FROM, PART = 2**19, 2**18
+MULTIPART_FROM, PART = 2**18, 2**17
 LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "openrail", "llama3", "gemma", "other", "unknown")
 _ROUTES: list[tuple[str, re.Pattern[str], Callable[..., None]]] = []
 _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
@@ -433,10 +433,10 @@ def create_branch(self: Handler, repo: str, branch: str) -> None:
 @route("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>.+)")
 def preupload(self: Handler, repo: str, revision: str) -> None:
     wanted = self.json()
-    content = self.repository(repo, write=True)
+    content = self.repository(repo, write="create_pr" not in self.query)
     present = content["commits"][self.revision(content, revision)]["files"]
     ignored = wanted.get("gitIgnore")
-    if ignored is None and ".gitignore" in present:
+    if not ignored and ".gitignore" in present:
         ignored = self.server.storage.blob(present[".gitignore"]["oid"]).read_text()
     answers = []
     for file in wanted["files"]:
@@ -453,7 +453,7 @@ def preupload(self: Handler, repo: str, revision: str) -> None:
 @route("POST", rf"/{_REPO}\.git/info/lfs/objects/batch")
 def lfs_batch(self: Handler, repo: str) -> None:
     wanted = self.json()
-    self.repository(repo, write=True)
+    self.repository(repo, write="ref" in wanted)  # without a ref for a pull request, which every user may open
     objects = []
     for item in wanted["objects"]:
         found = {"oid": item["oid"], "size": item["size"]}
@@ -501,7 +501,7 @@ def complete(self: Handler, oid: str) -> None:
 @route("POST", rf"/{_REPO}\.git/info/lfs/objects/verify")
 def lfs_verify(self: Handler, repo: str) -> None:
     wanted = self.json()
-    self.repository(repo, write=True)
+    self.repository(repo)
     blob = self.server.storage.blob(wanted["oid"])
     if not blob.is_file() or blob.stat().st_size != wanted["size"]:
         raise Refusal(404, "Not in the storage")
@@ -513,7 +513,10 @@ def commit(self: Handler, repo: str, branch: str) -> None:
     lines = [json.loads(line) for line in self.body().splitlines() if line.strip()]
     storage = self.server.storage
     with storage.lock:
-        content = self.repository(repo, write=True)
+        pull_request = "create_pr" in self.query
+        content = self.repository(repo, write=not pull_request)
+        if self.user is None:
+            raise Refusal(401, "Invalid username or password.")
         if branch not in content["branches"]:
             raise Refusal(404, f"Invalid rev id: {branch}", "RevisionNotFound")
         header = lines[0]["value"]
@@ -534,12 +537,20 @@ def commit(self: Handler, repo: str, branch: str) -> None:
                 git = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer.encode()).hexdigest()
                 files[value["path"]] = {"oid": value["oid"], "size": size, "git": git, "lfs": True}
             elif line["key"] == "deletedFile":
-                del files[value["path"]]
+                if files.pop(value["path"], None) is None:
+                    raise Refusal(404, f"{value['path']} does not exist", "EntryNotFound")
             else:
                 raise Refusal(400, f"Unknown operation {line['key']}")
+        if pull_request:
+            number = 1 + sum(name.startswith("refs/pr/") for name in content["branches"])
+            content["branches"][f"refs/pr/{number}"] = content["branches"][branch]
+            branch = f"refs/pr/{number}"
         oid = storage.commit(content, branch, files, header["summary"])
         storage.write(repo, content)
-    self.answer({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo}/commit/{oid}"})
+    answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo}/commit/{oid}"}
+    if pull_request:
+        answer["pullRequestUrl"] = f"{self.server.url}/{repo}/discussions/{number}"
+    self.answer(answer)
 
 
 @route("GET", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")

@@ -157,7 +157,7 @@ def test_a_byte_level_tokenizer_under_the_name_of_llamas(
 
 
 def test_models_push_themselves(
-    hub: HubServer, tiny_model: Callable[..., DeepseekMoeForCausalLM], source: Path, caplog: pytest.LogCaptureFixture
+    hub: HubServer, tiny_model: Callable[..., DeepseekMoeForCausalLM], source: Path, warnings_of_package: list[str]
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -171,6 +171,7 @@ def test_models_push_themselves(
     assert hub.history("alice/mine")[0]["title"] == "First" and files.keys() >= CODE
     assert "tokenizer.json" in files and "model.safetensors.index.json" in files
     card = files["README.md"].decode()
+    assert any("states no license" in text for text in warnings_of_package)
     assert "- tiny\n" in card and "base_model: alice/base\n" in card and "license" not in card.split("---")[1]
     assert not hasattr(model.config, "auto_map") or not model.config.auto_map
     model.save_pretrained(source / "ordinary")
@@ -183,6 +184,9 @@ def test_what_transformers_uploads_itself(hub: HubServer, folder: Path, tmp_path
     model = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="alice/model")
     assert hub.files("alice/model").keys() >= CODE
+    # What is in the folder already goes to another repository too.
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="alice/second")
+    assert CODE | {"config.json", "model.safetensors"} <= hub.files("alice/second").keys()
     model.config.push_to_hub("alice/model")
     assert "AutoModelForCausalLM" in json.loads(hub.files("alice/model")["config.json"])["auto_map"]
     with torch.no_grad():
@@ -231,7 +235,8 @@ def test_an_adapter(hub: HubServer, adapter: Path, tmp_path: Path) -> None:
 def test_an_adapter_of_a_folder_needs_the_name_of_its_base(hub: HubServer, adapter: Path, folder: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder)}))
-    assert plan_push(adapter, "alice/adapter", facts=MIT).files["adapter_config.json"] != adapter
+    rewritten = plan_push(adapter, "alice/adapter", facts=MIT).files["adapter_config.json"]
+    assert json.loads(rewritten) == {**config, "base_model_name_or_path": "alice/base"}
     (adapter / "README.md").unlink()  # in which PEFT has noted the base
     hub.requests.clear()
     with pytest.raises(ValueError, match=r"base_model is missing: the adapter names .*folder"):
@@ -244,13 +249,14 @@ def test_an_adapter_of_a_folder_needs_the_name_of_its_base(hub: HubServer, adapt
         plan_push(adapter, "alice/adapter", facts=CardFacts(license="mit", base_model="alice/other"))
 
 
-def test_named_adapters(hub: HubServer, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_named_adapters(hub: HubServer, folder: Path, warnings_of_package: list[str]) -> None:
     push(folder, "alice/base")
     base = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained("alice/base")
     adapted = get_peft_model(base, expert_lora_config(base, r=2), adapter_name="mine")
     adapted.add_adapter("other", expert_lora_config(base, r=4))
     push_model(adapted, "alice/mine", license="mit")
     assert json.loads(hub.files("alice/mine")["adapter_config.json"])["r"] == 2
+    assert "Of 2 adapters the active one, mine, is published." in warnings_of_package
 
 
 def test_adapted_models_and_trained_experts(hub: HubServer, folder: Path, tmp_path: Path) -> None:
@@ -303,6 +309,8 @@ def damage(folder: Path, how: str) -> None:
         tensors = load_file(first)
         next(iter(tensors.values())).view(-1)[0] = float("nan")
         save_file(tensors, first)
+    elif how == "other values":
+        save_file({name: tensor + 1 for name, tensor in load_file(first).items()}, first)
     elif how == "tensor missing":
         tensors = load_file(first)
         name = next(iter(tensors))
@@ -387,6 +395,8 @@ def test_no_permission(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyP
     push(folder, "alice/theirs")
     push(folder, "alice/hidden", private=True)
     histories = [len(hub.history(name)) for name in ("alice/theirs", "alice/hidden")]
+    stored = set((hub.storage.folder / "lfs").iterdir())
+    damage(folder, "other values")
     (folder / "more.txt").write_text("more")
     for token, repo in ((READER, "alice/theirs"), (READER, "alice/hidden"), (READER, "alice/new"), (READER, "bob/new"),
                         (WRITER, "bob/new"), ("hf_wrong", "alice/theirs"), ("", "alice/new")):  # fmt: skip
@@ -397,6 +407,10 @@ def test_no_permission(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyP
         assert not token or token not in output
     assert histories == [len(hub.history(name)) for name in ("alice/theirs", "alice/hidden")]
     assert not (hub.storage.folder / "repos" / "bob").exists()
+    assert stored == set((hub.storage.folder / "lfs").iterdir())
+    monkeypatch.setenv("HF_TOKEN", "")
+    code, output = run("push", folder, "model", "--license", "mit")
+    assert code == 2 and "hf auth login" in output
 
 
 def test_a_repository_with_other_content(hub: HubServer, folder: Path, adapter: Path) -> None:
@@ -453,6 +467,57 @@ def test_a_model_and_an_adapter_in_one_repository(hub: HubServer, folder: Path, 
     assert plan_push(adapter, "alice/both", facts=MIT).deleted == ()
     plan = plan_push(folder, "alice/both", facts=MIT)
     assert plan.deleted == ("model.safetensors",), "the index of the new version does not name it"
+
+
+def test_replacing_takes_nothing_over(hub: HubServer, folder: Path) -> None:
+    """Neither the license nor the page of what was there."""
+    card = "---\nlicense: llama3\nbase_model: meta/x\nlanguage: en\n---\n"
+    commit(hub, "alice/model", {"config.json": "{}", "model.safetensors": "x", "README.md": card, "a/b.bin": "x"})
+    with pytest.raises(ValueError, match="license is missing"):
+        plan_push(folder, "alice/model", facts=CardFacts(), replace_content=True)
+    push(folder, "alice/model", replace_content=True)
+    files = hub.files("alice/model")
+    assert "a/b.bin" not in files and b"license: mit" in files["README.md"] and b"meta/x" not in files["README.md"]
+    commit(hub, "alice/other", {"config.json": "{}", "README.md": card + "# A llama\n"})
+    with pytest.raises(ValueError, match="somebody wrote the card of what is to be replaced"):
+        plan_push(folder, "alice/other", facts=MIT, replace_content=True)
+    push(folder, "alice/other", replace_content=True, overwrite_card=True)
+    assert b"llama" not in hub.files("alice/other")["README.md"]
+
+
+def test_a_plan_is_of_the_files_that_were_checked(hub: HubServer, folder: Path) -> None:
+    for change in (lambda file: file.write_bytes(b"x" * file.stat().st_size), lambda file: file.unlink()):
+        plan = plan_push(folder, "alice/model", facts=MIT)
+        change(sorted(folder.glob("*.safetensors"))[0])
+        with pytest.raises(ValueError, match=r"model-00001-of-\d+.safetensors: changed since they were checked"):
+            upload(plan)
+        shutil.rmtree(folder)
+        convert(Golden("v1-mha").folder, folder, max_shard_size="300KB")
+    assert not (hub.storage.folder / "repos").exists()
+
+
+def test_pull_requests(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may be opened by somebody who may not write."""
+    push(folder, "alice/model", code="never")
+    head = hub.storage.read("alice/model")["branches"]["main"]
+    monkeypatch.setenv("HF_TOKEN", READER)
+    address = upload(plan_push(folder, "alice/model", facts=MIT), create_pr=True)
+    assert address == f"{hub.url}/alice/model/discussions/1"
+    assert hub.storage.read("alice/model")["branches"]["main"] == head
+    assert hub.files("alice/model", "refs/pr/1").keys() >= CODE
+    with pytest.raises(ValueError, match="create_pr=True is not allowed with revision='v2'"):
+        upload(plan_push(folder, "alice/model", facts=MIT, revision="v2"), create_pr=True)
+
+
+def test_a_folder_of_the_hubs_cache(hub: HubServer, folder: Path) -> None:
+    push(folder, "alice/model", code="never")
+    cached = Path(snapshot_download("alice/model"))
+    assert (cached / "config.json").is_symlink()
+    push(cached, "alice/copy")
+    files = hub.files("alice/copy")
+    assert files.keys() >= CODE and files["model.safetensors.index.json"] == hub.files("alice/model")[
+        "model.safetensors.index.json"
+    ]  # fmt: skip
 
 
 def test_a_repository_without_weights_is_taken(hub: HubServer, folder: Path, source: Path) -> None:

@@ -18,7 +18,14 @@ from peft import get_peft_model
 from test_cli import run
 from test_esft import Rows
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import DeepseekMoeForCausalLM, ModelCardCallback, expert_lora_config
@@ -38,7 +45,7 @@ def card_of(folder: Path, facts: CardFacts = MIT, **options: object) -> str:
 def check_page(card: str) -> str:
     """That a card renders and its metadata is valid; the page."""
     assert not metadata_problems(metadata_of(card)) and not is_hand_written(card)
-    assert metadata_of(card) == yaml.safe_load(str(ModelCard(card).data.to_yaml()))
+    assert metadata_of(card).keys() == ModelCard(card).data.to_dict().keys()
     page = MarkdownIt("commonmark").enable("table").render(card.split("---\n", 2)[2])
     assert page.count("<h1>") == 1 and "{{" not in page and "{%" not in page and "None" not in page
     text = re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)
@@ -165,22 +172,104 @@ def test_odd_figures_of_the_training(state: dict, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- whose text stays
+TRAINER_CARD = """---
+library_name: transformers
+tags:
+- generated_from_trainer
+---
+
+<!-- This model card has been generated automatically according to the information the Trainer had access to. You
+should probably proofread and complete it, then remove this comment. -->
+
+# run
+
+This model is a fine-tuned version of [a/b](https://huggingface.co/a/b) on an unknown dataset.
+It achieves the following results on the evaluation set:
+- Loss: 1.2345
+
+## Model description
+
+More information needed
+
+## Training procedure
+
+### Training hyperparameters
+
+The following hyperparameters were used during training:
+- learning_rate: 5e-05
+- optimizer: Use OptimizerNames.ADAMW_TORCH with betas=(0.9,0.999) and epsilon=1e-08
+- num_epochs: 3.0
+
+### Training results
+
+| Training Loss | Epoch | Step | Validation Loss |
+|:-------------:|:-----:|:----:|:---------------:|
+| 1.5           | 1.0   | 10   | 1.2             |
+
+### Framework versions
+
+- Transformers 5.23.0
+- Pytorch 2.13.0+cpu
+"""
+
+
+def test_trainers_own_card_is_known(tiny_model: Callable, tmp_path: Path) -> None:
+    """As it writes it today."""
+    trainer = trainer_of(tiny_model(), tmp_path)
+    trainer.train()
+    trainer.hub_model_id = None
+    trainer.create_model_card(model_name="x", finetuned_from="a/b", dataset="some", license="mit")
+    card = (tmp_path / "README.md").read_text()
+    assert "More information needed" in card and not is_hand_written(card)
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        ("on: x", {"on": "x"}),
+        ("1: x", {"1": "x"}),
+        ("card_data: x\nself: y", {"card_data": "x", "self": "y"}),
+        ("language: [en, no]", {"language": ["en", "no"]}),
+        ("date: 2024-01-31", {"date": "2024-01-31"}),
+        ("inference: false", {"inference": False}),
+        ("datasets: a/b", {"datasets": ["a/b"]}),
+        ("tags: [1, x]", {}),
+        ("eval_results: x\nmodel-index: [{name: x}]", {"eval_results": "x"}),
+        ("license: [mit]", {"license": "mit"}),
+        ("widget:\n- text: caf\u00e9", {"widget": [{"text": "caf\u00e9"}]}),
+    ],
+)
+def test_odd_metadata_of_a_former_card(front: str, expected: dict, folder: Path) -> None:
+    (folder / "README.md").write_text(f"---\n{front}\n---\n", encoding="utf-8")
+    plan = plan_push(folder, "alice/model", facts=MIT, ask_hub=False)
+    found = metadata_of(plan.files["README.md"].decode())
+    assert {name: found.get(name) for name in expected} == expected
+    assert "model-index" not in found, "results of other weights"
+
+
+@pytest.mark.parametrize("front", ["a: [", "- a\n- b", "a: b: c"])
+def test_metadata_that_cannot_be_read(front: str, folder: Path) -> None:
+    (folder / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
+    with pytest.raises(ValueError, match=r"README.md is not allowed: its metadata"):
+        plan_push(folder, "alice/model", facts=MIT, ask_hub=False)
+
+
 def test_what_counts_as_written_by_hand(folder: Path) -> None:
     generated = card_of(folder)
     assert not is_hand_written(generated) and not is_hand_written(generated.replace("\n", "\r\n"))
     assert not is_hand_written("") and not is_hand_written("---\nlicense: mit\n---\n")
     blank = str(ModelCard.from_template(ModelCardData(tags=["x"])))
     assert not is_hand_written(blank) and not is_hand_written(f"{blank}\n### Framework versions\n\n- PEFT 0.21.2\n")
-    trainer = (
-        "# x\n<!-- This model card has been generated automatically according to the information the Trainer had\n"
-    )
+    trainer = TRAINER_CARD
     assert not is_hand_written(trainer)
     for edited in (
         generated.replace("## Use", "## Usage"),
         generated + "One more line.\n",
         generated.replace("license: mit", "license: apache-2.0"),
         blank.replace("[More Information Needed]", "Me", 1),
-        trainer.replace("<!--", "<!- -"),
+        trainer.replace("<!-- This", "<!- - This"),
+        trainer.replace("More information needed", "It knows everything.", 1),
+        trainer + "\n- by: me\n",
         "# Mine",
     ):
         assert is_hand_written(edited), edited
@@ -245,11 +334,33 @@ def test_trainer_leaves_a_card_that_somebody_wrote(hub: HubServer, tiny_model: C
     trainer.args.hub_revision = "dev"
     trainer.push_to_hub()
     assert hub.files("alice/model", "dev")["README.md"] == edited
-    # One that lies in the folder goes up.
-    trainer.args.hub_revision = None
-    (tmp_path / "run" / "README.md").write_text("---\nlicense: mit\n---\n# In the folder\n")
+    # One that lies in the folder goes up where the repository has none that somebody wrote.
+    mine = "---\nlicense: mit\n---\n# In the folder\n"
+    (tmp_path / "run" / "README.md").write_text(mine)
     trainer.push_to_hub()
-    assert b"# In the folder" in hub.files("alice/model")["README.md"]
+    assert hub.files("alice/model", "dev")["README.md"] == edited
+    assert (tmp_path / "run" / "_README.md").read_text() == mine, "it is kept where it is not uploaded"
+    trainer.args.hub_revision = None
+    HfApi(token=WRITER).delete_file("README.md", "alice/model")
+    (tmp_path / "run" / "README.md").write_text(mine)
+    trainer.push_to_hub()
+    assert hub.files("alice/model")["README.md"].decode() == mine
+
+
+def test_what_the_card_callback_refuses(tiny_model: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="base_model='/my/base' is not allowed"):
+        ModelCardCallback(license="mit", base_model="/my/base")
+    with pytest.raises(ValueError, match="license='Apache 2' is not allowed"):
+        ModelCardCallback(license="Apache 2")
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=r"call add_to\(trainer\) instead"):
+        Trainer(tiny_model(), arguments, train_dataset=Rows(), callbacks=[ModelCardCallback(license="mit")])
+    (tmp_path / "routing.py").write_text("mine")
+    with pytest.raises(ValueError, match=r"routing.py: these are names of the family's code"):
+        trainer_of(tiny_model(), tmp_path, push_to_hub=False).callback_handler.on_push_begin(
+            arguments, TrainerState(), TrainerControl()
+        )
+    assert (tmp_path / "routing.py").read_text() == "mine"
 
 
 def test_a_hub_that_cannot_be_asked_does_not_stop_a_training(

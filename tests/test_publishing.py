@@ -96,6 +96,8 @@ def compare(output: str, modules: dict[str, str]) -> None:
 
 
 def test_without_the_package_and_offline_afterwards(published: Published) -> None:
+    for name in ("ours", "v1"):
+        assert sum(file.endswith(".safetensors") for file in published.server.files(f"alice/{name}")) > 2
     script = (SCRIPTS / "load_published.py", "remote", published.folder / "out", *CARRIED)
     output = published.python(*script, package=False, home="bare")
     compare(output, dict.fromkeys(CARRIED, "transformers_modules"))

@@ -34,9 +34,7 @@ def test_every_request_may_fail_and_the_next_call_completes(kind: str, hub: HubS
         seen = []
 
         def take(method: str, path: str) -> dict | None:
-            if method == "GET" or path.endswith("/create"):
-                return None
-            seen.append(path)
+            seen.append(f"{method} {path}")
             if len(seen) <= first:
                 return None
             if kind.isdigit():
@@ -63,7 +61,8 @@ def test_every_request_may_fail_and_the_next_call_completes(kind: str, hub: HubS
         if not failed:
             break
         failures += 1
-        titles = [commit["title"] for commit in hub.history("alice/model")]
+        made = (hub.storage.folder / "repos" / "alice" / "model.json").exists()
+        titles = [commit["title"] for commit in hub.history("alice/model")] if made else ["initial commit"]
         if titles != ["initial commit"]:
             assert kind == "lose answer" and titles == ["Upload model", "initial commit"]
             complete(hub, folder)
@@ -175,9 +174,7 @@ def test_somebody_else_was_faster(hub: HubServer, folder: Path) -> None:
     push(folder, "alice/model")
     (folder / "LICENSE").write_text("mine")
     plan = plan_push(folder, "alice/model", facts=MIT)
-    (folder / "LICENSE").write_text("theirs")
-    push(folder, "alice/model")
-    (folder / "LICENSE").write_text("mine")
+    commit(hub, "alice/model", {"LICENSE": "theirs"})
     with pytest.raises(UploadError, match="somebody has changed the branch"):
         upload(plan)
     assert hub.files("alice/model")["LICENSE"] == b"theirs"

@@ -114,7 +114,7 @@ def main() -> None:
     note("v1", v1)
 
     v3 = DeepseekV3ForCausalLM.from_pretrained(GOLDEN / "v3-noaux")
-    v3.push_to_hub("alice/v3", license="mit")
+    v3.push_to_hub("alice/v3", license="mit", max_shard_size="300KB")
     note("v3", v3)
 
     classifier = DeepseekMoeForSequenceClassification(DeepseekMoeConfig(**SIZES, num_labels=3))
