@@ -341,13 +341,13 @@ def _snippets_of_model(
 
 def _parts_of_adapter(candidate: Candidate, repo_id: str, facts: CardFacts, parameters: int) -> dict[str, Any]:
     raw, base = candidate.raw, facts.base_model
-    adapted = [*_names(raw.get("target_modules")), *_names(raw.get("target_parameters"))]
+    adapted = [*_texts(raw.get("target_modules")), *_texts(raw.get("target_parameters"))]
     rows = [
         ("base model", f"`{base}`"),
         ("method", "LoRA, rank-stabilised" if raw.get("use_rslora") else "LoRA"),
         ("rank and alpha", f"{raw.get('r')} and {raw.get('lora_alpha')}"),
-        ("adapted", ", ".join(f"`{name}`" for name in adapted)),
-        ("trained as a whole", ", ".join(f"`{name}`" for name in _names(raw.get("modules_to_save"))) or "nothing"),
+        ("adapted", ", ".join(f"`{name}`" for name in sorted(adapted))),
+        ("trained as a whole", ", ".join(f"`{name}`" for name in _texts(raw.get("modules_to_save"))) or "nothing"),
         ("parameters", f"{parameters:,}"),
     ]
     tokenizer = repo_id if "tokenizer_config.json" in candidate.files else base
@@ -391,12 +391,10 @@ def _merge_snippet(base: str | None, repo_id: str) -> Snippet:
 
 
 def _texts(value: Any) -> list[str]:
-    """A text or a list of texts in the metadata of a card."""
-    return [value] if isinstance(value, str) else [str(it) for it in value or () if isinstance(it, (str, int, float))]
-
-
-def _names(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else sorted(map(str, value or ()))
+    """A text or a list of texts in the metadata of a card, or in a config."""
+    if isinstance(value, str):
+        return [value]
+    return [str(it) for it in value if isinstance(it, (str, int, float))] if isinstance(value, list) else []
 
 
 __all__ = [

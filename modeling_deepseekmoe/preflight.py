@@ -19,6 +19,7 @@ from modeling_deepseekmoe.conversion import VerificationError, adapter_files, ch
 from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, INDEX_NAME, check_inside, listed, parse_json
 
 from . import selected_experts
+from .esft import ExpertSelection
 from .folders import FOREIGN_WEIGHTS
 
 _ADAPTER_NAMES = (adapter_files.CONFIG_NAME, adapter_files.WEIGHTS_NAME)
@@ -117,6 +118,8 @@ def find_candidate(folder: str | Path, with_training_state: bool = False) -> Can
     else:
         names = _ADAPTER_NAMES if kind == "adapter" else _EXPERTS_NAMES
         raw, weights = _parse_object(folder / names[0]), [names[1]]
+        if kind == "experts":
+            ExpertSelection.of(folder / names[0])
     files: dict[str, Path] = {}
     left_out: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
@@ -272,9 +275,10 @@ def _load_small_files(candidate: Candidate) -> list[str]:
         except (ValueError, OSError, TypeError, AttributeError) as error:
             raise PreflightError(f"generation_config.json is not allowed: {error}") from error
         checks.append("generation config: in order")
-    if "tokenizer_config.json" not in candidate.files:
+    if not candidate.files.keys() & {"tokenizer_config.json", "tokenizer.json", "tokenizer.model"}:
         return [*checks, "note: there is no tokenizer"] if candidate.kind == "model" else checks
-    if "auto_map" in _parse_object(candidate.files["tokenizer_config.json"]):
+    settings = candidate.files.get("tokenizer_config.json")
+    if settings is not None and "auto_map" in _parse_object(settings):
         return [*checks, "note: the tokenizer has code of its own, which was not run"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(candidate.folder)

@@ -176,7 +176,7 @@ def plan_push(
         exists=remote.exists,
         private=private,
         files=files,
-        deleted=tuple(name for name in deleted if name not in files),
+        deleted=tuple(name for name in dict.fromkeys(deleted) if name not in files),
         left_out=candidate.left_out,
         checks=(*checks, "no file holds what looks like a token or a key"),
         notes=tuple(notes),

@@ -12,6 +12,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from local_hub import READER, WRITER, HubServer
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from synthetic import CONFIG as V3_CONFIG
+from synthetic import v3_tensors, write
 from test_cli import run
 from torch import nn
 
@@ -102,6 +104,26 @@ def test_a_new_version_takes_the_place_of_the_former_one(hub: HubServer, folder:
     upload(plan)
     assert hub.files("alice/model").keys() == {".gitattributes", "README.md", "config.json", "model.safetensors"}
     assert len(hub.history("alice/model")) == 3
+
+
+@pytest.mark.parametrize("layout", ["per-expert", "stacked"])
+@pytest.mark.parametrize("stored", ["fp8", "bfloat16"])
+def test_layouts_quantised_weights_and_further_layers(
+    layout: str, stored: str, hub: HubServer, tmp_path: Path
+) -> None:
+    """A checkpoint of V3's kind, with a multi-token-prediction layer."""
+    source = write(tmp_path / "v3", v3_tensors(), V3_CONFIG, shards=3)
+    (source / "tokenizer.json").unlink()
+    if (layout, stored) != ("per-expert", "fp8"):
+        convert(source, tmp_path / "converted", layout=layout, dtype="keep" if stored == "fp8" else stored)
+        source = tmp_path / "converted"
+    plan = plan_push(source, "alice/v3", facts=MIT)
+    loaded = (
+        "note: loading was not tried, because the weights are quantised" if stored == "fp8" else "loads as Deepseek"
+    )
+    assert any(check.startswith(loaded) for check in plan.checks), plan.checks
+    upload(plan)
+    assert "identical" in str(verify("alice/v3", source))
 
 
 def test_branches_private_repositories_and_the_own_name(hub: HubServer, folder: Path) -> None:

@@ -140,6 +140,11 @@ def test_routing_on_a_text(
     assert [row[0] for row in rows[-3:]] == ["1", "2", "mean"]
     mean = (float(rows[-3][1]) + float(rows[-2][1])) / 2
     assert float(rows[-1][1]) == pytest.approx(mean, abs=1e-3)
+    # A card without the statistics takes the picture away.
+    for options in ((), ("--replace",)):
+        hub.storage.write("alice/again", hub.storage.read("alice/model"))
+        code, output = run("push", tmp_path / "model", "alice/again", "--license", "mit", *options)
+        assert code == 0 and "expert_load.png" not in hub.files("alice/again"), output
 
 
 def test_figures_of_the_training(folder: Path) -> None:
@@ -234,6 +239,7 @@ def test_trainers_own_card_is_known(tiny_model: Callable, tmp_path: Path) -> Non
         ("inference: false", {"inference": False}),
         ("datasets: a/b", {"datasets": ["a/b"]}),
         ("tags: [1, x]", {}),
+        ("tags: 5\ndatasets: 5\nbase_model: 5", {"datasets": None, "base_model": None}),
         ("eval_results: x\nmodel-index: [{name: x}]", {"eval_results": "x"}),
         ("license: [mit]", {"license": "mit"}),
         ("widget:\n- text: caf\u00e9", {"widget": [{"text": "caf\u00e9"}]}),

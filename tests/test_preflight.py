@@ -107,6 +107,7 @@ def test_what_is_no_part_of_a_checkpoint(folder: Path) -> None:
     [
         ("tokenizer_config.json", "[]", "tokenizer_config.json is not allowed: it must be a JSON object"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not readable JSON"),
+        ("tokenizer.json", "{}", "The tokenizer cannot be loaded"),
         ("generation_config.json", "[]", "generation_config.json"),
         ("generation_config.json", "{", "generation_config.json"),
         ("config.json", "[]", "config"),
@@ -141,6 +142,11 @@ def test_kinds(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "empty" / name).write_text("[]")
     with pytest.raises(ValueError, match=r"adapter_config.json is not allowed: it must be a JSON object"):
         find_candidate(tmp_path / "empty")
+    (tmp_path / "experts").mkdir()
+    for name in ("esft.json", "esft.safetensors"):
+        (tmp_path / "experts" / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"esft.json"):
+        find_candidate(tmp_path / "experts")
 
 
 def test_a_model_and_an_adapter_in_one_folder(folder: Path) -> None:
