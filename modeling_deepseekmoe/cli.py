@@ -318,7 +318,7 @@ def push(
         if data is not None:
             require_matplotlib()
             texts = read_texts(data, column=column)
-            texts = chain([next(texts)], texts)  # a mistake shows before the model is loaded
+            texts = chain([next(texts, "")], texts)  # a mistake shows before the model is loaded
             routing = make_report(
                 *load_model(str(folder), None, "auto", "auto"),
                 texts,

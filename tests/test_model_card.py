@@ -140,6 +140,9 @@ def test_routing_on_a_text(
     assert [row[0] for row in rows[-3:]] == ["1", "2", "mean"]
     mean = (float(rows[-3][1]) + float(rows[-2][1])) / 2
     assert float(rows[-1][1]) == pytest.approx(mean, abs=1e-3)
+    (tmp_path / "empty.jsonl").write_text("")
+    code, output = run("push", tmp_path / "model", "alice/x", "--license", "mit", "--data", tmp_path / "empty.jsonl")
+    assert code == 2 and "The data holds 0 tokens" in output
     # A card without the statistics takes the picture away.
     for options in ((), ("--replace",)):
         hub.storage.write("alice/again", hub.storage.read("alice/model"))
