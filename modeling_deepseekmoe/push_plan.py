@@ -96,7 +96,7 @@ def plan_push(
     private: bool | None = None,
     revision: str = "main",
     code: str = "auto",
-    facts: CardFacts = CardFacts(),  # noqa: B008 - frozen
+    facts: CardFacts | None = None,
     routing: RoutingReport | None = None,
     overwrite_card: bool = False,
     replace_content: bool = False,
@@ -138,7 +138,8 @@ def plan_push(
     remote = look(api, repo_id, revision) if api else Remote()
     if private and remote.exists and not remote.private:
         raise ValueError(f"private=True is not allowed: {repo_id} exists and is public.")
-    told, facts = facts, facts.completed(candidate, (card,) if replace_content else (card, remote.card))
+    told = facts or CardFacts()
+    facts = told.completed(candidate, (card,) if replace_content else (card, remote.card))
     files: dict[str, Path | bytes] = dict(candidate.files)
     notes = [] if ask_hub else ["the Hub was not asked: the repository is taken for a new one"]
     if candidate.kind == "model":
