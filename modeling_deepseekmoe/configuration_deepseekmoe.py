@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 from transformers.configuration_utils import PreTrainedConfig
 
 from .parallel_plans import PIPELINE_PLAN, tensor_parallel_plan
-from .remote_code import CarriesCode, auto_map_among, without_local_code
+from .remote_code import CarriesCode, as_json, auto_map_among, without_local_code
 
 ATTENTION_TYPES = ("mha", "mla")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
@@ -289,7 +289,7 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
         there = [path.name for path in file.parent.glob("*.py")]
         content["auto_map"] = auto_map_among(there, self.model_type, getattr(self, "auto_map", None))
         content = content if content["auto_map"] else _without(content, "auto_map")
-        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        file.write_bytes(as_json(content))
 
     # ------------------------------------------------------------------------------------------------------ the checks
     def _refuse(self, field: str, allowed: str) -> None:

@@ -23,7 +23,8 @@ from modeling_deepseekmoe.conversion.checkpoint import read_header
 
 from .card_sections import architecture_section, parameters_section, routing_section, table, training_section
 from .configuration_deepseekmoe import DeepseekMoeConfig
-from .preflight import Candidate, check_hub_id, is_hub_id
+from .preflight import Candidate, auto_class_of, check_hub_id, is_hub_id
+from .remote_code import NATIVE_TYPES
 from .routing_report import RoutingReport
 
 logger = logging.get_logger(__name__)
@@ -62,10 +63,10 @@ _OWN_METADATA = ("license", "license_name", "license_link", "base_model", "datas
 # Tags that depend on what is published, and are not taken over.
 _DERIVED_TAGS = ("custom_code", "generated_from_trainer", "lora", "esft", "deepseek", "deepseek_v2", "deepseek_v3")
 _HEADS = {
-    "ForCausalLM": ("text-generation", "AutoModelForCausalLM", "language model"),
-    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification", "text classifier"),
-    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification", "token classifier"),
-    "Model": ("feature-extraction", "AutoModel", "decoder without a head"),
+    "AutoModelForCausalLM": ("text-generation", "language model"),
+    "AutoModelForSequenceClassification": ("text-classification", "text classifier"),
+    "AutoModelForTokenClassification": ("token-classification", "token classifier"),
+    "AutoModel": ("feature-extraction", "decoder without a head"),
 }
 _GENERATIONS = {
     "deepseekmoe": "DeepSeekMoE",
@@ -291,8 +292,8 @@ def _parts_of_model(
     candidate: Candidate, repo_id: str, facts: CardFacts, with_code: bool, sizes: tuple[int, int]
 ) -> dict[str, Any]:
     config = config_from_dict(candidate.raw)
-    architecture = (candidate.raw.get("architectures") or ["ForCausalLM"])[0]
-    pipeline, auto_class, kind = next(values for head, values in _HEADS.items() if architecture.endswith(head))
+    auto_class, _ = auto_class_of(candidate.raw)
+    pipeline, kind = _HEADS[auto_class]
     experts = f"all of its {config.num_hidden_layers} layers are dense"
     if config.moe_layers:
         shared = f"{config.n_shared_experts or 'no'} shared expert{'' if config.n_shared_experts == 1 else 's'}"
@@ -327,7 +328,7 @@ def _snippets_of_model(
         tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{argument})'
         return f"from transformers import {auto_class}, AutoTokenizer\n\n{code}\n{tokenizer}\n{run}"
 
-    native = config.model_type in ("deepseek_v2", "deepseek_v3")
+    native = config.model_type in NATIVE_TYPES
     snippets = []
     if with_code:
         text = "With transformers alone; the code of the model is in this repository:"

@@ -21,6 +21,7 @@ from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, INDEX_NAME, 
 from . import selected_experts
 from .esft import ExpertSelection
 from .folders import FOREIGN_WEIGHTS
+from .remote_code import auto_map_of
 
 _ADAPTER_NAMES = (adapter_files.CONFIG_NAME, adapter_files.WEIGHTS_NAME)
 _EXPERTS_NAMES = (selected_experts.SELECTION_NAME, selected_experts.WEIGHTS_NAME)
@@ -42,7 +43,6 @@ _SECRETS = {
     "a Slack token": rb"(?<![A-Za-z0-9])xox[baprs]-[0-9A-Za-z-]{20,}",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
-_HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
 _BLOCK = 2**22
 _OVERLAP = 256  # of the blocks in which a file is searched, longer than any secret's recognisable part
 _FOLDERS = ("additional_chat_templates",)
@@ -243,16 +243,29 @@ def _check_finite(tensors: dict[str, torch.Tensor], what: str) -> str:
     return f"{len(tensors):,} {what}: names, shapes and values are in order"
 
 
+def auto_class_of(raw: Mapping[str, Any]) -> tuple[str, str]:
+    """The Auto class that loads a model with this `config.json`, and the name of the model's own class.
+
+    Raises:
+        ValueError: for an architecture that its model type does not have.
+    """
+    classes = {name: target.partition(".")[2] for name, target in auto_map_of(raw["model_type"]).items()}
+    architecture = (raw.get("architectures") or [classes["AutoModelForCausalLM"]])[0]
+    for name, own in classes.items():
+        if own == architecture and name != "AutoConfig":
+            return name, own
+    raise ValueError(
+        f"{CONFIG_NAME}: architectures={[architecture]} is not allowed for model_type={raw['model_type']!r}."
+    )
+
+
 def _load_model(candidate: Candidate) -> str:
     """Load the model as a user would, onto the meta device: no tensor stays in memory."""
     raw = candidate.raw
     if raw.get("quantization_config"):
         return "note: loading was not tried, because the weights are quantised; names, shapes and values are in order"
-    prefix = type(description.as_config(raw)).__name__.removesuffix("Config")
-    name = (raw.get("architectures") or [f"{prefix}ForCausalLM"])[0]
-    model_class = getattr(modeling_deepseekmoe, name, None)
-    if model_class is None or name not in {prefix + head for head in _HEADS}:
-        raise ValueError(f"{CONFIG_NAME}: architectures={[name]} is not allowed for model_type={raw['model_type']!r}.")
+    _, name = auto_class_of(raw)
+    model_class = getattr(modeling_deepseekmoe, name)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -321,6 +334,7 @@ __all__ = [
     "TRAINING_STATE",
     "Candidate",
     "PreflightError",
+    "auto_class_of",
     "check_candidate",
     "check_hub_id",
     "check_secrets",

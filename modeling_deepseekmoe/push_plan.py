@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """What would be uploaded of a folder: its files, the code, the card, and what the repository loses."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers.utils import logging
 
-from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, listed, parse_json
+from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, file_identity, listed, parse_json
 
 from .card_sections import HEATMAP_NAME, find_training_state, heatmap
 from .inspection import gigabytes
 from .model_card import CARD_NAME, CardFacts, is_hand_written, make_card, metadata_of, read_metadata
 from .preflight import Candidate, check_candidate, check_secrets, find_candidate
-from .remote_code import CARRIED_BY_DEFAULT, CODE_MARK, auto_map_among, carries_code, code_files
+from .remote_code import CODE_MARK, NATIVE_TYPES, as_json, auto_map_among, carries_code, code_files
 from .repository import CONFIG_NAMES, Remote, check_content, check_metadata, client, explained, full_repo_id, look
 from .routing_report import RoutingReport
 
@@ -38,7 +37,7 @@ class PushPlan:
         checks: what was found in order.
         notes: what else there is to say.
         parent: commit of the branch that the plan was made for.
-        states: sizes and times of the files as they were checked.
+        states: what a change of the files would change, as they were checked.
         is_complete: whether the Hub was asked what is there; only such a plan can be carried out.
     """
 
@@ -53,7 +52,7 @@ class PushPlan:
     checks: tuple[str, ...]
     notes: tuple[str, ...]
     parent: str | None
-    states: dict[str, tuple[int, int]]
+    states: dict[str, list[object]]
     is_complete: bool
 
     @property
@@ -67,7 +66,11 @@ class PushPlan:
         Raises:
             ValueError: naming those that are not.
         """
-        odd = [name for name, state in self.states.items() if _state(self.files[name]) != state]
+        odd = [
+            name
+            for name, state in self.states.items()
+            if not (file := Path(str(self.files[name]))).is_file() or file_identity(file) != state
+        ]
         if odd:
             raise ValueError(f"{listed(odd)}: changed since they were checked. Push again.")
 
@@ -167,7 +170,7 @@ def plan_push(
             deleted.append(HEATMAP_NAME)
     if api and CARD_NAME in files:
         check_metadata(api, card)
-    states = {name: _state(content) for name, content in files.items() if isinstance(content, Path)}
+    states = {name: file_identity(content) for name, content in files.items() if isinstance(content, Path)}
     checks = check_candidate(candidate, progress)
     check_secrets(files, api.token if api and isinstance(api.token, str) else None)
     return PushPlan(
@@ -185,15 +188,6 @@ def plan_push(
         states=states,
         is_complete=ask_hub,
     )
-
-
-def _state(file: Any) -> tuple[int, int]:
-    """What a change of a file would change; of one that is not there, nothing that a file has."""
-    try:
-        found = file.stat()
-    except FileNotFoundError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
 
 
 def _is_on_hub(api: HfApi, repo_id: str | None) -> bool:
@@ -246,7 +240,7 @@ def _name_tokenizer(candidate: Candidate, files: dict[str, Path | bytes]) -> lis
     content = parse_json(settings)
     if not isinstance(content, dict) or content.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
         return []
-    if candidate.raw["model_type"] not in CARRIED_BY_DEFAULT or "ByteLevel" not in str(_pre_tokenizer(tokenizer)):
+    if candidate.raw["model_type"] in NATIVE_TYPES or "ByteLevel" not in str(_pre_tokenizer(tokenizer)):
         return []
     files[settings.name] = as_json({**content, "tokenizer_class": "PreTrainedTokenizerFast"})
     return [f"{settings.name} names PreTrainedTokenizerFast instead of {content['tokenizer_class']}: it is byte-level"]
@@ -255,11 +249,6 @@ def _name_tokenizer(candidate: Candidate, files: dict[str, Path | bytes]) -> lis
 def _pre_tokenizer(tokenizer: Path) -> Any:
     content = parse_json(tokenizer)
     return content.get("pre_tokenizer") if isinstance(content, dict) else None
-
-
-def as_json(content: dict[str, Any]) -> bytes:
-    """As transformers writes it."""
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _keep_card(files: dict[str, Path | bytes], remote: Remote, card: str, license_required: bool) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
+from .remote_code import NATIVE_TYPES
 
 CONFIG_CLASSES: tuple[type[DeepseekMoeConfig], ...] = (
     DeepseekMoeConfig,
@@ -21,7 +22,6 @@ CONFIG_CLASSES: tuple[type[DeepseekMoeConfig], ...] = (
     DeepseekV2Config,
     DeepseekV3Config,
 )
-_NATIVE_TYPES = ("deepseek_v2", "deepseek_v3")
 
 
 def register(override_native: bool = False) -> None:
@@ -36,7 +36,7 @@ def register(override_native: bool = False) -> None:
             package's classes.
     """
     for config_class in CONFIG_CLASSES:
-        if config_class.model_type not in _NATIVE_TYPES or override_native:
+        if config_class.model_type not in NATIVE_TYPES or override_native:
             AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     if not override_native:
         _restore_native()
@@ -59,7 +59,7 @@ def _restore_native() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     ours = {config_class.model_type: config_class for config_class in CONFIG_CLASSES}
-    for model_type in _NATIVE_TYPES:
+    for model_type in NATIVE_TYPES:
         if CONFIG_MAPPING._extra_content.get(model_type) is ours[model_type]:
             del CONFIG_MAPPING._extra_content[model_type]
 

@@ -8,22 +8,23 @@ saved into such a folder names it again.
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
 CODE_CHOICES = ("auto", "always", "never")
-# The prefix of the class names of each model type, and whether its code travels unless told otherwise: transformers
-# knows the other two by itself.
+NATIVE_TYPES = ("deepseek_v2", "deepseek_v3")  # which transformers has classes of its own for
+# The prefix of the class names of each model type.
 _PREFIXES = {
     "deepseekmoe": "DeepseekMoe",
     "deepseek": "Deepseek",
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
 }
-CARRIED_BY_DEFAULT = ("deepseekmoe", "deepseek")
 _AUTO_CLASSES = {
     "AutoModel": ("modeling_deepseekmoe", "Model"),
     "AutoModelForCausalLM": ("modeling_deepseekmoe", "ForCausalLM"),
@@ -48,7 +49,7 @@ def carries_code(model_type: str, code: str = "auto") -> bool:
     """
     if code not in CODE_CHOICES:
         raise ValueError(f"code={code!r} is not allowed: it must be one of {', '.join(map(repr, CODE_CHOICES))}.")
-    return code == "always" or (code == "auto" and model_type in CARRIED_BY_DEFAULT)
+    return code == "always" or (code == "auto" and model_type in _PREFIXES and model_type not in NATIVE_TYPES)
 
 
 def auto_map_of(model_type: str) -> dict[str, str]:
@@ -59,7 +60,8 @@ def auto_map_of(model_type: str) -> dict[str, str]:
     return {"AutoConfig": f"{config_module}.{prefix}Config", **classes}
 
 
-def code_files() -> dict[str, Path]:
+@cache
+def code_files() -> Mapping[str, Path]:
     """The files that travel, by name: those of the `auto_map`, and what they import from beside them, as transformers
     finds it."""
     entry_points = {target.split(".")[0] for kind in _PREFIXES for target in auto_map_of(kind).values()}
@@ -68,7 +70,7 @@ def code_files() -> dict[str, Path]:
         file = Path(__file__).with_name(f"{entry_point}.py")
         for path in (file, *map(Path, get_relative_import_files(file))):
             found[path.name] = path
-    return dict(sorted(found.items()))
+    return MappingProxyType(dict(sorted(found.items())))
 
 
 def without_local_code(auto_map: dict[str, Any] | None) -> dict[str, Any]:
@@ -128,7 +130,12 @@ def attach_code(folder: str | Path) -> None:
         content = json.loads(config.read_text(encoding="utf-8"))
         there = [path.name for path in folder.iterdir()]
         content["auto_map"] = auto_map_among(there, content["model_type"], content.get("auto_map"))
-        _write(config, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        _write(config, as_json(content))
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """A config as transformers writes it."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _write(file: Path, content: bytes) -> None:
@@ -189,11 +196,12 @@ class PublishedModel(CarriesCode):
 
 
 __all__ = [
-    "CARRIED_BY_DEFAULT",
     "CODE_CHOICES",
     "CODE_MARK",
+    "NATIVE_TYPES",
     "CarriesCode",
     "PublishedModel",
+    "as_json",
     "attach_code",
     "auto_map_among",
     "auto_map_of",
