@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .configuration_deepseekmoe import LOSS_FIELDS, DeepseekMoeConfig
-from .routing import RoutingPlan
+from .routing import RoutingPlan, route
 
 # The order of the losses wherever they stand in one vector.
 LOSS_NAMES = tuple(LOSS_FIELDS)
@@ -49,7 +49,7 @@ def expert_balance_loss(
         ValueError: for a negative `alpha`, or shapes that do not belong together.
     """
     _check(alpha, scores, token_mask, expert_ids)
-    return alpha * _expert_loss(_balance(scores, expert_ids, token_mask, sequence_wise))
+    return alpha * _balance(scores, expert_ids, token_mask, sequence_wise).expert_loss()
 
 
 def device_balance_loss(
@@ -79,7 +79,7 @@ def device_balance_loss(
     """
     _check(alpha, scores, token_mask, expert_ids)
     _check_device_groups(num_device_groups, scores.shape[-1])
-    return alpha * _device_loss(_balance(scores, expert_ids, token_mask, sequence_wise), num_device_groups)
+    return alpha * _balance(scores, expert_ids, token_mask, sequence_wise).device_loss(num_device_groups)
 
 
 def communication_balance_loss(
@@ -119,7 +119,8 @@ def communication_balance_loss(
             f"num_device_groups={num_device_groups}."
         )
     balance = _balance(scores, expert_ids, token_mask, sequence_wise)
-    return alpha * _communication_loss(balance, num_device_groups, max_devices_per_token)
+    sent = _tokens_per_device(expert_ids, token_mask, num_device_groups, scores.shape[-1])
+    return alpha * balance.communication_loss(sent, max_devices_per_token)
 
 
 def sequence_balance_loss(
@@ -146,7 +147,7 @@ def sequence_balance_loss(
     _check(alpha, scores, token_mask)
     if not 1 <= top_k <= scores.shape[-1]:
         raise ValueError(f"top_k={top_k} is not allowed: it must lie between 1 and the {scores.shape[-1]} experts.")
-    return alpha * _expert_loss(_balance(scores, scores.detach().topk(top_k, dim=-1).indices, token_mask, True))
+    return alpha * _balance(scores, scores.detach().topk(top_k, dim=-1).indices, token_mask, True).expert_loss()
 
 
 def router_z_loss(
@@ -192,27 +193,31 @@ def auxiliary_losses(
     alphas = config.loss_alphas
     if not alphas:
         return None
-    batch_shape = router_logits.shape[:2]
-    scores, expert_ids = plan.scores.unflatten(0, batch_shape), plan.expert_ids.unflatten(0, batch_shape)
+    if plan.counts_by_sequence is None or plan.score_sums is None:
+        raise ValueError("plan is not allowed: it must have been made with statistics=True.")
     for alpha in alphas.values():  # fields can be set after the config was checked, and trainers do so
         _check_alpha(alpha)
-    _check_shapes(scores, token_mask, expert_ids)
+    _check_shapes(router_logits, token_mask)
+    batch_shape, top_k = router_logits.shape[:2], plan.expert_ids.shape[-1]
+    tokens = _tokens_per_sequence(token_mask, batch_shape, plan.score_sums)
     num_groups, max_devices = config.device_groups
     losses: dict[str, torch.Tensor] = {}
-    if "expert" in alphas or "device" in alphas or "communication" in alphas:
-        balance = _balance(scores, expert_ids, token_mask, config.seq_aux)
-        if "expert" in alphas:
-            losses["expert"] = alphas["expert"] * _expert_loss(balance)
-        if "device" in alphas:
-            losses["device"] = alphas["device"] * _device_loss(balance, num_groups)
-        if "communication" in alphas:
-            losses["communication"] = alphas["communication"] * _communication_loss(balance, num_groups, max_devices)
+    balance = _balance_of_sums(plan.counts_by_sequence, plan.score_sums, tokens, top_k, config.seq_aux)
+    if "expert" in alphas:
+        losses["expert"] = alphas["expert"] * balance.expert_loss()
+    if "device" in alphas:
+        losses["device"] = alphas["device"] * balance.device_loss(num_groups)
+    if "communication" in alphas:
+        expert_ids = plan.expert_ids.unflatten(0, batch_shape)
+        sent = _tokens_per_device(expert_ids, token_mask, num_groups, router_logits.shape[-1])
+        losses["communication"] = alphas["communication"] * balance.communication_loss(sent, max_devices)
     if "sequence" in alphas:
-        top_k = config.num_experts_per_tok
-        losses["sequence"] = sequence_balance_loss(scores, top_k, alphas["sequence"], token_mask=token_mask)
+        counts = _counts_by_affinity(config, router_logits, plan, token_mask)
+        of_sequences = _balance_of_sums(counts, plan.score_sums, tokens, top_k, True)
+        losses["sequence"] = alphas["sequence"] * of_sequences.expert_loss()
     if "router_z" in alphas:
         losses["router_z"] = router_z_loss(router_logits, alphas["router_z"], token_mask=token_mask)
-    zero = scores.new_zeros(())
+    zero = plan.score_sums.new_zeros(())
     return torch.stack([losses.get(name, zero) for name in LOSS_NAMES])
 
 
@@ -234,52 +239,88 @@ def max_violation(tokens_per_expert: torch.Tensor) -> torch.Tensor:
 class _Balance(NamedTuple):
     """What the losses on choices are made of, for every sequence, or for the whole batch as one row."""
 
-    scores: torch.Tensor  # (B, S, E), sum 1 over the experts
-    expert_ids: torch.Tensor  # (B, S, K)
-    mask: torch.Tensor  # (B, S), 1 for real tokens
-    tokens: torch.Tensor  # (B, 1), real tokens of every row, at least 1
     f: torch.Tensor  # (B, E)
     p: torch.Tensor  # (B, E)
+    tokens: torch.Tensor  # (B, 1), real tokens of every row
 
-    def mean(self, products: torch.Tensor) -> torch.Tensor:
+    def expert_loss(self) -> torch.Tensor:
+        return self._mean(self.f * self.p)
+
+    def device_loss(self, num_groups: int) -> torch.Tensor:
+        f, p = (values.unflatten(-1, (num_groups, -1)) for values in (self.f, self.p))
+        return self._mean(f.mean(dim=-1) * p.sum(dim=-1))
+
+    def communication_loss(self, sent: torch.Tensor, max_devices: int) -> torch.Tensor:
+        """`sent` (sequences, D): tokens sent to every device."""
+        num_groups = sent.shape[-1]
+        sent = sent.view(len(self.tokens), -1, num_groups).sum(dim=1)
+        f = sent * num_groups / (max_devices * self.tokens.clamp(min=1))
+        return self._mean(f * self.p.unflatten(-1, (num_groups, -1)).sum(dim=-1))
+
+    def _mean(self, products: torch.Tensor) -> torch.Tensor:
         """Sum of (B, ...), divided by the rows that hold a real token."""
-        rows = (self.mask.sum(dim=1) > 0).sum().clamp(min=1)
-        return products.sum() / rows
+        return products.sum() / (self.tokens > 0).sum().clamp(min=1)
 
 
 def _balance(
     scores: torch.Tensor, expert_ids: torch.Tensor, token_mask: torch.Tensor | None, sequence_wise: bool
 ) -> _Balance:
-    num_experts, top_k = scores.shape[-1], expert_ids.shape[-1]
+    """From affinities (B, S, E) and choices (B, S, K)."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    scores = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-    mask = scores.new_ones(scores.shape[:2]) if token_mask is None else (token_mask != 0).to(scores)
+    shares = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    chosen = torch.ones_like(expert_ids)
+    if token_mask is not None:
+        real = (token_mask != 0).unsqueeze(-1)
+        shares, chosen = torch.where(real, shares, 0.0), chosen * real
+    counts = chosen.new_zeros(len(scores), scores.shape[-1]).scatter_add_(1, expert_ids.flatten(1), chosen.flatten(1))
+    tokens = _tokens_per_sequence(token_mask, scores.shape[:2], scores)
+    return _balance_of_sums(counts, shares.sum(dim=1), tokens, expert_ids.shape[-1], sequence_wise)
+
+
+def _balance_of_sums(
+    counts: torch.Tensor, score_sums: torch.Tensor, tokens: torch.Tensor, top_k: int, sequence_wise: bool
+) -> _Balance:
+    """From what was counted and added up over every sequence, (B, E), and their real tokens, (B, 1)."""
     if not sequence_wise:
-        scores, expert_ids, mask = scores.flatten(0, 1)[None], expert_ids.flatten(0, 1)[None], mask.flatten()[None]
-    tokens = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    choices = torch.zeros_like(scores[:, 0]).scatter_add_(
-        1, expert_ids.flatten(1), mask.repeat_interleave(top_k, dim=1)
+        counts, score_sums, tokens = (values.sum(dim=0, keepdim=True) for values in (counts, score_sums, tokens))
+    divisor = tokens.clamp(min=1)
+    return _Balance(counts.to(score_sums) * counts.shape[-1] / (top_k * divisor), score_sums / divisor, tokens)
+
+
+def _tokens_per_sequence(token_mask: torch.Tensor | None, batch_shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+    if token_mask is None:
+        return like.new_full((batch_shape[0], 1), batch_shape[1])
+    return (token_mask != 0).sum(dim=1, keepdim=True).to(like)
+
+
+def _tokens_per_device(
+    expert_ids: torch.Tensor, token_mask: torch.Tensor | None, num_groups: int, num_experts: int
+) -> torch.Tensor:
+    """Real tokens of every sequence that are sent to each device (B, D), once for several experts there."""
+    devices = expert_ids // (num_experts // num_groups)
+    sent = torch.zeros((*expert_ids.shape[:2], num_groups), device=expert_ids.device).scatter_(-1, devices, 1.0)
+    if token_mask is not None:
+        sent = sent * (token_mask != 0).unsqueeze(-1)
+    return sent.sum(dim=1)
+
+
+def _counts_by_affinity(
+    config: DeepseekMoeConfig, router_logits: torch.Tensor, plan: RoutingPlan, token_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Real tokens of every sequence that have each expert among their K highest affinities (B, E), whatever the bias
+    and the groups choose."""
+    groups, kept = config.gate_groups
+    if config.topk_method != "noaux_tc" and kept == groups and plan.counts_by_sequence is not None:
+        return plan.counts_by_sequence
+    by_affinity = route(
+        router_logits.detach().flatten(0, 1),
+        plan.expert_ids.shape[-1],
+        token_mask=None if token_mask is None else token_mask.flatten(),
+        num_sequences=len(router_logits),
+        implementation=config.router_implementation,
     )
-    f = choices * num_experts / (top_k * tokens)
-    p = (scores * mask.unsqueeze(-1)).sum(dim=1) / tokens
-    return _Balance(scores, expert_ids, mask, tokens, f, p)
-
-
-def _expert_loss(balance: _Balance) -> torch.Tensor:
-    return balance.mean(balance.f * balance.p)
-
-
-def _device_loss(balance: _Balance, num_groups: int) -> torch.Tensor:
-    f, p = (values.unflatten(-1, (num_groups, -1)) for values in (balance.f, balance.p))
-    return balance.mean(f.mean(dim=-1) * p.sum(dim=-1))
-
-
-def _communication_loss(balance: _Balance, num_groups: int, max_devices: int) -> torch.Tensor:
-    devices = balance.expert_ids // (balance.f.shape[-1] // num_groups)
-    sent = balance.mask.new_zeros(*balance.mask.shape, num_groups).scatter_(-1, devices, 1.0)
-    sent = (sent * balance.mask.unsqueeze(-1)).sum(dim=1)  # (B, D)
-    f = sent * num_groups / (max_devices * balance.tokens)
-    return balance.mean(f * balance.p.unflatten(-1, (num_groups, -1)).sum(dim=-1))
+    assert by_affinity.counts_by_sequence is not None
+    return by_affinity.counts_by_sequence
 
 
 def _check(

@@ -15,9 +15,10 @@ from .parallel_plans import PIPELINE_PLAN, tensor_parallel_plan
 from .remote_code import CarriesCode, as_json, auto_map_among, without_local_code
 
 ATTENTION_TYPES = ("mha", "mla")
-SCORING_FUNCTIONS = ("softmax", "sigmoid")
+SCORING_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 ROUTER_DTYPES = ("float32", "auto")
+ROUTER_IMPLEMENTATIONS = ("auto", "eager", "triton")
 
 # The auxiliary losses in training, and the fields with their coefficients.
 LOSS_FIELDS = {
@@ -65,7 +66,7 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
         first_k_dense_replace (`int`): the first layers that stay dense.
         moe_layer_freq (`int`): of the layers after these, those with `layer_index % moe_layer_freq == 0` are MoE
             layers (1: every one; 2 with `first_k_dense_replace=0`: every second one, as GShard).
-        scoring_func (`str`): `"softmax"` or `"sigmoid"`, the affinity of token and expert.
+        scoring_func (`str`): `"softmax"`, `"sigmoid"` or `"sqrtsoftplus"`, the affinity of token and expert.
         topk_method (`str`): `"greedy"`; `"group_limited_greedy"` (V2: groups ranked by their best expert);
             `"noaux_tc"` (V3: the choice, and only the choice, uses scores plus `e_score_correction_bias`; groups
             ranked by the sum of their best two).
@@ -74,6 +75,8 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
         routed_scaling_factor (`float`): factor on the chosen scores. Each dialect keeps its generation's rule.
         router_dtype (`str`): `"float32"`: gate logits from float32 input and weight, under autocast too; `"auto"`:
             from the input's dtype (V1). Everything after the logits is float32 in both.
+        router_implementation (`str`): `"triton"`, fused kernels; `"eager"`, plain torch; `"auto"`, the kernels on CUDA
+            and ROCm devices, else plain torch. Not written to `config.json`.
         aux_loss_alpha (`float`): coefficient of the expert-level balance loss in training (alias
             `router_aux_loss_coef`), counted on the experts that were chosen, bias included; 0 turns it off.
         seq_aux (`bool`): compute this loss and the next two for each row of the batch and average, else over all
@@ -140,6 +143,7 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
     router_dtype: str = "float32"
+    router_implementation: str = "auto"
     aux_loss_alpha: float = 0.001
     seq_aux: bool = True
     device_balance_alpha: float = 0.0
@@ -269,6 +273,7 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
         """The config as a dictionary, without what can be derived from the other fields."""
         output = super().to_dict()
         output.pop("qk_head_dim", None)
+        output.pop("router_implementation", None)  # the machine's matter, as the kind of attention is
         if output.get("head_dim") in (None, self._default_head_dim()):
             output.pop("head_dim", None)
         if self.attention_type == "mha":
@@ -301,9 +306,8 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
 
     def _check_integer(self, field: str, minimum: int, optional: bool = False) -> None:
         value = getattr(self, field)
-        if value is None and optional:
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not (value is None and optional) and (not is_integer or value < minimum):
             self._refuse(field, f"it must be an integer of at least {minimum}" + (" or null" if optional else ""))
 
     def _check_number(self, field: str, maximum: float = math.inf) -> None:
@@ -398,6 +402,7 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
         self._check_one_of("scoring_func", self.allowed_scoring_functions)
         self._check_one_of("topk_method", self.allowed_topk_methods)
         self._check_one_of("router_dtype", ROUTER_DTYPES)
+        self._check_one_of("router_implementation", ROUTER_IMPLEMENTATIONS)
         if not isinstance(self.routed_scaling_factor, (int, float)) or not self.routed_scaling_factor > 0:
             self._refuse("routed_scaling_factor", "it must be a number above 0")
         if self.topk_method == "greedy":

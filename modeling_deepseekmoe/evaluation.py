@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .modeling_deepseekmoe import DeepseekMoeBlock, DeepseekMoeModel
 from .router_load import count_tokens, sum_of_entropies
-from .routing import RoutingPlan
+from .routing import RoutingPlan, affinities
 
 
 @contextmanager
@@ -86,8 +86,8 @@ def expert_load(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict
     """
     loads: dict[int, torch.Tensor] = {}
 
-    def count(layer: int, plan: RoutingPlan) -> None:
-        counts = count_tokens(plan.expert_ids, plan.scores.shape[-1], None).cpu()
+    def count(layer: int, router_logits: torch.Tensor, plan: RoutingPlan) -> None:
+        counts = count_tokens(plan.expert_ids, router_logits.shape[-1], None).cpu()
         loads[layer] = loads[layer] + counts if layer in loads else counts
 
     for _ in _watched_batches(model, batches, count):
@@ -110,10 +110,10 @@ def trace_routing(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> Ro
     weights: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     entropies = dict.fromkeys(layers, 0.0)
 
-    def keep(layer: int, plan: RoutingPlan) -> None:
+    def keep(layer: int, router_logits: torch.Tensor, plan: RoutingPlan) -> None:
         ids[layer].append(plan.expert_ids.to("cpu", torch.int16))
         weights[layer].append(plan.weights.float().cpu())
-        entropies[layer] += float(sum_of_entropies(plan.scores, None))
+        entropies[layer] += float(sum_of_entropies(affinities(router_logits, model.config.scoring_func), None))
 
     tokens = [input_ids.flatten().cpu() for input_ids in _watched_batches(model, batches, keep)]
     if not tokens:
@@ -144,13 +144,14 @@ def moe_blocks(model: PreTrainedModel) -> dict[int, DeepseekMoeBlock]:
 
 
 def _watched_batches(
-    model: PreTrainedModel, batches: Iterable[torch.Tensor], watch: Callable[[int, RoutingPlan], None]
+    model: PreTrainedModel, batches: Iterable[torch.Tensor], watch: Callable[[int, torch.Tensor, RoutingPlan], None]
 ) -> Iterator[torch.Tensor]:
-    """Run the model on every batch and yield the batch; `watch` is called with every layer's index and plan."""
+    """Run the model on every batch and yield the batch; `watch` is called with every layer's index, gate
+    logits and plan."""
     blocks = moe_blocks(model)
 
     def hook_of(layer: int) -> Callable[..., None]:
-        return lambda module, args, output: watch(layer, output[1])
+        return lambda module, args, output: watch(layer, *output)
 
     handles = [block.gate.register_forward_hook(hook_of(layer)) for layer, block in blocks.items()]
     try:

@@ -30,7 +30,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balancing import auxiliary_losses
@@ -44,6 +44,7 @@ from .checkpoint_layout import (
 )
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
+from .gate import DeepseekMoeGate
 from .parallel_plans import expert_parallel_plan
 from .remote_code import PublishedModel
 from .replaced_forward import keep_auxiliary_loss
@@ -52,7 +53,6 @@ from .router_load import (
     RouterLoadCounter,
     RoutingContext,
     RoutingRecord,
-    count_tokens,
     counts_as_training,
     load_of_records,
     remind_of_updates,
@@ -60,7 +60,7 @@ from .router_load import (
     sum_of_losses,
     token_mask_of,
 )
-from .routing import RoutingPlan, route
+from .routing import RoutingPlan, affinities
 from .token_dropping import drop_tokens
 
 ATTENTION_CLASSES: dict[str, type[nn.Module]] = {"mha": LlamaAttention, "mla": DeepseekV3Attention}
@@ -79,58 +79,6 @@ class DeepseekMoeModelOutput(MoeModelOutputWithPast):
     """
 
     aux_loss: torch.Tensor | None = None
-
-
-class DeepseekMoeGate(nn.Module):
-    """The router: one centroid per routed expert (the rows of `weight`), and for `noaux_tc` the balancing bias."""
-
-    def __init__(self, config: DeepseekMoeConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        if config.topk_method == "noaux_tc":
-            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
-        else:
-            self.e_score_correction_bias = None
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "DeepseekMoeGate":
-        """Move and cast, but keep the bias in float32, whatever the model becomes: its updates are far below
-        bfloat16's resolution."""
-        before = self.e_score_correction_bias
-        super()._apply(*args, **kwargs)
-        after = self.e_score_correction_bias
-        if after is not None and after.dtype != torch.float32:
-            self.e_score_correction_bias = (after if before.is_meta else before).to(after.device, torch.float32)
-        return self
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, RoutingPlan]:
-        """Route tokens.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape (T, D)).
-
-        Returns:
-            The raw gate logits (T, E) and the [`RoutingPlan`].
-        """
-        config = self.config
-        if config.router_dtype == "float32":
-            with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-                router_logits = F.linear(hidden_states.float(), self.weight.float())
-        else:
-            router_logits = F.linear(hidden_states, self.weight)
-        num_groups, top_k_groups = config.gate_groups
-        plan = route(
-            router_logits,
-            config.num_experts_per_tok,
-            score_function=config.scoring_func,
-            correction_bias=self.e_score_correction_bias,
-            num_groups=num_groups,
-            top_k_groups=top_k_groups,
-            group_score="top2_sum" if config.topk_method == "noaux_tc" else "max",
-            normalize=config.gate_normalizes,
-            scaling_factor=config.gate_scaling_factor,
-        )
-        return router_logits, plan
 
 
 @use_experts_implementation
@@ -202,40 +150,36 @@ class DeepseekMoeBlock(nn.Module):
         Returns:
             The output (B, S, D), and the [`RoutingRecord`] if the context asks for it.
         """
-        tokens = hidden_states.flatten(0, 1)
-        router_logits, plan = self.gate(tokens)
-        weights, dropped = plan.weights, None
+        tokens, mask = hidden_states.flatten(0, 1), context.token_mask
+        mask = None if mask is None else mask.flatten()
+        router_logits, plan = self.gate(tokens, mask, len(hidden_states), context.record)
+        weights, dropped, entropy = plan.weights, None, None
         capacity_factor = self.config.token_drop_capacity_factor
         if self.training and capacity_factor is not None:
-            weights, dropped = self._drop_tokens(plan, capacity_factor, context)
+            weights, dropped = self._drop_tokens(router_logits, plan, capacity_factor, mask, context.protected)
         output = self.experts(tokens, plan.expert_ids, weights).view_as(hidden_states)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
         if not context.record:
             return output, None
-        record = RoutingRecord(
-            losses=auxiliary_losses(
-                self.config, router_logits.view(*hidden_states.shape[:2], -1), plan, context.token_mask
-            ),
-            tokens_per_expert=count_tokens(plan.expert_ids, plan.scores.shape[-1], context.token_mask),
-            dropped=dropped,
-            entropy=sum_of_entropies(plan.scores, context.token_mask) if context.measure_entropy else None,
-        )
-        return output, record
+        if context.measure_entropy:
+            entropy = sum_of_entropies(affinities(router_logits.detach(), self.config.scoring_func), mask)
+        logits = router_logits.view(*hidden_states.shape[:2], -1)
+        losses = auxiliary_losses(self.config, logits, plan, context.token_mask)
+        return output, RoutingRecord(losses, plan.tokens_per_expert, dropped, entropy)
 
     def _drop_tokens(
-        self, plan: RoutingPlan, capacity_factor: float, context: RoutingContext
+        self,
+        router_logits: torch.Tensor,
+        plan: RoutingPlan,
+        capacity_factor: float,
+        token_mask: torch.Tensor | None,
+        protected: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        mask, protected = context.token_mask, context.protected
         if protected is not None:
             protected = protected.repeat_interleave(len(plan.expert_ids) // len(protected))
-        return drop_tokens(
-            plan,
-            self.config.device_groups[0],
-            capacity_factor,
-            token_mask=None if mask is None else mask.flatten(),
-            protected=protected,
-        )
+        scores, devices = affinities(router_logits.detach(), self.config.scoring_func), self.config.device_groups[0]
+        return drop_tokens(plan, scores, devices, capacity_factor, token_mask=token_mask, protected=protected)
 
 
 class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
@@ -589,7 +533,6 @@ __all__ = [
     "DeepseekMoeBlock",
     "DeepseekMoeExperts",
     "DeepseekMoeForCausalLM",
-    "DeepseekMoeGate",
     "DeepseekMoeModel",
     "DeepseekMoeModelOutput",
     "DeepseekMoePreTrainedModel",

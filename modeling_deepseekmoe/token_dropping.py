@@ -8,6 +8,7 @@ from .routing import RoutingPlan
 
 def drop_tokens(
     plan: RoutingPlan,
+    scores: torch.Tensor,
     num_device_groups: int,
     capacity_factor: float,
     *,
@@ -23,6 +24,7 @@ def drop_tokens(
 
     Args:
         plan: the [`RoutingPlan`] of T tokens.
+        scores (`torch.Tensor` of shape (T, E)): their affinities.
         num_device_groups (`int`): D, a divisor of E.
         capacity_factor (`float`): above 0; 1.0 in the paper.
         token_mask (`torch.Tensor` of shape (T,), *optional*): nonzero for real tokens. Padding neither uses the budget
@@ -34,14 +36,14 @@ def drop_tokens(
     """
     expert_ids = plan.expert_ids
     num_tokens, top_k = expert_ids.shape
-    num_experts = plan.scores.shape[-1]
+    num_experts = scores.shape[-1]
     real = expert_ids.new_ones(num_tokens, dtype=torch.bool) if token_mask is None else token_mask != 0
     # The small amount keeps a product that is whole in exact arithmetic from being rounded up.
     budget = (real.sum().double() * (capacity_factor * top_k / num_device_groups) - 1e-6).ceil()
 
     # Every device's choices from the highest affinity to the lowest, protected ones first: a choice's place in that
     # order decides. One sort by affinity, then a stable one by device.
-    affinity = plan.scores.detach().gather(1, expert_ids)
+    affinity = scores.detach().gather(1, expert_ids)
     if protected is not None:
         affinity = affinity.masked_fill(protected.unsqueeze(-1), float("inf"))
     takes_part = real.unsqueeze(-1).expand(-1, top_k).flatten()

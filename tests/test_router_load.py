@@ -14,7 +14,7 @@ from transformers import DeepseekV3Config as NativeConfig
 from transformers import DeepseekV3ForCausalLM as NativeModel
 
 from modeling_deepseekmoe import RouterLoad, RouterStats, take_router_load, track_router_load, update_router_bias
-from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeGate
+from modeling_deepseekmoe.gate import DeepseekMoeGate
 from modeling_deepseekmoe.router_load import RoutingContext
 
 batch = torch.randint(3, 96, (8, 12), generator=torch.Generator().manual_seed(5))

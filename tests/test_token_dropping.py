@@ -13,14 +13,14 @@ TOKENS, EXPERTS, TOP_K, DEVICES = 29, 8, 3, 4
 
 
 def dropped_by_loop(
-    plan: RoutingPlan, factor: float, mask: torch.Tensor, protected: torch.Tensor
+    plan: RoutingPlan, scores: torch.Tensor, factor: float, mask: torch.Tensor, protected: torch.Tensor
 ) -> set[tuple[int, int]]:
     """(token, choice) of everything that is dropped."""
     dropped = set()
     budget = math.ceil(factor * TOP_K / DEVICES * int(mask.sum()))
     for device in range(DEVICES):
         choices = [
-            (not protected[token], -plan.scores[token, expert].item(), token, choice)
+            (not protected[token], -scores[token, expert].item(), token, choice)
             for token in range(TOKENS) if mask[token]
             for choice, expert in enumerate(plan.expert_ids[token].tolist())
             if expert // (EXPERTS // DEVICES) == device
@@ -33,13 +33,14 @@ def dropped_by_loop(
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_lowest_affinities_beyond_the_budget(factor: float, masked: bool, share: float) -> None:
-    plan = route(torch.randn(TOKENS, EXPERTS) + torch.linspace(0, 2, EXPERTS), TOP_K, scaling_factor=2.0)
+    logits = torch.randn(TOKENS, EXPERTS) + torch.linspace(0, 2, EXPERTS)
+    plan, scores = route(logits, TOP_K, scaling_factor=2.0), logits.softmax(dim=-1)
     mask = torch.arange(TOKENS) % 4 != 0 if masked else torch.ones(TOKENS, dtype=torch.bool)
     protected = torch.rand(TOKENS) < share
     weights, dropped = drop_tokens(
-        plan, DEVICES, factor, token_mask=mask if masked else None, protected=protected if share else None
+        plan, scores, DEVICES, factor, token_mask=mask if masked else None, protected=protected if share else None
     )
-    expected = dropped_by_loop(plan, factor, mask, protected)
+    expected = dropped_by_loop(plan, scores, factor, mask, protected)
     found = {(int(token), int(choice)) for token, choice in (weights == 0).nonzero()}
     assert found == expected
     assert dropped == len(expected) and (len(expected) > 0 or share == 1.0 or factor > 1)
@@ -48,8 +49,8 @@ def test_lowest_affinities_beyond_the_budget(factor: float, masked: bool, share:
 
 
 def test_equal_affinities_are_dropped_from_the_end() -> None:
-    plan = RoutingPlan(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), torch.full((4, 2), 0.5))
-    weights, dropped = drop_tokens(plan, 2, 1.0)
+    plan = RoutingPlan(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1))
+    weights, dropped = drop_tokens(plan, torch.full((4, 2), 0.5), 2, 1.0)
     assert weights.flatten().tolist() == [1, 1, 0, 0] and dropped == 2
 
 
@@ -58,15 +59,15 @@ def test_equal_affinities_are_dropped_from_the_end() -> None:
 def test_budgets_that_are_whole_numbers(factor: float, top_k: int, devices: int, tokens: int, budget: int) -> None:
     """Everything goes to the first device, whose budget is what is kept."""
     ids = torch.arange(top_k).repeat(tokens, 1)
-    plan = RoutingPlan(ids, torch.ones(tokens, top_k), torch.rand(tokens, devices * 10))
-    weights, dropped = drop_tokens(plan, devices, factor)
+    plan = RoutingPlan(ids, torch.ones(tokens, top_k))
+    weights, dropped = drop_tokens(plan, torch.rand(tokens, devices * 10), devices, factor)
     assert weights.sum() == budget and dropped == tokens * top_k - budget
 
 
 def test_a_dropped_choice_has_no_gradient() -> None:
     logits = torch.randn(TOKENS, EXPERTS, requires_grad=True)
     plan = route(logits, 1)
-    weights, dropped = drop_tokens(plan, DEVICES, 0.5)
+    weights, dropped = drop_tokens(plan, logits.softmax(dim=-1), DEVICES, 0.5)
     weights.sum().backward()
     gone = (weights == 0).flatten()
     assert 0 < dropped == gone.sum() < TOKENS

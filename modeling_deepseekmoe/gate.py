@@ -1,0 +1,81 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The router of a MoE layer: the weights and the bias, and how the config's fields become the arguments of `route`.
+
+Shape letters: T tokens, D hidden, E routed experts.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_deepseekmoe import DeepseekMoeConfig
+from .routing import RoutingPlan, route
+
+
+class DeepseekMoeGate(nn.Module):
+    """The router: one centroid per routed expert (the rows of `weight`), and for `noaux_tc` the balancing bias."""
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.topk_method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        else:
+            self.e_score_correction_bias = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "DeepseekMoeGate":
+        """Move and cast, but keep the bias in float32, whatever the model becomes: its updates are far below
+        bfloat16's resolution."""
+        before = self.e_score_correction_bias
+        super()._apply(*args, **kwargs)
+        after = self.e_score_correction_bias
+        if after is not None and after.dtype != torch.float32:
+            self.e_score_correction_bias = (after if before.is_meta else before).to(after.device, torch.float32)
+        return self
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        num_sequences: int = 1,
+        statistics: bool = False,
+    ) -> tuple[torch.Tensor, RoutingPlan]:
+        """Route tokens.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape (T, D)).
+            token_mask, num_sequences, statistics: as for [`route`].
+
+        Returns:
+            The raw gate logits (T, E) and the [`RoutingPlan`].
+        """
+        config = self.config
+        if config.router_dtype == "float32":
+            with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+                router_logits = F.linear(hidden_states.float(), self.weight.float())
+        else:
+            router_logits = F.linear(hidden_states, self.weight)
+        num_groups, top_k_groups = config.gate_groups
+        plan = route(
+            router_logits,
+            config.num_experts_per_tok,
+            score_function=config.scoring_func,
+            correction_bias=self.e_score_correction_bias,
+            num_groups=num_groups,
+            top_k_groups=top_k_groups,
+            group_score="top2_sum" if config.topk_method == "noaux_tc" else "max",
+            normalize=config.gate_normalizes,
+            scaling_factor=config.gate_scaling_factor,
+            token_mask=token_mask,
+            num_sequences=num_sequences,
+            statistics=statistics,
+            implementation=config.router_implementation,
+        )
+        return router_logits, plan
+
+
+__all__ = ["DeepseekMoeGate"]

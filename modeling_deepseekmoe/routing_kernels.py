@@ -1,0 +1,395 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The kernels of routing, for CUDA and ROCm from one source. `routing` says what they compute, `routing_triton` calls
+them.
+
+A row of logits lies in the registers of one warp: E experts in lanes, each group padded to a power of two. Scores are
+compared as integers in the same order as the numbers, which neither NaN nor infinities disturb. Whatever several
+programs add up are integers, counts as they are and affinities in units of 2^-36, so that every run gives the same
+bits in whichever order they arrive.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # this file travels to machines that have no Triton, where nothing calls it
+    triton = tl = None
+
+# Whether the kernels run on the CPU, in Triton's interpreter: TRITON_INTERPRET=1 was set when they were defined.
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+
+# Numbers that change from batch to batch: a kernel is not compiled again for those that are 1 or multiples of 16.
+_SIZES = (
+    "row_stride", "sequence_length", "programs_per_sequence", "tokens_per_program", "num_tokens", "grad_stride_t",
+    "grad_stride_k", "num_choices", "choices_per_program", "num_programs", "num_experts",
+)  # fmt: skip
+
+
+def _jit(function: Callable) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+def _kernel(function: Callable) -> Any:
+    if triton is None:
+        return function
+    names = inspect.signature(function).parameters
+    return triton.jit(function, do_not_specialize=[name for name in _SIZES if name in names])
+
+
+# -------------------------------------------------------------------------------------------------- inside a kernel
+@_jit
+def _order(value):
+    """An int32 in the order of float32 numbers: -0.0 equal to 0.0, every NaN above all."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(value != value, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+
+
+@_jit
+def _number(order):
+    """The float32 number of an `_order`."""
+    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+
+
+@_jit
+def _finite(logit):
+    """Infinities as the largest finite numbers."""
+    return tl.minimum(tl.maximum(logit, -3.4028234663852886e38), 3.4028234663852886e38)
+
+
+@_jit
+def _softplus(x):
+    """log(1 + exp(x)) to float32's relative precision: log(1 + e) = 2 artanh(e / (2 + e)), which is at most 1/3."""
+    e = tl.exp(-tl.abs(x))
+    z = e / (2.0 + e)
+    s = z * z
+    series = 1.0 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13))))))
+    return tl.maximum(x, 0.0) + 2.0 * z * series
+
+
+@_jit
+def _affinity(logit, highest, total, SCORE_FUNCTION: tl.constexpr):
+    """Affinities of finite logits. `highest` and `total` belong to the softmax of their row."""
+    if SCORE_FUNCTION == "softmax":
+        return tl.exp(logit - highest) / total
+    elif SCORE_FUNCTION == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(-logit))
+    else:
+        return tl.where(logit < -20.0, tl.exp(0.5 * logit), tl.sqrt(_softplus(logit)))
+
+
+@_jit
+def _lanes(E: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr):
+    """Which expert every lane of a row stands for, and whether there is one: a group of E / GROUPS experts has
+    GROUP_WIDTH lanes."""
+    lane = tl.arange(0, WIDTH)
+    if WIDTH == E:
+        return lane, lane, tl.full([WIDTH], True, tl.int1)
+    else:
+        member = lane % GROUP_WIDTH
+        expert = lane // GROUP_WIDTH * (E // GROUPS) + member
+        return lane, expert, (member < E // GROUPS) & (lane // GROUP_WIDTH < GROUPS)
+
+
+@_jit
+def _keep_best_groups(
+    order,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
+    KEPT_GROUPS: tl.constexpr,
+    TOP2_SUM: tl.constexpr,
+    NOWHERE: tl.constexpr,
+):
+    """The `_order`s of a block (BLOCK, WIDTH), with NOWHERE outside each row's best groups."""
+    LANES_OF_GROUPS: tl.constexpr = WIDTH // GROUP_WIDTH
+    grouped = tl.reshape(order, [BLOCK, LANES_OF_GROUPS, GROUP_WIDTH])
+    rank = tl.max(grouped, axis=2)
+    if TOP2_SUM:
+        member = tl.arange(0, GROUP_WIDTH)[None, None, :]
+        first = tl.min(tl.where(grouped == rank[:, :, None], member, GROUP_WIDTH), axis=2)
+        second = tl.max(tl.where(member == first[:, :, None], NOWHERE, grouped), axis=2)
+        rank = _order(_number(rank) + _number(second))
+    group = tl.arange(0, LANES_OF_GROUPS)
+    rank = tl.where((group < GROUPS)[None, :], rank, NOWHERE)
+    mine, other = rank[:, :, None], rank[:, None, :]
+    before = (other > mine) | ((other == mine) & (group[None, None, :] < group[None, :, None]))
+    kept = tl.sum(before.to(tl.int32), axis=2) < KEPT_GROUPS
+    return tl.reshape(tl.where(kept[:, :, None], grouped, NOWHERE), [BLOCK, WIDTH])
+
+
+# ------------------------------------------------------------------------------------------------------ the kernels
+@_kernel
+def route_kernel(
+    logits,  # (T, E)
+    bias,  # (E,) or None
+    token_mask,  # (T,) or None
+    expert_ids,  # (T, K) int64, out
+    weights,  # (T, K) float32, out
+    counts,  # (N, E) int64, zeros, out
+    fixed_sums,  # (N, E) int64, zeros
+    nan_rows,  # (N,) int64, zeros
+    arrivals,  # (N,) int64, zeros
+    score_sums,  # (N, E) float32, out
+    row_stride,
+    sequence_length,
+    programs_per_sequence,
+    tokens_per_program,
+    scaling_factor,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT_GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCORE_FUNCTION: tl.constexpr,
+    TOP2_SUM: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    STATISTICS: tl.constexpr,
+):
+    """One program routes up to `tokens_per_program` tokens of one sequence, BLOCK at a time."""
+    NOWHERE: tl.constexpr = -(2**31)  # below the order of every number: no expert, or one of a dropped group
+    CHOSEN: tl.constexpr = 1 - 2**31
+    lane, expert, exists = _lanes(E, GROUPS, WIDTH, GROUP_WIDTH)
+    place = tl.arange(0, K_WIDTH)
+    sequence = (tl.program_id(0) // programs_per_sequence).to(tl.int64)
+    first = (tl.program_id(0) % programs_per_sequence).to(tl.int64) * tokens_per_program
+    end = sequence * sequence_length + tl.minimum(first + tokens_per_program, sequence_length)
+    if STATISTICS:
+        program_counts = tl.zeros([WIDTH], tl.int32)
+        program_sums = tl.zeros([WIDTH], tl.float32)
+        program_nans = tl.zeros([BLOCK], tl.int32)
+
+    for start in range(sequence * sequence_length + first, end, BLOCK):
+        token = start + tl.arange(0, BLOCK).to(tl.int64)
+        there = token < end
+        rows = logits + token[:, None] * row_stride
+        raw = tl.load(rows + expert[None, :], mask=there[:, None] & exists[None, :], other=0.0).to(tl.float32)
+        has_nan = tl.max((raw != raw).to(tl.int32), axis=1) != 0
+        logit = tl.where(exists[None, :], _finite(raw), -3.4028234663852886e38)
+
+        highest = tl.zeros([BLOCK], tl.float32)
+        total = tl.full([BLOCK], 1.0, tl.float32)
+        if SCORE_FUNCTION == "softmax":
+            highest = tl.max(logit, axis=1)
+            total = tl.sum(tl.where(exists[None, :], tl.exp(logit - highest[:, None]), 0.0), axis=1)
+
+        if bias is not None or (TOP2_SUM and KEPT_GROUPS < GROUPS):
+            choice = _affinity(logit, highest[:, None], total[:, None], SCORE_FUNCTION)
+            choice = tl.where(raw != raw, raw, choice)
+            if bias is not None:
+                choice += tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)[None, :]
+        else:
+            choice = raw
+        order = tl.where(exists[None, :], _order(choice), NOWHERE)
+        if KEPT_GROUPS < GROUPS:
+            order = _keep_best_groups(order, BLOCK, GROUPS, WIDTH, GROUP_WIDTH, KEPT_GROUPS, TOP2_SUM, NOWHERE)
+
+        ids = tl.zeros([BLOCK, K_WIDTH], tl.int32)
+        for k in range(K):
+            best = tl.max(order, axis=1)
+            chosen_lane = tl.min(tl.where(order == best[:, None], lane[None, :], WIDTH), axis=1)
+            order = tl.where(lane[None, :] == chosen_lane[:, None], CHOSEN, order)
+            chosen = chosen_lane // GROUP_WIDTH * (E // GROUPS) + chosen_lane % GROUP_WIDTH
+            ids = tl.where(place[None, :] == k, chosen[:, None], ids)
+
+        # The chosen logits are read again, out of the cache: cheaper than picking them out of the lanes.
+        is_choice = there[:, None] & (place < K)[None, :]
+        picked = _finite(tl.load(rows + ids, mask=is_choice, other=0.0).to(tl.float32))
+        weight = _affinity(picked, highest[:, None], total[:, None], SCORE_FUNCTION)
+        if NORMALIZE:
+            weight /= tl.sum(tl.where(is_choice, weight, 0.0), axis=1)[:, None] + 1e-20
+        weight = tl.where(has_nan[:, None], float("nan"), weight * scaling_factor)
+        out = token[:, None] * K + place[None, :]
+        tl.store(expert_ids + out, ids.to(tl.int64), mask=is_choice)
+        tl.store(weights + out, weight, mask=is_choice)
+
+        if STATISTICS:
+            real = there
+            if token_mask is not None:
+                real = there & (tl.load(token_mask + token, mask=there, other=0) != 0)
+            counted = (order == CHOSEN) & real[:, None]
+            program_counts += tl.sum(counted.to(tl.int32), axis=0)
+            share = tl.where(exists[None, :], _affinity(logit, highest[:, None], total[:, None], SCORE_FUNCTION), 0.0)
+            if SCORE_FUNCTION != "softmax":
+                share /= tl.maximum(tl.sum(share, axis=1), 1e-20)[:, None]
+            program_sums += tl.sum(tl.where((real & ~has_nan)[:, None], share, 0.0), axis=0)
+            program_nans += (real & has_nan).to(tl.int32)
+
+    if STATISTICS:
+        # Integers, so that the order in which programs arrive does not matter; the last one turns them into numbers.
+        at = sequence * E + expert
+        fixed = (program_sums * 68719476736.0 + 0.5).to(tl.int64)
+        tl.atomic_add(counts + at, program_counts.to(tl.int64), mask=exists & (program_counts > 0), sem="relaxed")
+        tl.atomic_add(fixed_sums + at, fixed, mask=exists & (fixed > 0), sem="relaxed")
+        tl.atomic_add(nan_rows + sequence, tl.sum(program_nans, axis=0).to(tl.int64), sem="relaxed")
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals + sequence, 1, sem="acq_rel") == programs_per_sequence - 1:
+            fixed = tl.load(fixed_sums + at, mask=exists, other=0, cache_modifier=".cg")
+            nans = tl.load(nan_rows + sequence, cache_modifier=".cg")
+            sums = tl.where(nans > 0, float("nan"), fixed.to(tl.float32) * (1.0 / 68719476736.0))
+            tl.store(score_sums + at, sums, mask=exists)
+
+
+@_kernel
+def route_backward_kernel(
+    logits,  # (T, E)
+    token_mask,  # (T,) or None
+    expert_ids,  # (T, K) int64
+    grad_weights,  # (T, K) float32 or None
+    grad_sums,  # (N, E) float32 or None
+    grad_logits,  # (T, E), out
+    num_tokens,
+    row_stride,
+    grad_stride_t,
+    grad_stride_k,
+    sequence_length,
+    scaling_factor,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCORE_FUNCTION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """One program computes the gradient of BLOCK tokens' logits. Groups and bias have no part in it."""
+    expert = tl.arange(0, WIDTH)
+    exists = expert < E
+    place = tl.arange(0, K_WIDTH)
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = token < num_tokens
+    rows = logits + token[:, None] * row_stride
+    is_logit = there[:, None] & exists[None, :]
+    raw = tl.load(rows + expert[None, :], mask=is_logit, other=0.0).to(tl.float32)
+    logit = tl.where(exists[None, :], _finite(raw), -3.4028234663852886e38)
+    highest = tl.zeros([BLOCK], tl.float32)
+    total = tl.full([BLOCK], 1.0, tl.float32)
+    if SCORE_FUNCTION == "softmax":
+        highest = tl.max(logit, axis=1)
+        total = tl.sum(tl.where(exists[None, :], tl.exp(logit - highest[:, None]), 0.0), axis=1)
+    score = tl.where(exists[None, :], _affinity(logit, highest[:, None], total[:, None], SCORE_FUNCTION), 0.0)
+
+    # With respect to the scores: first of the weights, which only the chosen ones have, then of the sums.
+    grad = tl.zeros([BLOCK, WIDTH], tl.float32)
+    if grad_weights is not None:
+        choices = token * K
+        factor = tl.full([BLOCK], 1.0, tl.float32) * scaling_factor
+        shift = tl.zeros([BLOCK], tl.float32)
+        if NORMALIZE:
+            is_choice = there[:, None] & (place < K)[None, :]
+            ids = tl.load(expert_ids + choices[:, None] + place[None, :], mask=is_choice, other=0)
+            picked = _finite(tl.load(rows + ids, mask=is_choice, other=0.0).to(tl.float32))
+            picked = _affinity(picked, highest[:, None], total[:, None], SCORE_FUNCTION)
+            picked = tl.where(is_choice, picked, 0.0)
+            at = token[:, None] * grad_stride_t + place[None, :] * grad_stride_k
+            dots = picked * tl.load(grad_weights + at, mask=is_choice, other=0.0)
+            factor /= tl.sum(picked, axis=1) + 1e-20
+            shift = tl.sum(dots, axis=1) / (tl.sum(picked, axis=1) + 1e-20)
+        for k in range(K):
+            chosen = tl.load(expert_ids + choices + k, mask=there, other=0)
+            of_weight = tl.load(grad_weights + token * grad_stride_t + k * grad_stride_k, mask=there, other=0.0)
+            of_score = (of_weight - shift) * factor
+            grad += tl.where(expert[None, :] == chosen[:, None], of_score[:, None], 0.0)
+    if grad_sums is not None:
+        real = there
+        if token_mask is not None:
+            real = there & (tl.load(token_mask + token, mask=there, other=0) != 0)
+        at = (token // sequence_length)[:, None] * E + expert[None, :]
+        of_share = tl.load(grad_sums + at, mask=real[:, None] & exists[None, :], other=0.0)
+        if SCORE_FUNCTION != "softmax":
+            sum_of_scores = tl.sum(score, axis=1)
+            divisor = tl.maximum(sum_of_scores, 1e-20)[:, None]
+            mean = tl.sum(of_share * score, axis=1)[:, None] / divisor
+            of_share = (of_share - tl.where((sum_of_scores >= 1e-20)[:, None], mean, 0.0)) / divisor
+            of_share = tl.where(real[:, None], of_share, 0.0)
+        grad += of_share
+
+    if SCORE_FUNCTION == "softmax":
+        grad = score * (grad - tl.sum(grad * score, axis=1)[:, None])
+    elif SCORE_FUNCTION == "sigmoid":
+        grad = grad * score * (1.0 - score)
+    else:
+        slope = 1.0 / (1.0 + tl.exp(-logit)) / (2.0 * score)
+        grad = grad * tl.where(logit < -20.0, 0.5 * score, slope)
+    grad = tl.where(raw == logit, grad, 0.0)  # none for infinite logits
+    has_nan = tl.max((raw != raw).to(tl.int32), axis=1) != 0
+    grad = tl.where(has_nan[:, None], float("nan"), grad)
+    tl.store(grad_logits + token[:, None] * E + expert[None, :], grad, mask=is_logit)
+
+
+@_kernel
+def count_kernel(
+    ids, histograms, num_choices, choices_per_program, num_experts, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program counts the experts in its run of choices: a row of `histograms` (programs, E), int32."""
+    expert = tl.arange(0, WIDTH)
+    begin = tl.program_id(0) * choices_per_program
+    counts = tl.zeros([WIDTH], tl.int32)
+    for start in range(begin, tl.minimum(begin + choices_per_program, num_choices), BLOCK):
+        choice = start + tl.arange(0, BLOCK)
+        chosen = tl.load(ids + choice, mask=choice < num_choices, other=num_experts)
+        counts += tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), axis=0)
+    tl.store(histograms + tl.program_id(0) * num_experts + expert, counts, mask=expert < num_experts)
+
+
+@_kernel
+def group_kernel(
+    ids,  # (T * K,)
+    histograms,  # (programs, E) int32
+    permutation,  # (T * K,) int64, out
+    inverse,  # (T * K,) int64, out
+    offsets,  # (E + 1,) int32, out
+    num_choices,
+    choices_per_program,
+    num_programs,
+    num_experts,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program puts its run of choices into their places: behind all choices of lower experts, behind those of
+    the same expert in earlier runs, and in its own run in their order. Choices of the id E come last."""
+    expert = tl.arange(0, WIDTH)
+    totals = tl.zeros([WIDTH], tl.int32)
+    before = tl.zeros([WIDTH], tl.int32)
+    for first in range(0, num_programs, ROWS):
+        program = first + tl.arange(0, ROWS)[:, None]
+        is_count = (program < num_programs) & (expert < num_experts)[None, :]
+        counts = tl.load(histograms + program * num_experts + expert[None, :], mask=is_count, other=0)
+        totals += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where(program < tl.program_id(0), counts, 0), axis=0)
+    starts = tl.cumsum(totals, axis=0) - totals
+    here = tl.sum(totals, axis=0)
+    if tl.program_id(0) == 0:
+        tl.store(offsets + expert, starts, mask=expert < num_experts)
+        tl.store(offsets + num_experts, here)
+
+    begin = tl.program_id(0) * choices_per_program
+    next_place = starts + before
+    next_elsewhere = here + begin - tl.sum(before, axis=0)
+    position = tl.arange(0, BLOCK)
+    for start in range(begin, tl.minimum(begin + choices_per_program, num_choices), BLOCK):
+        choice = start + position
+        there = choice < num_choices
+        chosen = tl.load(ids + choice, mask=there, other=num_experts)
+        # Read once more across, so that every choice meets all earlier ones of its block.
+        across = tl.load(ids + choice[None, :], mask=there[None, :], other=num_experts)
+        rank = tl.sum(((across == chosen[:, None]) & (position[None, :] < position[:, None])).to(tl.int32), axis=1)
+        is_expert = chosen[:, None] == expert[None, :]
+        base = tl.sum(tl.where(is_expert, next_place[None, :], 0), axis=1)
+        place = tl.where(chosen < num_experts, base, next_elsewhere) + rank
+        tl.store(inverse + choice, place.to(tl.int64), mask=there)
+        tl.store(permutation + place, choice.to(tl.int64), mask=there)
+        next_place += tl.sum(is_expert.to(tl.int32), axis=0)
+        next_elsewhere += tl.sum((there & (chosen >= num_experts)).to(tl.int32), axis=0)
+
+
+__all__ = ["INTERPRETED", "count_kernel", "group_kernel", "route_backward_kernel", "route_kernel"]

@@ -1,0 +1,277 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Routing in fused kernels, as operators of `torch.library`, so that `torch.compile` and CUDA graphs take them.
+
+One launch chooses the experts, weighs, counts and adds up what the balance losses need; one launch is its gradient;
+two launches bring the choices into the order of the experts. Nothing waits for the host. `routing` says what they
+compute, and checks the arguments.
+"""
+
+from typing import Any
+
+import torch
+
+from .routing_kernels import INTERPRETED, count_kernel, group_kernel, route_backward_kernel, route_kernel, triton
+
+MAX_EXPERTS = 1024
+MAX_TOP_K = 32
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMESPACE = __name__.replace(".", "_")  # a copy of this file on the Hub registers operators of its own
+
+
+def why_not_triton(tensor: torch.Tensor, num_experts: int, top_k: int) -> str:
+    """The reason why the kernels do not take an input; empty if they do.
+
+    Args:
+        tensor: logits, or expert ids.
+        num_experts (`int`): E.
+        top_k (`int`): K.
+    """
+    if triton is None:
+        return "triton is not installed (pip install triton)"
+    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and INTERPRETED):
+        return f"the tensors are on the device {tensor.device.type!r} (Triton needs 'cuda', for CUDA and ROCm)"
+    if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
+        return f"the logits are {tensor.dtype}, and the kernels take float32, bfloat16 and float16"
+    if num_experts > MAX_EXPERTS:
+        return f"there are {num_experts} experts, and the kernels take at most {MAX_EXPERTS}"
+    if top_k > MAX_TOP_K:
+        return f"top_k is {top_k}, and the kernels take at most {MAX_TOP_K}"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------- the operators
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def route_options(num_experts: int, top_k: int, num_groups: int, top_k_groups: int) -> dict[str, int]:
+    """The sizes that the forward kernel is compiled for: 1024 lanes of one warp, 32 numbers for each thread."""
+    groups = num_groups if top_k_groups < num_groups else 1
+    group_width = _power_of_two(num_experts // groups)
+    width = _power_of_two(groups) * group_width
+    return {
+        "E": num_experts,
+        "K": top_k,
+        "K_WIDTH": _power_of_two(top_k),
+        "GROUPS": groups,
+        "KEPT_GROUPS": top_k_groups if groups > 1 else 1,
+        "WIDTH": width,
+        "GROUP_WIDTH": group_width,
+        "BLOCK": min(max(256 // width, 1), 32),
+    }
+
+
+def backward_options(num_experts: int, top_k: int) -> dict[str, int]:
+    """The sizes that the backward kernel is compiled for."""
+    width = _power_of_two(num_experts)
+    block = min(max(256 // width, 1), 32)
+    return {"E": num_experts, "K": top_k, "K_WIDTH": _power_of_two(top_k), "WIDTH": width, "BLOCK": block}
+
+
+def _route(
+    router_logits: torch.Tensor,
+    correction_bias: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    top_k: int,
+    score_function: str,
+    num_groups: int,
+    top_k_groups: int,
+    group_score: str,
+    normalize: bool,
+    scaling_factor: float,
+    num_sequences: int,
+    statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_tokens, num_experts = router_logits.shape
+    logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
+    expert_ids = logits.new_empty((num_tokens, top_k), dtype=torch.int64)
+    weights = logits.new_empty((num_tokens, top_k), dtype=torch.float32)
+    rows = num_sequences if statistics else 0
+    length = num_tokens // num_sequences if statistics else num_tokens
+    score_sums = (torch.empty if num_tokens else torch.zeros)((rows, num_experts), device=logits.device)
+    zeros = logits.new_zeros(2 * rows * (num_experts + 1), dtype=torch.int64)
+    counts, fixed_sums, nan_rows, arrivals = zeros.split([rows * num_experts, rows * num_experts, rows, rows])
+    if num_tokens:
+        options = route_options(num_experts, top_k, num_groups, top_k_groups)
+        blocks = triton.cdiv(length, options["BLOCK"])
+        # Not made to the measure of the device, so that the sums have the same bits on all of them.
+        blocks_per_program = triton.cdiv(blocks, max(1024 // max(rows, 1), 1)) if statistics else 1
+        programs = triton.cdiv(blocks, blocks_per_program)
+        route_kernel[(programs * max(rows, 1),)](
+            logits,
+            correction_bias if correction_bias is None else correction_bias.contiguous(),
+            token_mask if token_mask is None else token_mask.contiguous(),
+            expert_ids,
+            weights,
+            counts,
+            fixed_sums,
+            nan_rows,
+            arrivals,
+            score_sums,
+            logits.stride(0),
+            length,
+            programs,
+            blocks_per_program * options["BLOCK"],
+            scaling_factor,
+            **options,
+            SCORE_FUNCTION=score_function,
+            TOP2_SUM=group_score == "top2_sum",
+            NORMALIZE=normalize,
+            STATISTICS=statistics,
+            num_warps=1,
+        )
+    return expert_ids, weights, counts.view(rows, num_experts), score_sums
+
+
+def _route_backward(
+    grad_weights: torch.Tensor | None,
+    grad_sums: torch.Tensor | None,
+    router_logits: torch.Tensor,
+    expert_ids: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    score_function: str,
+    normalize: bool,
+    scaling_factor: float,
+) -> torch.Tensor:
+    num_tokens, num_experts = router_logits.shape
+    logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if num_tokens:
+        options = backward_options(num_experts, expert_ids.shape[1])
+        strides = (0, 0) if grad_weights is None else grad_weights.stride()
+        route_backward_kernel[(triton.cdiv(num_tokens, options["BLOCK"]),)](
+            logits,
+            token_mask if token_mask is None else token_mask.contiguous(),
+            expert_ids,
+            grad_weights,
+            grad_sums if grad_sums is None else grad_sums.contiguous(),
+            grad_logits,
+            num_tokens,
+            logits.stride(0),
+            *strides,
+            num_tokens // len(grad_sums) if grad_sums is not None else num_tokens,
+            scaling_factor,
+            **options,
+            SCORE_FUNCTION=score_function,
+            NORMALIZE=normalize,
+            num_warps=1,
+        )
+    return grad_logits
+
+
+def _group_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids = expert_ids.flatten()
+    permutation = torch.empty_like(ids, dtype=torch.int64)
+    inverse = torch.empty_like(permutation)
+    offsets = (torch.empty if len(ids) else torch.zeros)(num_experts + 1, dtype=torch.int32, device=ids.device)
+    if len(ids):
+        width = _power_of_two(num_experts)
+        block = min(max(8192 // width, 16), 64)
+        per_program = triton.cdiv(triton.cdiv(len(ids), block), 128) * block
+        programs = triton.cdiv(len(ids), per_program)
+        histograms = ids.new_empty((programs, num_experts), dtype=torch.int32)
+        sizes = {"WIDTH": width, "BLOCK": block, "num_warps": 4}
+        count_kernel[(programs,)](ids, histograms, len(ids), per_program, num_experts, **sizes)
+        group_kernel[(programs,)](
+            ids,
+            histograms,
+            permutation,
+            inverse,
+            offsets,
+            len(ids),
+            per_program,
+            programs,
+            num_experts,
+            ROWS=max(4096 // width, 1),
+            **sizes,
+        )
+    return permutation, inverse, offsets
+
+
+def _route_fake(
+    router_logits: torch.Tensor,
+    correction_bias: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    top_k: int,
+    score_function: str,
+    num_groups: int,
+    top_k_groups: int,
+    group_score: str,
+    normalize: bool,
+    scaling_factor: float,
+    num_sequences: int,
+    statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_tokens, num_experts = router_logits.shape
+    rows = num_sequences if statistics else 0
+    return (
+        router_logits.new_empty((num_tokens, top_k), dtype=torch.int64),
+        router_logits.new_empty((num_tokens, top_k), dtype=torch.float32),
+        router_logits.new_empty((rows, num_experts), dtype=torch.int64),
+        router_logits.new_empty((rows, num_experts), dtype=torch.float32),
+    )
+
+
+def _group_by_expert_fake(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
+    places = expert_ids.new_empty(expert_ids.numel(), dtype=torch.int64)
+    return places, torch.empty_like(places), expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    router_logits, _, token_mask, _, score_function, _, _, _, normalize, scaling_factor, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(router_logits, output[0], token_mask)
+    ctx.options = (score_function, normalize, scaling_factor)
+
+
+def _backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    _, grad_weights, _, grad_sums = grads
+    router_logits, expert_ids, token_mask = ctx.saved_tensors
+    if grad_weights is None and grad_sums is None:
+        return (None,) * 12
+    grad = route_backward_op(grad_weights, grad_sums, router_logits, expert_ids, token_mask, *ctx.options)
+    return grad, *(None,) * 11
+
+
+if triton is not None:
+    route_op = torch.library.custom_op(
+        f"{_NAMESPACE}::route",
+        _route,
+        mutates_args=(),
+        schema="(Tensor router_logits, Tensor? correction_bias, Tensor? token_mask, int top_k, str score_function, "
+        "int num_groups, int top_k_groups, str group_score, bool normalize, float scaling_factor, "
+        "SymInt num_sequences, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)",
+    )
+    route_op.register_fake(_route_fake)
+    route_op.register_autograd(_backward, setup_context=_save_for_backward)
+    route_backward_op = torch.library.custom_op(
+        f"{_NAMESPACE}::route_backward",
+        _route_backward,
+        mutates_args=(),
+        schema="(Tensor? grad_weights, Tensor? grad_sums, Tensor router_logits, Tensor expert_ids, "
+        "Tensor? token_mask, str score_function, bool normalize, float scaling_factor) -> Tensor",
+    )
+    route_backward_op.register_fake(lambda grad_weights, grad_sums, router_logits, *_: torch.empty_like(router_logits))
+    group_by_expert_op = torch.library.custom_op(
+        f"{_NAMESPACE}::group_by_expert",
+        _group_by_expert,
+        mutates_args=(),
+        schema="(Tensor expert_ids, int num_experts) -> (Tensor, Tensor, Tensor)",
+    )
+    group_by_expert_op.register_fake(_group_by_expert_fake)
+
+
+def route_triton(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The fields of the `RoutingPlan` of checked arguments, in the order of the operator's."""
+    expert_ids, weights, counts, score_sums = route_op(*arguments)
+    return (expert_ids, weights, counts, score_sums) if arguments[-1] else (expert_ids, weights, None, None)
+
+
+def group_by_expert_triton(
+    expert_ids: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fields of the `ExpertGroups` of checked arguments."""
+    return group_by_expert_op(expert_ids, num_experts)
+
+
+__all__ = ["MAX_EXPERTS", "MAX_TOP_K", "group_by_expert_triton", "route_triton", "why_not_triton"]
