@@ -8,7 +8,7 @@ from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .registration import register
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 # Imported when first used: the model classes alone take as long as the whole of `import torch`.
 _LAZY = {
@@ -49,7 +49,8 @@ _LAZY = {
     ),
     "router_load": ("RouterLoad",),
     "router_stats": ("RouterStats",),
-    "routing": ("RoutingPlan", "route"),
+    "native_gates": ("route_native_gates",),
+    "routing": ("ExpertGroups", "RoutingPlan", "group_by_expert", "route"),
     "upload_callbacks": ("ModelCardCallback",),
     "selected_experts": ("load_esft", "merge_esft", "prepare_esft", "save_esft"),
 }
@@ -77,6 +78,7 @@ __all__ = [
     "DeepseekV3ForSequenceClassification",
     "DeepseekV3ForTokenClassification",
     "DeepseekV3Model",
+    "ExpertGroups",
     "ExpertLoraConfig",
     "ExpertSelection",
     "LoadBalancingCallback",
@@ -91,6 +93,7 @@ __all__ = [
     "device_balance_loss",
     "expert_balance_loss",
     "expert_lora_config",
+    "group_by_expert",
     "inspect_model",
     "load_esft",
     "max_violation",
@@ -99,6 +102,7 @@ __all__ = [
     "prepare_esft",
     "register",
     "route",
+    "route_native_gates",
     "router_z_loss",
     "save_esft",
     "score_experts",

@@ -152,7 +152,7 @@ class DeepseekMoeBlock(nn.Module):
         """
         tokens, mask = hidden_states.flatten(0, 1), context.token_mask
         mask = None if mask is None else mask.flatten()
-        router_logits, plan = self.gate(tokens, mask, len(hidden_states), context.record)
+        router_logits, plan = self.gate(tokens, mask, len(hidden_states) or 1, context.record)
         weights, dropped, entropy = plan.weights, None, None
         capacity_factor = self.config.token_drop_capacity_factor
         if self.training and capacity_factor is not None:

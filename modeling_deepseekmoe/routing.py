@@ -7,8 +7,10 @@ for each direction in `routing_triton`.
 Which experts are chosen: the affinity is a growing function of the logit, so that where nothing is added to it the
 logits themselves are compared, and nothing is lost where affinities round to the same number. With a bias, or with
 groups ranked by a sum, float32 affinities are compared, plus the bias. Equal values go to the lower id, of experts as
-of groups. A NaN counts as the highest value: the weights of its row are NaN, and its ids are valid. Infinite logits
-count as the largest finite float32 numbers, which gives the limits: a logit of +inf takes the whole softmax.
+of groups. Affinities have rounding errors: what differs by no more than those may change places between the two
+implementations, as between two devices. A NaN counts as the highest value: the weights of its row are NaN, and its ids
+are valid. Infinite logits count as the largest finite float32 numbers, which gives the limits: a logit of +inf takes
+the whole softmax.
 
 Shape letters: T tokens, E routed experts, K chosen experts of a token, G expert groups, N sequences of T / N tokens.
 """
@@ -108,7 +110,7 @@ def route(
         score_function (`str`): `"softmax"` (arXiv 2401.06066, eq. 5), `"sigmoid"` (2412.19437, eq. 15), or
             `"sqrtsoftplus"`, the square root of log(1 + exp(logit)), the gate of DeepSeek-V4.
         correction_bias (`torch.FloatTensor` of shape (E,), *optional*): the bias of auxiliary-loss-free balancing
-            (2408.15664, eq. 3).
+            (2408.15664, eq. 3), finite numbers.
         num_groups, top_k_groups (`int`): groups of consecutive experts, and how many of them a token may use
             (2405.04434, section 2.2.2). `num_groups` divides E.
         group_score (`str`): `"max"` (V2) or `"top2_sum"` (V3) of the scores in a group.
@@ -119,7 +121,8 @@ def route(
         num_sequences (`int`): N, a divisor of T: equal runs of consecutive tokens that are counted apart.
         statistics (`bool`): whether `counts_by_sequence` and `score_sums` are wanted.
         implementation (`str`): `"eager"`, `"triton"`, or `"auto"`: Triton on a CUDA or ROCm device where it is
-            installed and takes the input (E up to 1024, K up to 32), else eager; a line in the log says which.
+            installed and takes the input (E up to 1024, K up to 32, G up to 64), else eager; a line in the log says
+            which. The kernels have no gradient of the gradient.
 
     Returns:
         [`RoutingPlan`].
@@ -130,9 +133,10 @@ def route(
     _check_tensors(router_logits, correction_bias, token_mask)
     num_tokens, num_experts = router_logits.shape
     _check_options(num_experts, top_k, score_function, num_groups, top_k_groups, group_score, scaling_factor)
-    if num_sequences < 1 or num_tokens % num_sequences:
+    if statistics and (num_sequences < 1 or num_tokens % num_sequences):
         raise ValueError(f"num_sequences={num_sequences} is not allowed: it must divide the {num_tokens} tokens.")
-    run = route_triton if _uses_triton(implementation, router_logits, num_experts, top_k) else _route_eager
+    compared = num_groups if top_k_groups < num_groups else 1
+    run = route_triton if _uses_triton(implementation, router_logits, num_experts, top_k, compared) else _route_eager
     return RoutingPlan(
         *run(
             router_logits,
@@ -173,8 +177,8 @@ def group_by_expert(expert_ids: torch.Tensor, num_experts: int, *, implementatio
         )
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts} is not allowed: it must be at least 1.")
-    if expert_ids.numel() >= 2**31:
-        raise ValueError(f"expert_ids of {expert_ids.numel()} choices are not allowed: offsets are int32.")
+    if expert_ids.numel() > 2**30:
+        raise ValueError(f"expert_ids of {expert_ids.numel()} choices are not allowed: offsets are int32, for 2^30.")
     if _uses_triton(implementation, expert_ids, num_experts):
         return ExpertGroups(*group_by_expert_triton(expert_ids, num_experts))
     ids = expert_ids.flatten()
@@ -206,7 +210,8 @@ def affinities(router_logits: torch.Tensor, score_function: str) -> torch.Tensor
         return logits.softmax(dim=-1)
     # Far below zero log(1 + exp(x)) is exp(x), whose root neither underflows nor has an infinite slope.
     low = logits < -20
-    return torch.where(low, (logits / 2).exp(), softplus(logits.masked_fill(low, 0.0)).sqrt())
+    far, near = logits.clamp(max=-20), logits.clamp(min=-20)
+    return torch.where(low, (far / 2).exp(), softplus(near).sqrt())
 
 
 # ------------------------------------------------------------------------------------------ checks and dispatch
@@ -248,7 +253,7 @@ def _check_options(
         _refuse("score_function", score_function, f"one of {SCORE_FUNCTIONS}")
     if group_score not in GROUP_SCORES:
         _refuse("group_score", group_score, f"one of {GROUP_SCORES}")
-    if not 1 <= top_k <= num_experts:
+    if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
         _refuse("top_k", top_k, f"an integer between 1 and the {num_experts} experts")
     if num_groups < 1 or num_experts % num_groups:
         _refuse("num_groups", num_groups, f"a divisor of the {num_experts} experts")
@@ -267,12 +272,12 @@ def _refuse(name: str, value: object, allowed: str) -> NoReturn:
     raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}.")
 
 
-def _uses_triton(implementation: str, tensor: torch.Tensor, num_experts: int, top_k: int = 1) -> bool:
+def _uses_triton(implementation: str, tensor: torch.Tensor, *sizes: int) -> bool:
     if implementation not in ROUTER_IMPLEMENTATIONS:
         _refuse("implementation", implementation, f"one of {ROUTER_IMPLEMENTATIONS}")
     if implementation == "eager":
         return False
-    reason = why_not_triton(tensor, num_experts, top_k)
+    reason = why_not_triton(tensor, *sizes)
     if implementation == "triton" and reason:
         raise ValueError(f"implementation='triton' is not allowed: {reason}.")
     if implementation == "auto":
@@ -287,7 +292,7 @@ def _uses_triton(implementation: str, tensor: torch.Tensor, num_experts: int, to
 def _tell(device_type: str, reason: str) -> None:
     """Log once which implementation "auto" means; a warning where a GPU is there and could do better."""
     if reason:
-        log = logger.info if device_type == "cpu" else logger.warning
+        log = logger.warning if device_type == "cuda" else logger.info
         log(f"Routing on {device_type}: implementation='auto' is 'eager', because {reason}.")
     else:
         logger.info(f"Routing on {device_type}: implementation='auto' is 'triton'.")
@@ -315,7 +320,7 @@ def _route_eager(
     else:
         choice = _rounded_affinities(logits.detach(), score_function)
         if correction_bias is not None:
-            choice = choice + correction_bias
+            choice = choice + correction_bias.to(choice.dtype)
     if grouped:
         expert_ids = _highest_in_groups(choice, top_k, num_groups, top_k_groups, group_score)
     else:
@@ -338,9 +343,13 @@ def _route_eager(
 
 def _rounded_affinities(logits: torch.Tensor, score_function: str) -> torch.Tensor:
     """Affinities that are equal for equal logits. On the CPU torch computes the last few elements of a tensor in
-    another way than all others, with another last bit, which would break ties: float64 rounded to float32 does not."""
-    if logits.device.type != "cpu" or logits.dtype == torch.float64:
+    another way than all others, with another last bit, which would break ties: float64 rounded to float32 does not,
+    and of float64 each value is computed once. (A softmax is computed row by row.)"""
+    if logits.device.type != "cpu" or score_function == "softmax":
         return affinities(logits, score_function)
+    if logits.dtype == torch.float64:
+        values, where = logits.unique(return_inverse=True)
+        return affinities(values, score_function)[where]
     return affinities(logits.double(), score_function).float()
 
 
@@ -375,7 +384,8 @@ def _highest(values: torch.Tensor, count: int) -> torch.Tensor:
     low_bits = (1 << (width - 1).bit_length()) - 1
     wide = values.double().nan_to_num_(nan=2.0**300, posinf=2.0**200, neginf=-(2.0**200))
     bits = wide.add_(0.0).view(torch.int64)  # + 0.0 makes -0.0 and 0.0 equal
-    bits |= torch.arange(low_bits, low_bits - width, -1)
+    marks = (100 << 52) + low_bits  # times 2^100 too: what is added to zero is then no denormal number
+    bits += torch.arange(marks, marks - width, -1, device=values.device)
     bits ^= (bits >> 63) & low_bits  # the other way round for negative numbers
     return bits.view(torch.float64).topk(count, dim=-1).indices
 

@@ -19,6 +19,8 @@ try:
     import triton.language as tl
 except ImportError:  # this file travels to machines that have no Triton, where nothing calls it
     triton = tl = None
+if triton is not None and not hasattr(triton, "knobs"):  # as good as none: older than what the package supports
+    triton = tl = None
 
 # Whether the kernels run on the CPU, in Triton's interpreter: TRITON_INTERPRET=1 was set when they were defined.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -77,7 +79,8 @@ def _affinity(logit, highest, total, SCORE_FUNCTION: tl.constexpr):
     if SCORE_FUNCTION == "softmax":
         return tl.exp(logit - highest) / total
     elif SCORE_FUNCTION == "sigmoid":
-        return 1.0 / (1.0 + tl.exp(-logit))
+        e = tl.exp(-tl.abs(logit))  # never overflows
+        return tl.where(logit < 0, e, 1.0) / (1.0 + e)
     else:
         return tl.where(logit < -20.0, tl.exp(0.5 * logit), tl.sqrt(_softplus(logit)))
 
@@ -277,10 +280,14 @@ def route_backward_kernel(
         total = tl.sum(tl.where(exists[None, :], tl.exp(logit - highest[:, None]), 0.0), axis=1)
     score = tl.where(exists[None, :], _affinity(logit, highest[:, None], total[:, None], SCORE_FUNCTION), 0.0)
 
+    # A row with a NaN has no gradient but NaN, if anything depends on the row.
+    has_nan = tl.max((raw != raw).to(tl.int32), axis=1) != 0
+    poison = tl.zeros([BLOCK], tl.int1)
     # With respect to the scores: first of the weights, which only the chosen ones have, then of the sums.
     grad = tl.zeros([BLOCK, WIDTH], tl.float32)
     if grad_weights is not None:
         choices = token * K
+        poison = has_nan
         factor = tl.full([BLOCK], 1.0, tl.float32) * scaling_factor
         shift = tl.zeros([BLOCK], tl.float32)
         if NORMALIZE:
@@ -291,8 +298,9 @@ def route_backward_kernel(
             picked = tl.where(is_choice, picked, 0.0)
             at = token[:, None] * grad_stride_t + place[None, :] * grad_stride_k
             dots = picked * tl.load(grad_weights + at, mask=is_choice, other=0.0)
-            factor /= tl.sum(picked, axis=1) + 1e-20
-            shift = tl.sum(dots, axis=1) / (tl.sum(picked, axis=1) + 1e-20)
+            divisor = tl.sum(picked, axis=1) + 1e-20
+            factor /= divisor
+            shift = tl.sum(dots, axis=1) / divisor
         for k in range(K):
             chosen = tl.load(expert_ids + choices + k, mask=there, other=0)
             of_weight = tl.load(grad_weights + token * grad_stride_t + k * grad_stride_k, mask=there, other=0.0)
@@ -302,13 +310,14 @@ def route_backward_kernel(
         real = there
         if token_mask is not None:
             real = there & (tl.load(token_mask + token, mask=there, other=0) != 0)
+        poison |= has_nan & real
         at = (token // sequence_length)[:, None] * E + expert[None, :]
         of_share = tl.load(grad_sums + at, mask=real[:, None] & exists[None, :], other=0.0)
         if SCORE_FUNCTION != "softmax":
             sum_of_scores = tl.sum(score, axis=1)
-            divisor = tl.maximum(sum_of_scores, 1e-20)[:, None]
-            mean = tl.sum(of_share * score, axis=1)[:, None] / divisor
-            of_share = (of_share - tl.where((sum_of_scores >= 1e-20)[:, None], mean, 0.0)) / divisor
+            sum_or_least = tl.maximum(sum_of_scores, 1e-20)[:, None]
+            mean = tl.sum(of_share * score, axis=1)[:, None] / sum_or_least
+            of_share = (of_share - tl.where((sum_of_scores >= 1e-20)[:, None], mean, 0.0)) / sum_or_least
             of_share = tl.where(real[:, None], of_share, 0.0)
         grad += of_share
 
@@ -317,11 +326,10 @@ def route_backward_kernel(
     elif SCORE_FUNCTION == "sigmoid":
         grad = grad * score * (1.0 - score)
     else:
-        slope = 1.0 / (1.0 + tl.exp(-logit)) / (2.0 * score)
+        slope = _affinity(logit, highest[:, None], total[:, None], "sigmoid") / (2.0 * score)
         grad = grad * tl.where(logit < -20.0, 0.5 * score, slope)
     grad = tl.where(raw == logit, grad, 0.0)  # none for infinite logits
-    has_nan = tl.max((raw != raw).to(tl.int32), axis=1) != 0
-    grad = tl.where(has_nan[:, None], float("nan"), grad)
+    grad = tl.where(poison[:, None], float("nan"), grad)
     tl.store(grad_logits + token[:, None] * E + expert[None, :], grad, mask=is_logit)
 
 
@@ -383,12 +391,12 @@ def group_kernel(
         # Read once more across, so that every choice meets all earlier ones of its block.
         across = tl.load(ids + choice[None, :], mask=there[None, :], other=num_experts)
         rank = tl.sum(((across == chosen[:, None]) & (position[None, :] < position[:, None])).to(tl.int32), axis=1)
-        is_expert = chosen[:, None] == expert[None, :]
-        base = tl.sum(tl.where(is_expert, next_place[None, :], 0), axis=1)
+        is_expert = (chosen[:, None] == expert[None, :]).to(tl.int32)
+        base = tl.sum(is_expert * next_place[None, :], axis=1)
         place = tl.where(chosen < num_experts, base, next_elsewhere) + rank
         tl.store(inverse + choice, place.to(tl.int64), mask=there)
         tl.store(permutation + place, choice.to(tl.int64), mask=there)
-        next_place += tl.sum(is_expert.to(tl.int32), axis=0)
+        next_place += tl.sum(is_expert, axis=0)
         next_elsewhere += tl.sum((there & (chosen >= num_experts)).to(tl.int32), axis=0)
 
 

@@ -6,6 +6,7 @@ two launches bring the choices into the order of the experts. Nothing waits for 
 compute, and checks the arguments.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -14,28 +15,37 @@ from .routing_kernels import INTERPRETED, count_kernel, group_kernel, route_back
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
+MAX_PROGRAMS = 2048  # that count: each adds to the same E numbers
+MAX_GROUPS = 64  # every group is compared with every other one
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NAMESPACE = __name__.replace(".", "_")  # a copy of this file on the Hub registers operators of its own
+# A copy of this file on the Hub registers operators of its own.
+_NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
-def why_not_triton(tensor: torch.Tensor, num_experts: int, top_k: int) -> str:
+def why_not_triton(tensor: torch.Tensor, num_experts: int, top_k: int = 1, num_groups: int = 1) -> str:
     """The reason why the kernels do not take an input; empty if they do.
 
     Args:
         tensor: logits, or expert ids.
         num_experts (`int`): E.
         top_k (`int`): K.
+        num_groups (`int`): G; 1 where none is left out.
     """
     if triton is None:
-        return "triton is not installed (pip install triton)"
+        return "triton is not installed, or too old (pip install 'triton>=3.6')"
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and INTERPRETED):
         return f"the tensors are on the device {tensor.device.type!r} (Triton needs 'cuda', for CUDA and ROCm)"
+    is_nvidia = tensor.device.type == "cuda" and torch.version.hip is None
+    if is_nvidia and torch.cuda.get_device_capability(tensor.device) < (7, 0):
+        return "Triton needs a GPU of compute capability 7.0 or newer"
     if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
         return f"the logits are {tensor.dtype}, and the kernels take float32, bfloat16 and float16"
     if num_experts > MAX_EXPERTS:
         return f"there are {num_experts} experts, and the kernels take at most {MAX_EXPERTS}"
     if top_k > MAX_TOP_K:
         return f"top_k is {top_k}, and the kernels take at most {MAX_TOP_K}"
+    if num_groups > MAX_GROUPS:
+        return f"there are {num_groups} groups, and the kernels take at most {MAX_GROUPS}"
     return ""
 
 
@@ -45,7 +55,8 @@ def _power_of_two(number: int) -> int:
 
 
 def route_options(num_experts: int, top_k: int, num_groups: int, top_k_groups: int) -> dict[str, int]:
-    """The sizes that the forward kernel is compiled for: 1024 lanes of one warp, 32 numbers for each thread."""
+    """The sizes that the forward kernel is compiled for. A warp has as many rows at a time as fit into 256 lanes, 8
+    numbers for each thread."""
     groups = num_groups if top_k_groups < num_groups else 1
     group_width = _power_of_two(num_experts // groups)
     width = _power_of_two(groups) * group_width
@@ -61,11 +72,17 @@ def route_options(num_experts: int, top_k: int, num_groups: int, top_k_groups: i
     }
 
 
-def backward_options(num_experts: int, top_k: int) -> dict[str, int]:
+def route_backward_options(num_experts: int, top_k: int) -> dict[str, int]:
     """The sizes that the backward kernel is compiled for."""
     width = _power_of_two(num_experts)
     block = min(max(256 // width, 1), 32)
     return {"E": num_experts, "K": top_k, "K_WIDTH": _power_of_two(top_k), "WIDTH": width, "BLOCK": block}
+
+
+def group_options(num_experts: int) -> dict[str, int]:
+    """The sizes that the kernels of grouping are compiled for."""
+    width = _power_of_two(num_experts)
+    return {"WIDTH": width, "BLOCK": min(max(2048 // width, 8), 32), "ROWS": max(4096 // width, 1)}
 
 
 def _route(
@@ -88,39 +105,45 @@ def _route(
     weights = logits.new_empty((num_tokens, top_k), dtype=torch.float32)
     rows = num_sequences if statistics else 0
     length = num_tokens // num_sequences if statistics else num_tokens
-    score_sums = (torch.empty if num_tokens else torch.zeros)((rows, num_experts), device=logits.device)
-    zeros = logits.new_zeros(2 * rows * (num_experts + 1), dtype=torch.int64)
-    counts, fixed_sums, nan_rows, arrivals = zeros.split([rows * num_experts, rows * num_experts, rows, rows])
+    score_sums = logits.new_empty((rows, num_experts), dtype=torch.float32)
+    # One memset for all that is counted; even lengths, since a kernel is compiled once more for pointers that are not
+    # multiples of 16 bytes.
+    even_sums, even_rows = rows * num_experts + rows * num_experts % 2, rows + rows % 2
+    zeros = logits.new_zeros(2 * even_sums + 2 * even_rows, dtype=torch.int64)
+    counts, fixed_sums, nan_rows, arrivals = zeros.split([even_sums, even_sums, even_rows, even_rows])
+    if not num_tokens:
+        score_sums.zero_()
     if num_tokens:
         options = route_options(num_experts, top_k, num_groups, top_k_groups)
         blocks = triton.cdiv(length, options["BLOCK"])
-        # Not made to the measure of the device, so that the sums have the same bits on all of them.
-        blocks_per_program = triton.cdiv(blocks, max(1024 // max(rows, 1), 1)) if statistics else 1
+        # The number of programs does not depend on the device: on all of them the same tokens are added up together.
+        blocks_per_program = triton.cdiv(blocks, max(MAX_PROGRAMS // max(rows, 1), 1)) if statistics else 1
         programs = triton.cdiv(blocks, blocks_per_program)
-        route_kernel[(programs * max(rows, 1),)](
-            logits,
-            correction_bias if correction_bias is None else correction_bias.contiguous(),
-            token_mask if token_mask is None else token_mask.contiguous(),
-            expert_ids,
-            weights,
-            counts,
-            fixed_sums,
-            nan_rows,
-            arrivals,
-            score_sums,
-            logits.stride(0),
-            length,
-            programs,
-            blocks_per_program * options["BLOCK"],
-            scaling_factor,
-            **options,
-            SCORE_FUNCTION=score_function,
-            TOP2_SUM=group_score == "top2_sum",
-            NORMALIZE=normalize,
-            STATISTICS=statistics,
-            num_warps=1,
-        )
-    return expert_ids, weights, counts.view(rows, num_experts), score_sums
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            route_kernel[(programs * max(rows, 1),)](
+                logits,
+                correction_bias if correction_bias is None else correction_bias.contiguous(),
+                token_mask if token_mask is None else token_mask.contiguous(),
+                expert_ids,
+                weights,
+                counts,
+                fixed_sums,
+                nan_rows,
+                arrivals,
+                score_sums,
+                logits.stride(0),
+                length,
+                programs,
+                blocks_per_program * options["BLOCK"],
+                scaling_factor,
+                **options,
+                SCORE_FUNCTION=score_function,
+                TOP2_SUM=group_score == "top2_sum",
+                NORMALIZE=normalize,
+                STATISTICS=statistics,
+                num_warps=1,
+            )
+    return expert_ids, weights, counts[: rows * num_experts].view(rows, num_experts), score_sums
 
 
 def _route_backward(
@@ -135,56 +158,57 @@ def _route_backward(
 ) -> torch.Tensor:
     num_tokens, num_experts = router_logits.shape
     logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad_logits = logits.new_empty(logits.shape)
     if num_tokens:
-        options = backward_options(num_experts, expert_ids.shape[1])
+        options = route_backward_options(num_experts, expert_ids.shape[1])
         strides = (0, 0) if grad_weights is None else grad_weights.stride()
-        route_backward_kernel[(triton.cdiv(num_tokens, options["BLOCK"]),)](
-            logits,
-            token_mask if token_mask is None else token_mask.contiguous(),
-            expert_ids,
-            grad_weights,
-            grad_sums if grad_sums is None else grad_sums.contiguous(),
-            grad_logits,
-            num_tokens,
-            logits.stride(0),
-            *strides,
-            num_tokens // len(grad_sums) if grad_sums is not None else num_tokens,
-            scaling_factor,
-            **options,
-            SCORE_FUNCTION=score_function,
-            NORMALIZE=normalize,
-            num_warps=1,
-        )
+        with torch.cuda.device_of(logits):
+            route_backward_kernel[(triton.cdiv(num_tokens, options["BLOCK"]),)](
+                logits,
+                token_mask if token_mask is None else token_mask.contiguous(),
+                expert_ids,
+                grad_weights,
+                grad_sums if grad_sums is None else grad_sums.contiguous(),
+                grad_logits,
+                num_tokens,
+                logits.stride(0),
+                *strides,
+                num_tokens // len(grad_sums) if grad_sums is not None else num_tokens,
+                scaling_factor,
+                **options,
+                SCORE_FUNCTION=score_function,
+                NORMALIZE=normalize,
+                num_warps=1,
+            )
     return grad_logits
 
 
 def _group_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    ids = expert_ids.flatten()
+    ids = expert_ids.contiguous().flatten()
     permutation = torch.empty_like(ids, dtype=torch.int64)
     inverse = torch.empty_like(permutation)
-    offsets = (torch.empty if len(ids) else torch.zeros)(num_experts + 1, dtype=torch.int32, device=ids.device)
+    offsets = (ids.new_empty if len(ids) else ids.new_zeros)(num_experts + 1, dtype=torch.int32)
     if len(ids):
-        width = _power_of_two(num_experts)
-        block = min(max(8192 // width, 16), 64)
-        per_program = triton.cdiv(triton.cdiv(len(ids), block), 128) * block
+        options = group_options(num_experts)
+        per_program = triton.cdiv(triton.cdiv(len(ids), options["BLOCK"]), 128) * options["BLOCK"]
         programs = triton.cdiv(len(ids), per_program)
         histograms = ids.new_empty((programs, num_experts), dtype=torch.int32)
-        sizes = {"WIDTH": width, "BLOCK": block, "num_warps": 4}
-        count_kernel[(programs,)](ids, histograms, len(ids), per_program, num_experts, **sizes)
-        group_kernel[(programs,)](
-            ids,
-            histograms,
-            permutation,
-            inverse,
-            offsets,
-            len(ids),
-            per_program,
-            programs,
-            num_experts,
-            ROWS=max(4096 // width, 1),
-            **sizes,
-        )
+        counting = {name: options[name] for name in ("WIDTH", "BLOCK")}
+        with torch.cuda.device_of(ids):
+            count_kernel[(programs,)](ids, histograms, len(ids), per_program, num_experts, **counting, num_warps=4)
+            group_kernel[(programs,)](
+                ids,
+                histograms,
+                permutation,
+                inverse,
+                offsets,
+                len(ids),
+                per_program,
+                programs,
+                num_experts,
+                **options,
+                num_warps=4,
+            )
     return permutation, inverse, offsets
 
 
@@ -219,6 +243,7 @@ def _group_by_expert_fake(expert_ids: torch.Tensor, num_experts: int) -> tuple[t
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     router_logits, _, token_mask, _, score_function, _, _, _, normalize, scaling_factor, _, _ = inputs
+    ctx.mark_non_differentiable(output[0], output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(router_logits, output[0], token_mask)
     ctx.options = (score_function, normalize, scaling_factor)
@@ -251,7 +276,7 @@ if triton is not None:
         schema="(Tensor? grad_weights, Tensor? grad_sums, Tensor router_logits, Tensor expert_ids, "
         "Tensor? token_mask, str score_function, bool normalize, float scaling_factor) -> Tensor",
     )
-    route_backward_op.register_fake(lambda grad_weights, grad_sums, router_logits, *_: torch.empty_like(router_logits))
+    route_backward_op.register_fake(lambda grad_weights, grad_sums, logits, *_: logits.new_empty(logits.shape))
     group_by_expert_op = torch.library.custom_op(
         f"{_NAMESPACE}::group_by_expert",
         _group_by_expert,

@@ -3,10 +3,20 @@
 import pytest
 import torch
 from conftest import EXPERTS_IMPLEMENTATIONS, Golden
+from hypothesis import given, settings
+from routing_cases import Case, cases, check_grouping, check_rounding, check_route
 from test_lora import IDS, direct, make
+from test_routing_triton import GENERATED
 from tolerances import GOLDEN_LOGITS, LOW_PRECISION_LOSS, assert_same
 
-from modeling_deepseekmoe import RouterStats, prepare_esft, take_router_load, update_router_bias
+from modeling_deepseekmoe import (
+    RouterStats,
+    group_by_expert,
+    prepare_esft,
+    route,
+    take_router_load,
+    update_router_bias,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,3 +101,82 @@ def test_selected_experts_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) 
     for (name, one), (_, two) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
         if one.requires_grad:
             assert_same(two.grad.cpu(), one.grad, name)
+
+
+V3_OPTIONS = {"score_function": "sigmoid", "num_groups": 8, "top_k_groups": 4, "group_score": "top2_sum",
+              "normalize": True, "scaling_factor": 2.5, "implementation": "triton"}  # fmt: skip
+
+
+@settings(GENERATED, max_examples=600)
+@given(cases())
+def test_routing_kernels_equal_the_reference(case: Case) -> None:
+    check_route(case, "cuda")
+
+
+@pytest.mark.parametrize("kind", ["random", "one expert", "elsewhere", "few experts"])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(0, 8, 2), (1, 384, 8), (40, 7, 3), (4096, 64, 6)])
+def test_grouping_kernels_are_stable(kind: str, tokens: int, experts: int, top_k: int) -> None:
+    check_grouping(tokens, experts, top_k, 0, kind, "cuda")
+
+
+def test_routing_of_many_tokens() -> None:
+    assert check_rounding(65536, "cuda") <= 200
+    logits = torch.randn(16 * 4096, 256, device="cuda")
+    plans = [route(logits, 8, num_sequences=16, **V3_OPTIONS) for _ in range(3)]
+    for other in plans[1:]:
+        assert torch.equal(plans[0].score_sums, other.score_sums) and torch.equal(plans[0].weights, other.weights)
+    eager = route(logits, 8, num_sequences=16, **{**V3_OPTIONS, "implementation": "eager"})
+    assert_same(plans[0].score_sums, eager.score_sums)
+    assert plans[0].counts_by_sequence.sum() == 16 * 4096 * 8
+
+
+def routing_step(logits: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    plan = route(logits, 8, correction_bias=bias, token_mask=mask, num_sequences=2, **V3_OPTIONS)
+    groups = group_by_expert(plan.expert_ids, 256, implementation="triton")
+    (plan.weights.square().sum() + plan.score_sums.square().sum()).backward()
+    return plan.expert_ids, plan.weights, plan.counts_by_sequence, plan.score_sums, *groups, logits.grad
+
+
+def test_routing_never_waits_for_the_host_and_is_not_compiled_again() -> None:
+    from modeling_deepseekmoe import routing_kernels
+
+    def compiled() -> int:
+        kernels = (getattr(routing_kernels, name) for name in routing_kernels.__all__ if name != "INTERPRETED")
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    bias = torch.randn(256, device="cuda")
+    routing_step(torch.randn(64, 256, device="cuda", requires_grad=True), bias, torch.ones(64, device="cuda"))
+    before = compiled()
+    for tokens in (2, 16, 30, 32, 34, 1024, 1026):
+        logits = torch.randn(tokens, 256, device="cuda", requires_grad=True)
+        mask = torch.ones(tokens, device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            routing_step(logits, bias, mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert compiled() == before
+
+
+def test_routing_in_a_cuda_graph() -> None:
+    bias, mask = torch.randn(256, device="cuda"), torch.rand(512, device="cuda") > 0.2
+    logits = torch.randn(512, 256, device="cuda", requires_grad=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            logits.grad = None
+            routing_step(logits, bias, mask)
+    torch.cuda.current_stream().wait_stream(stream)
+    logits.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = routing_step(logits, bias, mask)
+    for _ in range(3):
+        fresh = torch.randn(512, 256, device="cuda", requires_grad=True)
+        with torch.no_grad():
+            logits.copy_(fresh)
+        graph.replay()
+        for found, expected in zip(captured, routing_step(fresh, bias, mask), strict=True):
+            assert torch.equal(found, expected)
