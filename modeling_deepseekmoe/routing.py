@@ -8,9 +8,9 @@ Which experts are chosen: the affinity is a growing function of the logit, so th
 logits themselves are compared, and nothing is lost where affinities round to the same number. With a bias, or with
 groups ranked by a sum, float32 affinities are compared, plus the bias. Equal values go to the lower id, of experts as
 of groups. Affinities have rounding errors: what differs by no more than those may change places between the two
-implementations, as between two devices. A NaN counts as the highest value: the weights of its row are NaN, and its ids
-are valid. Infinite logits count as the largest finite float32 numbers, which gives the limits: a logit of +inf takes
-the whole softmax.
+implementations, as between two devices. Infinite logits count as the largest finite float32 numbers, which gives the
+limits: a logit of +inf takes the whole softmax. The weights of a row with a NaN are NaN, and its ids are valid: where
+values are compared, a NaN is the largest number.
 
 Shape letters: T tokens, E routed experts, K chosen experts of a token, G expert groups, N sequences of T / N tokens.
 """
@@ -32,8 +32,9 @@ logger = logging.get_logger(__name__)
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2_sum")
 
-# Up to this many values a stable sort is faster on the CPU than what `_highest` does otherwise.
-_FEW_VALUES = 2048
+# Measured on the CPU: up to so many values it is the number of operations that counts, and beyond the other number
+# the reading and writing of memory that no cache holds.
+_FEW_VALUES, _MANY_VALUES = 2**11, 2**21
 
 
 @dataclass(frozen=True)
@@ -314,31 +315,53 @@ def _route_eager(
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
-    grouped = top_k_groups < num_groups
-    if correction_bias is None and not (grouped and group_score == "top2_sum"):
-        choice = logits.detach()
+    options = (score_function, num_groups, top_k_groups, group_score)
+    if logits.device.type == "cpu" and logits.numel() > _MANY_VALUES and not torch.compiler.is_compiling():
+        parts = logits.detach().split(max(_MANY_VALUES // logits.shape[1], 1))  # what stays in the cache is faster
+        expert_ids = torch.cat([_choose(part, correction_bias, top_k, *options) for part in parts])
     else:
-        choice = _rounded_affinities(logits.detach(), score_function)
-        if correction_bias is not None:
-            choice = choice + correction_bias.to(choice.dtype)
-    if grouped:
-        expert_ids = _highest_in_groups(choice, top_k, num_groups, top_k_groups, group_score)
-    else:
-        expert_ids = _highest(choice, top_k)
+        expert_ids = _choose(logits.detach(), correction_bias, top_k, *options)
 
     if score_function == "softmax":
         weights = affinities(logits, score_function).gather(1, expert_ids)
     else:
         weights = affinities(logits.gather(1, expert_ids), score_function)
     if normalize:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights.div(weights.sum(dim=-1, keepdim=True).add_(1e-20))
     elif score_function != "softmax":
         weights = weights + 0.0 * weights.detach().sum(dim=-1, keepdim=True)  # one NaN makes the row NaN
+    # Neither a quotient nor a sum nor gathered values are needed by their own gradients.
     if scaling_factor != 1.0:
-        weights = weights * scaling_factor
+        weights.mul_(scaling_factor)
     if not statistics:
         return expert_ids, weights, None, None
     return expert_ids, weights, *_statistics(logits, expert_ids, token_mask, score_function, num_sequences)
+
+
+def _choose(
+    logits: torch.Tensor,
+    correction_bias: torch.Tensor | None,
+    top_k: int,
+    score_function: str,
+    num_groups: int,
+    top_k_groups: int,
+    group_score: str,
+) -> torch.Tensor:
+    """The ids (T, K) of logits without a graph."""
+    largest = torch.finfo(torch.float32).max
+    grouped = top_k_groups < num_groups
+    if correction_bias is None and not (grouped and group_score == "top2_sum"):
+        choice = logits.nan_to_num(nan=largest, posinf=largest, neginf=-largest)
+    else:
+        choice = _rounded_affinities(logits, score_function)
+        if correction_bias is not None:
+            choice += correction_bias.detach()
+        choice.nan_to_num_(nan=largest, posinf=largest, neginf=-largest)
+    return (
+        _highest_in_groups(choice, top_k, num_groups, top_k_groups, group_score)
+        if grouped
+        else _highest(choice, top_k)
+    )
 
 
 def _rounded_affinities(logits: torch.Tensor, score_function: str) -> torch.Tensor:
@@ -350,44 +373,47 @@ def _rounded_affinities(logits: torch.Tensor, score_function: str) -> torch.Tens
     if logits.dtype == torch.float64:
         values, where = logits.unique(return_inverse=True)
         return affinities(values, score_function)[where]
-    return affinities(logits.double(), score_function).float()
+    wide = logits.double()
+    return (wide.sigmoid_() if score_function == "sigmoid" else affinities(wide, score_function)).float()
 
 
 def _highest_in_groups(
     choice: torch.Tensor, top_k: int, num_groups: int, top_k_groups: int, group_score: str
 ) -> torch.Tensor:
     """Ids (T, K) of the highest values of (T, E) in each row's best groups, the highest first."""
-    grouped = choice.unflatten(-1, (num_groups, -1))
-    size = grouped.shape[-1]
+    size = choice.shape[1] // num_groups
+    grouped = choice.view(-1, num_groups, size)
+    few = choice.numel() <= _FEW_VALUES
     if group_score == "max":
         group_scores = grouped.amax(dim=-1)
-    elif choice.numel() <= _FEW_VALUES:
+    elif few:
         group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
     else:  # the same, several times as fast for many tokens
         best, where = grouped.max(dim=-1, keepdim=True)
         group_scores = (best + grouped.scatter(-1, where, float("-inf")).amax(dim=-1, keepdim=True)).squeeze(-1)
-    # Candidates in the order of their ids, so that the first of equal ones is the lowest.
+    if few:
+        dropped = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, top_k_groups:]
+        dropped = dropped.unsqueeze(-1).expand(-1, -1, size)
+        return _highest(grouped.scatter(1, dropped, float("-inf")).flatten(1), top_k)
+    # Fewer candidates, in the order of their ids, so that the first of equal ones is the lowest.
     groups = _highest(group_scores, top_k_groups).sort(dim=-1).values
     candidates = (groups.unsqueeze(-1) * size + torch.arange(size, device=groups.device)).flatten(1)
     return candidates.gather(1, _highest(choice.gather(1, candidates), top_k))
 
 
 def _highest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions (T, count) of the highest values of every row (T, width), the highest first, of equal ones the one
-    with the lower position, and NaN above all."""
+    """Positions (T, count) of the highest values of every row (T, width), the highest first, and of equal ones the one
+    with the lower position."""
     width = values.shape[-1]
     few = values.numel() <= _FEW_VALUES or width <= 16
-    if few or values.device.type != "cpu" or values.dtype == torch.float64:
+    if few or values.device.type != "cpu" or values.dtype == torch.float64 or width > 2**13:
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
-    # A stable sort takes four times as long as `topk`, which leaves equal values in any order. A float32 number in
-    # float64 has 29 spare bits: with its position there no two are equal.
-    low_bits = (1 << (width - 1).bit_length()) - 1
-    wide = values.double().nan_to_num_(nan=2.0**300, posinf=2.0**200, neginf=-(2.0**200))
-    bits = wide.add_(0.0).view(torch.int64)  # + 0.0 makes -0.0 and 0.0 equal
-    marks = (100 << 52) + low_bits  # times 2^100 too: what is added to zero is then no denormal number
-    bits += torch.arange(marks, marks - width, -1, device=values.device)
-    bits ^= (bits >> 63) & low_bits  # the other way round for negative numbers
-    return bits.view(torch.float64).topk(count, dim=-1).indices
+    # A stable sort takes four times as long as `topk`, which leaves equal values in any order. In float64 there is
+    # room between two float32 numbers: every value is lowered by its position times 2^-40 of its size, or of next to
+    # nothing where it is zero.
+    wide = values.double()
+    sizes, positions = wide.abs().add_(2.0**-200), torch.arange(width, dtype=wide.dtype, device=wide.device)
+    return torch.addcmul(wide, sizes, positions, value=-(2.0**-40)).topk(count, dim=-1).indices
 
 
 def _statistics(

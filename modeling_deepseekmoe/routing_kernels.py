@@ -3,7 +3,7 @@
 them.
 
 A row of logits lies in the registers of one warp: E experts in lanes, each group padded to a power of two. Scores are
-compared as integers in the same order as the numbers, which neither NaN nor infinities disturb. Whatever several
+compared as integers in the same order as the numbers, among which there is room for marks. Whatever several
 programs add up are integers, counts as they are and affinities in units of 2^-36, so that every run gives the same
 bits in whichever order they arrive.
 """
@@ -46,9 +46,9 @@ def _kernel(function: Callable) -> Any:
 # -------------------------------------------------------------------------------------------------- inside a kernel
 @_jit
 def _order(value):
-    """An int32 in the order of float32 numbers: -0.0 equal to 0.0, every NaN above all."""
+    """An int32 in the order of float32 numbers, -0.0 equal to 0.0."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(value != value, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @_jit
@@ -186,11 +186,13 @@ def route_kernel(
 
         if bias is not None or (TOP2_SUM and KEPT_GROUPS < GROUPS):
             choice = _affinity(logit, highest[:, None], total[:, None], SCORE_FUNCTION)
-            choice = tl.where(raw != raw, raw, choice)
+            if SCORE_FUNCTION == "softmax":
+                choice = tl.where(has_nan[:, None], 3.4028234663852886e38, choice)
             if bias is not None:
                 choice += tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)[None, :]
         else:
-            choice = raw
+            choice = logit
+        choice = tl.where(raw != raw, 3.4028234663852886e38, choice)
         order = tl.where(exists[None, :], _order(choice), NOWHERE)
         if KEPT_GROUPS < GROUPS:
             order = _keep_best_groups(order, BLOCK, GROUPS, WIDTH, GROUP_WIDTH, KEPT_GROUPS, TOP2_SUM, NOWHERE)

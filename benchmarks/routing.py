@@ -1,0 +1,280 @@
+"""Routing: the kernels and the plain torch of this package against transformers' routers, from logits to weights.
+
+For the gates of DeepSeekMoE 16B, V2, V3 and Kimi K2 and 1 to 65536 tokens: first a comparison of all ways with each
+other, then the median microseconds of the forward pass, of forward and backward, and of bringing the choices into the
+order of the experts, which transformers does by sorting. On a GPU also the bytes that must move at least, and their
+share of the bandwidth of a copy that is measured in the same run; the kernels run only there.
+
+All ways are timed in turn within each round, so that a busy machine slows all of them. Prints tables and writes
+benchmarks/results/routing.json. About ten minutes on two cores.
+
+    python benchmarks/routing.py [--quick]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from transformers import DeepseekV2Config, DeepseekV3Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+from modeling_deepseekmoe import group_by_expert, route
+
+RESULTS = Path(__file__).parent / "results" / "routing.json"
+TOKENS = (1, 16, 256, 4096, 8192, 65536)
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A released gate."""
+
+    model: str
+    experts: int
+    top_k: int
+    groups: int
+    kept: int
+    sigmoid: bool
+    scaling_factor: float
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `route`, without the bias."""
+        options = {"num_groups": self.groups, "top_k_groups": self.kept, "scaling_factor": self.scaling_factor}
+        if self.sigmoid:
+            options |= {"score_function": "sigmoid", "group_score": "top2_sum", "normalize": True}
+        return options
+
+    def native(self, bias: torch.Tensor | None) -> torch.nn.Module:
+        """transformers' router of this shape."""
+        fields = {
+            "hidden_size": 1, "n_routed_experts": self.experts, "num_experts_per_tok": self.top_k,
+            "n_group": self.groups, "topk_group": self.kept, "routed_scaling_factor": self.scaling_factor,
+        }  # fmt: skip
+        if not self.sigmoid:
+            method = "group_limited_greedy" if self.groups > 1 else "greedy"
+            return DeepseekV2TopkRouter(DeepseekV2Config(**fields, topk_method=method))
+        router = DeepseekV3TopkRouter(DeepseekV3Config(**fields, norm_topk_prob=True))
+        router.e_score_correction_bias = bias
+        return router
+
+
+GATES = (
+    Gate("DeepSeekMoE 16B", 64, 6, 1, 1, False, 1.0),
+    Gate("DeepSeek-V2", 160, 6, 8, 3, False, 16.0),
+    Gate("DeepSeek-V3", 256, 8, 8, 4, True, 2.5),
+    Gate("Kimi K2", 384, 8, 1, 1, True, 2.827),
+)
+
+
+class Inputs:
+    """Logits, bias and a gradient of the weights, the same for every way."""
+
+    def __init__(self, gate: Gate, tokens: int, device: str) -> None:
+        generator = torch.Generator().manual_seed(tokens)
+        self.logits = torch.randn(tokens, gate.experts, generator=generator).to(device)
+        self.grad = torch.randn(tokens, gate.top_k, generator=generator).to(device)
+        bias = torch.randn(gate.experts, generator=generator) * 0.01
+        self.bias = bias.to(device) if gate.sigmoid else None
+
+
+# What the product of hidden states and weights is replaced by: it is the same for all, and is left out.
+given_logits: list[torch.Tensor] = [torch.empty(0)]
+
+
+def ways(gate: Gate, inputs: Inputs, device: str, compiled: Callable) -> dict[str, Callable]:
+    """Functions from logits to weights and ids."""
+    router = gate.native(inputs.bias).to(device)
+    nothing = torch.empty(len(inputs.logits), 1, device=device)
+
+    def native(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        given_logits[0] = logits
+        return router(nothing)[1:]
+
+    def ours(implementation: str, statistics: bool) -> Callable:
+        def run(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            plan = route(logits, gate.top_k, correction_bias=inputs.bias, **gate.options, statistics=statistics,
+                         implementation=implementation)  # fmt: skip
+            return plan.weights, plan.expert_ids
+
+        return run
+
+    found = {"transformers": native, "eager": ours("eager", False), "eager with statistics": ours("eager", True)}
+    found["eager compiled"] = lambda logits: compiled(logits, inputs.bias)
+    if device == "cuda":
+        found |= {"triton": ours("triton", False), "triton with statistics": ours("triton", True)}
+    return found
+
+
+def moe_ops_way(gate: Gate) -> Callable | None:
+    """The gate of the package moe-ops, where there is one: a softmax over the chosen logits, without groups."""
+    try:
+        from moe_ops import fused_topk_softmax
+    except ImportError:
+        return None
+    return None if gate.sigmoid or gate.groups > 1 else lambda logits: fused_topk_softmax(logits, gate.top_k)
+
+
+def agree(gate: Gate, inputs: Inputs, found: dict[str, Callable]) -> float:
+    """The share of tokens that a way routes otherwise than plain torch: rounding, and in transformers ties. Raises if
+    there are more than that can explain, or if weights of the same choices differ."""
+    weights, ids = (values.detach() for values in found["eager"](inputs.logits))
+    largest = 0.0
+    for name, way in found.items():
+        other_weights, other_ids = (values.detach() for values in way(inputs.logits))
+        order, other_order = ids.argsort(dim=1), other_ids.argsort(dim=1)
+        same = (ids.gather(1, order) == other_ids.gather(1, other_order)).all(dim=1)
+        pairs = (weights.gather(1, order)[same], other_weights.gather(1, other_order)[same])
+        torch.testing.assert_close(*pairs, atol=1e-5 * gate.scaling_factor, rtol=1e-5)
+        share = 1 - float(same.float().mean()) if len(same) else 0.0
+        if share > 0.001 and int((~same).sum()) > 1:
+            raise SystemExit(f"{gate.model}: {name} routes {share:.2%} of the tokens in another way than eager")
+        largest = max(largest, share)
+    return largest
+
+
+def medians(steps: dict[str, Step], device: str, seconds: float) -> dict[str, float]:
+    """Median microseconds of every step; on the CPU all in turn, for as long as `seconds` each."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return {name: 1000 * do_bench(step, warmup=50, rep=int(1000 * seconds), return_mode="median")
+                for name, step in steps.items()}  # fmt: skip
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    end = time.perf_counter() + seconds * len(steps)
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - begin)
+    return {name: 1e6 * statistics.median(values) for name, values in times.items()}
+
+
+def native_groups(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What transformers' grouped experts do with the ids: sort them, count them, and invert the permutation."""
+    ids, permutation = torch.sort(ids.reshape(-1))
+    counts = torch.histc(ids.float() if ids.device.type == "cpu" else ids.int(), bins=experts, min=0, max=experts - 1)
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(len(permutation), device=ids.device)
+    return permutation, inverse, counts.cumsum(0, dtype=torch.int32)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written in a second by a large copy on the GPU."""
+    from triton.testing import do_bench
+
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (do_bench(lambda: target.copy_(source), return_mode="median") / 1000)
+
+
+def compile_of(gate: Gate) -> Callable:
+    """Plain torch through torch.compile, for any number of tokens."""
+
+    def run(logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = route(logits, gate.top_k, correction_bias=bias, **gate.options, statistics=False,
+                     implementation="eager")  # fmt: skip
+        return plan.weights, plan.expert_ids
+
+    return torch.compile(run, dynamic=True)
+
+
+def measure(gate: Gate, tokens: int, device: str, compiled: Callable, bandwidth: float | None, seconds: float) -> dict:
+    """All figures of one gate and one number of tokens."""
+    inputs = Inputs(gate, tokens, device)
+    found = ways(gate, inputs, device, compiled)
+    row: dict[str, Any] = {"model": gate.model, "tokens": tokens, "routed_otherwise": agree(gate, inputs, found)}
+    other = moe_ops_way(gate) if device == "cuda" else None
+    if other is not None:
+        found["moe-ops"] = other  # normalised, and therefore not compared above
+
+    def forward_of(way: Callable) -> Step:
+        return lambda: way(inputs.logits)
+
+    def both_of(way: Callable) -> Step:
+        logits = inputs.logits.clone().requires_grad_()
+        return lambda: torch.autograd.grad(way(logits)[0], logits, inputs.grad)
+
+    with torch.no_grad():
+        row["forward_us"] = medians({name: forward_of(way) for name, way in found.items()}, device, seconds)
+    row["forward_backward_us"] = medians({name: both_of(way) for name, way in found.items()}, device, seconds)
+    ids = found["eager"](inputs.logits)[1]
+    groupings = {"transformers": lambda: native_groups(ids, gate.experts)}
+    for implementation in ("eager", "triton") if device == "cuda" else ("eager",):
+        groupings[implementation] = lambda way=implementation: group_by_expert(ids, gate.experts, implementation=way)
+    row["grouping_us"] = medians(groupings, device, seconds)
+    row["least_bytes"] = inputs.logits.nbytes + tokens * gate.top_k * (8 + 4)
+    if bandwidth:
+        seconds_of_kernel = row["forward_us"]["triton with statistics"] / 1e6
+        row["share_of_copy_bandwidth"] = row["least_bytes"] / seconds_of_kernel / bandwidth
+    return row
+
+
+def table(rows: list[dict], device: str) -> str:
+    """Microseconds, and how many times as fast as transformers."""
+    mine = "triton" if device == "cuda" else "eager"
+    lines = [
+        f"| gate | tokens | transformers, us | {mine}, us | with statistics | eager compiled | times as fast "
+        f"| forward and backward | grouping, sort, us | {mine}, us | times as fast |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        forward, both, grouping = row["forward_us"], row["forward_backward_us"], row["grouping_us"]
+        lines.append(
+            f"| {row['model']} | {row['tokens']} | {forward['transformers']:.0f} | {forward[mine]:.0f} "
+            f"| {forward[f'{mine} with statistics']:.0f} | {forward['eager compiled']:.0f} "
+            f"| {forward['transformers'] / forward[mine]:.2f} | {both['transformers'] / both[mine]:.2f} "
+            f"| {grouping['transformers']:.0f} | {grouping[mine]:.0f} "
+            f"| {grouping['transformers'] / grouping[mine]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, write JSON, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one gate, up to 256 tokens, nothing written")
+    quick = parser.parse_args().quick
+    transformers.utils.logging.set_verbosity_error()
+    torch._dynamo.config.recompile_limit = 64
+    mock.patch.object(torch.nn.functional, "linear", lambda hidden, weight: given_logits[0]).start()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bandwidth = copy_bandwidth() if device == "cuda" else None
+    rows = []
+    for gate in GATES[2:3] if quick else GATES:
+        torch._dynamo.reset()
+        compiled = compile_of(gate)
+        for tokens in TOKENS[:3] if quick else TOKENS:
+            rows.append(measure(gate, tokens, device, compiled, bandwidth, 0.05 if quick else 0.5))
+            print(f"{gate.model}, {tokens} tokens: done", flush=True)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    figures = {
+        "device": name, "copy_bandwidth": bandwidth, "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "rows": rows,
+    }  # fmt: skip
+    if not quick:
+        RESULTS.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(f"On {name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(table(rows, device))
+    if bandwidth:
+        for row in rows:
+            print(f"{row['model']}, {row['tokens']} tokens: {row['least_bytes']} bytes at least, "
+                  f"{row['share_of_copy_bandwidth']:.0%} of a copy's {bandwidth / 1e12:.2f} TB/s")  # fmt: skip
+    else:
+        print("The kernels: not measured on a GPU.")
+
+
+if __name__ == "__main__":
+    main()
