@@ -7,21 +7,22 @@ ARGS ?=
 JOBS ?= 2
 IN_PARALLEL = -n $(JOBS) --dist loadfile
 
-.PHONY: help demo test test-slow test-gpu test-oldest lint format benchmark clean
+.PHONY: help demo test test-slow test-gpu test-oldest lint kernels format benchmark clean
 
 help:
 	@echo "make demo [ARGS=--quick]  upcycle, fine-tune, save, reload and use a real model"
-	@echo "make test                 lint, types and the tests, with coverage"
+	@echo "make test                 lint, types, kernels and the tests, with coverage"
 	@echo "make test-slow            tests that take minutes or several processes"
 	@echo "make test-gpu             tests that need a GPU"
 	@echo "make test-oldest          the tests with the oldest supported transformers and peft"
 	@echo "make lint | format        ruff and mypy | ruff's formatter"
+	@echo "make kernels              compile the kernels for four GPUs, without one, and show their registers"
 	@echo "make benchmark            compare with transformers and PEFT, and measure balancing (more than an hour)"
 
 demo: $(VENV)/.installed
 	$(BIN)/deepseekmoe demo $(ARGS)
 
-test: lint
+test: lint kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) --cov --cov-fail-under=95 $(ARGS)
 
 test-slow: $(VENV)/.installed
@@ -41,6 +42,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every kernel for every target, with its registers; fails where one spills.
+kernels: $(VENV)/.installed
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_kernels.py
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -48,6 +53,7 @@ format: $(VENV)/.installed
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/against_transformers.py
 	$(BIN)/python benchmarks/expert_lora.py
+	$(BIN)/python benchmarks/routing.py
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/balancing_overhead.py
 	$(BIN)/python benchmarks/balancing.py

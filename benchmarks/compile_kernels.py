@@ -1,8 +1,8 @@
 """Compile the routing kernels ahead of time, without a GPU: registers, spills and shared memory of every kernel.
 
-For the shapes of the released models and for CUDA's sm_80, sm_90 and sm_100 and ROCm's gfx942. Prints a table and
-writes benchmarks/results/compile_kernels.json. Exit code 1 if a kernel spills registers. Half a minute on two cores.
-Needs Triton, and TRITON_INTERPRET not set.
+For the shapes of the released models, and the largest one, and for CUDA's sm_80, sm_90 and sm_100 and ROCm's gfx942.
+Prints a table, and with --save writes benchmarks/results/compile_kernels.json. Exit code 1 if a kernel of
+a released model spills registers. Half a minute on two cores. Needs Triton, and TRITON_INTERPRET not set.
 """
 
 import json
@@ -29,11 +29,13 @@ TARGETS = {
 }
 SIGMOID = {"score_function": "sigmoid", "normalize": True, "biased": True, "group_score": "top2_sum"}
 SOFTMAX = {"score_function": "softmax", "normalize": False, "biased": False, "group_score": "max"}
+LARGEST = "the largest"  # no released gate: it may spill
 # Routed experts, chosen experts, groups and chosen groups of the released gates.
 SHAPES: dict[str, dict[str, Any]] = {
     "DeepSeekMoE 16B": {"experts": 64, "top_k": 6, "groups": 1, "kept": 1, **SOFTMAX},
     "DeepSeek-V2": {"experts": 160, "top_k": 6, "groups": 8, "kept": 3, **SOFTMAX},
     "DeepSeek-V3": {"experts": 256, "top_k": 8, "groups": 8, "kept": 4, **SIGMOID},
+    LARGEST: {"experts": 1024, "top_k": 32, "groups": 1, "kept": 1, **SIGMOID},
     "Kimi K2": {"experts": 384, "top_k": 8, "groups": 1, "kept": 1, **SIGMOID},
 }
 POINTERS = {
@@ -54,13 +56,12 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], target: str, num_warp
 
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
-    """Registers of a thread, bytes that it spills, and bytes of shared memory, from the assembler's own report."""
+    """Registers of a thread, what it spills (CUDA: bytes, ROCm: registers), and bytes of shared memory: what the
+    assembler reports."""
     if "amdgcn" in kernel.asm:
-        registers, spills = (
-            sum(int(number) for number in re.findall(pattern, kernel.asm["amdgcn"]))
-            for pattern in (r"\.vgpr_count:\s+(\d+)", r"\.[sv]gpr_spill_count:\s+(\d+)")
-        )
-        return {"registers": registers, "spills": spills, "shared": kernel.metadata.shared}
+        numbers = dict(re.findall(r"\.([sv]gpr_(?:spill_)?count):\s+(\d+)", kernel.asm["amdgcn"]))
+        spills = int(numbers["sgpr_spill_count"]) + int(numbers["vgpr_spill_count"])
+        return {"registers": int(numbers["vgpr_count"]), "spills": spills, "shared": kernel.metadata.shared}
     ptx = kernel.asm["ptx"]
     architecture = re.search(r"\.target (\w+)", ptx).group(1)
     programs = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -71,7 +72,8 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
         command = [assembler, "-v", f"--gpu-name={architecture}", file, "-o", file.with_suffix(".cubin")]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", report).group(1))
-    spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", report))
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
+    spills = int(stores) + int(loads)
     return {"registers": registers, "spills": spills, "shared": kernel.metadata.shared}
 
 
@@ -98,7 +100,7 @@ def variants(shape: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any], int]
 
 
 def main() -> int:
-    """Compile everything, write JSON, print the table."""
+    """Compile everything, print the table, write JSON if it is asked for."""
     if routing_kernels.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, and nothing can be compiled.")
     rows = []
@@ -108,8 +110,9 @@ def main() -> int:
             rows.append(
                 {"model": model, "kernel": name, **{target: resources(compiled[target]) for target in TARGETS}}
             )
-    RESULTS.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    print(f"Registers of a thread (Triton {triton.__version__}); spilled bytes in parentheses where there are any")
+    if "--save" in sys.argv:
+        RESULTS.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    print(f"Registers of a thread (Triton {triton.__version__}); in parentheses what it spills, where it does")
     print(f"| model | kernel | {' | '.join(TARGETS)} |")
     print(f"| --- | --- |{' --- |' * len(TARGETS)}")
     spilling = 0
@@ -117,10 +120,10 @@ def main() -> int:
         cells = []
         for target in TARGETS:
             spills = row[target]["spills"]
-            spilling += spills > 0
+            spilling += spills > 0 and row["model"] != LARGEST
             cells.append(f"{row[target]['registers']}" + (f" ({spills})" if spills else ""))
         print(f"| {row['model']} | {row['kernel']} | {' | '.join(cells)} |")
-    print(f"{len(rows) * len(TARGETS)} kernels, {spilling} of them spill registers")
+    print(f"{len(rows) * len(TARGETS)} kernels, of the released models {spilling} spill registers")
     return 1 if spilling else 0
 
 

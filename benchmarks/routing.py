@@ -28,7 +28,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from modeling_deepseekmoe import group_by_expert, route
+from modeling_deepseekmoe import group_by_expert, route, route_native_gates
 
 RESULTS = Path(__file__).parent / "results" / "routing.json"
 TOKENS = (1, 16, 256, 4096, 8192, 65536)
@@ -46,6 +46,7 @@ class Gate:
     kept: int
     sigmoid: bool
     scaling_factor: float
+    hidden_size: int
 
     @property
     def options(self) -> dict[str, Any]:
@@ -55,11 +56,12 @@ class Gate:
             options |= {"score_function": "sigmoid", "group_score": "top2_sum", "normalize": True}
         return options
 
-    def native(self, bias: torch.Tensor | None) -> torch.nn.Module:
+    def native(self, bias: torch.Tensor | None, hidden_size: int = 1) -> torch.nn.Module:
         """transformers' router of this shape."""
         fields = {
-            "hidden_size": 1, "n_routed_experts": self.experts, "num_experts_per_tok": self.top_k,
+            "hidden_size": hidden_size, "n_routed_experts": self.experts, "num_experts_per_tok": self.top_k,
             "n_group": self.groups, "topk_group": self.kept, "routed_scaling_factor": self.scaling_factor,
+            "num_attention_heads": 1, "num_key_value_heads": 1,
         }  # fmt: skip
         if not self.sigmoid:
             method = "group_limited_greedy" if self.groups > 1 else "greedy"
@@ -70,10 +72,10 @@ class Gate:
 
 
 GATES = (
-    Gate("DeepSeekMoE 16B", 64, 6, 1, 1, False, 1.0),
-    Gate("DeepSeek-V2", 160, 6, 8, 3, False, 16.0),
-    Gate("DeepSeek-V3", 256, 8, 8, 4, True, 2.5),
-    Gate("Kimi K2", 384, 8, 1, 1, True, 2.827),
+    Gate("DeepSeekMoE 16B", 64, 6, 1, 1, False, 1.0, 2048),
+    Gate("DeepSeek-V2", 160, 6, 8, 3, False, 16.0, 5120),
+    Gate("DeepSeek-V3", 256, 8, 8, 4, True, 2.5, 7168),
+    Gate("Kimi K2", 384, 8, 1, 1, True, 2.827, 7168),
 )
 
 
@@ -143,6 +145,20 @@ def agree(gate: Gate, inputs: Inputs, found: dict[str, Callable]) -> float:
     return largest
 
 
+def whole_gates(gate: Gate, inputs: Inputs, device: str) -> dict[str, Step]:
+    """transformers' routers from hidden states on, with the product: as they are, and with `route_native_gates`."""
+    hidden = torch.randn(len(inputs.logits), gate.hidden_size, device=device)
+    weight = torch.randn(gate.experts, gate.hidden_size, device=device) / gate.hidden_size**0.5
+    steps = {}
+    for name in ("transformers", "triton" if device == "cuda" else "eager"):
+        router = gate.native(inputs.bias, gate.hidden_size).to(device).requires_grad_(False)
+        router.weight.copy_(weight)
+        if name != "transformers":
+            route_native_gates(router, name)
+        steps[name] = lambda router=router: router(hidden)
+    return steps
+
+
 def medians(steps: dict[str, Step], device: str, seconds: float) -> dict[str, float]:
     """Median microseconds of every step; on the CPU all in turn, for as long as `seconds` each."""
     if device == "cuda":
@@ -195,7 +211,10 @@ def measure(gate: Gate, tokens: int, device: str, compiled: Callable, bandwidth:
     """All figures of one gate and one number of tokens."""
     inputs = Inputs(gate, tokens, device)
     found = ways(gate, inputs, device, compiled)
-    row: dict[str, Any] = {"model": gate.model, "tokens": tokens, "routed_otherwise": agree(gate, inputs, found)}
+    patch = mock.patch.object(torch.nn.functional, "linear", lambda hidden, weight: given_logits[0])
+    row: dict[str, Any] = {"model": gate.model, "tokens": tokens}
+    with patch:
+        row["routed_otherwise"] = agree(gate, inputs, found)
     other = moe_ops_way(gate) if device == "cuda" else None
     if other is not None:
         found["moe-ops"] = other  # normalised, and therefore not compared above
@@ -207,9 +226,12 @@ def measure(gate: Gate, tokens: int, device: str, compiled: Callable, bandwidth:
         logits = inputs.logits.clone().requires_grad_()
         return lambda: torch.autograd.grad(way(logits)[0], logits, inputs.grad)
 
-    with torch.no_grad():
+    with torch.no_grad(), patch:
         row["forward_us"] = medians({name: forward_of(way) for name, way in found.items()}, device, seconds)
-    row["forward_backward_us"] = medians({name: both_of(way) for name, way in found.items()}, device, seconds)
+    with patch:
+        row["forward_backward_us"] = medians({name: both_of(way) for name, way in found.items()}, device, seconds)
+    if tokens <= 8192:
+        row["gate_us"] = medians(whole_gates(gate, inputs, device), device, seconds)
     ids = found["eager"](inputs.logits)[1]
     groupings = {"transformers": lambda: native_groups(ids, gate.experts)}
     for implementation in ("eager", "triton") if device == "cuda" else ("eager",):
@@ -227,16 +249,17 @@ def table(rows: list[dict], device: str) -> str:
     mine = "triton" if device == "cuda" else "eager"
     lines = [
         f"| gate | tokens | transformers, us | {mine}, us | with statistics | eager compiled | times as fast "
-        f"| forward and backward | grouping, sort, us | {mine}, us | times as fast |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| forward and backward | whole gate | grouping, sort, us | {mine}, us | times as fast |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         forward, both, grouping = row["forward_us"], row["forward_backward_us"], row["grouping_us"]
+        whole = f"{row['gate_us']['transformers'] / row['gate_us'][mine]:.2f}" if "gate_us" in row else ""
         lines.append(
             f"| {row['model']} | {row['tokens']} | {forward['transformers']:.0f} | {forward[mine]:.0f} "
             f"| {forward[f'{mine} with statistics']:.0f} | {forward['eager compiled']:.0f} "
             f"| {forward['transformers'] / forward[mine]:.2f} | {both['transformers'] / both[mine]:.2f} "
-            f"| {grouping['transformers']:.0f} | {grouping[mine]:.0f} "
+            f"| {whole} | {grouping['transformers']:.0f} | {grouping[mine]:.0f} "
             f"| {grouping['transformers'] / grouping[mine]:.2f} |"
         )
     return "\n".join(lines)
@@ -249,7 +272,6 @@ def main() -> None:
     quick = parser.parse_args().quick
     transformers.utils.logging.set_verbosity_error()
     torch._dynamo.config.recompile_limit = 64
-    mock.patch.object(torch.nn.functional, "linear", lambda hidden, weight: given_logits[0]).start()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bandwidth = copy_bandwidth() if device == "cuda" else None
     rows = []

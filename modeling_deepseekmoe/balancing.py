@@ -9,7 +9,7 @@ sequences. The arithmetic is float32, and float64 for float64 input.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -183,7 +183,7 @@ def auxiliary_losses(
     Args:
         config: gives the coefficients, `config.loss_alphas`.
         router_logits (`torch.Tensor` of shape (B, S, E)): raw gate logits.
-        plan: the [`RoutingPlan`] of the B * S tokens.
+        plan: the [`RoutingPlan`] of the B * S tokens, with the statistics of B sequences and the same mask.
         token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens.
 
     Returns:
@@ -193,31 +193,35 @@ def auxiliary_losses(
     alphas = config.loss_alphas
     if not alphas:
         return None
-    if plan.counts_by_sequence is None or plan.score_sums is None:
-        raise ValueError("plan is not allowed: it must have been made with statistics=True.")
     for alpha in alphas.values():  # fields can be set after the config was checked, and trainers do so
         _check_alpha(alpha)
     _check_shapes(router_logits, token_mask)
-    batch_shape, top_k = router_logits.shape[:2], plan.expert_ids.shape[-1]
-    tokens = _tokens_per_sequence(token_mask, batch_shape, plan.score_sums)
+    batch_shape, num_experts = router_logits.shape[:2], router_logits.shape[2]
+    counts, score_sums, expert_ids = plan.counts_by_sequence, plan.score_sums, plan.expert_ids
+    rows = max(batch_shape[0], 1)
+    if counts is None or score_sums is None or len(counts) != rows or len(expert_ids) != batch_shape.numel():
+        raise ValueError(
+            f"plan is not allowed: it must be that of the {batch_shape.numel()} tokens, with statistics=True and "
+            f"num_sequences={rows}."
+        )
+    top_k, tokens = expert_ids.shape[-1], _tokens_per_sequence(token_mask, batch_shape, score_sums)
     num_groups, max_devices = config.device_groups
     losses: dict[str, torch.Tensor] = {}
-    balance = _balance_of_sums(plan.counts_by_sequence, plan.score_sums, tokens, top_k, config.seq_aux)
+    balance = _balance_of_sums(counts, score_sums, tokens, top_k, config.seq_aux)
     if "expert" in alphas:
         losses["expert"] = alphas["expert"] * balance.expert_loss()
     if "device" in alphas:
         losses["device"] = alphas["device"] * balance.device_loss(num_groups)
     if "communication" in alphas:
-        expert_ids = plan.expert_ids.unflatten(0, batch_shape)
-        sent = _tokens_per_device(expert_ids, token_mask, num_groups, router_logits.shape[-1])
+        sent = _tokens_per_device(expert_ids.unflatten(0, batch_shape), token_mask, num_groups, num_experts)
         losses["communication"] = alphas["communication"] * balance.communication_loss(sent, max_devices)
     if "sequence" in alphas:
-        counts = _counts_by_affinity(config, router_logits, plan, token_mask)
-        of_sequences = _balance_of_sums(counts, plan.score_sums, tokens, top_k, True)
+        by_affinity = _counts_by_affinity(config, router_logits, plan, token_mask)
+        of_sequences = _balance_of_sums(by_affinity, score_sums, tokens, top_k, True)
         losses["sequence"] = alphas["sequence"] * of_sequences.expert_loss()
     if "router_z" in alphas:
         losses["router_z"] = router_z_loss(router_logits, alphas["router_z"], token_mask=token_mask)
-    zero = plan.score_sums.new_zeros(())
+    zero = score_sums.new_zeros(())
     return torch.stack([losses.get(name, zero) for name in LOSS_NAMES])
 
 
@@ -253,7 +257,7 @@ class _Balance(NamedTuple):
     def communication_loss(self, sent: torch.Tensor, max_devices: int) -> torch.Tensor:
         """`sent` (sequences, D): tokens sent to every device."""
         num_groups = sent.shape[-1]
-        sent = sent.view(len(self.tokens), -1, num_groups).sum(dim=1)
+        sent = sent.sum(dim=0, keepdim=True) if len(self.tokens) == 1 else sent
         f = sent * num_groups / (max_devices * self.tokens.clamp(min=1))
         return self._mean(f * self.p.unflatten(-1, (num_groups, -1)).sum(dim=-1))
 
@@ -298,7 +302,8 @@ def _tokens_per_device(
 ) -> torch.Tensor:
     """Real tokens of every sequence that are sent to each device (B, D), once for several experts there."""
     devices = expert_ids // (num_experts // num_groups)
-    sent = torch.zeros((*expert_ids.shape[:2], num_groups), device=expert_ids.device).scatter_(-1, devices, 1.0)
+    shape = (*expert_ids.shape[:2], num_groups)
+    sent = torch.zeros(shape, dtype=torch.float32, device=expert_ids.device).scatter_(-1, devices, 1.0)
     if token_mask is not None:
         sent = sent * (token_mask != 0).unsqueeze(-1)
     return sent.sum(dim=1)
@@ -306,20 +311,19 @@ def _tokens_per_device(
 
 def _counts_by_affinity(
     config: DeepseekMoeConfig, router_logits: torch.Tensor, plan: RoutingPlan, token_mask: torch.Tensor | None
-) -> torch.Tensor:
+) -> Any:
     """Real tokens of every sequence that have each expert among their K highest affinities (B, E), whatever the bias
     and the groups choose."""
     groups, kept = config.gate_groups
-    if config.topk_method != "noaux_tc" and kept == groups and plan.counts_by_sequence is not None:
+    if config.topk_method != "noaux_tc" and kept == groups:
         return plan.counts_by_sequence
     by_affinity = route(
         router_logits.detach().flatten(0, 1),
         plan.expert_ids.shape[-1],
         token_mask=None if token_mask is None else token_mask.flatten(),
-        num_sequences=len(router_logits),
+        num_sequences=len(router_logits) or 1,
         implementation=config.router_implementation,
     )
-    assert by_affinity.counts_by_sequence is not None
     return by_affinity.counts_by_sequence
 
 

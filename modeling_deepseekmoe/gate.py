@@ -48,7 +48,8 @@ class DeepseekMoeGate(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape (T, D)).
-            token_mask, num_sequences, statistics: as for [`route`].
+            token_mask, num_sequences, statistics: as for [`route`]; the model wants statistics in training, and in
+                evaluation if `output_router_logits` is set.
 
         Returns:
             The raw gate logits (T, E) and the [`RoutingPlan`].

@@ -31,7 +31,9 @@ def route_native_gates(model: nn.Module, implementation: str = "auto") -> int:
         ValueError: for another `implementation`, or a model without such gates.
     """
     if implementation not in ROUTER_IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is not allowed: it must be {ROUTER_IMPLEMENTATIONS}.")
+        allowed = f"it must be one of {ROUTER_IMPLEMENTATIONS}"
+        allowed = f"it must be one of {ROUTER_IMPLEMENTATIONS}"
+        raise ValueError(f"implementation={implementation!r} is not allowed: {allowed}.")
     forwards = {DeepseekV2TopkRouter: _forward_v2, DeepseekV3TopkRouter: _forward_v3}
     gates = [module for module in model.modules() if type(module) in forwards]
     if not gates:
@@ -40,7 +42,9 @@ def route_native_gates(model: nn.Module, implementation: str = "auto") -> int:
             "DeepSeek-V2 or V3 classes."
         )
     for gate in gates:
-        gate.forward = partial(forwards[type(gate)], gate, implementation)
+        # accelerate's hook, which moves tensors between devices, keeps what it calls under another name.
+        name = "_old_forward" if hasattr(gate, "_hf_hook") else "forward"
+        setattr(gate, name, partial(forwards[type(gate)], gate, implementation))
     return len(gates)
 
 

@@ -25,6 +25,7 @@ from torch.nn.functional import softplus
 from transformers.utils import logging
 
 from .configuration_deepseekmoe import ROUTER_IMPLEMENTATIONS
+from .routing_kernels import INTERPRETED
 from .routing_triton import group_by_expert_triton, route_triton, why_not_triton
 
 logger = logging.get_logger(__name__)
@@ -32,9 +33,12 @@ logger = logging.get_logger(__name__)
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2_sum")
 
-# Measured on the CPU: up to so many values it is the number of operations that counts, and beyond the other number
-# the reading and writing of memory that no cache holds.
-_FEW_VALUES, _MANY_VALUES = 2**11, 2**21
+# What +inf counts as: next to the largest float32 number, which NaN counts as.
+_INFINITY = 3.4028232635611926e38
+
+# Measured on the CPU: up to so many values the number of operations counts; more than the other number are taken in
+# parts, which stay in the cache.
+_FEW_VALUES, _MANY_VALUES = 2**10, 2**17
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,9 @@ def route(
         num_sequences (`int`): N, a divisor of T: equal runs of consecutive tokens that are counted apart.
         statistics (`bool`): whether `counts_by_sequence` and `score_sums` are wanted.
         implementation (`str`): `"eager"`, `"triton"`, or `"auto"`: Triton on a CUDA or ROCm device where it is
-            installed and takes the input (E up to 1024, K up to 32, G up to 64), else eager; a line in the log says
-            which. The kernels have no gradient of the gradient.
+            installed and takes the input (E up to 1024, K up to 32, G up to 64), else eager; a line in the log, at
+            level INFO, says which, and a warning where a GPU could do better. The kernels have no gradient of the
+            gradient.
 
     Returns:
         [`RoutingPlan`].
@@ -160,8 +165,9 @@ def group_by_expert(expert_ids: torch.Tensor, num_experts: int, *, implementatio
     """Bring the choices of all tokens into the order of their experts, without waiting for the host.
 
     Args:
-        expert_ids (`torch.LongTensor` of shape (T, K)): the choices, from 0 to E - 1. The id E stands for an expert
-            that another rank of an expert-parallel group holds: such choices come last, behind `offsets[E]`.
+        expert_ids (`torch.LongTensor` or `torch.IntTensor` of shape (T, K)): the choices, from 0 to E - 1. The id E
+            stands for an expert that another rank of an expert-parallel group holds: such choices come last, behind
+            `offsets[E]`. Other ids are not looked for, and give an order that means nothing.
         num_experts (`int`): E.
         implementation (`str`): as for [`route`].
 
@@ -183,7 +189,7 @@ def group_by_expert(expert_ids: torch.Tensor, num_experts: int, *, implementatio
     if _uses_triton(implementation, expert_ids, num_experts):
         return ExpertGroups(*group_by_expert_triton(expert_ids, num_experts))
     ids = expert_ids.flatten()
-    if num_experts < 2**15:
+    if num_experts < 2**15 - 1:
         ids = ids.to(torch.int16)  # sorted several times as fast on the CPU
     ids, permutation = ids.sort(stable=True)
     places = torch.arange(len(permutation), device=ids.device)
@@ -227,16 +233,13 @@ def _check_tensors(
     for name, tensor, size, axis in (("correction_bias", correction_bias, 1, "E"), ("token_mask", token_mask, 0, "T")):
         if tensor is None:
             continue
-        if tensor.ndim != 1 or tensor.shape[0] != router_logits.shape[size]:
+        length, device = router_logits.shape[size], router_logits.device
+        if tensor.ndim != 1 or tensor.shape[0] != length:
             raise ValueError(
-                f"{name} of shape {tuple(tensor.shape)} is not allowed: it must be ({axis},) = "
-                f"({router_logits.shape[size]},)."
+                f"{name} of shape {tuple(tensor.shape)} is not allowed: it must be ({axis},) = ({length},)."
             )
-        if tensor.device != router_logits.device:
-            raise ValueError(
-                f"{name} on device {tensor.device} is not allowed: it must be on that of router_logits, "
-                f"{router_logits.device}."
-            )
+        if tensor.device != device:
+            raise ValueError(f"{name} on device {tensor.device} is not allowed: router_logits are on {device}.")
     if correction_bias is not None and not correction_bias.is_floating_point():
         raise ValueError(f"correction_bias of {correction_bias.dtype} is not allowed: it must be floating point.")
 
@@ -254,7 +257,10 @@ def _check_options(
         _refuse("score_function", score_function, f"one of {SCORE_FUNCTIONS}")
     if group_score not in GROUP_SCORES:
         _refuse("group_score", group_score, f"one of {GROUP_SCORES}")
-    if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+    for name, value in (("top_k", top_k), ("num_groups", num_groups), ("top_k_groups", top_k_groups)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            _refuse(name, value, "an integer")
+    if not 1 <= top_k <= num_experts:
         _refuse("top_k", top_k, f"an integer between 1 and the {num_experts} experts")
     if num_groups < 1 or num_experts % num_groups:
         _refuse("num_groups", num_groups, f"a divisor of the {num_experts} experts")
@@ -265,7 +271,7 @@ def _check_options(
         _refuse("top_k", top_k, f"at most the {top_k_groups * size} experts of top_k_groups={top_k_groups} groups")
     if top_k_groups < num_groups and group_score == "top2_sum" and size < 2:
         _refuse("num_groups", num_groups, "such that a group holds two experts, for group_score='top2_sum'")
-    if not 0 <= scaling_factor < math.inf:
+    if not isinstance(scaling_factor, (int, float)) or not 0 <= scaling_factor < math.inf:
         _refuse("scaling_factor", scaling_factor, "a finite number of at least 0")
 
 
@@ -282,7 +288,7 @@ def _uses_triton(implementation: str, tensor: torch.Tensor, *sizes: int) -> bool
     if implementation == "triton" and reason:
         raise ValueError(f"implementation='triton' is not allowed: {reason}.")
     if implementation == "auto":
-        if not reason and tensor.device.type == "cpu":
+        if not reason and INTERPRETED:
             reason = "the interpreter of Triton is for tests"
         if not torch.compiler.is_compiling():
             _tell(tensor.device.type, reason)
@@ -317,7 +323,7 @@ def _route_eager(
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
     options = (score_function, num_groups, top_k_groups, group_score)
     if logits.device.type == "cpu" and logits.numel() > _MANY_VALUES and not torch.compiler.is_compiling():
-        parts = logits.detach().split(max(_MANY_VALUES // logits.shape[1], 1))  # what stays in the cache is faster
+        parts = logits.detach().split(max(_MANY_VALUES // logits.shape[1], 1))
         expert_ids = torch.cat([_choose(part, correction_bias, top_k, *options) for part in parts])
     else:
         expert_ids = _choose(logits.detach(), correction_bias, top_k, *options)
@@ -351,17 +357,15 @@ def _choose(
     largest = torch.finfo(torch.float32).max
     grouped = top_k_groups < num_groups
     if correction_bias is None and not (grouped and group_score == "top2_sum"):
-        choice = logits.nan_to_num(nan=largest, posinf=largest, neginf=-largest)
+        choice = logits.nan_to_num(nan=largest, posinf=_INFINITY, neginf=-largest)
     else:
         choice = _rounded_affinities(logits, score_function)
         if correction_bias is not None:
-            choice += correction_bias.detach()
-        choice.nan_to_num_(nan=largest, posinf=largest, neginf=-largest)
-    return (
-        _highest_in_groups(choice, top_k, num_groups, top_k_groups, group_score)
-        if grouped
-        else _highest(choice, top_k)
-    )
+            choice += correction_bias.detach().to(choice.dtype)
+        choice.nan_to_num_(nan=largest, posinf=_INFINITY, neginf=-largest)
+    if not grouped:
+        return _highest(choice, top_k)
+    return _highest_in_groups(choice, top_k, num_groups, top_k_groups, group_score)
 
 
 def _rounded_affinities(logits: torch.Tensor, score_function: str) -> torch.Tensor:
@@ -391,6 +395,7 @@ def _highest_in_groups(
     else:  # the same, several times as fast for many tokens
         best, where = grouped.max(dim=-1, keepdim=True)
         group_scores = (best + grouped.scatter(-1, where, float("-inf")).amax(dim=-1, keepdim=True)).squeeze(-1)
+        group_scores.clamp_(max=torch.finfo(torch.float32).max)
     if few:
         dropped = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, top_k_groups:]
         dropped = dropped.unsqueeze(-1).expand(-1, -1, size)
@@ -425,6 +430,8 @@ def _statistics(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`counts_by_sequence` and `score_sums` of a [`RoutingPlan`]."""
     num_tokens, num_experts = logits.shape
+    if token_mask is not None:
+        logits = logits.masked_fill((token_mask == 0).unsqueeze(-1), 0.0)  # so that no NaN reaches its gradient
     scores = affinities(logits, score_function)
     if score_function != "softmax":
         scores = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)

@@ -19,7 +19,7 @@ try:
     import triton.language as tl
 except ImportError:  # this file travels to machines that have no Triton, where nothing calls it
     triton = tl = None
-if triton is not None and not hasattr(triton, "knobs"):  # as good as none: older than what the package supports
+if triton is not None and tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
     triton = tl = None
 
 # Whether the kernels run on the CPU, in Triton's interpreter: TRITON_INTERPRET=1 was set when they were defined.
@@ -191,7 +191,7 @@ def route_kernel(
             if bias is not None:
                 choice += tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)[None, :]
         else:
-            choice = logit
+            choice = tl.minimum(logit, 3.4028232635611926e38)  # below NaN, which is made the largest number
         choice = tl.where(raw != raw, 3.4028234663852886e38, choice)
         order = tl.where(exists[None, :], _order(choice), NOWHERE)
         if KEPT_GROUPS < GROUPS:

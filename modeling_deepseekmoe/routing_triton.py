@@ -15,9 +15,10 @@ from .routing_kernels import INTERPRETED, count_kernel, group_kernel, route_back
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
-MAX_PROGRAMS = 2048  # that count: each adds to the same E numbers
 MAX_GROUPS = 64  # every group is compared with every other one
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a training step: every program adds its counts to the same numbers, and more of them would wait for each other.
+MAX_PROGRAMS = 2048
 # A copy of this file on the Hub registers operators of its own.
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
@@ -33,23 +34,23 @@ def why_not_triton(tensor: torch.Tensor, num_experts: int, top_k: int = 1, num_g
     """
     if triton is None:
         return "triton is not installed, or too old (pip install 'triton>=3.6')"
+    if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
+        return f"the logits are {tensor.dtype}, and the kernels take float32, bfloat16 and float16"
+    for size, largest, name in (
+        (num_experts, MAX_EXPERTS, "experts"),
+        (top_k, MAX_TOP_K, "choices of a token"),
+        (num_groups, MAX_GROUPS, "groups"),
+    ):
+        if size > largest:
+            return f"there are {size} {name}, and the kernels take at most {largest}"
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and INTERPRETED):
         return f"the tensors are on the device {tensor.device.type!r} (Triton needs 'cuda', for CUDA and ROCm)"
     is_nvidia = tensor.device.type == "cuda" and torch.version.hip is None
-    if is_nvidia and torch.cuda.get_device_capability(tensor.device) < (7, 0):
+    if is_nvidia and torch.cuda.get_device_properties(tensor.device).major < 7:
         return "Triton needs a GPU of compute capability 7.0 or newer"
-    if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
-        return f"the logits are {tensor.dtype}, and the kernels take float32, bfloat16 and float16"
-    if num_experts > MAX_EXPERTS:
-        return f"there are {num_experts} experts, and the kernels take at most {MAX_EXPERTS}"
-    if top_k > MAX_TOP_K:
-        return f"top_k is {top_k}, and the kernels take at most {MAX_TOP_K}"
-    if num_groups > MAX_GROUPS:
-        return f"there are {num_groups} groups, and the kernels take at most {MAX_GROUPS}"
     return ""
 
 
-# ---------------------------------------------------------------------------------------------------- the operators
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
@@ -299,4 +300,4 @@ def group_by_expert_triton(
     return group_by_expert_op(expert_ids, num_experts)
 
 
-__all__ = ["MAX_EXPERTS", "MAX_TOP_K", "group_by_expert_triton", "route_triton", "why_not_triton"]
+__all__ = ["MAX_EXPERTS", "MAX_GROUPS", "MAX_TOP_K", "group_by_expert_triton", "route_triton", "why_not_triton"]

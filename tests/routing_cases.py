@@ -4,16 +4,30 @@ interpreter, and the same on a GPU."""
 from dataclasses import dataclass
 
 import torch
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from tolerances import KERNEL_GRADIENT, KERNEL_WEIGHTS
 
 from modeling_deepseekmoe import group_by_expert, route
-from modeling_deepseekmoe.routing import GROUP_SCORES, SCORE_FUNCTIONS
+from modeling_deepseekmoe.routing import GROUP_SCORES, SCORE_FUNCTIONS, affinities
 
+# Without a search for smaller failures, which takes minutes in the interpreter.
+GENERATED = settings(deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Quantised logits do not lie around zero: sigmoid(x) + sigmoid(-x) is 1 for every x, so that sums of two affinities
 # would be equal in exact arithmetic, and the last bit of float32 would decide.
-KINDS = ("normal", "large", "quantised", "equal", "one takes all", "nan", "infinite", "all infinite", "strided")
+KINDS = (
+    "normal",
+    "large",
+    "quantised",
+    "equal",
+    "one takes all",
+    "nan",
+    "infinite",
+    "all infinite",
+    "strided",
+    "padded",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ def cases(draw: st.DrawFn) -> Case:
         seed=draw(st.integers(0, 2**20)),
         kind=draw(st.sampled_from(KINDS)),
         dtype=draw(st.sampled_from(DTYPES)),
-        tokens=sequences * draw(st.integers(0, 6 if few else 1)),
+        tokens=sequences * (draw(st.integers(1, 6 if few else 1)) if draw(st.integers(0, 19)) else 0),
         experts=groups * size,
         top_k=top_k,
         groups=groups,
@@ -77,8 +91,8 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def logits_of(case: Case) -> torch.Tensor:
-    """The gate logits (T, E) of a case, on the CPU."""
+def logits_of(case: Case, device: str) -> torch.Tensor:
+    """The gate logits (T, E) of a case."""
     generator = torch.Generator().manual_seed(case.seed)
     shape = (case.tokens, case.experts)
     logits = torch.randn(shape, generator=generator)
@@ -98,8 +112,10 @@ def logits_of(case: Case) -> torch.Tensor:
     elif case.kind == "all infinite":
         logits = torch.where(torch.arange(case.tokens)[:, None] % 2 == 0, float("inf"), float("-inf")).expand(shape)
     elif case.kind == "strided":
-        return logits.to(case.dtype).repeat_interleave(3, dim=1)[:, ::3]
-    return logits.to(case.dtype)
+        return logits.to(device, case.dtype).repeat_interleave(3, dim=1)[:, ::3]
+    elif case.kind == "padded":
+        return torch.cat([logits, logits], dim=1).to(device, case.dtype)[:, : case.experts]
+    return logits.to(device, case.dtype)
 
 
 def options_of(case: Case, device: str = "cpu") -> dict:
@@ -125,43 +141,59 @@ def options_of(case: Case, device: str = "cpu") -> dict:
 
 def check_route(case: Case, device: str = "cpu") -> None:
     """Ids and counts equal, weights, sums and gradients close; NaN and infinities in the same places."""
-    logits = [logits_of(case).to(device).requires_grad_() for _ in range(2)]
+    logits = [logits_of(case, device).requires_grad_() for _ in range(2)]
     plans = [
         route(one, case.top_k, implementation=implementation, **options_of(case, device))
         for one, implementation in zip(logits, ("eager", "triton"), strict=True)
     ]
     expected, found = plans
-    assert torch.equal(found.expert_ids, expected.expert_ids)
+    if device == "cpu":
+        assert torch.equal(found.expert_ids, expected.expert_ids)
+    elif not torch.equal(found.expert_ids, expected.expert_ids):
+        check_swaps(case, logits[0], *(plan.expert_ids for plan in plans))
+        return
+    groupings = [
+        group_by_expert(expected.expert_ids, case.experts, implementation=name) for name in ("eager", "triton")
+    ]
+    assert all(map(torch.equal, *groupings))
     assert found.expert_ids.is_contiguous() and expected.expert_ids.is_contiguous()
     assert found.weights.dtype == torch.float32
     scale = max(1.0, case.scaling_factor)
-    close(found.weights, expected.weights, KERNEL_WEIGHTS * scale)
+    close(found.weights, expected.weights, KERNEL_WEIGHTS * scale, KERNEL_WEIGHTS)
     generator = torch.Generator().manual_seed(case.seed + 2)
     factor = torch.randn(expected.weights.shape, generator=generator).to(device)
     objectives = [(plan.weights * factor).sum() for plan in plans]
     if case.statistics:
         assert torch.equal(found.counts_by_sequence, expected.counts_by_sequence)
         assert torch.equal(found.tokens_per_expert, expected.tokens_per_expert)
-        close(found.score_sums, expected.score_sums, KERNEL_WEIGHTS * max(1, case.tokens))
+        close(found.score_sums, expected.score_sums, KERNEL_WEIGHTS * max(1, case.tokens), KERNEL_WEIGHTS)
         factor = torch.randn(expected.score_sums.shape, generator=generator).to(device)
         objectives = [one + (plan.score_sums * factor).sum() for one, plan in zip(objectives, plans, strict=True)]
     else:
         assert found.counts_by_sequence is found.score_sums is found.tokens_per_expert is None
     for objective in objectives:
         objective.backward()
-    # Where there is a NaN in a row, how far it spreads in its gradient is left open.
+    # What the gradient of a row with a NaN is, is left open.
     finite = ~logits[0].isnan().any(dim=1)
-    tolerance = KERNEL_GRADIENT if case.dtype == torch.float32 else float(torch.finfo(case.dtype).eps)
-    if case.kind != "nan":
-        close(logits[1].grad.float(), logits[0].grad.float(), tolerance * scale)
-    elif not case.statistics:
-        close(logits[1].grad[finite].float(), logits[0].grad[finite].float(), tolerance * scale)
-    assert logits[1].grad[~finite].isnan().any(dim=1).all() and logits[0].grad[~finite].isnan().any(dim=1).all()
+    rtol = KERNEL_GRADIENT if case.dtype == torch.float32 else float(torch.finfo(case.dtype).eps)
+    gradients = [one.grad.float() for one in logits]
+    close(gradients[1][finite], gradients[0][finite], KERNEL_GRADIENT * scale, rtol)
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Within `tolerance`, absolute, and relative to what is larger than 1."""
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
+def check_swaps(case: Case, logits: torch.Tensor, expected: torch.Tensor, found: torch.Tensor) -> None:
+    """On a GPU, whose exp is approximate, what was chosen instead may differ by rounding; by nothing where the logits
+    themselves are compared."""
+    options = options_of(case, logits.device.type)
+    by_sum = case.group_score == "top2_sum" and case.kept < case.groups
+    assert options["correction_bias"] is not None or by_sum
+    choice = affinities(logits.detach().double(), case.score_function)
+    choice = choice if options["correction_bias"] is None else choice + options["correction_bias"]
+    if case.kept == case.groups:
+        close(choice.gather(1, found), choice.gather(1, expected), 4 * torch.finfo(torch.float32).eps)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, atol: float, rtol: float = 0.0) -> None:
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol, equal_nan=True)
 
 
 def check_grouping(tokens: int, experts: int, top_k: int, seed: int, kind: str, device: str = "cpu") -> None:
@@ -174,6 +206,7 @@ def check_grouping(tokens: int, experts: int, top_k: int, seed: int, kind: str, 
         ids = torch.randint(experts + 1, (tokens, top_k), generator=generator)
     elif kind == "few experts":
         ids = ids // 3 * 3
+    ids = ids.to(torch.int32) if seed % 2 else ids
     choices = sorted(range(tokens * top_k), key=ids.flatten().tolist().__getitem__)
     for implementation in ("eager", "triton"):
         groups = group_by_expert(ids.to(device), experts, implementation=implementation)
@@ -192,10 +225,10 @@ def check_rounding(tokens: int, device: str = "cpu") -> int:
                "group_score": "top2_sum", "normalize": True, "scaling_factor": 2.5}  # fmt: skip
     expected, found = (route(logits, 8, implementation=name, **options) for name in ("eager", "triton"))
     different = (expected.expert_ids != found.expert_ids).any(dim=1)
-    close(found.weights[~different], expected.weights[~different], KERNEL_WEIGHTS * 2.5)
+    close(found.weights[~different], expected.weights[~different], KERNEL_WEIGHTS * 2.5, KERNEL_WEIGHTS)
     choice = logits.double().sigmoid() + bias
     groups = choice.view(tokens, 8, 32).topk(2).values.sum(dim=-1).topk(5).values
     same_groups = groups[:, 3] - groups[:, 4] > 4 * torch.finfo(torch.float32).eps
     gaps = choice.gather(1, expected.expert_ids) - choice.gather(1, found.expert_ids)
-    assert (gaps[different & same_groups].abs() <= 2 * torch.finfo(torch.float32).eps).all()
+    assert (gaps[different & same_groups].abs() <= 4 * torch.finfo(torch.float32).eps).all()
     return int(different.sum())

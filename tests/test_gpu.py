@@ -4,9 +4,8 @@ import pytest
 import torch
 from conftest import EXPERTS_IMPLEMENTATIONS, Golden
 from hypothesis import given, settings
-from routing_cases import Case, cases, check_grouping, check_rounding, check_route
+from routing_cases import GENERATED, Case, cases, check_grouping, check_rounding, check_route
 from test_lora import IDS, direct, make
-from test_routing_triton import GENERATED
 from tolerances import GOLDEN_LOGITS, LOW_PRECISION_LOSS, assert_same
 
 from modeling_deepseekmoe import (
@@ -137,7 +136,8 @@ def routing_step(logits: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor) -
     return plan.expert_ids, plan.weights, plan.counts_by_sequence, plan.score_sums, *groups, logits.grad
 
 
-def test_routing_never_waits_for_the_host_and_is_not_compiled_again() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_routing_never_waits_for_the_host_and_is_not_compiled_again(dtype: torch.dtype) -> None:
     from modeling_deepseekmoe import routing_kernels
 
     def compiled() -> int:
@@ -145,10 +145,12 @@ def test_routing_never_waits_for_the_host_and_is_not_compiled_again() -> None:
         return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
     bias = torch.randn(256, device="cuda")
-    routing_step(torch.randn(64, 256, device="cuda", requires_grad=True), bias, torch.ones(64, device="cuda"))
+    routing_step(
+        torch.randn(64, 256, device="cuda", dtype=dtype, requires_grad=True), bias, torch.ones(64, device="cuda")
+    )
     before = compiled()
     for tokens in (2, 16, 30, 32, 34, 1024, 1026):
-        logits = torch.randn(tokens, 256, device="cuda", requires_grad=True)
+        logits = torch.randn(tokens, 256, device="cuda", dtype=dtype, requires_grad=True)
         mask = torch.ones(tokens, device="cuda")
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -180,3 +182,13 @@ def test_routing_in_a_cuda_graph() -> None:
         graph.replay()
         for found, expected in zip(captured, routing_step(fresh, bias, mask), strict=True):
             assert torch.equal(found, expected)
+
+
+def test_routing_in_one_compiled_graph() -> None:
+    """What "auto" looks at on a GPU does not break the graph, and bfloat16 logits are taken."""
+    options = {**V3_OPTIONS, "implementation": "auto"}
+    compiled = torch.compile(lambda logits: route(logits, 8, **options), fullgraph=True)
+    for tokens in (16, 48):
+        logits = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+        found, expected = compiled(logits), route(logits, 8, **options)
+        assert torch.equal(found.expert_ids, expected.expert_ids) and torch.equal(found.weights, expected.weights)

@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import Golden
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing_cases import Case, cases, check_grouping, check_rounding, check_route
+from routing_cases import GENERATED, Case, cases, check_grouping, check_rounding, check_route
 from tolerances import GOLDEN_LOGITS, SAME_COMPUTATION, assert_same
 from torch.library import opcheck
 from transformers import AutoModelForCausalLM
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import group_by_expert, route, route_native_gates, routing, routing_triton
+from modeling_deepseekmoe.balancing import auxiliary_losses
 from modeling_deepseekmoe.routing_kernels import INTERPRETED
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="where there is a GPU, test_gpu.py runs the same on it")
-# Without a search for smaller failures, which takes minutes in the interpreter.
-GENERATED = settings(deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 V3_OPTIONS = {"score_function": "sigmoid", "num_groups": 4, "top_k_groups": 2, "group_score": "top2_sum",
               "normalize": True, "scaling_factor": 2.5}  # fmt: skip
 
@@ -156,10 +156,13 @@ def test_compiled_with_its_gradient() -> None:
 
 
 # ----------------------------------------------------------------------------------------------- choosing and telling
-def test_auto_is_eager_on_the_cpu_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_is_eager_on_the_cpu_and_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     routing._tell.cache_clear()
+    monkeypatch.setattr(logging.getLogger("modeling_deepseekmoe"), "propagate", True)
+    monkeypatch.setattr(routing.logger, "propagate", True)
     with caplog.at_level(logging.INFO, logger="modeling_deepseekmoe.routing"):
-        routing.logger.propagate = True
         for _ in range(3):
             route(torch.randn(2, 4), 2)
     lines = [record.getMessage() for record in caplog.records if "Routing on" in record.getMessage()]
@@ -201,6 +204,31 @@ def test_gates_of_transformers_own_models(name: str, implementation: str) -> Non
     assert_same(after, before)
     assert torch.equal(chosen[0], chosen[1]) and chosen[0].shape[0] == input_ids.numel()
     assert route_native_gates(model, "eager")
+
+
+def test_gates_behind_a_hook_of_accelerate() -> None:
+    modeling_deepseekmoe.register()
+    model = AutoModelForCausalLM.from_pretrained(Golden("v3-noaux").folder).eval()
+    gate, seen = model.model.layers[-1].mlp.gate, []
+
+    class Watch(ModelHook):
+        def pre_forward(self, module: torch.nn.Module, *args: object, **kwargs: object) -> tuple:
+            seen.append(type(module).__name__)
+            return args, kwargs
+
+    hidden = torch.randn(5, gate.hidden_dim)
+    before = gate(hidden)[1].sort(dim=1).values
+    add_hook_to_module(gate, Watch())
+    route_native_gates(model, "triton")
+    assert_same(gate(hidden)[1].sort(dim=1).values, before)
+    assert seen == ["DeepseekV3TopkRouter"]
+
+
+def test_a_plan_of_other_sequences_is_refused(tiny_config: Callable) -> None:
+    config, logits = tiny_config(), torch.randn(2, 5, 8)
+    for options in ({"num_sequences": 1}, {"statistics": False}):
+        with pytest.raises(ValueError, match=r"plan is not allowed: .* 10 tokens, .* num_sequences=2"):
+            auxiliary_losses(config, logits, route(logits.flatten(0, 1), 3, **options), None)
 
 
 def test_models_without_native_gates(tiny_model: Callable) -> None:
