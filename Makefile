@@ -31,11 +31,12 @@ test-slow: $(VENV)/.installed
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-# Without the tests that handle files and processes alone, in which no version of transformers has a part, and without
-# those of torch.compile: torch is the same.
+# Without the tests that handle files and processes alone and those of routing, in which no version of transformers has a
+# part, and without those of torch.compile: torch is the same.
 test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(IN_PARALLEL) \
-		--ignore tests/test_conversion_files.py --ignore tests/test_conversion_resume.py -k "not compiled" $(ARGS)
+		--ignore tests/test_conversion_files.py --ignore tests/test_conversion_resume.py \
+		--ignore tests/test_routing.py --ignore tests/test_routing_triton.py -k "not compiled" $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -75,7 +75,7 @@ def cases(draw: st.DrawFn) -> Case:
         seed=draw(st.integers(0, 2**20)),
         kind=draw(st.sampled_from(KINDS)),
         dtype=draw(st.sampled_from(DTYPES)),
-        tokens=sequences * (draw(st.integers(1, 6 if few else 1)) if draw(st.integers(0, 19)) else 0),
+        tokens=sequences * (draw(st.integers(1, 3 if few else 1)) if draw(st.integers(0, 19)) else 0),
         experts=groups * size,
         top_k=top_k,
         groups=groups,
