@@ -71,9 +71,12 @@ def cases(draw: st.DrawFn) -> Case:
     # Where affinities are compared and not logits, two of very many differ by no more than their rounding now and
     # then: `check_rounding` is for those.
     few = bias == "none" or groups * size < 100
+    # And a sigmoid that is almost 1 is rounded to it, or not.
+    by_score = bias != "none" or (group_score == "top2_sum" and kept < groups)
+    kind = draw(st.sampled_from([kind for kind in KINDS if not (by_score and kind == "large")]))
     return Case(
         seed=draw(st.integers(0, 2**20)),
-        kind=draw(st.sampled_from(KINDS)),
+        kind=kind,
         dtype=draw(st.sampled_from(DTYPES)),
         tokens=sequences * (draw(st.integers(1, 3 if few else 1)) if draw(st.integers(0, 19)) else 0),
         experts=groups * size,
