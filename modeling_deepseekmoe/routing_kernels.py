@@ -74,6 +74,17 @@ def _softplus(x):
 
 
 @_jit
+def _softmax_of_rows(logit, exists, BLOCK: tl.constexpr, SCORE_FUNCTION: tl.constexpr):
+    """What `_affinity` needs of each row of a block for its softmax; for other functions it is not read."""
+    highest = tl.zeros([BLOCK], tl.float32)
+    total = tl.full([BLOCK], 1.0, tl.float32)
+    if SCORE_FUNCTION == "softmax":
+        highest = tl.max(logit, axis=1)
+        total = tl.sum(tl.where(exists[None, :], tl.exp(logit - highest[:, None]), 0.0), axis=1)
+    return highest, total
+
+
+@_jit
 def _affinity(logit, highest, total, SCORE_FUNCTION: tl.constexpr):
     """Affinities of finite logits. `highest` and `total` belong to the softmax of their row."""
     if SCORE_FUNCTION == "softmax":
@@ -177,12 +188,7 @@ def route_kernel(
         raw = tl.load(rows + expert[None, :], mask=there[:, None] & exists[None, :], other=0.0).to(tl.float32)
         has_nan = tl.max((raw != raw).to(tl.int32), axis=1) != 0
         logit = tl.where(exists[None, :], _finite(raw), -3.4028234663852886e38)
-
-        highest = tl.zeros([BLOCK], tl.float32)
-        total = tl.full([BLOCK], 1.0, tl.float32)
-        if SCORE_FUNCTION == "softmax":
-            highest = tl.max(logit, axis=1)
-            total = tl.sum(tl.where(exists[None, :], tl.exp(logit - highest[:, None]), 0.0), axis=1)
+        highest, total = _softmax_of_rows(logit, exists, BLOCK, SCORE_FUNCTION)
 
         if bias is not None or (TOP2_SUM and KEPT_GROUPS < GROUPS):
             choice = _affinity(logit, highest[:, None], total[:, None], SCORE_FUNCTION)
@@ -275,11 +281,7 @@ def route_backward_kernel(
     is_logit = there[:, None] & exists[None, :]
     raw = tl.load(rows + expert[None, :], mask=is_logit, other=0.0).to(tl.float32)
     logit = tl.where(exists[None, :], _finite(raw), -3.4028234663852886e38)
-    highest = tl.zeros([BLOCK], tl.float32)
-    total = tl.full([BLOCK], 1.0, tl.float32)
-    if SCORE_FUNCTION == "softmax":
-        highest = tl.max(logit, axis=1)
-        total = tl.sum(tl.where(exists[None, :], tl.exp(logit - highest[:, None]), 0.0), axis=1)
+    highest, total = _softmax_of_rows(logit, exists, BLOCK, SCORE_FUNCTION)
     score = tl.where(exists[None, :], _affinity(logit, highest[:, None], total[:, None], SCORE_FUNCTION), 0.0)
 
     # A row with a NaN has no gradient but NaN, if anything depends on the row.

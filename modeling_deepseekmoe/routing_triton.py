@@ -214,19 +214,9 @@ def _group_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.
 
 
 def _route_fake(
-    router_logits: torch.Tensor,
-    correction_bias: torch.Tensor | None,
-    token_mask: torch.Tensor | None,
-    top_k: int,
-    score_function: str,
-    num_groups: int,
-    top_k_groups: int,
-    group_score: str,
-    normalize: bool,
-    scaling_factor: float,
-    num_sequences: int,
-    statistics: bool,
+    router_logits: torch.Tensor, correction_bias: Any, token_mask: Any, top_k: int, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    *_, num_sequences, statistics = options
     num_tokens, num_experts = router_logits.shape
     rows = num_sequences if statistics else 0
     return (
