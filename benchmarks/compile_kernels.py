@@ -19,6 +19,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from modeling_deepseekmoe import routing_kernels
 from modeling_deepseekmoe.routing_triton import group_options, route_backward_options, route_options
+from modeling_deepseekmoe.triton_support import INTERPRETED
 
 RESULTS = Path(__file__).parent / "results" / "compile_kernels.json"
 TARGETS = {
@@ -101,7 +102,7 @@ def variants(shape: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any], int]
 
 def main() -> int:
     """Compile everything, print the table, write JSON if it is asked for."""
-    if routing_kernels.INTERPRETED:
+    if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, and nothing can be compiled.")
     rows = []
     for model, shape in SHAPES.items():

@@ -1,94 +1,138 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The routed experts as grouped products: grouping by expert, one product for each group, weighted sum.
+"""The experts implementation `"deepseekmoe"`, for every model of transformers with experts that are stacked as
+`gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I): DeepSeek-V2 and V3, Qwen3-MoE, Mixtral, OLMoE, and this family.
 
-LoRA on the experts and the training of chosen experts put their own products in place of the two projections. Works on
-every experts module of transformers that stacks its weights as `gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I).
+Which way the experts are computed is chosen for every call ([`choose_way`]):
+- `"triton"`: fused kernels for all experts (`experts_triton`), on CUDA and ROCm;
+- `"loop"`: one expert after the other (`experts_loop`), on the CPU;
+- `"grouped"`: torch's grouped products (`grouped_products`), everywhere else, and for small experts on the CPU;
+- `"batched"`: each slot with its own copy of the weights, for few slots of small experts on the CPU, in inference.
 
 Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert width, S = T * K slots (a token at one
-of its experts), G groups.
+of its experts).
 """
 
+import functools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.utils import logging
 
 from .checkpoint_layout import STACKS
+from .experts_loop import Adapter
+from .experts_operator import experts_op
+from .experts_triton import why_not_fused
+from .grouped_products import GroupedSlots, grouped_linear, run_grouped
 
+logger = logging.get_logger(__name__)
+
+IMPLEMENTATION = "deepseekmoe"
+WAYS = ("triton", "loop", "grouped", "batched")
+FUSED_WAYS = ("triton", "loop")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-# What a product gets: the parameter's name, the rows of all slots in the order of their groups, and the slots.
-Project = Callable[[str, torch.Tensor, "GroupedSlots"], torch.Tensor]
+# Hidden times width of an expert. Measured on two cores, with 8 and 64 experts: below it the calls of the loop cost
+# more than what it saves.
+LOOP_FROM = 2**18
+# The same times slots; with more of them, copies of the weights cost more than the sort.
+BATCHED_BELOW = 2**16
 
 
-@dataclass(frozen=True)
-class GroupedSlots:
-    """All slots of a forward pass in the order of their groups, stable within a group.
+def refuse_partial(experts: nn.Module) -> None:
+    """Refuse, for adapted or partly trained experts, what a process does not hold as a whole.
 
-    Attributes:
-        group_ids (`torch.LongTensor` of shape (S,)): the group of every slot, ascending.
-        order (`torch.LongTensor` of shape (S,)): where each of them was in the flattened (T, K).
-        offsets (`torch.IntTensor` of shape (G,)): where every group ends.
+    Raises:
+        ValueError: under expert parallelism, where a rank holds only some of the experts, and for weights that are
+            offloaded.
     """
-
-    group_ids: torch.Tensor
-    order: torch.Tensor
-    offsets: torch.Tensor
-
-    @classmethod
-    def of(cls, group_ids: torch.Tensor, num_groups: int) -> "GroupedSlots":
-        """Group slots, without waiting for the device.
-
-        Args:
-            group_ids (`torch.LongTensor` of any shape): below `num_groups`.
-            num_groups: G.
-        """
-        ids, order = torch.sort(group_ids.flatten(), stable=True)
-        groups = torch.arange(num_groups, device=ids.device)
-        return cls(ids, order, torch.searchsorted(ids, groups, right=True, out_int32=True))
-
-    def select(self, places: torch.Tensor) -> "GroupedSlots":
-        """Some of the slots, (N,) ascending places; the groups stay the same."""
-        ids, groups = self.group_ids[places], torch.arange(len(self.offsets), device=places.device)
-        return GroupedSlots(ids, self.order[places], torch.searchsorted(ids, groups, right=True, out_int32=True))
+    if getattr(experts, "_is_expert_parallel", False):
+        raise ValueError("Expert parallelism is not allowed together with adapted or partly trained experts.")
+    if experts.gate_up_proj.is_meta:
+        raise ValueError("Offloaded weights are not allowed together with adapted or partly trained experts.")
 
 
-_uncompiled_grouped_mm = torch.compiler.disable(F.grouped_mm)  # torch.compile takes it in bfloat16 only
+def experts_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Sum of the chosen experts' outputs, weighted: what `experts_implementation="deepseekmoe"` calls.
 
-
-def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """One linear map for each group of rows.
+    Under autocast the products are in its dtype, as those of `nn.Linear` are.
 
     Args:
-        rows (`torch.Tensor` of shape (S, in)): in the order of their groups.
-        weight (`torch.Tensor` of shape (G, out, in)): any strides.
-        offsets (`torch.IntTensor` of shape (G,)): where every group ends; the last one is S.
+        experts: the module that holds the stacks.
+        hidden_states (`torch.Tensor` of shape (T, D)).
+        top_k_index (`torch.LongTensor` of shape (T, K)): expert ids; the id E stands for an expert that another rank
+            of an expert-parallel group holds, and is passed over.
+        top_k_weights (`torch.Tensor` of shape (T, K)).
 
     Returns:
-        `torch.Tensor` of shape (S, out), in the dtype of `weight`.
+        `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: for experts that are stored in another way.
     """
-    rows = rows.to(weight.dtype)
-    if len(rows) == 0:
-        return F.linear(rows, weight[0])
-    if _takes_grouped_mm(weight):
-        product = F.grouped_mm if weight.dtype == torch.bfloat16 else _uncompiled_grouped_mm
-        return product(rows, weight.transpose(-2, -1), offs=offsets)
-    ends = offsets.tolist()  # one product after the other
-    groups = rows.split([end - start for start, end in zip([0, *ends], ends, strict=False)])
-    return torch.cat([F.linear(group, own) for group, own in zip(groups, weight.unbind(), strict=True)])
+    reason = why_unsupported(experts)
+    if reason is not None:
+        raise ValueError(
+            f"experts_implementation={IMPLEMENTATION!r} is not allowed for {type(experts).__name__}: {reason}. "
+            "Choose 'grouped_mm', 'batched_mm' or 'eager'."
+        )
+    return run_experts(experts, hidden_states, top_k_index, top_k_weights)
 
 
-def _takes_grouped_mm(weight: torch.Tensor) -> bool:
-    """torch's grouped product wants rows of whole 16 bytes, and on a GPU of NVIDIA at least Ampere."""
-    aligned = all(width % alignment(weight.dtype) == 0 for width in weight.shape[1:])
-    return aligned and not (weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0))
+def run_experts(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    stacks: tuple[torch.Tensor, torch.Tensor] | None = None,
+    adapters: Sequence[Adapter | None] = (None, None),
+    partial: bool = False,
+    way: str | None = None,
+) -> torch.Tensor:
+    """[`experts_forward`] without its checks.
 
+    Args:
+        experts, hidden_states, top_k_index, top_k_weights: as there.
+        stacks: weights to compute with instead of the module's own.
+        adapters ([`Adapter`], *optional*): beside `gate_up_proj` and `down_proj`; `"triton"` and `"loop"` alone.
+        partial: there are ids E, under expert parallelism or because other weights compute those experts.
+        way: one of `WAYS`; by default what [`choose_way`] says.
 
-def alignment(dtype: torch.dtype) -> int:
-    """Elements in 16 bytes, of which torch's grouped product wants a multiple in every row."""
-    return 16 // dtype.itemsize
+    Returns:
+        `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
+    """
+    gate_up, down = (experts.gate_up_proj, experts.down_proj) if stacks is None else stacks
+    dtype = compute_dtype(gate_up)
+    if way is None:
+        way, reason = choose_way(experts, hidden_states, top_k_index.numel(), gate_up)
+        if not torch.compiler.is_compiling():
+            _tell(type(experts).__name__, way, reason)
+    if way in FUSED_WAYS:
+        gate_up, down, rows = (tensor.to(dtype).contiguous() for tensor in (gate_up, down, hidden_states))
+        differentiable = [rows, top_k_weights, gate_up, down]
+        arguments: list[Any] = []
+        for adapter in adapters:
+            arguments += (None, None, 1.0, 0.0, None) if adapter is None else adapter
+            differentiable += () if adapter is None else adapter[:2]
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+        implementation = "triton" if way == "triton" else "eager"
+        weights = top_k_weights.contiguous()
+        output = experts_op(rows, top_k_index, weights, gate_up, down, *arguments, keep, implementation)[0]
+        return output.to(hidden_states.dtype)
+    stack_of = dict(zip(STACKS, (gate_up.to(dtype), down.to(dtype)), strict=True))
+    product = grouped_linear if way == "grouped" else _batched_linear
+
+    def project(name: str, rows: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
+        return product(rows, stack_of[name], slots)
+
+    partial = partial or getattr(experts, "_is_expert_parallel", False)
+    return run_grouped(experts, hidden_states, top_k_index, top_k_weights, project, len(gate_up), partial)
 
 
 def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
@@ -104,7 +148,7 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
 
 
 def why_unsupported(experts: nn.Module) -> str | None:
-    """Why these experts cannot be computed by [`run_experts`], or `None` where they can."""
+    """Why these experts cannot be computed by [`run_experts`], or `None` if they can."""
     for name in STACKS:
         parameter = getattr(experts, name, None)
         if not isinstance(parameter, torch.Tensor) or parameter.ndim != 3:
@@ -126,58 +170,83 @@ def why_unsupported(experts: nn.Module) -> str | None:
     return None
 
 
-def run_experts(
-    experts: nn.Module,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    project: Project,
-    group_ids: torch.Tensor | None = None,
-    num_groups: int | None = None,
-) -> torch.Tensor:
-    """Sum of the chosen experts' outputs, weighted.
+def choose_way(
+    experts: nn.Module, hidden_states: torch.Tensor, num_slots: int, stack: torch.Tensor | None = None
+) -> tuple[str, str]:
+    """How the experts are computed for an input, and why not in a fused way, where that is so.
 
     Args:
-        experts: the module with the activation and the number of experts.
+        experts: the module that holds the stacks.
         hidden_states (`torch.Tensor` of shape (T, D)).
-        top_k_index (`torch.LongTensor` of shape (T, K)): expert ids.
-        top_k_weights (`torch.Tensor` of shape (T, K)).
-        project: computes `gate_up_proj` and `down_proj` of all slots.
-        group_ids, num_groups: how to group the slots, (T, K) and G; by expert unless given.
-
-    Returns:
-        `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
-
-    Raises:
-        ValueError: under expert parallelism, where a rank holds only some of the experts, and for weights that are
-            offloaded.
+        num_slots (`int`): S.
+        stack (`torch.Tensor` of shape (E, 2I, D), *optional*): weights other than the module's `gate_up_proj`.
     """
-    if getattr(experts, "_is_expert_parallel", False):
-        raise ValueError("Expert parallelism is not allowed together with adapted or partly trained experts.")
-    if experts.gate_up_proj.is_meta:
-        raise ValueError("Offloaded weights are not allowed together with adapted or partly trained experts.")
-    if group_ids is None or num_groups is None:
-        group_ids, num_groups = top_k_index, experts.gate_up_proj.shape[0]
-    num_tokens, top_k = top_k_index.shape
-    slots = GroupedSlots.of(group_ids, num_groups)
-    # index_select and not indexing: its backward pass adds rows, where that of indexing adds single elements.
-    rows = hidden_states.index_select(0, slots.order // top_k)
-    rows = experts._apply_gate(project("gate_up_proj", rows, slots))
-    rows = project("down_proj", rows, slots)
-    rows = rows * top_k_weights.flatten().index_select(0, slots.order).unsqueeze(-1)
-    back = torch.empty_like(slots.order)
-    back[slots.order] = torch.arange(len(back), device=back.device)
-    output = rows.index_select(0, back).view(num_tokens, top_k, rows.shape[-1]).sum(dim=1)
-    return output.to(hidden_states.dtype)
+    stack = experts.gate_up_proj if stack is None else stack
+    num_experts, columns, hidden_size = stack.shape
+    size = columns // 2 * hidden_size
+    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate or not _is_silu(experts.act_fn):
+        return "grouped", "their activation is not silu(gate) * up"
+    if hidden_states.device.type == "cuda":
+        reason = why_not_fused(hidden_states.device, compute_dtype(stack), num_experts)
+        return ("grouped", reason) if reason else ("triton", "")
+    if hidden_states.device.type != "cpu":
+        return "grouped", f"the tensors are on the device {hidden_states.device.type!r}"
+    if size >= LOOP_FROM:
+        return "loop", ""
+    reason = f"an expert of {hidden_size} x {columns // 2} is so small that the calls would take longer"
+    if num_slots * size < BATCHED_BELOW and not torch.is_grad_enabled():
+        return "batched", reason
+    return "grouped", reason
 
+
+def compute_dtype(stack: torch.Tensor) -> torch.dtype:
+    """The dtype of the products with a stack: its own, or autocast's."""
+    device_type = stack.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else stack.dtype
+
+
+def _is_silu(activation: Any) -> bool:
+    return activation is nn.functional.silu or isinstance(activation, (nn.SiLU, type(ACT2FN["silu"])))
+
+
+@functools.cache
+def _tell(kind: str, way: str, reason: str) -> None:
+    """Log once how a class of experts is computed; a warning where there is a GPU that could do better."""
+    because = f", because {reason}" if reason else ""
+    log = logger.warning if reason and torch.cuda.is_available() else logger.info
+    log(f"{kind}: experts_implementation={IMPLEMENTATION!r} computes the way {way!r}{because}.")
+
+
+def _batched_linear(rows: torch.Tensor, weight: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
+    """One copy of its expert's weights for every row; experts that are elsewhere get any."""
+    expert_ids = slots.group_ids.clamp(max=len(weight) - 1)
+    return torch.bmm(weight.index_select(0, expert_ids), rows.to(weight.dtype).unsqueeze(-1)).squeeze(-1)
+
+
+def register_experts(override: bool = True) -> None:
+    """Make the implementation known to transformers.
+
+    Args:
+        override: replace one of the same name, which a copy of this code may have registered.
+    """
+    if override or IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+# A copy that was loaded from the Hub leaves the installed package's in place.
+register_experts(override=not __name__.startswith("transformers_modules."))
 
 __all__ = [
+    "FUSED_WAYS",
+    "IMPLEMENTATION",
     "LAYER",
-    "GroupedSlots",
-    "Project",
-    "alignment",
+    "WAYS",
+    "choose_way",
+    "compute_dtype",
+    "experts_forward",
     "find_experts",
-    "grouped_linear",
+    "refuse_partial",
+    "register_experts",
     "run_experts",
     "why_unsupported",
 ]

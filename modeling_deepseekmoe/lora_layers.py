@@ -22,7 +22,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .checkpoint_layout import STACKS
-from .experts import LAYER, GroupedSlots, alignment, grouped_linear, run_experts, why_unsupported
+from .experts import FUSED_WAYS, LAYER, choose_way, compute_dtype, refuse_partial, run_experts, why_unsupported
+from .experts_loop import Adapter
+from .grouped_products import GroupedSlots, alignment, grouped_linear, run_grouped
 
 
 class DirectLora(ParamWrapper):
@@ -105,7 +107,9 @@ class ExpertLora(DirectLora):
             adapter_names: for every sample of the batch the name of its adapter; PEFT passes them on.
 
         Returns:
-            `torch.Tensor` of shape (T, D). Without an adapter in use the experts' own implementation computes.
+            `torch.Tensor` of shape (T, D). Without an adapter in use the experts' own implementation computes; with
+            adapters the fused operator, if it takes the experts, the batch has one adapter or one set of them, and at
+            most one has a dropout; else one product after the other.
 
         Raises:
             ValueError: if `adapter_names` does not fit the batch, or while adapters are merged.
@@ -115,11 +119,18 @@ class ExpertLora(DirectLora):
         in_use = {name: layer._adapters_in_use(adapter_names) for name, layer in layers.items()}
         if not any(in_use.values()):
             return experts(hidden_states, top_k_index, top_k_weights)
+        refuse_partial(experts)
+        way, _ = choose_way(experts, hidden_states, top_k_index.numel())
+        alike = adapter_names is None and all(layer.fusible(in_use[name]) for name, layer in layers.items())
+        if way in FUSED_WAYS and alike:
+            adapters = [layers[name].combined(in_use[name]) if name in layers else None for name in STACKS]
+            return run_experts(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters, way=way)
         tokens_of = _tokens_of_adapters(len(hidden_states), adapter_names, hidden_states.device)
-        top_k = top_k_index.shape[-1]
+        top_k, dtype = top_k_index.shape[-1], compute_dtype(experts.gate_up_proj)
+        stacks = {name: getattr(experts, name).to(dtype) for name in STACKS}
 
         def project(name: str, rows: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
-            output = grouped_linear(rows, getattr(experts, name), slots.offsets)
+            output = grouped_linear(rows, stacks[name], slots)
             for adapter in in_use.get(name, ()):
                 if tokens_of is None:
                     output.add_(layers[name].delta(adapter, rows, slots))
@@ -129,7 +140,7 @@ class ExpertLora(DirectLora):
                     output.index_add_(0, part, delta.to(output.dtype))
             return output
 
-        return run_experts(experts, hidden_states, top_k_index, top_k_weights, project)
+        return run_grouped(experts, hidden_states, top_k_index, top_k_weights, project, len(experts.gate_up_proj))
 
     def chain(self) -> list["ExpertLora"]:
         """The layers of this module's experts from here inwards, one for each adapted projection."""
@@ -191,6 +202,25 @@ class ExpertLora(DirectLora):
             torch.cat([factor_b for _, factor_b in factors], dim=1),
         )
 
+    def fusible(self, adapters: list[str]) -> bool:
+        """Whether the fused operator computes these adapters as one: each dropout of several is drawn for itself."""
+        dropouts = [self.lora_dropout[name] for name in adapters]
+        known = all(type(dropout) in (nn.Dropout, nn.Identity) for dropout in dropouts)
+        return known and (len(adapters) < 2 or not any(map(_probability, dropouts)))
+
+    def combined(self, adapters: list[str]) -> Adapter | None:
+        """The sum of some adapters, which must be [`fusible`], for the fused operator; `None` without any."""
+        if not adapters:
+            return None
+        dtype, scale = compute_dtype(self.get_param()), self.scaling[adapters[0]]
+        if len(adapters) == 1:
+            factor_a, factor_b = self.factors(adapters[0])
+        else:
+            (factor_a, factor_b), scale = self.concatenated(adapters, [1.0] * len(adapters)), 1.0
+        dropout = _probability(self.lora_dropout[adapters[0]])
+        seed = torch.randint(2**62, (), device=factor_a.device) if dropout else None
+        return Adapter(factor_a.to(dtype), factor_b.permute(2, 0, 1).to(dtype), scale, dropout, seed)
+
     def delta(self, adapter_name: str, rows: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
         """What an adapter adds to the projection.
 
@@ -202,7 +232,7 @@ class ExpertLora(DirectLora):
         Returns:
             `torch.Tensor` of shape (S, out).
         """
-        dtype = self.get_param().dtype
+        dtype = compute_dtype(self.get_param())
         factor_a, factor_b = (factor.to(dtype) for factor in self.factors(adapter_name))
         rows = self.lora_dropout[adapter_name](rows).to(dtype)
         scaling = self.scaling[adapter_name]
@@ -215,8 +245,8 @@ class ExpertLora(DirectLora):
         outer = factor_b.flatten(0, 1).t().contiguous().unflatten(1, factor_b.shape[:2])
         if missing := -outer.shape[-1] % alignment(dtype):
             factor_a, outer = F.pad(factor_a, (0, 0, 0, missing)), F.pad(outer, (0, missing))
-        inner = grouped_linear(rows, factor_a, slots.offsets)
-        return grouped_linear(inner * scaling, outer, slots.offsets)
+        inner = grouped_linear(rows, factor_a, slots)
+        return grouped_linear(inner * scaling, outer, slots)
 
 
 class LinearWeightLora(DirectLora):
@@ -282,6 +312,11 @@ def rank_and_alpha(config: LoraConfig, key: str) -> tuple[int, float]:
         config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r),
         config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha),
     )
+
+
+def _probability(dropout: nn.Module) -> float:
+    """With which a dropout leaves out a number now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _without_dropout(config: LoraConfig) -> LoraConfig:

@@ -44,6 +44,7 @@ from .checkpoint_layout import (
 )
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
+from .experts import IMPLEMENTATION
 from .gate import DeepseekMoeGate
 from .parallel_plans import expert_parallel_plan
 from .remote_code import PublishedModel
@@ -84,7 +85,7 @@ class DeepseekMoeModelOutput(MoeModelOutputWithPast):
 @use_experts_implementation
 class DeepseekMoeExperts(nn.Module):
     """The routed experts, stacked: `gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I). This forward is the `"eager"`
-    implementation; `experts_implementation` chooses another one that transformers offers."""
+    implementation; the default is `experts_implementation="deepseekmoe"`, in `experts`."""
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
@@ -245,6 +246,13 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the decorator in the source of the class's own module; this family has two modules.
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The experts implementation to use; this package's own unless another one is asked for. Quantised experts are
+        modules of transformers, with implementations of their own."""
+        if requested_experts is None and getattr(self.config, "quantization_config", None) is None:
+            requested_experts = IMPLEMENTATION
+        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 """Registration with transformers' Auto classes."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import util
 from importlib.abc import MetaPathFinder
@@ -40,6 +40,7 @@ def register(override_native: bool = False) -> None:
             AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     if not override_native:
         _restore_native()
+    _WITH_EXPERTS.arrange()
     # The model classes take seconds to import, and no Auto class needs them before a config of theirs exists.
     DeepseekMoeConfig.before_first_config = _register_models
 
@@ -82,7 +83,7 @@ def _register_models() -> None:
 
     models.DeepseekMoePreTrainedModel.publisher = _publish
     models.DeepseekMoePreTrainedModel.preflight = _check_before_upload
-    _carry_code_in_trainers()
+    _WITH_TRAINER.arrange()
     for config_class in CONFIG_CLASSES:
         prefix = config_class.__name__.removesuffix("Config")
         for auto_class, module, head in (
@@ -100,30 +101,24 @@ def _register_models() -> None:
         TOKENIZER_MAPPING_NAMES.setdefault(config_class.model_type, "TokenizersBackend")
 
 
-def _carry_code_in_trainers() -> None:
-    """Add the callback that publishes the code to those that every Trainer has: now, or when Trainer is imported,
-    which takes a second that most processes can do without."""
-    module = sys.modules.get("transformers.trainer")
-    if hasattr(module, "DEFAULT_CALLBACKS"):
-        _add_callback(module)
-    elif _ON_IMPORT_OF_TRAINER not in sys.meta_path:
-        sys.meta_path.insert(0, _ON_IMPORT_OF_TRAINER)
+class _AfterImport(MetaPathFinder):
+    """Does something with a module of transformers as soon as it is there: now, or when somebody imports it, which
+    takes a second that most processes can do without."""
 
+    def __init__(self, name: str, attribute: str, action: Callable[[Any], None]) -> None:
+        self.name, self.attribute, self.action = name, attribute, action
+        self._searching = False
 
-def _add_callback(trainer_module: Any) -> None:
-    from .upload_callbacks import RemoteCodeCallback
-
-    if RemoteCodeCallback not in trainer_module.DEFAULT_CALLBACKS:
-        trainer_module.DEFAULT_CALLBACKS.append(RemoteCodeCallback)
-
-
-class _OnImportOfTrainer(MetaPathFinder):
-    """Finds `transformers.trainer` as the others would, and adds the callback when it has been imported."""
-
-    _searching = False
+    def arrange(self) -> None:
+        """Do it, or make sure that it will be done."""
+        module = sys.modules.get(self.name)
+        if hasattr(module, self.attribute):
+            self.action(module)
+        elif self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "transformers.trainer" or self._searching:
+        if fullname != self.name or self._searching:
             return None
         self._searching = True
         try:
@@ -135,7 +130,7 @@ class _OnImportOfTrainer(MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                _add_callback(module)
+                self.action(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
 
@@ -143,7 +138,28 @@ class _OnImportOfTrainer(MetaPathFinder):
         return spec
 
 
-_ON_IMPORT_OF_TRAINER = _OnImportOfTrainer()
+def _carry_code(trainer_module: Any) -> None:
+    """Add the callback that publishes the code to those that every Trainer has."""
+    from .upload_callbacks import RemoteCodeCallback
+
+    if RemoteCodeCallback not in trainer_module.DEFAULT_CALLBACKS:
+        trainer_module.DEFAULT_CALLBACKS.append(RemoteCodeCallback)
+
+
+def _offer_experts(moe_module: Any) -> None:
+    """Register the experts implementation for transformers' own models; `experts` registers itself when it is used."""
+    if f"{__package__}.experts" not in sys.modules:
+        moe_module.ALL_EXPERTS_FUNCTIONS.register("deepseekmoe", _run_experts)
+
+
+def _run_experts(*args: Any) -> Any:
+    from .experts import experts_forward
+
+    return experts_forward(*args)
+
+
+_WITH_TRAINER = _AfterImport("transformers.trainer", "DEFAULT_CALLBACKS", _carry_code)
+_WITH_EXPERTS = _AfterImport("transformers.integrations.moe", "ALL_EXPERTS_FUNCTIONS", _offer_experts)
 
 
 def _publish(model: Any, repo_id: str, **kwargs: Any) -> str:

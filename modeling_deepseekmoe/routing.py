@@ -25,8 +25,8 @@ from torch.nn.functional import softplus
 from transformers.utils import logging
 
 from .configuration_deepseekmoe import ROUTER_IMPLEMENTATIONS
-from .routing_kernels import INTERPRETED
 from .routing_triton import group_by_expert_triton, route_triton, why_not_triton
+from .triton_support import INTERPRETED
 
 logger = logging.get_logger(__name__)
 

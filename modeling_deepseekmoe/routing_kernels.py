@@ -10,60 +10,30 @@ bits in whichever order they arrive.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # this file travels to machines that have no Triton, where nothing calls it
-    triton = tl = None
-if triton is not None and tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
-    triton = tl = None
-
-# Whether the kernels run on the CPU, in Triton's interpreter: TRITON_INTERPRET=1 was set when they were defined.
-INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
-
-# Numbers that change from batch to batch: a kernel is not compiled again for those that are 1 or multiples of 16.
-_SIZES = (
-    "row_stride", "sequence_length", "programs_per_sequence", "tokens_per_program", "num_tokens", "grad_stride_t",
-    "grad_stride_k", "num_choices", "choices_per_program", "num_programs", "num_experts",
-)  # fmt: skip
-
-
-def _jit(function: Callable) -> Any:
-    return function if triton is None else triton.jit(function)
-
-
-def _kernel(function: Callable) -> Any:
-    if triton is None:
-        return function
-    names = inspect.signature(function).parameters
-    return triton.jit(function, do_not_specialize=[name for name in _SIZES if name in names])
+from .triton_support import jit, kernel, tl
 
 
 # -------------------------------------------------------------------------------------------------- inside a kernel
-@_jit
+@jit
 def _order(value):
     """An int32 in the order of float32 numbers, -0.0 equal to 0.0."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-@_jit
+@jit
 def _number(order):
     """The float32 number of an `_order`."""
     return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
 
 
-@_jit
+@jit
 def _finite(logit):
     """Infinities as the largest finite numbers."""
     return tl.minimum(tl.maximum(logit, -3.4028234663852886e38), 3.4028234663852886e38)
 
 
-@_jit
+@jit
 def _softplus(x):
     """log(1 + exp(x)) to float32's relative precision: log(1 + e) = 2 artanh(e / (2 + e)), which is at most 1/3."""
     e = tl.exp(-tl.abs(x))
@@ -73,7 +43,7 @@ def _softplus(x):
     return tl.maximum(x, 0.0) + 2.0 * z * series
 
 
-@_jit
+@jit
 def _softmax_of_rows(logit, exists, BLOCK: tl.constexpr, SCORE_FUNCTION: tl.constexpr):
     """What `_affinity` needs of each row of a block for its softmax; for other functions it is not read."""
     highest = tl.zeros([BLOCK], tl.float32)
@@ -84,7 +54,7 @@ def _softmax_of_rows(logit, exists, BLOCK: tl.constexpr, SCORE_FUNCTION: tl.cons
     return highest, total
 
 
-@_jit
+@jit
 def _affinity(logit, highest, total, SCORE_FUNCTION: tl.constexpr):
     """Affinities of finite logits. `highest` and `total` belong to the softmax of their row."""
     if SCORE_FUNCTION == "softmax":
@@ -96,7 +66,7 @@ def _affinity(logit, highest, total, SCORE_FUNCTION: tl.constexpr):
         return tl.where(logit < -20.0, tl.exp(0.5 * logit), tl.sqrt(_softplus(logit)))
 
 
-@_jit
+@jit
 def _lanes(E: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr):
     """Which expert every lane of a row stands for, and whether there is one: a group of E / GROUPS experts has
     GROUP_WIDTH lanes."""
@@ -109,7 +79,7 @@ def _lanes(E: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, GROUP_WID
         return lane, expert, (member < E // GROUPS) & (lane // GROUP_WIDTH < GROUPS)
 
 
-@_jit
+@jit
 def _keep_best_groups(
     order,
     BLOCK: tl.constexpr,
@@ -138,7 +108,7 @@ def _keep_best_groups(
 
 
 # ------------------------------------------------------------------------------------------------------ the kernels
-@_kernel
+@kernel
 def route_kernel(
     logits,  # (T, E)
     bias,  # (E,) or None
@@ -249,7 +219,7 @@ def route_kernel(
             tl.store(score_sums + at, sums, mask=exists)
 
 
-@_kernel
+@kernel
 def route_backward_kernel(
     logits,  # (T, E)
     token_mask,  # (T,) or None
@@ -337,7 +307,7 @@ def route_backward_kernel(
     tl.store(grad_logits + token[:, None] * E + expert[None, :], grad, mask=is_logit)
 
 
-@_kernel
+@kernel
 def count_kernel(
     ids, histograms, num_choices, choices_per_program, num_experts, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -352,7 +322,7 @@ def count_kernel(
     tl.store(histograms + tl.program_id(0) * num_experts + expert, counts, mask=expert < num_experts)
 
 
-@_kernel
+@kernel
 def group_kernel(
     ids,  # (T * K,)
     histograms,  # (programs, E) int32
@@ -404,4 +374,4 @@ def group_kernel(
         next_elsewhere += tl.sum((there & (chosen >= num_experts)).to(tl.int32), axis=0)
 
 
-__all__ = ["INTERPRETED", "count_kernel", "group_kernel", "route_backward_kernel", "route_kernel"]
+__all__ = ["count_kernel", "group_kernel", "route_backward_kernel", "route_kernel"]

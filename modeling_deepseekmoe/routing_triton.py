@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .routing_kernels import INTERPRETED, count_kernel, group_kernel, route_backward_kernel, route_kernel, triton
+from .routing_kernels import count_kernel, group_kernel, route_backward_kernel, route_kernel
+from .triton_support import power_of_two, triton, why_no_triton
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
@@ -32,8 +33,8 @@ def why_not_triton(tensor: torch.Tensor, num_experts: int, top_k: int = 1, num_g
         top_k (`int`): K.
         num_groups (`int`): G; 1 where none is left out.
     """
-    if triton is None:
-        return "triton is not installed, or too old (pip install 'triton>=3.6')"
+    if reason := why_no_triton(tensor.device):
+        return reason
     if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
         return f"the logits are {tensor.dtype}, and the kernels take float32, bfloat16 and float16"
     for size, largest, name in (
@@ -43,28 +44,19 @@ def why_not_triton(tensor: torch.Tensor, num_experts: int, top_k: int = 1, num_g
     ):
         if size > largest:
             return f"there are {size} {name}, and the kernels take at most {largest}"
-    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and INTERPRETED):
-        return f"the tensors are on the device {tensor.device.type!r} (Triton needs 'cuda', for CUDA and ROCm)"
-    is_nvidia = tensor.device.type == "cuda" and torch.version.hip is None
-    if is_nvidia and torch.cuda.get_device_properties(tensor.device).major < 7:
-        return "Triton needs a GPU of compute capability 7.0 or newer"
     return ""
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 def route_options(num_experts: int, top_k: int, num_groups: int, top_k_groups: int) -> dict[str, int]:
     """The sizes that the forward kernel is compiled for. A warp has as many rows at a time as fit into 256 lanes, 8
     numbers for each thread."""
     groups = num_groups if top_k_groups < num_groups else 1
-    group_width = _power_of_two(num_experts // groups)
-    width = _power_of_two(groups) * group_width
+    group_width = power_of_two(num_experts // groups)
+    width = power_of_two(groups) * group_width
     return {
         "E": num_experts,
         "K": top_k,
-        "K_WIDTH": _power_of_two(top_k),
+        "K_WIDTH": power_of_two(top_k),
         "GROUPS": groups,
         "KEPT_GROUPS": top_k_groups if groups > 1 else 1,
         "WIDTH": width,
@@ -75,14 +67,14 @@ def route_options(num_experts: int, top_k: int, num_groups: int, top_k_groups: i
 
 def route_backward_options(num_experts: int, top_k: int) -> dict[str, int]:
     """The sizes that the backward kernel is compiled for."""
-    width = _power_of_two(num_experts)
+    width = power_of_two(num_experts)
     block = min(max(256 // width, 1), 32)
-    return {"E": num_experts, "K": top_k, "K_WIDTH": _power_of_two(top_k), "WIDTH": width, "BLOCK": block}
+    return {"E": num_experts, "K": top_k, "K_WIDTH": power_of_two(top_k), "WIDTH": width, "BLOCK": block}
 
 
 def group_options(num_experts: int) -> dict[str, int]:
     """The sizes that the kernels of grouping are compiled for."""
-    width = _power_of_two(num_experts)
+    width = power_of_two(num_experts)
     return {"WIDTH": width, "BLOCK": min(max(2048 // width, 8), 32), "ROWS": max(4096 // width, 1)}
 
 

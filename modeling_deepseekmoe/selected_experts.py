@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from .bias_update import BIAS_NAME
 from .checkpoint_layout import PROJECTIONS, STACKS
 from .esft import ExpertSelection
-from .experts import GroupedSlots, find_experts, grouped_linear, run_experts, why_unsupported
+from .experts import find_experts, refuse_partial, run_experts, why_unsupported
 from .folders import check_destination, read_tensors, unfinished_folder
 
 WEIGHTS_NAME, SELECTION_NAME = "esft.safetensors", "esft.json"
@@ -33,17 +33,14 @@ class SelectedExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Sum of the chosen experts' outputs, weighted; (T, D), (T, K) and (T, K) become (T, D)."""
-        number = self.gate_up_proj.shape[0]
-        groups = self.group_of_expert[top_k_index]
-        cut = int((groups < number).sum())
-
-        def project(name: str, rows: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
-            frozen = grouped_linear(rows[:cut], getattr(self, name), slots.offsets[:number])
-            trained = grouped_linear(rows[cut:], getattr(self, f"selected_{name}"), slots.offsets[number:] - cut)
-            return torch.cat([frozen, trained])
-
-        num_groups = number + len(self.selected_ids)
-        return run_experts(self, hidden_states, top_k_index, top_k_weights, project, groups, num_groups)
+        refuse_partial(self)
+        # Two passes, in each of which the experts of the other one are elsewhere.
+        place = self.place_of_expert[top_k_index]
+        frozen_ids = top_k_index.masked_fill(place < len(self.selected_ids), self.gate_up_proj.shape[0])
+        trained_stacks = (self.selected_gate_up_proj, self.selected_down_proj)
+        frozen = run_experts(self, hidden_states, frozen_ids, top_k_weights, partial=True)
+        trained = run_experts(self, hidden_states, place, top_k_weights, stacks=trained_stacks, partial=True)
+        return frozen + trained
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The state of the whole stack under its usual names."""
@@ -102,10 +99,11 @@ def prepare_esft(model: nn.Module, experts: str | Path | Mapping[int, Sequence[i
 
 def _install(experts: nn.Module, ids: list[int]) -> None:
     device = experts.gate_up_proj.device
-    selected, groups = torch.tensor(ids, device=device), torch.arange(experts.gate_up_proj.shape[0], device=device)
-    groups[selected] = len(groups) + torch.arange(len(ids), device=device)
+    selected = torch.tensor(ids, device=device)
+    places = torch.full((experts.gate_up_proj.shape[0],), len(ids), device=device)
+    places[selected] = torch.arange(len(ids), device=device)
     experts.register_buffer("selected_ids", selected, persistent=False)
-    experts.register_buffer("group_of_expert", groups, persistent=False)
+    experts.register_buffer("place_of_expert", places, persistent=False)  # N for those that are not selected
     for name in STACKS:
         experts.register_parameter(f"selected_{name}", nn.Parameter(getattr(experts, name).detach()[selected]))
     # After the hook that stacks the official per-expert tensors, which is there from the beginning.
@@ -129,7 +127,7 @@ def merge_esft(model: nn.Module) -> None:
         if isinstance(module, SelectedExperts):
             module.write_back()
             module.esft_hook.remove()
-            for name in ("esft_hook", "selected_ids", "group_of_expert", *(f"selected_{key}" for key in STACKS)):
+            for name in ("esft_hook", "selected_ids", "place_of_expert", *(f"selected_{key}" for key in STACKS)):
                 delattr(module, name)
             module.__class__ = module.plain_class
 

@@ -25,13 +25,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 import modeling_deepseekmoe
-from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, router_load
+from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, experts, router_load
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
 
 GOLDEN_ROOT = Path(__file__).parent / "data" / "golden"
 GOLDEN_NAMES = sorted(path.name for path in GOLDEN_ROOT.iterdir() if path.is_dir())
 TRAINABLE_NAMES = [name for name in GOLDEN_NAMES if not name.startswith("v3")]
-EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "deepseekmoe")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ class Golden:
     def model(self, **kwargs: object) -> torch.nn.Module:
         """The checkpoint through AutoModel, in evaluation mode."""
         return AutoModelForCausalLM.from_pretrained(self.folder, **kwargs).eval()
+
+
+@pytest.fixture(autouse=True)
+def experts_as_in_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny experts of the tests are computed as large ones are; `test_experts` has the other ways too."""
+    monkeypatch.setattr(experts, "LOOP_FROM", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,13 @@ from modeling_deepseekmoe.remote_code import code_files
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "modeling_deepseekmoe"
 # These travel to the Hub beside the weights and must work where the package is not installed.
-STARRED = ("balancing", "checkpoint_layout", "configuration_deepseekmoe", "configuration_dialects", "gate",
+STARRED = ("balancing", "checkpoint_layout", "configuration_deepseekmoe", "configuration_dialects", "experts",
+           "experts_kernels", "experts_loop", "experts_operator", "experts_triton", "gate", "grouped_products",
            "modeling_classification", "modeling_deepseekmoe", "parallel_plans", "remote_code", "replaced_forward",
-           "router_load", "routing", "routing_kernels", "routing_triton", "token_dropping")  # fmt: skip
+           "router_load", "routing", "routing_kernels", "routing_triton", "token_dropping",
+           "triton_support")  # fmt: skip
 FOREIGN = ("torch", "transformers", "safetensors")
-OPTIONAL = {"routing_kernels": "triton"}  # imported only if it is there: `test_publishing` runs without
+OPTIONAL = {"triton_support": "triton"}  # imported only if it is there: `test_publishing` runs without
 PUBLIC_MODULES = [
     *(f"modeling_deepseekmoe.{path.stem}" for path in sorted(CORE.glob("*.py")) if path.stem != "__init__"),
     "modeling_deepseekmoe.configuration",

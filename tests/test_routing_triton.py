@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import modeling_deepseekmoe
 from modeling_deepseekmoe import group_by_expert, route, route_native_gates, routing, routing_triton
 from modeling_deepseekmoe.balancing import auxiliary_losses
-from modeling_deepseekmoe.routing_kernels import INTERPRETED
+from modeling_deepseekmoe.triton_support import INTERPRETED
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="where there is a GPU, test_gpu.py runs the same on it")

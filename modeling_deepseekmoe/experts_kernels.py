@@ -1,0 +1,429 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The kernels of the experts, for CUDA and ROCm from one source. `experts_loop` says what they compute,
+`experts_triton` calls them.
+
+A program of a product has a tile: some slots of one expert, and some columns. How many tiles there are depends on the
+routing, which the host does not know: there are programs for the most that are possible, each finds its tile from the
+experts' offsets, and those without one end. What belongs to the same token is added up by a kernel of its own, in the
+order of the token's choices: no atomics, the same bits in every run.
+
+"Rows" lie in the order of the experts, (S, width), or, where a flag says so, are the tokens' (T, width), read through
+the permutation. Sums are float32.
+"""
+
+from __future__ import annotations
+
+from .triton_support import INTERPRETED, jit, kernel, tl
+
+_INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
+
+
+# -------------------------------------------------------------------------------------------------- inside a kernel
+@jit
+def _tile(tile, offsets, E: tl.constexpr, E_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Expert, first slot and end of the expert's slots, of a block of rows; with expert E or above there is none."""
+    lane = tl.arange(0, E_WIDTH)
+    begins = tl.load(offsets + lane, mask=lane < E, other=0)
+    ends = tl.load(offsets + lane + 1, mask=lane < E, other=0)
+    tiles = (ends - begins + BLOCK_ROWS - 1) // BLOCK_ROWS
+    expert = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
+    before = tl.sum(tl.where(lane < expert, tiles, 0), axis=0)
+    begin = tl.sum(tl.where(lane == expert, begins, 0), axis=0)
+    end = tl.sum(tl.where(lane == expert, ends, 0), axis=0)
+    return expert, begin + (tile - before) * BLOCK_ROWS, end
+
+
+@jit
+def _places(slot, exists, permutation, TOP_K: tl.constexpr, BY_TOKEN: tl.constexpr):
+    """The rows that slots are read from."""
+    if BY_TOKEN:
+        return tl.load(permutation + slot, mask=exists, other=0) // TOP_K
+    else:
+        return slot.to(tl.int64)
+
+
+@jit
+def _dropped(values, slot, column, seed, probability, WIDTH: tl.constexpr):
+    """Values of slots and columns with the adapter's dropout, the same in every pass."""
+    place = slot[:, None] * WIDTH + column[None, :]
+    return tl.where(tl.rand(seed, place) >= probability, values / (1.0 - probability), 0.0)
+
+
+@jit
+def _dot(left, right, sums, PRECISION: tl.constexpr):
+    """sums + left @ right; the interpreter, which computes in numpy, has no product of bfloat16."""
+    if _INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, sums, input_precision=PRECISION)
+
+
+@jit
+def _multiply(
+    sums,
+    rows,
+    place,
+    slot,
+    exists,
+    matrix,
+    stride_in,
+    stride_out,
+    column,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    seed=0,
+    probability=0.0,
+    DROPOUT: tl.constexpr = False,
+):
+    """Adds rows (BLOCK_ROWS, IN), with dropout or without, times columns of a matrix (IN, OUT)."""
+    inside = tl.arange(0, BLOCK_IN)
+    for start in range(0, IN, BLOCK_IN):
+        k = start + inside
+        left = tl.load(rows + place[:, None] * IN + k[None, :], mask=exists[:, None] & (k < IN)[None, :], other=0.0)
+        if DROPOUT:
+            left = _dropped(left.to(tl.float32), slot, k, seed, probability, IN).to(left.dtype)
+        there = (k < IN)[:, None] & (column < OUT)[None, :]
+        right = tl.load(matrix + k[:, None] * stride_in + column[None, :] * stride_out, mask=there, other=0.0)
+        sums = _dot(left, right, sums, PRECISION)
+    return sums
+
+
+@jit
+def _add_adapter(
+    sums,
+    inner,
+    slot,
+    exists,
+    factor,
+    stride_r,
+    stride_out,
+    column,
+    R: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    seed,
+    probability,
+):
+    """Adds inner rows (BLOCK_ROWS, R) times columns of a factor (R, OUT), or what the dropout leaves of that."""
+    place = slot.to(tl.int64)
+    added = tl.zeros_like(sums) if seed is not None else sums
+    added = _multiply(
+        added, inner, place, slot, exists, factor, stride_r, stride_out, column, R, OUT, BLOCK_R, PRECISION
+    )
+    if seed is not None:
+        added = sums + _dropped(added, slot, column, tl.load(seed), probability, OUT)
+    return added
+
+
+@jit
+def _multiply_twice(
+    gate,
+    up,
+    rows,
+    place,
+    exists,
+    matrix,
+    stride_in,
+    stride_out,
+    column,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds rows times columns of the gates (IN, OUT), and of the ups, which are OUT columns further."""
+    inside = tl.arange(0, BLOCK_IN)
+    for start in range(0, IN, BLOCK_IN):
+        k = start + inside
+        left = tl.load(rows + place[:, None] * IN + k[None, :], mask=exists[:, None] & (k < IN)[None, :], other=0.0)
+        there = (k < IN)[:, None] & (column < OUT)[None, :]
+        right = matrix + k[:, None] * stride_in + column[None, :] * stride_out
+        gate = _dot(left, tl.load(right, mask=there, other=0.0), gate, PRECISION)
+        right += OUT * stride_out
+        up = _dot(left, tl.load(right, mask=there, other=0.0), up, PRECISION)
+    return gate, up
+
+
+# ------------------------------------------------------------------------------------------------------ the kernels
+@kernel
+def first_product_kernel(
+    hidden,  # (T, D)
+    gate_up,  # (E, 2I, D)
+    inner,  # (S, R): the adapter's, or None
+    factor_b,  # (E, 2I, R), any strides, or None
+    permutation,  # (S,) int64
+    offsets,  # (E + 1,) int32
+    kept,  # (S, 2I), out, or None
+    act,  # (S, I), out
+    stride_e,
+    stride_out,
+    stride_in,
+    factor_stride_e,
+    factor_stride_out,
+    factor_stride_r,
+    E: tl.constexpr,
+    E_WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tokens' first product at their experts, and its activation silu(gate) * up."""
+    COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
+    if expert >= E:
+        return
+    slot = first + tl.arange(0, BLOCK_ROWS)
+    exists = slot < end
+    column = tl.program_id(0) % COLUMN_TILES * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    token = _places(slot, exists, permutation, TOP_K, True)
+    gate = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    up = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    matrix = gate_up + expert.to(tl.int64) * stride_e
+    gate, up = _multiply_twice(
+        gate, up, hidden, token, exists, matrix, stride_in, stride_out, column, D, WIDTH, BLOCK_IN, PRECISION
+    )
+    place = slot.to(tl.int64)
+    if inner is not None:
+        matrix = factor_b + expert.to(tl.int64) * factor_stride_e
+        gate, up = _multiply_twice(
+            gate, up, inner, place, exists, matrix, factor_stride_r, factor_stride_out, column, R, WIDTH, BLOCK_R,
+            PRECISION,
+        )  # fmt: skip
+    there = exists[:, None] & (column < WIDTH)[None, :]
+    if kept is not None:
+        target = kept + place[:, None] * (2 * WIDTH) + column[None, :]
+        tl.store(target, gate, mask=there)
+        tl.store(target + WIDTH, up, mask=there)
+        # What the backward pass will read.
+        gate = gate.to(kept.dtype.element_ty).to(tl.float32)
+        up = up.to(kept.dtype.element_ty).to(tl.float32)
+    tl.store(act + place[:, None] * WIDTH + column[None, :], gate / (1.0 + tl.exp(-gate)) * up, mask=there)
+
+
+@kernel
+def product_kernel(
+    rows,  # (S, IN), or (T, IN) BY_TOKEN
+    matrices,  # (E, IN, OUT), any strides
+    inner,  # (S, R): what an adapter adds, or None
+    factors,  # (E, R, OUT), any strides, or None
+    weights,  # (T * K,): of the slots, or None
+    permutation,  # (S,) int64
+    offsets,  # (E + 1,) int32
+    out,  # (S, OUT), out; TO_SLOTS in the order of the choices
+    seed,  # () int64, or None
+    scale,
+    probability,
+    stride_e,
+    stride_in,
+    stride_out,
+    factor_stride_e,
+    factor_stride_r,
+    factor_stride_out,
+    E: tl.constexpr,
+    E_WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    TO_SLOTS: tl.constexpr,
+):
+    """Rows times their experts' matrices, with a scale or with the slots' weights. With a seed the dropout falls on
+    what the adapter adds, or, without an adapter, on the rows."""
+    COLUMN_TILES: tl.constexpr = (OUT + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
+    if expert >= E:
+        return
+    slot = first + tl.arange(0, BLOCK_ROWS)
+    exists = slot < end
+    column = tl.program_id(0) % COLUMN_TILES * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    place = _places(slot, exists, permutation, TOP_K, BY_TOKEN)
+    noise = 0
+    if seed is not None:
+        noise = tl.load(seed)
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    matrix = matrices + expert.to(tl.int64) * stride_e
+    sums = _multiply(
+        sums, rows, place, slot, exists, matrix, stride_in, stride_out, column, IN, OUT, BLOCK_IN, PRECISION,
+        noise, probability, seed is not None and inner is None,
+    )  # fmt: skip
+    if inner is not None:
+        matrix = factors + expert.to(tl.int64) * factor_stride_e
+        sums = _add_adapter(
+            sums, inner, slot, exists, matrix, factor_stride_r, factor_stride_out, column, R, OUT, BLOCK_R, PRECISION,
+            seed, probability,
+        )  # fmt: skip
+    target = slot.to(tl.int64)
+    if TO_SLOTS:
+        target = tl.load(permutation + slot, mask=exists, other=0)
+    if weights is not None:
+        sums = sums * tl.load(weights + target, mask=exists, other=0.0).to(tl.float32)[:, None]
+    else:
+        sums = sums * scale
+    tl.store(out + target[:, None] * OUT + column[None, :], sums, mask=exists[:, None] & (column < OUT)[None, :])
+
+
+@kernel
+def activation_gradient_kernel(
+    grad,  # (T, D): of the output
+    down,  # (E, D, I)
+    inner,  # (S, R): the adapter's, of the gradient, or None
+    factor_a,  # (E, R, I), or None
+    kept,  # (S, 2I)
+    weights,  # (T * K,)
+    permutation,  # (S,) int64
+    offsets,  # (E + 1,) int32
+    grad_both,  # (S, 2I), out
+    weighted_act,  # (S, I), out, or None
+    weight_parts,  # (S, column tiles) float32, out, in the order of the choices
+    seed,  # () int64, or None
+    probability,
+    stride_e,
+    stride_in,
+    stride_out,
+    factor_stride_e,
+    factor_stride_r,
+    factor_stride_out,
+    E: tl.constexpr,
+    E_WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient through the second product and the activation; and the parts of the weights' gradient."""
+    COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
+    if expert >= E:
+        return
+    slot = first + tl.arange(0, BLOCK_ROWS)
+    exists = slot < end
+    column_tile = tl.program_id(0) % COLUMN_TILES
+    column = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    choice = tl.load(permutation + slot, mask=exists, other=0)
+    grad_act = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    matrix = down + expert.to(tl.int64) * stride_e
+    grad_act = _multiply(
+        grad_act, grad, choice // TOP_K, slot, exists, matrix, stride_in, stride_out, column, D, WIDTH, BLOCK_IN,
+        PRECISION,
+    )  # fmt: skip
+    if inner is not None:
+        matrix = factor_a + expert.to(tl.int64) * factor_stride_e
+        grad_act = _add_adapter(
+            grad_act, inner, slot, exists, matrix, factor_stride_r, factor_stride_out, column, R, WIDTH, BLOCK_R,
+            PRECISION, seed, probability,
+        )  # fmt: skip
+    place = slot.to(tl.int64)
+    there = exists[:, None] & (column < WIDTH)[None, :]
+    source = kept + place[:, None] * (2 * WIDTH) + column[None, :]
+    gate = tl.load(source, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(source + WIDTH, mask=there, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
+    part = tl.sum(grad_act * silu * up, axis=1)
+    tl.store(weight_parts + choice * COLUMN_TILES + column_tile, part, mask=exists)
+    weight = tl.load(weights + choice, mask=exists, other=0.0).to(tl.float32)[:, None]
+    if weighted_act is not None:
+        tl.store(weighted_act + place[:, None] * WIDTH + column[None, :], silu * up * weight, mask=there)
+    grad_act = grad_act * weight
+    target = grad_both + place[:, None] * (2 * WIDTH) + column[None, :]
+    tl.store(target, grad_act * up * (sigmoid + silu * (1.0 - sigmoid)), mask=there)
+    tl.store(target + WIDTH, grad_act * silu, mask=there)
+
+
+@kernel
+def outer_kernel(
+    left,  # (S, M), or (T, M) LEFT_BY_TOKEN
+    right,  # (S, N), or (T, N) RIGHT_BY_TOKEN
+    permutation,  # (S,) int64
+    offsets,  # (E + 1,) int32
+    out,  # (E, M, N), out
+    seed,  # () int64, or None: with dropout on the right rows
+    probability,
+    TOP_K: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LEFT_BY_TOKEN: tl.constexpr,
+    RIGHT_BY_TOKEN: tl.constexpr,
+):
+    """For each expert the sum of its rows' outer products, left.T @ right: gradients of parameters."""
+    M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    expert = tl.program_id(0) // (M_TILES * N_TILES)
+    tile = tl.program_id(0) % (M_TILES * N_TILES)
+    m = tile // N_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    noise = 0
+    if seed is not None:
+        noise = tl.load(seed)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(begin, end, BLOCK_ROWS):
+        slot = start + tl.arange(0, BLOCK_ROWS)
+        exists = slot < end
+        place = _places(slot, exists, permutation, TOP_K, LEFT_BY_TOKEN)
+        across = tl.load(left + place[None, :] * M + m[:, None], mask=exists[None, :] & (m < M)[:, None], other=0.0)
+        place = _places(slot, exists, permutation, TOP_K, RIGHT_BY_TOKEN)
+        values = tl.load(right + place[:, None] * N + n[None, :], mask=exists[:, None] & (n < N)[None, :], other=0.0)
+        if seed is not None:
+            values = _dropped(values.to(tl.float32), slot, n, noise, probability, N).to(values.dtype)
+        sums = _dot(across, values, sums, PRECISION)
+    target = out + expert.to(tl.int64) * (M * N) + m[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(target, sums, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@kernel
+def combine_kernel(
+    by_slot,  # (S, D), in the order of the choices
+    expert_ids,  # (S,): the id E stands for an expert that is elsewhere, whose rows are not read
+    out,  # (T, D), out
+    num_tokens,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """The sum of each token's slots, in the order of its choices."""
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    there = (token < num_tokens)[:, None] & (column < D)[None, :]
+    first = token.to(tl.int64) * TOP_K
+    sums = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], tl.float32)
+    for choice in range(TOP_K):
+        here = tl.load(expert_ids + first + choice, mask=token < num_tokens, other=E) < E
+        source = by_slot + (first + choice)[:, None] * D + column[None, :]
+        sums += tl.load(source, mask=there & here[:, None], other=0.0).to(tl.float32)
+    tl.store(out + token.to(tl.int64)[:, None] * D + column[None, :], sums, mask=there)
+
+
+__all__ = [
+    "activation_gradient_kernel",
+    "combine_kernel",
+    "first_product_kernel",
+    "outer_kernel",
+    "product_kernel",
+]

@@ -1,0 +1,137 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The routed experts as a chain of torch's operations: grouping by expert, one product for all groups, weighted sum.
+
+For what the fused operator does not take: other activations, other devices, several adapters at once, small experts.
+
+Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert width, S = T * K slots (a token at one
+of its experts), G groups.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# What a product gets: the parameter's name, the rows of all slots in the order of their groups, and the slots.
+Project = Callable[[str, torch.Tensor, "GroupedSlots"], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class GroupedSlots:
+    """All slots of a forward pass in the order of their groups, stable within a group.
+
+    Attributes:
+        group_ids (`torch.LongTensor` of shape (S,)): the group of every slot, ascending.
+        order (`torch.LongTensor` of shape (S,)): where each of them was in the flattened (T, K).
+        offsets (`torch.IntTensor` of shape (G,)): where every group ends. Behind the last one are slots of the group
+            G, experts that another rank of an expert-parallel group holds.
+    """
+
+    group_ids: torch.Tensor
+    order: torch.Tensor
+    offsets: torch.Tensor
+
+    @classmethod
+    def of(cls, group_ids: torch.Tensor, num_groups: int) -> "GroupedSlots":
+        """Group slots, without waiting for the device.
+
+        Args:
+            group_ids (`torch.LongTensor` of any shape): `num_groups` at most.
+            num_groups: G.
+        """
+        ids, order = torch.sort(group_ids.flatten(), stable=True)
+        groups = torch.arange(num_groups, device=ids.device)
+        return cls(ids, order, torch.searchsorted(ids, groups, right=True, out_int32=True))
+
+    def select(self, places: torch.Tensor) -> "GroupedSlots":
+        """Some of the slots, (N,) ascending places; the groups stay the same."""
+        ids, groups = self.group_ids[places], torch.arange(len(self.offsets), device=places.device)
+        return GroupedSlots(ids, self.order[places], torch.searchsorted(ids, groups, right=True, out_int32=True))
+
+
+_uncompiled_grouped_mm = torch.compiler.disable(F.grouped_mm)  # torch.compile takes it in bfloat16 only
+
+
+def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
+    """One linear map for each group of rows.
+
+    Args:
+        rows (`torch.Tensor` of shape (S, in)): in the order of their groups.
+        weight (`torch.Tensor` of shape (G, out, in)): any strides.
+        slots ([`GroupedSlots`]): the groups.
+
+    Returns:
+        `torch.Tensor` of shape (S, out), in the dtype of `weight`; rows behind the last group have any content.
+    """
+    rows, offsets = rows.to(weight.dtype), slots.offsets
+    if len(rows) == 0:
+        return F.linear(rows, weight[0])
+    if _takes_grouped_mm(weight):
+        product = F.grouped_mm if weight.dtype == torch.bfloat16 else _uncompiled_grouped_mm
+        return product(rows, weight.transpose(-2, -1), offs=offsets)
+    ends = offsets.tolist()  # one product after the other
+    *groups, rest = rows.split([end - start for start, end in itertools.pairwise([0, *ends, len(rows)])])
+    products = [F.linear(group, own) for group, own in zip(groups, weight.unbind(), strict=True)]
+    return torch.cat([*products, rest.new_zeros(len(rest), weight.shape[1])])
+
+
+def _takes_grouped_mm(weight: torch.Tensor) -> bool:
+    """torch's grouped product wants rows of whole 16 bytes, and on a GPU of NVIDIA at least Ampere."""
+    known = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    aligned = known and all(width % alignment(weight.dtype) == 0 for width in weight.shape[1:])
+    return aligned and not (weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0))
+
+
+def alignment(dtype: torch.dtype) -> int:
+    """Elements in 16 bytes, of which torch's grouped product wants a multiple in every row."""
+    return 16 // dtype.itemsize
+
+
+def run_grouped(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    project: Project,
+    num_experts: int,
+    partial: bool = False,
+) -> torch.Tensor:
+    """Sum of the chosen experts' outputs, weighted.
+
+    Args:
+        experts: the module with the activation.
+        hidden_states (`torch.Tensor` of shape (T, D)).
+        top_k_index (`torch.LongTensor` of shape (T, K)): expert ids.
+        top_k_weights (`torch.Tensor` of shape (T, K)).
+        project: computes `gate_up_proj` and `down_proj` of all slots.
+        num_experts: E.
+        partial: whether there are ids E, of experts that are elsewhere and passed over.
+
+    Returns:
+        `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
+    """
+    num_tokens, top_k = top_k_index.shape
+    slots = GroupedSlots.of(top_k_index, num_experts)
+    # index_select and not indexing: its backward pass adds rows, where that of indexing adds single elements.
+    rows = hidden_states.index_select(0, slots.order // top_k)
+    elsewhere = None
+    if partial:  # the products leave rows of any content there, in both passes
+        elsewhere = (slots.group_ids >= num_experts).unsqueeze(-1)
+        rows = rows.masked_fill(elsewhere, 0)
+    rows = project("gate_up_proj", rows, slots)
+    rows = project("down_proj", experts._apply_gate(_without(rows, elsewhere)), slots)
+    rows = _without(rows, elsewhere) * top_k_weights.flatten().index_select(0, slots.order).unsqueeze(-1)
+    back = torch.empty_like(slots.order)
+    back[slots.order] = torch.arange(len(back), device=back.device)
+    output = rows.index_select(0, back).view(num_tokens, top_k, rows.shape[-1]).sum(dim=1)
+    return output.to(hidden_states.dtype)
+
+
+def _without(rows: torch.Tensor, elsewhere: torch.Tensor | None) -> torch.Tensor:
+    return rows if elsewhere is None else rows.masked_fill(elsewhere, 0)
+
+
+__all__ = ["GroupedSlots", "Project", "alignment", "grouped_linear", "run_grouped"]

@@ -1,0 +1,58 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Triton, where it is installed, and how this package defines its kernels."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # this file travels to machines that have no Triton, where nothing calls a kernel
+    triton = tl = None
+if triton is not None and tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+    triton = tl = None
+
+# Whether the kernels run on the CPU, in Triton's interpreter: TRITON_INTERPRET=1 was set when they were defined.
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+
+# Numbers that change from batch to batch: a kernel is not compiled again for those that are 1 or multiples of 16.
+_SIZES = (
+    "row_stride", "sequence_length", "programs_per_sequence", "tokens_per_program", "num_tokens", "grad_stride_t",
+    "grad_stride_k", "num_choices", "choices_per_program", "num_programs", "num_experts", "num_slots",
+)  # fmt: skip
+
+
+def jit(function: Callable) -> Any:
+    """For a function that kernels call."""
+    return function if triton is None else triton.jit(function)
+
+
+def kernel(function: Callable) -> Any:
+    """For a kernel."""
+    if triton is None:
+        return function
+    names = inspect.signature(function).parameters
+    return triton.jit(function, do_not_specialize=[name for name in _SIZES if name in names])
+
+
+def why_no_triton(device: torch.device) -> str:
+    """The reason why kernels cannot run on a device; empty if they can."""
+    if triton is None:
+        return "triton is not installed, or too old (pip install 'triton>=3.6')"
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
+        return f"the tensors are on the device {device.type!r} (Triton needs 'cuda', for CUDA and ROCm)"
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if is_nvidia and torch.cuda.get_device_properties(device).major < 7:
+        return "Triton needs a GPU of compute capability 7.0 or newer"
+    return ""
+
+
+def power_of_two(number: int) -> int:
+    """The smallest one that is not below a number of at least 1."""
+    return 1 << (number - 1).bit_length()
+
+
+__all__ = ["INTERPRETED", "jit", "kernel", "power_of_two", "tl", "triton", "why_no_triton"]
