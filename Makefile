@@ -17,7 +17,7 @@ help:
 	@echo "make test-oldest          the tests with the oldest supported transformers and peft"
 	@echo "make lint | format        ruff and mypy | ruff's formatter"
 	@echo "make kernels              compile the kernels for four GPUs, without one, and show their registers"
-	@echo "make benchmark            compare with transformers and PEFT, and measure balancing (more than an hour)"
+	@echo "make benchmark            compare with transformers and PEFT; measure routing, experts, balancing (more than an hour)"
 
 demo: $(VENV)/.installed
 	$(BIN)/deepseekmoe demo $(ARGS)
@@ -55,6 +55,7 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/against_transformers.py
 	$(BIN)/python benchmarks/expert_lora.py
 	$(BIN)/python benchmarks/routing.py
+	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/balancing_overhead.py
 	$(BIN)/python benchmarks/balancing.py

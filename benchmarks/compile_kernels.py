@@ -1,8 +1,9 @@
-"""Compile the routing kernels ahead of time, without a GPU: registers, spills and shared memory of every kernel.
+"""Compile the kernels ahead of time, without a GPU: registers, spills and shared memory of every one.
 
-For the shapes of the released models, and the largest one, and for CUDA's sm_80, sm_90 and sm_100 and ROCm's gfx942.
+Those of routing for the released models' gates and the largest one; those of the experts for all that a layer launches
+in a training step and in decoding, in bfloat16; for CUDA's sm_80, sm_90 and sm_100 and ROCm's gfx942.
 Prints a table, and with --save writes benchmarks/results/compile_kernels.json. Exit code 1 if a kernel of
-a released model spills registers. Half a minute on two cores. Needs Triton, and TRITON_INTERPRET not set.
+a released model spills registers. A minute on two cores. Needs Triton, and TRITON_INTERPRET not set.
 """
 
 import json
@@ -10,14 +11,20 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from modeling_deepseekmoe import routing_kernels
+from modeling_deepseekmoe import experts_kernels, experts_triton, routing_kernels
+from modeling_deepseekmoe.experts_loop import Adapter
 from modeling_deepseekmoe.routing_triton import group_options, route_backward_options, route_options
 from modeling_deepseekmoe.triton_support import INTERPRETED
 
@@ -28,6 +35,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Bytes that a program can have; compute capability 8.6 and 8.9 have 101,376.
+SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 SIGMOID = {"score_function": "sigmoid", "normalize": True, "biased": True, "group_score": "top2_sum"}
 SOFTMAX = {"score_function": "softmax", "normalize": False, "biased": False, "group_score": "max"}
 LARGEST = "the largest"  # no released gate: it may spill
@@ -39,6 +48,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     LARGEST: {"experts": 1024, "top_k": 32, "groups": 1, "kept": 1, **SIGMOID},
     "Kimi K2": {"experts": 384, "top_k": 8, "groups": 1, "kept": 1, **SIGMOID},
 }
+# Routed experts, chosen experts, hidden, expert width, tokens, rank of adapters (0: without, all parameters trained).
+EXPERTS = {
+    "DeepSeekMoE 16B": (64, 6, 2048, 1408, 8192, 0),
+    "DeepSeek-V3": (256, 8, 7168, 2048, 8192, 0),
+    "DeepSeek-V3, decoding": (256, 8, 7168, 2048, 1, 0),
+    "128 x 2048 x 768, r 16": (128, 8, 2048, 768, 8192, 16),
+}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 POINTERS = {
     "logits": "*fp32", "bias": "*fp32", "token_mask": "*i1", "expert_ids": "*i64", "weights": "*fp32",
     "counts": "*i64", "fixed_sums": "*i64", "nan_rows": "*i64", "arrivals": "*i64", "score_sums": "*fp32",
@@ -54,6 +71,85 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], target: str, num_warp
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps})
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a kernel was launched with, as far as it decides what is compiled."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+    def compile(self, target: str) -> CompiledKernel:
+        kernel = getattr(experts_kernels, self.kernel)
+        places = {name: place for place, name in enumerate(kernel.arg_names)}
+        constants = {(places[name],): value for name, value in self.constants}
+        attributes = {(places[name],): [["tt.divisibility", 16]] for name in self.aligned}
+        source = ASTSource(kernel, dict(self.signature), constants, attributes)
+        return triton.compile(source, target=TARGETS[target], options=dict(self.options))
+
+
+class Recorder:
+    """Stands for a kernel, and writes down how it is launched."""
+
+    def __init__(self, name: str, launches: dict[Launch, None]) -> None:
+        self.kernel, self.name, self.launches = getattr(experts_kernels, name), name, launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.record
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Specialise as Triton does: on numbers that are 1, and on those and pointers that are multiples of 16."""
+        names = self.kernel.arg_names
+        values = {**dict(zip(names, args, strict=False)), **{key: kwargs[key] for key in names if key in kwargs}}
+        signature, constants, aligned = {}, {}, []
+        for name, parameter in zip(names, self.kernel.params, strict=True):
+            value, free = values[name], not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (free and isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+                aligned.append(name)
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                if free and isinstance(value, int) and value % 16 == 0:
+                    aligned.append(name)
+        options = {key: value for key, value in kwargs.items() if key in ("num_warps", "num_stages")}
+        parts = (tuple(part.items()) for part in (signature, constants))
+        self.launches[Launch(self.name, *parts, tuple(aligned), tuple(options.items()))] = None
+
+
+def launches_of_experts(num_experts: int, top_k: int, hidden: int, width: int, tokens: int, rank: int) -> list[Launch]:
+    """Everything that a layer launches: a training step, or, for one token, its forward pass."""
+    launches: dict[Launch, None] = {}
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows, ids = meta(tokens, hidden), meta(tokens, top_k, dtype=torch.int64)
+    stacks = (meta(num_experts, 2 * width, hidden), meta(num_experts, hidden, width))
+    adapters = [
+        Adapter(meta(num_experts, rank, inside), meta(outside, rank, num_experts).permute(2, 0, 1), 1.0, 0.1,
+                meta(dtype=torch.int64)) if rank else None
+        for outside, inside in ((2 * width, hidden), (hidden, width))
+    ]  # fmt: skip
+    inputs = (rows, ids, meta(tokens, top_k, dtype=torch.float32), *stacks, *adapters)
+    order = (meta(tokens * top_k, dtype=torch.int64), meta(num_experts + 1, dtype=torch.int32))
+    kernels = {name: getattr(experts_triton, name) for name in experts_kernels.__all__}
+    for name in kernels:
+        setattr(experts_triton, name, Recorder(name, launches))
+    try:
+        _, kept = experts_triton.experts_forward_triton(*inputs, *order, tokens > 1)
+        if tokens > 1:
+            needs = [True, True, not rank, not rank, *[bool(rank)] * 4]
+            experts_triton.experts_backward_triton(rows, *inputs, *order, kept, needs)
+    finally:
+        for name, kernel in kernels.items():
+            setattr(experts_triton, name, kernel)
+    return list(launches)
 
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
@@ -100,17 +196,26 @@ def variants(shape: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any], int]
     }
 
 
+def compile_row(job: tuple[str, str | Launch]) -> dict[str, Any]:
+    """A kernel of routing, by its name, or of the experts, by its launch, for all targets."""
+    model, kernel = job
+    if isinstance(kernel, Launch):
+        name = f"experts, {kernel.kernel.removesuffix('_kernel').replace('_', ' ')}"
+        compiled = {target: kernel.compile(target) for target in TARGETS}
+    else:
+        name, variant = kernel, variants(SHAPES[model])[kernel]
+        compiled = {target: compile_kernel(*variant[:2], target, variant[2]) for target in TARGETS}
+    return {"model": model, "kernel": name, **{target: resources(one) for target, one in compiled.items()}}
+
+
 def main() -> int:
     """Compile everything, print the table, write JSON if it is asked for."""
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, and nothing can be compiled.")
-    rows = []
-    for model, shape in SHAPES.items():
-        for name, (kernel, constants, num_warps) in variants(shape).items():
-            compiled = {target: compile_kernel(kernel, constants, target, num_warps) for target in TARGETS}
-            rows.append(
-                {"model": model, "kernel": name, **{target: resources(compiled[target]) for target in TARGETS}}
-            )
+    jobs = [(model, name) for model, shape in SHAPES.items() for name in variants(shape)]
+    jobs += [(model, launch) for model, shape in EXPERTS.items() for launch in launches_of_experts(*shape)]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(compile_row, jobs))
     if "--save" in sys.argv:
         RESULTS.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     print(f"Registers of a thread (Triton {triton.__version__}); in parentheses what it spills, where it does")
@@ -124,8 +229,10 @@ def main() -> int:
             spilling += spills > 0 and row["model"] != LARGEST
             cells.append(f"{row[target]['registers']}" + (f" ({spills})" if spills else ""))
         print(f"| {row['model']} | {row['kernel']} | {' | '.join(cells)} |")
-    print(f"{len(rows) * len(TARGETS)} kernels, of the released models {spilling} spill registers")
-    return 1 if spilling else 0
+    too_large = sum(row[target]["shared"] > SHARED[target] for row in rows for target in TARGETS)
+    print(f"{len(rows) * len(TARGETS)} kernels, of the released models {spilling} spill registers; "
+          f"{too_large} need more shared memory than there is")  # fmt: skip
+    return 1 if spilling or too_large else 0
 
 
 if __name__ == "__main__":

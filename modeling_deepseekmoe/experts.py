@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.utils import logging
 
@@ -67,7 +67,7 @@ def experts_forward(
         hidden_states (`torch.Tensor` of shape (T, D)).
         top_k_index (`torch.LongTensor` of shape (T, K)): expert ids; the id E stands for an expert that another rank
             of an expert-parallel group holds, and is passed over.
-        top_k_weights (`torch.Tensor` of shape (T, K)).
+        top_k_weights (`torch.Tensor` of shape (T, K)): of any floating dtype.
 
     Returns:
         `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
@@ -92,7 +92,6 @@ def run_experts(
     *,
     stacks: tuple[torch.Tensor, torch.Tensor] | None = None,
     adapters: Sequence[Adapter | None] = (None, None),
-    partial: bool = False,
     way: str | None = None,
 ) -> torch.Tensor:
     """[`experts_forward`] without its checks.
@@ -101,20 +100,24 @@ def run_experts(
         experts, hidden_states, top_k_index, top_k_weights: as there.
         stacks: weights to compute with instead of the module's own.
         adapters ([`Adapter`], *optional*): beside `gate_up_proj` and `down_proj`; `"triton"` and `"loop"` alone.
-        partial: there are ids E, under expert parallelism or because other weights compute those experts.
         way: one of `WAYS`; by default what [`choose_way`] says.
 
     Returns:
         `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: for another way, or for adapters in a way that does not take them.
     """
     gate_up, down = (experts.gate_up_proj, experts.down_proj) if stacks is None else stacks
     dtype = compute_dtype(gate_up)
     if way is None:
         way, reason = choose_way(experts, hidden_states, top_k_index.numel(), gate_up)
         if not torch.compiler.is_compiling():
-            _tell(type(experts).__name__, way, reason)
+            tell_way(experts, hidden_states, way, reason)
+    if way not in WAYS or (way not in FUSED_WAYS and any(adapter is not None for adapter in adapters)):
+        raise ValueError(f"way={way!r} is not allowed: one of {WAYS}, and with adapters one of {FUSED_WAYS}.")
     if way in FUSED_WAYS:
-        gate_up, down, rows = (tensor.to(dtype).contiguous() for tensor in (gate_up, down, hidden_states))
+        gate_up, down, rows = (tensor.to(dtype) for tensor in (gate_up, down, hidden_states))
         differentiable = [rows, top_k_weights, gate_up, down]
         arguments: list[Any] = []
         for adapter in adapters:
@@ -122,8 +125,7 @@ def run_experts(
             differentiable += () if adapter is None else adapter[:2]
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
         implementation = "triton" if way == "triton" else "eager"
-        weights = top_k_weights.contiguous()
-        output = experts_op(rows, top_k_index, weights, gate_up, down, *arguments, keep, implementation)[0]
+        output = experts_op(rows, top_k_index, top_k_weights, gate_up, down, *arguments, keep, implementation)[0]
         return output.to(hidden_states.dtype)
     stack_of = dict(zip(STACKS, (gate_up.to(dtype), down.to(dtype)), strict=True))
     product = grouped_linear if way == "grouped" else _batched_linear
@@ -131,8 +133,7 @@ def run_experts(
     def project(name: str, rows: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
         return product(rows, stack_of[name], slots)
 
-    partial = partial or getattr(experts, "_is_expert_parallel", False)
-    return run_grouped(experts, hidden_states, top_k_index, top_k_weights, project, len(gate_up), partial)
+    return run_grouped(experts, hidden_states, top_k_index, top_k_weights, project, len(gate_up))
 
 
 def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
@@ -180,6 +181,9 @@ def choose_way(
         hidden_states (`torch.Tensor` of shape (T, D)).
         num_slots (`int`): S.
         stack (`torch.Tensor` of shape (E, 2I, D), *optional*): weights other than the module's `gate_up_proj`.
+
+    Returns:
+        One of `WAYS`, and the reason, empty for the fused ones.
     """
     stack = experts.gate_up_proj if stack is None else stack
     num_experts, columns, hidden_size = stack.shape
@@ -189,32 +193,37 @@ def choose_way(
     if hidden_states.device.type == "cuda":
         reason = why_not_fused(hidden_states.device, compute_dtype(stack), num_experts)
         return ("grouped", reason) if reason else ("triton", "")
-    if hidden_states.device.type != "cpu":
+    if hidden_states.device.type not in ("cpu", "meta"):
         return "grouped", f"the tensors are on the device {hidden_states.device.type!r}"
-    if size >= LOOP_FROM:
+    if size >= LOOP_FROM or torch.compiler.is_compiling():
         return "loop", ""
     reason = f"an expert of {hidden_size} x {columns // 2} is so small that the calls would take longer"
-    if num_slots * size < BATCHED_BELOW and not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and num_slots * size < BATCHED_BELOW:
         return "batched", reason
     return "grouped", reason
 
 
 def compute_dtype(stack: torch.Tensor) -> torch.dtype:
-    """The dtype of the products with a stack: its own, or autocast's."""
-    device_type = stack.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else stack.dtype
+    """The dtype of the products with a stack: its own, or autocast's, which leaves float64 alone."""
+    kind = stack.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast and stack.dtype != torch.float64 else stack.dtype
 
 
 def _is_silu(activation: Any) -> bool:
-    return activation is nn.functional.silu or isinstance(activation, (nn.SiLU, type(ACT2FN["silu"])))
+    return activation is nn.functional.silu or isinstance(activation, (nn.SiLU, SiLUActivation))
+
+
+def tell_way(experts: nn.Module, hidden_states: torch.Tensor, way: str, reason: str) -> None:
+    """Log once in which way a class of experts is computed, and why not in a fused one; a warning on a GPU."""
+    _tell(type(experts).__name__, hidden_states.device.type, way, reason)
 
 
 @functools.cache
-def _tell(kind: str, way: str, reason: str) -> None:
-    """Log once how a class of experts is computed; a warning where there is a GPU that could do better."""
+def _tell(kind: str, device_type: str, way: str, reason: str) -> None:
     because = f", because {reason}" if reason else ""
-    log = logger.warning if reason and torch.cuda.is_available() else logger.info
-    log(f"{kind}: experts_implementation={IMPLEMENTATION!r} computes the way {way!r}{because}.")
+    log = logger.warning if reason and device_type == "cuda" else logger.info
+    log(f"{kind}: experts_implementation={IMPLEMENTATION!r} computes the way {way!r} on {device_type}{because}.")
 
 
 def _batched_linear(rows: torch.Tensor, weight: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
@@ -248,5 +257,6 @@ __all__ = [
     "refuse_partial",
     "register_experts",
     "run_experts",
+    "tell_way",
     "why_unsupported",
 ]

@@ -202,9 +202,9 @@ def first_product_kernel(
         target = kept + place[:, None] * (2 * WIDTH) + column[None, :]
         tl.store(target, gate, mask=there)
         tl.store(target + WIDTH, up, mask=there)
-        # What the backward pass will read.
-        gate = gate.to(kept.dtype.element_ty).to(tl.float32)
-        up = up.to(kept.dtype.element_ty).to(tl.float32)
+    # What the backward pass reads, and the same where none follows.
+    gate = gate.to(act.dtype.element_ty).to(tl.float32)
+    up = up.to(act.dtype.element_ty).to(tl.float32)
     tl.store(act + place[:, None] * WIDTH + column[None, :], gate / (1.0 + tl.exp(-gate)) * up, mask=there)
 
 

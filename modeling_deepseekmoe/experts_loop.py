@@ -9,7 +9,7 @@ Each product is given to BLAS as several, of some of the columns each: MKL divid
 threads. Their results lie one after the other, "blocked": (C, n, width / C) instead of (n, width).
 
 Shape letters: T tokens, D hidden, E experts, K chosen experts, I expert width, S = T * K slots (a token at one of its
-experts), R rank of an adapter, n slots of one expert, at most MAX_ROWS of them at a time, C column blocks.
+experts), R rank of an adapter, n slots of one expert, in 32 bits at most MAX_ROWS at a time, C column blocks.
 """
 
 import itertools
@@ -51,12 +51,14 @@ class _Block(NamedTuple):
     begin: bool
 
 
-def _blocks(offsets: torch.Tensor) -> list[_Block]:
+def _blocks(offsets: torch.Tensor, dtype: torch.dtype) -> list[_Block]:
+    """All slots; those of an expert are one block in 16 bits, in which parameters' gradients are not added up."""
     ends = offsets.tolist()
+    most = MAX_ROWS if dtype.itemsize > 2 else max(ends[-1], 1)
     return [
-        _Block(expert, slice(start, min(start + MAX_ROWS, end)), start == begin)
+        _Block(expert, slice(start, min(start + most, end)), start == begin)
         for expert, (begin, end) in enumerate(itertools.pairwise(ends))
-        for start in range(begin, end, MAX_ROWS)
+        for start in range(begin, end, most)
     ]
 
 
@@ -134,7 +136,7 @@ def experts_forward(
         The output (T, D) in the dtype of `hidden`; and the first product of all slots, (S, 2I), if `keep` is set, else
         (0, 2I): the rows of a block hold its gates (n, I) and then its ups (n, I).
     """
-    width, blocks = down.shape[-1], _blocks(offsets)
+    width, blocks = down.shape[-1], _blocks(offsets, hidden.dtype)
     tokens, slot_weights = _by_slot(weights, permutation)
     adapters = [_readable(adapter, blocks) for adapter in (gate_up_adapter, down_adapter)]
     scratch = _Scratch(hidden, width, blocks)
@@ -188,7 +190,7 @@ def experts_backward(
     Returns:
         The gradients of hidden, weights, gate_up, down, the factors of the gate_up adapter, those of the down adapter.
     """
-    width, blocks = down.shape[-1], _blocks(offsets)
+    width, blocks = down.shape[-1], _blocks(offsets, hidden.dtype)
     tokens, slot_weights = _by_slot(weights, permutation)
     adapters = [_readable(adapter, blocks) for adapter in (gate_up_adapter, down_adapter)]
     scratch = _Scratch(hidden, width, blocks)
@@ -284,7 +286,7 @@ def _dropout(rows: torch.Tensor, adapter: Adapter, block: _Block) -> torch.Tenso
     assert adapter.seed is not None
     generator = torch.Generator().manual_seed(int(adapter.seed) + block.slots.start)
     mask = torch.empty_like(rows).bernoulli_(1 - adapter.dropout, generator=generator)
-    return mask.mul_(rows).div_(1 - adapter.dropout)
+    return mask.mul_(rows).mul_(1 / (1 - adapter.dropout) if adapter.dropout < 1 else 0)
 
 
 def _inner(rows: torch.Tensor, adapter: Adapter, block: _Block) -> torch.Tensor:

@@ -2,10 +2,12 @@
 """The routed experts as one operator of `torch.library` with its gradient, so that `torch.compile` takes it whole.
 
 Forward and backward are those of `experts_loop` (plain torch, one expert after the other) or of `experts_triton` (all
-experts in each launch). What both keep for the backward pass is the input, the routing and the first product (S, 2I).
+experts in each launch). What both keep for the backward pass is the input, the routing and the first product (S, 2I),
+whose layout is that of the implementation. There is no gradient of the gradient, and none of forward mode.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,19 +35,20 @@ def _with_adapters(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _experts(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     *inputs, keep, implementation = arguments
+    inputs[:5] = (tensor.contiguous() for tensor in inputs[:5])
     _, expert_ids, _, _, down = inputs[:5]
     permutation, _, offsets = group_by_expert(expert_ids, len(down), implementation=implementation)
-    forward = experts_forward_triton if implementation == "triton" else experts_forward
+    forward: Callable[..., Any] = experts_forward_triton if implementation == "triton" else experts_forward
     output, kept = forward(*_with_adapters(tuple(inputs)), permutation, offsets, keep)
     return output, kept, permutation, offsets
 
 
 def _experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     *inputs, permutation, offsets, kept, needs, implementation = arguments
-    backward = experts_backward_triton if implementation == "triton" else experts_backward
+    inputs[:5] = (tensor.contiguous() for tensor in inputs[:5])
+    backward: Callable[..., Any] = experts_backward_triton if implementation == "triton" else experts_backward
     gradients = backward(grad.contiguous(), *_with_adapters(tuple(inputs)), permutation, offsets, kept, needs)
-    nothing = grad.new_empty(0)
-    return [gradient if need else nothing.clone() for gradient, need in zip(gradients, needs, strict=True)]
+    return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
 
 
 def _fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -62,9 +65,7 @@ def _fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
 def _backward_fake(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     *_, needs, _ = arguments
     inputs = [arguments[place] for place in _DIFFERENTIABLE]
-    return [
-        value.new_empty(value.shape) if need else grad.new_empty(0) for value, need in zip(inputs, needs, strict=True)
-    ]
+    return [value.new_empty(value.shape) for value, need in zip(inputs, needs, strict=True) if need]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -84,8 +85,9 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tens
         inputs = [number if tensor is None else tensor for tensor, number in zip(tensors, ctx.numbers, strict=True)]
         needs = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE]
         gradients = experts_backward_op(grad, *inputs, permutation, offsets, kept, needs, ctx.implementation)
-        for place, gradient, need in zip(_DIFFERENTIABLE, gradients, needs, strict=True):
-            results[place] = gradient if need else None
+        wanted = (place for place, need in zip(_DIFFERENTIABLE, needs, strict=True) if need)
+        for place, gradient in zip(wanted, gradients, strict=True):
+            results[place] = gradient
     return tuple(results)
 
 

@@ -2,9 +2,9 @@
 """The routed experts in fused kernels: the same functions as in `experts_loop`, all experts in each launch.
 
 Forward: the first product reads the tokens where they lie and ends with the activation; the second one ends with the
-weights and writes each slot to its token; one launch adds up the slots of each token. Backward: the gradient of the
-activation and of the weights in one launch, that of the tokens in two, and one for each parameter. Nothing waits for
-the host, and nothing is added up atomically.
+weights and writes each slot to its token; one launch adds up the slots of each token: that is what a sum costs without
+atomics. Backward: the gradient of the activation and of the weights in one launch, that of the tokens in two, and one
+for each parameter. Nothing waits for the host.
 
 An adapter's product of low rank goes on inside the same sums: a launch for its inner rows (S, R), and R more columns.
 """
@@ -22,9 +22,9 @@ from .experts_kernels import (
     product_kernel,
 )
 from .experts_loop import Adapter
+from .routing_triton import MAX_EXPERTS
 from .triton_support import power_of_two, triton, why_no_triton
 
-MAX_EXPERTS = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,13 +36,16 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, num_experts: int) ->
         return f"the products are in {dtype}, and the kernels take float32, bfloat16 and float16"
     if num_experts > MAX_EXPERTS:
         return f"there are {num_experts} experts, and the kernels take at most {MAX_EXPERTS}"
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if is_nvidia and torch.cuda.get_device_properties(device).major < 8:
+        return "the tiles need the shared memory of a GPU of compute capability 8.0 or newer"
     return ""
 
 
 def block_options(num_slots: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype) -> dict[str, int]:
     """The tile of a product, and the warps for it. An expert's slots should fill a tile; float32, which the matrix
-    units of a GPU do not multiply, has smaller ones. Chosen from registers and shared memory (no variant spills), and
-    not yet by measurement on a GPU."""
+    units of a GPU do not multiply, has smaller ones. Chosen from registers and shared memory (in bfloat16 nothing
+    spills), and not yet by measurement on a GPU."""
     narrow = dtype == torch.float32
     rows = power_of_two(max(num_slots // num_experts, 1))
     rows = min(max(rows, 16), 64 if narrow else 128)
@@ -55,10 +58,21 @@ def block_options(num_slots: int, num_experts: int, columns: int, inside: int, d
     }
 
 
-def first_product_options(num_slots: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype) -> dict:
-    """The same for the first product and the gradient of the activation, which hold two numbers for each place."""
+def first_product_options(
+    num_slots: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype
+) -> dict[str, int]:
+    """The same for the first product, which has two sums for each place."""
     options = block_options(num_slots, num_experts, columns, inside, dtype)
     return {**options, "BLOCK_COLUMNS": min(options["BLOCK_COLUMNS"], 64)}
+
+
+def gradient_options(
+    num_slots: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype
+) -> dict[str, int]:
+    """The same for the gradient of the activation, which ends with five numbers for each place."""
+    options = first_product_options(num_slots, num_experts, columns, inside, dtype)
+    rows = min(options["BLOCK_ROWS"], 64)
+    return {**options, "BLOCK_ROWS": rows, "num_warps": 8 if rows == 64 else 4}
 
 
 def outer_options(rows: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
@@ -66,14 +80,14 @@ def outer_options(rows: int, columns: int, dtype: torch.dtype) -> dict[str, int]
     largest = 64 if dtype == torch.float32 else 128
     blocks = {"BLOCK_M": rows, "BLOCK_N": columns}
     blocks = {name: min(max(power_of_two(size), 16), largest) for name, size in blocks.items()}
-    warps = 8 if min(blocks.values()) == 128 else 4
-    return {**blocks, "BLOCK_ROWS": 32, "num_warps": warps, "num_stages": 3}
+    warps = 8 if 128 in blocks.values() else 4
+    return {**blocks, "BLOCK_ROWS": 32 if dtype == torch.float32 else 64, "num_warps": warps, "num_stages": 3}
 
 
 def precision(dtype: torch.dtype) -> str:
     """What torch's own products do with float32 on this machine: TF32 where the user has allowed it."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
-    return "tf32" if allowed else "ieee"
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 
 class _Launcher:
@@ -268,12 +282,12 @@ def experts_backward_triton(
     factors = [factor for adapter in (gate_up_adapter, down_adapter) for factor in (adapter or (None, None))[:2]]
     if not num_slots:
         inputs = (hidden, weights, gate_up, down, *factors)
-        return [torch.zeros_like(value) if need else None for value, need in zip(inputs, needs, strict=True)]
+        return [value.new_zeros(value.shape) if need else None for value, need in zip(inputs, needs, strict=True)]
     results: list[torch.Tensor | None] = [None] * len(needs)
     with torch.cuda.device_of(hidden):
         launch = _Launcher(permutation, offsets, weights.shape[1], hidden.dtype)
         inner = launch.inner_gradient(grad, down_adapter, by_token=True)
-        options = first_product_options(num_slots, len(down), width, hidden.shape[1], hidden.dtype)
+        options = gradient_options(num_slots, len(down), width, hidden.shape[1], hidden.dtype)
         both = hidden.new_empty(num_slots, 2 * width)
         act = hidden.new_empty(num_slots, width) if any((needs[3], *needs[6:])) else None
         parts = weights.new_zeros(num_slots, triton.cdiv(width, options["BLOCK_COLUMNS"]), dtype=torch.float32)
@@ -304,10 +318,11 @@ def experts_backward_triton(
             results[1] = parts.sum(dim=1).view_as(weights).to(weights.dtype)
         if needs[3]:
             results[3] = launch.outer(grad, act, left_by_token=True)
-        if needs[6] or needs[7]:
+        if needs[6]:
             results[6] = launch.outer(inner, act, **noise)
+        if needs[7]:
             results[7] = launch.outer(grad, launch.inner(act, down_adapter, by_token=False), left_by_token=True)
-        inner = launch.inner_gradient(both, gate_up_adapter, by_token=False)
+        inner = launch.inner_gradient(both, gate_up_adapter, by_token=False) if needs[0] or needs[4] else None
         noise = _noise(gate_up_adapter)
         if needs[0]:
             by_slot = launch.product(
@@ -316,8 +331,9 @@ def experts_backward_triton(
             results[0] = launch.combine(by_slot, expert_ids)
         if needs[2]:
             results[2] = launch.outer(both, hidden, right_by_token=True)
-        if needs[4] or needs[5]:
+        if needs[4]:
             results[4] = launch.outer(inner, hidden, right_by_token=True, **noise)
+        if needs[5]:
             results[5] = launch.outer(both, launch.inner(hidden, gate_up_adapter, by_token=True))
     return results
 
@@ -337,4 +353,4 @@ def _rank(inner: torch.Tensor | None) -> dict[str, int]:
     return {"R": rank, "BLOCK_R": min(max(power_of_two(rank), 16), 64)}
 
 
-__all__ = ["MAX_EXPERTS", "experts_backward_triton", "experts_forward_triton", "why_not_fused"]
+__all__ = ["experts_backward_triton", "experts_forward_triton", "why_not_fused"]

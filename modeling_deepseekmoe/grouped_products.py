@@ -7,7 +7,6 @@ Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert 
 of its experts), G groups.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,9 +51,6 @@ class GroupedSlots:
         return GroupedSlots(ids, self.order[places], torch.searchsorted(ids, groups, right=True, out_int32=True))
 
 
-_uncompiled_grouped_mm = torch.compiler.disable(F.grouped_mm)  # torch.compile takes it in bfloat16 only
-
-
 def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
     """One linear map for each group of rows.
 
@@ -69,17 +65,16 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, slots: GroupedSlots
     rows, offsets = rows.to(weight.dtype), slots.offsets
     if len(rows) == 0:
         return F.linear(rows, weight[0])
-    if _takes_grouped_mm(weight):
-        product = F.grouped_mm if weight.dtype == torch.bfloat16 else _uncompiled_grouped_mm
-        return product(rows, weight.transpose(-2, -1), offs=offsets)
-    ends = offsets.tolist()  # one product after the other
-    *groups, rest = rows.split([end - start for start, end in itertools.pairwise([0, *ends, len(rows)])])
-    products = [F.linear(group, own) for group, own in zip(groups, weight.unbind(), strict=True)]
-    return torch.cat([*products, rest.new_zeros(len(rest), weight.shape[1])])
+    # The second one, of transformers, makes one product after the other.
+    product = F.grouped_mm if _takes_grouped_mm(weight) else torch.ops.transformers.grouped_mm_fallback
+    return product(rows, weight.transpose(-2, -1), offs=offsets)
 
 
 def _takes_grouped_mm(weight: torch.Tensor) -> bool:
-    """torch's grouped product wants rows of whole 16 bytes, and on a GPU of NVIDIA at least Ampere."""
+    """torch's grouped product wants rows of whole 16 bytes, on a GPU of NVIDIA at least Ampere, and, to be compiled,
+    bfloat16."""
+    if torch.compiler.is_compiling() and weight.dtype != torch.bfloat16:
+        return False
     known = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     aligned = known and all(width % alignment(weight.dtype) == 0 for width in weight.shape[1:])
     return aligned and not (weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0))
@@ -97,18 +92,16 @@ def run_grouped(
     top_k_weights: torch.Tensor,
     project: Project,
     num_experts: int,
-    partial: bool = False,
 ) -> torch.Tensor:
     """Sum of the chosen experts' outputs, weighted.
 
     Args:
         experts: the module with the activation.
         hidden_states (`torch.Tensor` of shape (T, D)).
-        top_k_index (`torch.LongTensor` of shape (T, K)): expert ids.
+        top_k_index (`torch.LongTensor` of shape (T, K)): expert ids; the id E, of an expert elsewhere, is passed over.
         top_k_weights (`torch.Tensor` of shape (T, K)).
         project: computes `gate_up_proj` and `down_proj` of all slots.
         num_experts: E.
-        partial: whether there are ids E, of experts that are elsewhere and passed over.
 
     Returns:
         `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
@@ -118,9 +111,11 @@ def run_grouped(
     # index_select and not indexing: its backward pass adds rows, where that of indexing adds single elements.
     rows = hidden_states.index_select(0, slots.order // top_k)
     elsewhere = None
-    if partial:  # the products leave rows of any content there, in both passes
+    # The products leave rows of any content there, in both passes. Only on the CPU is it free to look.
+    in_view = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not in_view or (len(rows) and slots.group_ids[-1] >= num_experts):
         elsewhere = (slots.group_ids >= num_experts).unsqueeze(-1)
-        rows = rows.masked_fill(elsewhere, 0)
+    rows = _without(rows, elsewhere)
     rows = project("gate_up_proj", rows, slots)
     rows = project("down_proj", experts._apply_gate(_without(rows, elsewhere)), slots)
     rows = _without(rows, elsewhere) * top_k_weights.flatten().index_select(0, slots.order).unsqueeze(-1)

@@ -22,7 +22,16 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .checkpoint_layout import STACKS
-from .experts import FUSED_WAYS, LAYER, choose_way, compute_dtype, refuse_partial, run_experts, why_unsupported
+from .experts import (
+    FUSED_WAYS,
+    LAYER,
+    choose_way,
+    compute_dtype,
+    refuse_partial,
+    run_experts,
+    tell_way,
+    why_unsupported,
+)
 from .experts_loop import Adapter
 from .grouped_products import GroupedSlots, alignment, grouped_linear, run_grouped
 
@@ -120,11 +129,16 @@ class ExpertLora(DirectLora):
         if not any(in_use.values()):
             return experts(hidden_states, top_k_index, top_k_weights)
         refuse_partial(experts)
-        way, _ = choose_way(experts, hidden_states, top_k_index.numel())
-        alike = adapter_names is None and all(layer.fusible(in_use[name]) for name, layer in layers.items())
-        if way in FUSED_WAYS and alike:
+        way, reason = choose_way(experts, hidden_states, top_k_index.numel())
+        if adapter_names is not None:
+            way, reason = "grouped", "the samples of the batch have adapters of their own"
+        elif not all(layer.fusible(in_use[name]) for name, layer in layers.items()):
+            way, reason = "grouped", "several adapters at once have dropouts, or one has a module of its own for it"
+        if way in FUSED_WAYS:
             adapters = [layers[name].combined(in_use[name]) if name in layers else None for name in STACKS]
-            return run_experts(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters, way=way)
+            return run_experts(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters)
+        if not torch.compiler.is_compiling():
+            tell_way(experts, hidden_states, "grouped", reason)
         tokens_of = _tokens_of_adapters(len(hidden_states), adapter_names, hidden_states.device)
         top_k, dtype = top_k_index.shape[-1], compute_dtype(experts.gate_up_proj)
         stacks = {name: getattr(experts, name).to(dtype) for name in STACKS}

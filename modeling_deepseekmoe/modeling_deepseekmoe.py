@@ -248,9 +248,16 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The experts implementation to use; this package's own unless another one is asked for. Quantised experts are
-        modules of transformers, with implementations of their own."""
-        if requested_experts is None and getattr(self.config, "quantization_config", None) is None:
+        """The experts implementation to use: this package's own unless another one is asked for.
+
+        Raises:
+            ValueError: for this package's own where the experts are quantised: those are modules of transformers, with
+                implementations of their own.
+        """
+        quantised = getattr(self.config, "quantization_config", None) is not None
+        if requested_experts == IMPLEMENTATION and quantised:
+            raise ValueError(f"experts_implementation={IMPLEMENTATION!r} is not allowed for a quantised checkpoint.")
+        if requested_experts is None and not quantised:
             requested_experts = IMPLEMENTATION
         return super().get_correct_experts_implementation(requested_experts)
 

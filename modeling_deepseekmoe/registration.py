@@ -152,10 +152,10 @@ def _offer_experts(moe_module: Any) -> None:
         moe_module.ALL_EXPERTS_FUNCTIONS.register("deepseekmoe", _run_experts)
 
 
-def _run_experts(*args: Any) -> Any:
+def _run_experts(*args: Any, **kwargs: Any) -> Any:
     from .experts import experts_forward
 
-    return experts_forward(*args)
+    return experts_forward(*args, **kwargs)
 
 
 _WITH_TRAINER = _AfterImport("transformers.trainer", "DEFAULT_CALLBACKS", _carry_code)

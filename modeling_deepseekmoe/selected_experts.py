@@ -38,8 +38,8 @@ class SelectedExperts(nn.Module):
         place = self.place_of_expert[top_k_index]
         frozen_ids = top_k_index.masked_fill(place < len(self.selected_ids), self.gate_up_proj.shape[0])
         trained_stacks = (self.selected_gate_up_proj, self.selected_down_proj)
-        frozen = run_experts(self, hidden_states, frozen_ids, top_k_weights, partial=True)
-        trained = run_experts(self, hidden_states, place, top_k_weights, stacks=trained_stacks, partial=True)
+        frozen = run_experts(self, hidden_states, frozen_ids, top_k_weights)
+        trained = run_experts(self, hidden_states, place, top_k_weights, stacks=trained_stacks)
         return frozen + trained
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

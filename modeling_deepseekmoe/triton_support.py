@@ -21,7 +21,7 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 # Numbers that change from batch to batch: a kernel is not compiled again for those that are 1 or multiples of 16.
 _SIZES = (
     "row_stride", "sequence_length", "programs_per_sequence", "tokens_per_program", "num_tokens", "grad_stride_t",
-    "grad_stride_k", "num_choices", "choices_per_program", "num_programs", "num_experts", "num_slots",
+    "grad_stride_k", "num_choices", "choices_per_program", "num_programs", "num_experts",
 )  # fmt: skip
 
 

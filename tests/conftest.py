@@ -61,10 +61,14 @@ class Golden:
         return AutoModelForCausalLM.from_pretrained(self.folder, **kwargs).eval()
 
 
+# For tests in which it matters: experts as in large models, and as small as they are.
+BOTH_SIZES = pytest.mark.parametrize("size_of_experts", [0, experts.LOOP_FROM], indirect=True, ids=["large", "small"])
+
+
 @pytest.fixture(autouse=True)
-def experts_as_in_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny experts of the tests are computed as large ones are; `test_experts` has the other ways too."""
-    monkeypatch.setattr(experts, "LOOP_FROM", 0)
+def size_of_experts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny experts of the tests are computed as large ones are, unless a test says otherwise."""
+    monkeypatch.setattr(experts, "LOOP_FROM", getattr(request, "param", 0))
 
 
 @pytest.fixture(autouse=True)

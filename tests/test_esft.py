@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import BOTH_SIZES, TINY
 from safetensors.torch import load_file, save_file
 from test_lora import IDS, MODELS, LargestTensor, logits, make
 from tolerances import assert_same
@@ -30,6 +30,8 @@ from modeling_deepseekmoe import (
 from modeling_deepseekmoe.esft import save_scores, selection_table
 from modeling_deepseekmoe.experts import find_experts
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
+
+pytestmark = BOTH_SIZES
 
 DATA = Path(__file__).parent / "data" / "esft"
 SELECTION = {1: [6, 0], 2: [3]}

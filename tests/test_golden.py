@@ -5,10 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import EXPERTS_IMPLEMENTATIONS, TRAINABLE_NAMES, Golden
+from conftest import BOTH_SIZES, EXPERTS_IMPLEMENTATIONS, TRAINABLE_NAMES, Golden
 from tolerances import GOLDEN_AUX_LOSS, GOLDEN_GRADIENT, GOLDEN_LOGITS, GOLDEN_TASK_LOSS, GOLDEN_WEIGHTS
 
 from modeling_deepseekmoe import DeepseekMoePreTrainedModel
+
+pytestmark = BOTH_SIZES
 
 implementations = pytest.mark.parametrize("implementation", EXPERTS_IMPLEMENTATIONS)
 trainable = pytest.mark.parametrize("name", TRAINABLE_NAMES)

@@ -1,12 +1,20 @@
 """The same figures on a GPU. Run with `make test-gpu` where there is one."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from conftest import EXPERTS_IMPLEMENTATIONS, Golden
+from experts_cases import Case as ExpertsCase
+from experts_cases import Inputs as ExpertsInputs
+from experts_cases import cases as experts_cases
+from experts_cases import check_case, inputs_of
 from hypothesis import given, settings
 from routing_cases import GENERATED, Case, cases, check_grouping, check_rounding, check_route
+from test_experts import CASE, check_dropout
 from test_lora import IDS, direct, make
-from tolerances import GOLDEN_LOGITS, LOW_PRECISION_LOSS, assert_same
+from tolerances import EXPERTS_LOW_PRECISION, GOLDEN_LOGITS, LOW_PRECISION_LOSS, SAME_COMPUTATION, assert_same
 
 from modeling_deepseekmoe import (
     RouterStats,
@@ -16,6 +24,7 @@ from modeling_deepseekmoe import (
     take_router_load,
     update_router_bias,
 )
+from modeling_deepseekmoe.experts import choose_way, run_experts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,6 +98,21 @@ def test_lora_in_bfloat16_never_waits_for_the_host(rank: int) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(p.grad.isfinite().all() for name, p in experts.named_parameters() if "lora_" in name)
+
+
+def test_selected_experts_never_wait_for_the_host() -> None:
+    model = make().to(torch.bfloat16).cuda()
+    prepare_esft(model, {1: [0, 6], 2: [3]})
+    module = model.model.layers[1].mlp.experts
+    hidden = torch.randn(64, 32, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    ids, weights = torch.rand(64, 8, device="cuda").topk(3).indices, torch.rand(64, 3, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module(hidden, ids, weights).float().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert module.selected_down_proj.grad.isfinite().all()
 
 
 def test_selected_experts_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,3 +216,112 @@ def test_routing_in_one_compiled_graph() -> None:
         logits = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
         found, expected = compiled(logits), route(logits, 8, **options)
         assert torch.equal(found.expert_ids, expected.expert_ids) and torch.equal(found.weights, expected.weights)
+
+
+# --------------------------------------------------------------------------------------------------------- the experts
+# Almost every case has sizes of its own, for which all kernels are compiled.
+@settings(GENERATED, max_examples=40)
+@given(experts_cases(most_tokens=40, dtypes=(torch.float32, torch.bfloat16, torch.float16)))
+def test_kernels_of_experts_equal_the_reference(case: ExpertsCase) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+        check_case(case, "triton", "cuda")
+
+
+def test_dropout_of_experts_has_the_right_mean_and_gradients() -> None:
+    check_dropout("triton", seeds=300, device="cuda")
+
+
+def layer_of_experts(tokens: int, rank: int = 0, dtype: torch.dtype = torch.bfloat16) -> ExpertsInputs:
+    """One that is large enough for several tiles."""
+    case = dataclasses.replace(CASE, tokens=tokens, experts=16, top_k=4, hidden=512, width=320, rank=rank, dtype=dtype)
+    return inputs_of(case, "cuda", dropout=0.1 if rank else 0.0)
+
+
+def experts_step(inputs: ExpertsInputs) -> list[torch.Tensor]:
+    """Output and gradients."""
+    for tensor in inputs.differentiable.values():
+        tensor.grad = None
+    output = run_experts(
+        inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, way="triton"
+    )
+    output.backward(inputs.grad)
+    return [output.detach(), *(tensor.grad for tensor in inputs.differentiable.values())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 16])
+def test_experts_at_size_equal_those_of_the_cpu(
+    dtype: torch.dtype, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    inputs = layer_of_experts(3000, rank, dtype)
+    inputs.adapters = [adapter and adapter._replace(dropout=0.0, seed=None) for adapter in inputs.adapters]
+    found = [tensor.cpu() for tensor in experts_step(inputs)]
+    module = copy.deepcopy(inputs.experts).cpu().float()
+    leaves = [inputs.hidden, inputs.weights, *(f for a in inputs.adapters if a is not None for f in a[:2])]
+    leaves = [leaf.detach().cpu().float().requires_grad_() for leaf in leaves]
+    factors = iter(leaves[2:])
+    adapters = [a and a._replace(factor_a=next(factors), factor_b=next(factors)) for a in inputs.adapters]
+    output = run_experts(module, leaves[0], inputs.ids.cpu(), leaves[1], adapters=adapters, way="loop")
+    output.backward(inputs.grad.cpu().float())
+    stacks = [module.gate_up_proj.grad, module.down_proj.grad]
+    expected = [output, *(leaf.grad for leaf in leaves[:2]), *stacks, *(leaf.grad for leaf in leaves[2:])]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float() - other).norm() <= EXPERTS_LOW_PRECISION.get(dtype, SAME_COMPUTATION) * other.norm()
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_experts_never_wait_are_not_compiled_again_and_have_the_same_bits(rank: int) -> None:
+    from modeling_deepseekmoe import experts_kernels
+
+    def compiled() -> int:
+        kernels = (getattr(experts_kernels, name) for name in experts_kernels.__all__)
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    experts_step(layer_of_experts(1024, rank))
+    before = compiled()
+    for tokens in (1023, 1000, 1040):
+        inputs = layer_of_experts(tokens, rank)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            runs = [experts_step(inputs) for _ in range(3)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for other in runs[1:]:
+            assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
+    assert compiled() == before
+
+
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_experts_in_a_cuda_graph(tokens: int) -> None:
+    inputs = layer_of_experts(tokens)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            experts_step(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = experts_step(inputs)
+    for seed in range(1, 4):
+        other = inputs_of(dataclasses.replace(CASE, seed=seed, tokens=tokens, experts=16, top_k=4, hidden=512,
+                                              width=320, dtype=torch.bfloat16), "cuda")  # fmt: skip
+        with torch.no_grad():
+            inputs.hidden.copy_(other.hidden)
+            inputs.ids.copy_(other.ids)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        for found, expected in zip(replayed, experts_step(inputs), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_experts_in_one_compiled_graph() -> None:
+    compiled = torch.compile(run_experts, fullgraph=True)
+    for tokens in (16, 48):
+        inputs = layer_of_experts(tokens)
+        arguments = (inputs.experts, inputs.hidden, inputs.ids, inputs.weights)
+        assert choose_way(inputs.experts, inputs.hidden, inputs.ids.numel()) == ("triton", "")
+        assert torch.equal(compiled(*arguments), run_experts(*arguments))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MLA, TINY, V3_LIKE
+from conftest import BOTH_SIZES, MLA, TINY, V3_LIKE
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tolerances import LOW_PRECISION_CHANGE, LOW_PRECISION_LOSS, MERGED_LOGITS, assert_same
@@ -25,6 +25,8 @@ from modeling_deepseekmoe import (
 )
 from modeling_deepseekmoe.lora_layers import DirectLora, ExpertLora, LinearWeightLora
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
+
+pytestmark = BOTH_SIZES
 
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))

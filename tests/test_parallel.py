@@ -20,15 +20,16 @@ PLANS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loop_from", [0, 2**18], ids=["large", "small"])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["v1-mha", "v2-lite", "v3-noaux"])
-def test_two_processes_equal_one(name: str, plan: str, tmp_path: Path) -> None:
+def test_two_processes_equal_one(name: str, plan: str, loop_from: int, tmp_path: Path) -> None:
     golden, output = Golden(name), tmp_path / "output.pt"
     model = golden.model()
     if "ep_size" in PLANS[plan] and model.config.base_model_ep_plan is None:
         pytest.skip("this transformers has no expert parallelism that works without help from the gate")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    command += [str(golden.folder), str(output), json.dumps(PLANS[plan]), json.dumps(GENERATION)]
+    command += [str(golden.folder), str(output), json.dumps(PLANS[plan]), json.dumps(GENERATION), str(loop_from)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     found = torch.load(output)
@@ -38,5 +39,9 @@ def test_two_processes_equal_one(name: str, plan: str, tmp_path: Path) -> None:
     input_ids = torch.arange(24).view(2, 12) * 3
     with torch.no_grad():
         assert_same(found["logits"], model(input_ids).logits)
+    if plan == "ep":
+        model(input_ids, labels=input_ids).loss.backward()
+        gradient = model.model.layers[-1].mlp.experts.gate_up_proj.grad
+        assert_same(found["gradient"], gradient[: len(found["gradient"])])
     generated = model.generate(input_ids[:1], attention_mask=torch.ones_like(input_ids[:1]), **GENERATION)
     assert torch.equal(found["generated"], generated)

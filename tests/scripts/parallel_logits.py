@@ -1,4 +1,5 @@
-"""Run under torchrun: spread a checkpoint over the ranks; save logits, generated tokens and the shape of a shard."""
+"""Run under torchrun: spread a checkpoint over the ranks; save logits, generated tokens, a shard of the experts' shape
+and, under expert parallelism alone, its gradient."""
 
 import json
 import sys
@@ -9,8 +10,10 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import modeling_deepseekmoe
+from modeling_deepseekmoe import experts
 
-folder, output, options, settings = sys.argv[1:]
+folder, output, options, settings, loop_from = sys.argv[1:]
+experts.LOOP_FROM = int(loop_from)
 modeling_deepseekmoe.register(override_native=True)
 distributed_config = DistributedConfig(**json.loads(options))
 model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=distributed_config).eval()
@@ -21,7 +24,12 @@ with torch.no_grad():
 logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
 stack = model.model.layers[-1].mlp.experts.gate_up_proj
 shard = tuple((stack.to_local() if hasattr(stack, "to_local") else stack).shape)
+gradient = None
+if "ep_size" in options and "fsdp_size" not in options:
+    loss = model(input_ids, labels=input_ids).loss
+    (loss.full_tensor() if hasattr(loss, "full_tensor") else loss).backward()
+    gradient = stack.grad.to_local() if hasattr(stack.grad, "to_local") else stack.grad
 if dist.get_rank() == 0:
-    torch.save({"logits": logits, "generated": generated, "shard": shard}, output)
+    torch.save({"logits": logits, "generated": generated, "shard": shard, "gradient": gradient}, output)
 dist.barrier()
 dist.destroy_process_group()

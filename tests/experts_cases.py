@@ -1,0 +1,208 @@
+"""Generated inputs for the experts, and the comparison of every way to compute them with a loop over tokens: on the
+CPU (the kernels in Triton's interpreter), and the same on a GPU."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from tolerances import DOUBLE, EXPERTS_LOW_PRECISION, SAME_COMPUTATION
+from torch import nn
+from transformers.integrations import use_experts_implementation
+
+from modeling_deepseekmoe.experts import run_experts
+from modeling_deepseekmoe.experts_loop import Adapter
+
+DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KINDS = ("random", "one expert", "elsewhere", "all elsewhere", "repeated")
+# What can have a gradient.
+LEAVES = ("hidden", "weights", "gate_up", "down", "gate_up_a", "gate_up_b", "down_a", "down_b")
+
+
+@use_experts_implementation
+class Experts(nn.Module):
+    """Stacked experts as transformers makes them."""
+
+    def __init__(self, config: SimpleNamespace, num_experts: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.num_experts, self.act_fn = num_experts, nn.SiLU()
+        self.gate_up_proj = nn.Parameter(torch.randn(num_experts, 2 * width, hidden) / hidden**0.5)
+        self.down_proj = nn.Parameter(torch.randn(num_experts, hidden, width) / width**0.5)
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Not called."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the experts, without its tensors."""
+
+    seed: int
+    kind: str
+    dtype: torch.dtype
+    tokens: int
+    experts: int
+    top_k: int
+    hidden: int
+    width: int
+    rank: int
+    adapted: str
+    strided: bool
+    masked: bool
+    trained: frozenset[str]
+
+
+@st.composite
+def cases(draw: st.DrawFn, most_tokens: int = 12, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
+    """Sizes that are no powers of two, none at all, one expert, as many choices as experts."""
+    experts = draw(st.integers(1, 7))
+    return Case(
+        seed=draw(st.integers(0, 2**20)),
+        kind=draw(st.sampled_from(KINDS)),
+        dtype=draw(st.sampled_from(dtypes)),
+        tokens=draw(st.one_of(st.sampled_from([0, 1]), st.integers(2, most_tokens))),
+        experts=experts,
+        top_k=draw(st.one_of(st.just(experts), st.integers(1, experts))),
+        hidden=draw(st.integers(1, 40)),
+        width=draw(st.integers(1, 36)),
+        rank=draw(st.sampled_from([0, 0, 1, 3, 16, 17])),
+        adapted=draw(st.sampled_from(["both", "gate_up", "down"])),
+        strided=draw(st.booleans()),
+        masked=draw(st.booleans()),
+        trained=draw(st.one_of(st.just(frozenset(LEAVES)), st.frozensets(st.sampled_from(LEAVES)))),
+    )
+
+
+@dataclass
+class Inputs:
+    """The tensors of a case."""
+
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    experts: Experts
+    adapters: list[Adapter | None]
+    grad: torch.Tensor
+
+    @property
+    def differentiable(self) -> dict[str, torch.Tensor]:
+        """Everything that can have a gradient."""
+        factors = [factor for adapter in self.adapters for factor in (adapter or (None, None))[:2]]
+        stacks = {"gate_up": self.experts.gate_up_proj, "down": self.experts.down_proj}
+        found = {
+            "hidden": self.hidden,
+            "weights": self.weights,
+            **stacks,
+            **dict(zip(LEAVES[4:], factors, strict=True)),
+        }
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def inputs_of(case: Case, device: str = "cpu", dropout: float = 0.0) -> Inputs:
+    """Random tensors, leaves that have a gradient where the case wants one."""
+    torch.manual_seed(case.seed)
+    experts = Experts(SimpleNamespace(_experts_implementation="deepseekmoe"), case.experts, case.hidden, case.width)
+    experts = experts.to(device, case.dtype)
+    hidden = torch.randn(case.tokens, 2 * case.hidden if case.strided else case.hidden).to(device, case.dtype)
+    hidden = hidden[:, ::2] if case.strided else hidden
+    ids = [torch.randperm(case.experts)[: case.top_k] for _ in range(case.tokens)]
+    ids = torch.stack(ids) if ids else torch.zeros(0, case.top_k, dtype=torch.long)
+    if case.kind == "one expert":
+        ids = torch.full_like(ids, case.experts - 1)
+    elif case.kind == "elsewhere":
+        ids = ids.masked_fill(torch.rand(ids.shape) < 0.3, case.experts)
+    elif case.kind == "all elsewhere":
+        ids = torch.full_like(ids, case.experts)
+    elif case.kind == "repeated":  # the same expert several times, which no gate chooses
+        ids = ids // 3 * 3
+    weights = torch.rand(case.tokens, case.top_k)
+    if case.masked:
+        weights[::2] = 0
+    if case.strided:
+        ids, weights = (tensor.t().contiguous().t() for tensor in (ids, weights))
+    sizes = {"gate_up": (2 * case.width, case.hidden), "down": (case.hidden, case.width)}
+    adapters: list[Adapter | None] = []
+    for name, (outside, inside) in sizes.items():
+        if not case.rank or case.adapted not in ("both", name):
+            adapters.append(None)
+            continue
+        factor_a = (torch.randn(case.experts, case.rank, inside) / inside**0.5).to(device, case.dtype)
+        factor_b = (torch.randn(outside, case.rank, case.experts) / case.rank).to(device, case.dtype)
+        factor_b = factor_b.permute(2, 0, 1)
+        seed = torch.randint(2**62, (), device=device) if dropout else None
+        adapters.append(Adapter(factor_a, factor_b, 0.7, dropout, seed))
+    grad = torch.randn(case.tokens, case.hidden).to(device, case.dtype)
+    inputs = Inputs(hidden, ids.to(device), weights.to(device), experts, adapters, grad)
+    for name, tensor in inputs.differentiable.items():
+        tensor.requires_grad_(name in case.trained)
+    return inputs
+
+
+def by_token(inputs: Inputs) -> torch.Tensor:
+    """The reference: token by token and choice by choice, in float64."""
+    rows = []
+    stacks = (inputs.experts.gate_up_proj.double(), inputs.experts.down_proj.double())
+    adapters = inputs.adapters
+    for hidden, ids, weights in zip(inputs.hidden.double(), inputs.ids, inputs.weights.double(), strict=True):
+        row = torch.zeros_like(hidden)
+        for expert, weight in zip(ids.tolist(), weights, strict=True):
+            if expert == len(stacks[0]):
+                continue
+            values = hidden
+            for number, (stack, adapter) in enumerate(zip(stacks, adapters, strict=True)):
+                product = stack[expert] @ values
+                if adapter is not None:
+                    factor_a, factor_b = adapter.factor_a[expert].double(), adapter.factor_b[expert].double()
+                    product = product + adapter.scale * (factor_b @ (factor_a @ values))
+                if number == 0:
+                    gate, up = product.chunk(2)
+                    product = F.silu(gate) * up
+                values = product
+            row = row + weight * values
+        rows.append(row)
+    return torch.stack(rows) if rows else inputs.hidden.double()
+
+
+def check_case(case: Case, way: str, device: str = "cpu") -> None:
+    """Output and all gradients of one way against the reference; those that nobody asked for do not exist."""
+    inputs = inputs_of(case, device)
+    if way not in ("triton", "loop"):
+        inputs.adapters = [None, None]
+    tensors = inputs.differentiable
+    found = run_experts(
+        inputs.experts,
+        inputs.hidden,
+        inputs.ids,
+        inputs.weights,
+        adapters=inputs.adapters,
+        way=way,
+    )
+    expected = by_token(inputs)
+    assert found.dtype == case.dtype and found.shape == expected.shape
+    close(found, expected, case.dtype, "output")
+    assert found.requires_grad == any(tensor.requires_grad for tensor in tensors.values())
+    if not found.requires_grad:
+        return
+    found.backward(inputs.grad)
+    gradients = {name: tensor.grad for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.grad = None
+    if expected.requires_grad:
+        expected.backward(inputs.grad.double())
+    for name, tensor in tensors.items():
+        if not tensor.requires_grad:
+            assert gradients[name] is None, name
+            continue
+        assert gradients[name] is not None and gradients[name].dtype == tensor.dtype, name
+        reference = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        close(gradients[name], reference, case.dtype, name)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    """By the largest value of the tensor."""
+    tolerance = {torch.float64: DOUBLE, **EXPERTS_LOW_PRECISION}.get(dtype, SAME_COMPUTATION)
+    scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
+    difference = float((found.double() - expected.double()).detach().abs().max()) if expected.numel() else 0.0
+    assert difference <= tolerance * scale, f"{name}: {difference} of {scale}"
