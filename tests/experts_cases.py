@@ -57,14 +57,16 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn, most_tokens: int = 12, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
     """Sizes that are no powers of two, none at all, one expert, as many choices as experts."""
-    experts = draw(st.integers(1, 7))
+    experts, kind = draw(st.integers(1, 7)), draw(st.sampled_from(KINDS))
+    if kind == "repeated":  # equal slots are rounded alike, and their errors add up
+        dtypes = tuple(dtype for dtype in dtypes if dtype.itemsize > 2)
     return Case(
         seed=draw(st.integers(0, 2**20)),
-        kind=draw(st.sampled_from(KINDS)),
+        kind=kind,
         dtype=draw(st.sampled_from(dtypes)),
         tokens=draw(st.one_of(st.sampled_from([0, 1]), st.integers(2, most_tokens))),
         experts=experts,
-        top_k=draw(st.one_of(st.just(experts), st.integers(1, experts))),
+        top_k=1 if kind == "one expert" else draw(st.one_of(st.just(experts), st.integers(1, experts))),
         hidden=draw(st.integers(1, 40)),
         width=draw(st.integers(1, 36)),
         rank=draw(st.sampled_from([0, 0, 1, 3, 16, 17])),
