@@ -31,8 +31,6 @@ from modeling_deepseekmoe.esft import save_scores, selection_table
 from modeling_deepseekmoe.experts import find_experts
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
 
-pytestmark = BOTH_SIZES
-
 DATA = Path(__file__).parent / "data" / "esft"
 SELECTION = {1: [6, 0], 2: [3]}
 
@@ -210,6 +208,7 @@ def train(model: nn.Module, steps: int = 3) -> torch.optim.Optimizer:
     return optimizer
 
 
+@BOTH_SIZES
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prepared_model_computes_the_same_with_the_same_gradients(name: str) -> None:
     model = make(name)
@@ -345,6 +344,7 @@ def test_experts_with_ids_of_two_digits(tmp_path: Path) -> None:
     assert_same(logits(base.eval()), logits(model.eval()))
 
 
+@BOTH_SIZES
 def test_no_gradient_of_the_whole_stack_is_ever_built() -> None:
     torch.manual_seed(0)
     config = DeepseekMoeConfig(**{**TINY, "hidden_size": 64, "moe_intermediate_size": 128, "n_routed_experts": 16})

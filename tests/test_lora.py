@@ -26,8 +26,6 @@ from modeling_deepseekmoe import (
 from modeling_deepseekmoe.lora_layers import DirectLora, ExpertLora, LinearWeightLora
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
 
-pytestmark = BOTH_SIZES
-
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -113,6 +111,7 @@ def assert_equal_to_peft(reference: PeftModel, ours: PeftModel, ids: torch.Tenso
         assert_same(gradient, expected_gradients[name], name)
 
 
+@BOTH_SIZES
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("tokens", [1, 9, 64])
 def test_outputs_and_gradients_equal_those_of_peft(name: str, tokens: int) -> None:
@@ -122,6 +121,7 @@ def test_outputs_and_gradients_equal_those_of_peft(name: str, tokens: int) -> No
     assert_equal_to_peft(reference, ours, torch.randint(3, 96, (1, tokens)))
 
 
+@BOTH_SIZES
 @pytest.mark.parametrize("parameters", [STACKS[:1], STACKS[1:], STACKS], ids=["gate_up", "down", "both"])
 @pytest.mark.parametrize("rank", [1, 3, 16])
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -130,6 +130,7 @@ def test_projections_ranks_and_scalings(parameters: list[str], rank: int, use_rs
     assert_equal_to_peft(reference, optimize_expert_lora(copy.deepcopy(reference)), IDS)
 
 
+@BOTH_SIZES
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_experts_without_tokens_have_a_gradient_of_zero(tokens: int) -> None:
     """Five of eight experts get nothing, two of the others nearly everything."""
@@ -147,6 +148,7 @@ def test_experts_without_tokens_have_a_gradient_of_zero(tokens: int) -> None:
             assert used.tolist() == [True] * 3 + [False] * 5
 
 
+@BOTH_SIZES
 def test_odd_widths() -> None:
     """Rows that are no multiple of 16 bytes, which torch's grouped product does not take."""
     torch.manual_seed(0)
@@ -157,6 +159,7 @@ def test_odd_widths() -> None:
     assert_equal_to_peft(reference, optimize_expert_lora(copy.deepcopy(reference)), IDS)
 
 
+@BOTH_SIZES
 def test_one_expert_in_all() -> None:
     torch.manual_seed(0)
     config = DeepseekMoeConfig(**{**TINY, "n_routed_experts": 1, "num_experts_per_tok": 1})
@@ -250,6 +253,7 @@ class Halves(nn.Module):
         return rows * (torch.arange(len(rows)) % 2).view(-1, 1)
 
 
+@BOTH_SIZES
 def test_dropout_falls_on_the_inputs_of_the_adapter_alone() -> None:
     """Against a loop over tokens and choices."""
     ours = direct(make(), lora_dropout=0.5).eval()
@@ -506,6 +510,7 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
         assert_same(gradients[1][name], gradient, name)
 
 
+@BOTH_SIZES
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_autocast_and_low_precision(tokens: int) -> None:
     """What the adapter changes, on a base in bfloat16 and under autocast, for few and for many slots. PEFT keeps the
@@ -528,6 +533,7 @@ def test_autocast_and_low_precision(tokens: int) -> None:
         assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters() if p.requires_grad)
 
 
+@BOTH_SIZES
 def test_compiled() -> None:
     ours = direct(make())
     expected = logits(ours.eval())
