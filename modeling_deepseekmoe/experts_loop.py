@@ -43,6 +43,11 @@ class Adapter(NamedTuple):
     seed: torch.Tensor | None = None
 
 
+def factors_of(*adapters: Adapter | None) -> list[torch.Tensor | None]:
+    """Both factors of every adapter, two `None` for one that is none."""
+    return [factor for adapter in adapters for factor in ((None, None) if adapter is None else adapter[:2])]
+
+
 class _Block(NamedTuple):
     """Slots of one expert, `permutation[slots]`; `begin` is False where they follow other slots of the same expert."""
 
@@ -197,7 +202,7 @@ def experts_backward(
     grad_hidden = torch.zeros_like(hidden, dtype=scratch.total_dtype) if needs[0] else None
     grad_weights = hidden.new_empty(len(permutation), dtype=scratch.total_dtype)
     grad_weights[offsets[-1] :] = 0  # of slots that are elsewhere
-    factors = [factor for adapter in (gate_up_adapter, down_adapter) for factor in (adapter or (None, None))[:2]]
+    factors = factors_of(gate_up_adapter, down_adapter)
     stacks = [
         torch.empty_like(stack, memory_format=torch.contiguous_format) if need and stack is not None else None
         for stack, need in zip((gate_up, down, *factors), needs[2:], strict=True)
@@ -329,4 +334,4 @@ def _add_factor_gradients(
     _add_outer(stacks[1], block, grad_rows, _inner(rows, adapter, block))
 
 
-__all__ = ["Adapter", "experts_backward", "experts_forward"]
+__all__ = ["Adapter", "experts_backward", "experts_forward", "factors_of"]

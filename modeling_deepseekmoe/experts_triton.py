@@ -21,7 +21,7 @@ from .experts_kernels import (
     outer_kernel,
     product_kernel,
 )
-from .experts_loop import Adapter
+from .experts_loop import Adapter, factors_of
 from .routing_triton import MAX_EXPERTS
 from .triton_support import power_of_two, triton, why_no_triton
 
@@ -279,7 +279,7 @@ def experts_backward_triton(
 ) -> list[torch.Tensor | None]:
     """[`experts_loop.experts_backward`] in kernels."""
     width, num_slots = down.shape[-1], len(permutation)
-    factors = [factor for adapter in (gate_up_adapter, down_adapter) for factor in (adapter or (None, None))[:2]]
+    factors = factors_of(gate_up_adapter, down_adapter)
     if not num_slots:
         inputs = (hidden, weights, gate_up, down, *factors)
         return [value.new_zeros(value.shape) if need else None for value, need in zip(inputs, needs, strict=True)]

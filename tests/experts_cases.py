@@ -12,7 +12,7 @@ from torch import nn
 from transformers.integrations import use_experts_implementation
 
 from modeling_deepseekmoe.experts import run_experts
-from modeling_deepseekmoe.experts_loop import Adapter
+from modeling_deepseekmoe.experts_loop import Adapter, factors_of
 
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = ("random", "one expert", "elsewhere", "all elsewhere", "repeated")
@@ -91,7 +91,7 @@ class Inputs:
     @property
     def differentiable(self) -> dict[str, torch.Tensor]:
         """Everything that can have a gradient."""
-        factors = [factor for adapter in self.adapters for factor in (adapter or (None, None))[:2]]
+        factors = factors_of(*self.adapters)
         stacks = {"gate_up": self.experts.gate_up_proj, "down": self.experts.down_proj}
         found = {
             "hidden": self.hidden,
