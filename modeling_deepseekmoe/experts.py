@@ -112,8 +112,7 @@ def run_experts(
     dtype = compute_dtype(gate_up)
     if way is None:
         way, reason = choose_way(experts, hidden_states, top_k_index.numel(), gate_up)
-        if not torch.compiler.is_compiling():
-            tell_way(experts, hidden_states, way, reason)
+        tell_way(experts, hidden_states, way, reason)
     if way not in WAYS or (way not in FUSED_WAYS and any(adapter is not None for adapter in adapters)):
         raise ValueError(f"way={way!r} is not allowed: one of {WAYS}, and with adapters one of {FUSED_WAYS}.")
     if way in FUSED_WAYS:
@@ -216,7 +215,8 @@ def _is_silu(activation: Any) -> bool:
 
 def tell_way(experts: nn.Module, hidden_states: torch.Tensor, way: str, reason: str) -> None:
     """Log once in which way a class of experts is computed, and why not in a fused one; a warning on a GPU."""
-    _tell(type(experts).__name__, hidden_states.device.type, way, reason)
+    if not torch.compiler.is_compiling():
+        _tell(type(experts).__name__, hidden_states.device.type, way, reason)
 
 
 @functools.cache

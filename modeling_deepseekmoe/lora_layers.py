@@ -134,11 +134,11 @@ class ExpertLora(DirectLora):
             way, reason = "grouped", "the samples of the batch have adapters of their own"
         elif not all(layer.fusible(in_use[name]) for name, layer in layers.items()):
             way, reason = "grouped", "several adapters at once have dropouts, or one has a module of its own for it"
+        way = way if way in FUSED_WAYS else "grouped"
+        tell_way(experts, hidden_states, way, reason)
         if way in FUSED_WAYS:
             adapters = [layers[name].combined(in_use[name]) if name in layers else None for name in STACKS]
-            return run_experts(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters)
-        if not torch.compiler.is_compiling():
-            tell_way(experts, hidden_states, "grouped", reason)
+            return run_experts(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters, way=way)
         tokens_of = _tokens_of_adapters(len(hidden_states), adapter_names, hidden_states.device)
         top_k, dtype = top_k_index.shape[-1], compute_dtype(experts.gate_up_proj)
         stacks = {name: getattr(experts, name).to(dtype) for name in STACKS}
