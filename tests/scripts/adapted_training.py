@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TINY
 from peft import get_peft_model
+from ranks import leave
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, expert_lora_config, prepare_esft, save_esft
 
@@ -69,8 +70,7 @@ def train(what: str, how: str, folder: str) -> None:
     if rank == 0:
         torch.save({"losses": torch.stack(losses), "trained": trained}, Path(folder) / "found.pt")
     if ranks > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

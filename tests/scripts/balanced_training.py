@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TINY, V3_LIKE
+from ranks import leave
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, LoadBalancingCallback, update_router_bias
 from modeling_deepseekmoe.bias_update import find_biased_gates
@@ -101,8 +102,7 @@ def main() -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(found, output)
     if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

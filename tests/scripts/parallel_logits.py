@@ -3,11 +3,15 @@ and, under expert parallelism alone, its gradient."""
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ranks import leave
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import experts
@@ -31,5 +35,4 @@ if "ep_size" in options and "fsdp_size" not in options:
     gradient = stack.grad.to_local() if hasattr(stack.grad, "to_local") else stack.grad
 if dist.get_rank() == 0:
     torch.save({"logits": logits, "generated": generated, "shard": shard, "gradient": gradient}, output)
-dist.barrier()
-dist.destroy_process_group()
+leave()
