@@ -190,8 +190,7 @@ def test_auto_router_dtype_follows_the_model(tiny_model: Callable) -> None:
     assert outputs.router_logits[0].dtype == torch.float32 and outputs.logits.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("variant", ["mha", "mla-noaux"])
-@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize(("variant", "implementation"), [("mha", "batched_mm"), ("mla-noaux", "grouped_mm")])
 def test_compiled_equals_eager(tiny_model: Callable, variant: str, implementation: str) -> None:
     model = tiny_model(**VARIANTS[variant]).eval()
     model.set_experts_implementation(implementation)

@@ -29,13 +29,13 @@ V3_OPTIONS = {"score_function": "sigmoid", "num_groups": 4, "top_k_groups": 2, "
               "normalize": True, "scaling_factor": 2.5}  # fmt: skip
 
 
-@settings(GENERATED, max_examples=300)
+@settings(GENERATED, max_examples=150)
 @given(cases())
 def test_generated_cases_equal_the_reference(case: Case) -> None:
     check_route(case)
 
 
-@settings(GENERATED, max_examples=60)
+@settings(GENERATED, max_examples=40)
 @given(
     tokens=st.integers(0, 40), experts=st.integers(1, 70), top_k=st.integers(1, 9), seed=st.integers(0, 2**20),
     kind=st.sampled_from(["random", "one expert", "elsewhere", "few experts"]),
