@@ -1,7 +1,10 @@
 """The same figures on a GPU. Run with `make test-gpu` where there is one."""
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,9 +21,11 @@ from tolerances import EXPERTS_LOW_PRECISION, GOLDEN_LOGITS, LOW_PRECISION_LOSS,
 
 from modeling_deepseekmoe import (
     RouterStats,
+    experts_kernels,
     group_by_expert,
     prepare_esft,
     route,
+    routing_kernels,
     take_router_load,
     update_router_bias,
 )
@@ -30,6 +35,37 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
 ]
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """An error for everything in here that waits for the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def capture(step: Callable[[], Sequence[torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, Sequence[torch.Tensor]]:
+    """A CUDA graph of a step, after three ordinary ones, and the tensors that it writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
+
+
+def compiled_kernels(module: ModuleType) -> int:
+    """How many times the kernels of a module have been compiled."""
+    kernels = (getattr(module, name) for name in module.__all__)
+    return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
 
 @pytest.mark.parametrize("implementation", EXPERTS_IMPLEMENTATIONS)
@@ -60,12 +96,9 @@ def test_counts_are_those_of_the_cpu_and_nothing_waits_for_the_host(v3: Golden) 
     on_cpu(input_ids, attention_mask=mask, labels=input_ids)
     stats = RouterStats(on_gpu)
     on_gpu(input_ids.cuda(), attention_mask=mask.cuda(), labels=input_ids.cuda()).loss.backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         load = update_router_bias(on_gpu)
         stats.add(load)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(load.tokens_per_expert.cpu(), take_router_load(on_cpu).tokens_per_expert)
     assert stats.summary()["router/entropy"] > 0
 
@@ -91,12 +124,8 @@ def test_lora_in_bfloat16_never_waits_for_the_host(rank: int) -> None:
     hidden = torch.randn(64, 32, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     ids = torch.rand(64, 8, device="cuda").topk(3).indices
     weights = torch.rand(64, 3, device="cuda")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         experts(hidden, ids, weights).float().sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(p.grad.isfinite().all() for name, p in experts.named_parameters() if "lora_" in name)
 
 
@@ -106,12 +135,8 @@ def test_selected_experts_never_wait_for_the_host() -> None:
     module = model.model.layers[1].mlp.experts
     hidden = torch.randn(64, 32, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     ids, weights = torch.rand(64, 8, device="cuda").topk(3).indices, torch.rand(64, 3, device="cuda")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         module(hidden, ids, weights).float().sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert module.selected_down_proj.grad.isfinite().all()
 
 
@@ -162,43 +187,28 @@ def routing_step(logits: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_routing_never_waits_for_the_host_and_is_not_compiled_again(dtype: torch.dtype) -> None:
-    from modeling_deepseekmoe import routing_kernels
-
-    def compiled() -> int:
-        kernels = (getattr(routing_kernels, name) for name in routing_kernels.__all__)
-        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
-
     bias = torch.randn(256, device="cuda")
     routing_step(
         torch.randn(64, 256, device="cuda", dtype=dtype, requires_grad=True), bias, torch.ones(64, device="cuda")
     )
-    before = compiled()
+    before = compiled_kernels(routing_kernels)
     for tokens in (2, 16, 30, 32, 34, 1024, 1026):
         logits = torch.randn(tokens, 256, device="cuda", dtype=dtype, requires_grad=True)
         mask = torch.ones(tokens, device="cuda")
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             routing_step(logits, bias, mask)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert compiled() == before
+    assert compiled_kernels(routing_kernels) == before
 
 
 def test_routing_in_a_cuda_graph() -> None:
     bias, mask = torch.randn(256, device="cuda"), torch.rand(512, device="cuda") > 0.2
     logits = torch.randn(512, 256, device="cuda", requires_grad=True)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            logits.grad = None
-            routing_step(logits, bias, mask)
-    torch.cuda.current_stream().wait_stream(stream)
-    logits.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = routing_step(logits, bias, mask)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        logits.grad = None
+        return routing_step(logits, bias, mask)
+
+    graph, captured = capture(step)
     for _ in range(3):
         fresh = torch.randn(512, 256, device="cuda", requires_grad=True)
         with torch.no_grad():
@@ -273,39 +283,21 @@ def test_experts_at_size_equal_those_of_the_cpu(
 
 @pytest.mark.parametrize("rank", [0, 16])
 def test_experts_never_wait_are_not_compiled_again_and_have_the_same_bits(rank: int) -> None:
-    from modeling_deepseekmoe import experts_kernels
-
-    def compiled() -> int:
-        kernels = (getattr(experts_kernels, name) for name in experts_kernels.__all__)
-        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
-
     experts_step(layer_of_experts(1024, rank))
-    before = compiled()
+    before = compiled_kernels(experts_kernels)
     for tokens in (1023, 1000, 1040):
         inputs = layer_of_experts(tokens, rank)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             runs = [experts_step(inputs) for _ in range(3)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         for other in runs[1:]:
             assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
-    assert compiled() == before
+    assert compiled_kernels(experts_kernels) == before
 
 
 @pytest.mark.parametrize("tokens", [1, 512])
 def test_experts_in_a_cuda_graph(tokens: int) -> None:
     inputs = layer_of_experts(tokens)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            experts_step(inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = experts_step(inputs)
+    graph, captured = capture(lambda: experts_step(inputs))
     for seed in range(1, 4):
         other = inputs_of(dataclasses.replace(CASE, seed=seed, tokens=tokens, experts=16, top_k=4, hidden=512,
                                               width=320, dtype=torch.bfloat16), "cuda")  # fmt: skip
