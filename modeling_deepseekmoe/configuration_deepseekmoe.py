@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .parallel_plans import PIPELINE_PLAN, tensor_parallel_plan
+from .parallel_plans import PIPELINE_PLAN, expert_parallel_size, tensor_parallel_plan
 from .remote_code import CarriesCode, as_json, auto_map_among, without_local_code
 
 ATTENTION_TYPES = ("mha", "mla")
@@ -87,7 +87,8 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
             (1e-4 there).
         router_z_loss_alpha (`float`): coefficient of the router z-loss.
         n_device_groups (`int`, *optional*): D, devices that the experts are thought to lie on, in equal groups of
-            consecutive ones; the groups of the gate when absent. The device losses and token dropping need it.
+            consecutive ones; when absent, the expert-parallel group's size, else the groups of the gate. The device
+            losses and token dropping need at least 2.
         max_devices_per_token (`int`, *optional*): M of the communication loss; when absent, `topk_group` if the
             groups of the gate are the devices, else at most K.
         token_drop_capacity_factor (`float`, *optional*): in training, drop the choices of lowest affinity beyond this
@@ -252,7 +253,8 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
     def device_groups(self) -> tuple[int, int]:
         """D, the number of devices, and M, how many of them a token is sent to at most."""
         groups, kept = self.gate_groups
-        devices = self.n_device_groups or groups
+        spread = expert_parallel_size(self)
+        devices = self.n_device_groups or (spread if spread > 1 else groups)
         limit = kept if devices == groups and kept < groups else min(devices, self.num_experts_per_tok or 1)
         return devices, self.max_devices_per_token or limit
 
@@ -429,18 +431,28 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
         self._check_integer("n_device_groups", 1, optional=True)
         self._check_integer("max_devices_per_token", 1, optional=True)
         self._check_number("token_drop_protected_share", maximum=1.0)
-        devices, limit = self.device_groups
-        if experts % devices:
+        if experts % (self.n_device_groups or 1):
             self._refuse("n_device_groups", f"it must divide n_routed_experts={experts} evenly")
-        if limit > devices:
-            self._refuse("max_devices_per_token", f"it must lie between 1 and n_device_groups={devices}")
         if self.token_drop_capacity_factor is not None:
             self._check_number("token_drop_capacity_factor")
             if self.token_drop_capacity_factor == 0:
                 self._refuse("token_drop_capacity_factor", "it must be above 0, or null for no dropping")
+        if self.n_device_groups:
+            self.check_device_groups()
+
+    def check_device_groups(self) -> None:
+        """Check that what balances devices has some to balance: with the other fields if `n_device_groups` is set,
+        else when training begins, because the expert-parallel group is not known before.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        devices, limit = self.device_groups
+        if limit > devices:
+            self._refuse("max_devices_per_token", f"it must lie between 1 and n_device_groups={devices}")
         for field in ("device_balance_alpha", "communication_balance_alpha", "token_drop_capacity_factor"):
             if getattr(self, field) and devices < 2:
-                self._refuse(field, "it needs devices to balance: set n_device_groups to at least 2")
+                self._refuse(field, "it needs n_device_groups to be at least 2, or expert parallelism")
 
 
 def _without(content: dict[str, Any], name: str) -> dict[str, Any]:

@@ -42,15 +42,8 @@ LOOP_FROM = 2**18
 BATCHED_BELOW = 2**16
 
 
-def refuse_partial(experts: nn.Module) -> None:
-    """Refuse, for adapted or partly trained experts, what a process does not hold as a whole.
-
-    Raises:
-        ValueError: under expert parallelism, where a rank holds only some of the experts, and for weights that are
-            offloaded.
-    """
-    if getattr(experts, "_is_expert_parallel", False):
-        raise ValueError("Expert parallelism is not allowed together with adapted or partly trained experts.")
+def refuse_offloaded(experts: nn.Module) -> None:
+    """Raise a `ValueError` for adapted or partly trained experts whose weights are offloaded."""
     if experts.gate_up_proj.is_meta:
         raise ValueError("Offloaded weights are not allowed together with adapted or partly trained experts.")
 
@@ -81,6 +74,9 @@ def experts_forward(
             f"experts_implementation={IMPLEMENTATION!r} is not allowed for {type(experts).__name__}: {reason}. "
             "Choose 'grouped_mm', 'batched_mm' or 'eager'."
         )
+    computes_with = experts.__dict__.get("computes_with")  # set while adapters compute on ranks that share the experts
+    if computes_with is not None:
+        return computes_with(hidden_states, top_k_index, top_k_weights)
     return run_experts(experts, hidden_states, top_k_index, top_k_weights)
 
 
@@ -254,7 +250,7 @@ __all__ = [
     "compute_dtype",
     "experts_forward",
     "find_experts",
-    "refuse_partial",
+    "refuse_offloaded",
     "register_experts",
     "run_experts",
     "tell_way",

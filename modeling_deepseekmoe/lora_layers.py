@@ -11,15 +11,18 @@ Shape letters as in `experts.py`: T tokens, D hidden, E experts, K choices, S = 
 """
 
 import copy
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import Linear as LinearLora
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .checkpoint_layout import STACKS
 from .experts import (
@@ -27,13 +30,20 @@ from .experts import (
     LAYER,
     choose_way,
     compute_dtype,
-    refuse_partial,
+    refuse_offloaded,
     run_experts,
     tell_way,
     why_unsupported,
 )
 from .experts_loop import Adapter
 from .grouped_products import GroupedSlots, alignment, grouped_linear, run_grouped
+from .parallel_adapters import (
+    LATENT_PROJECTION,
+    LocalPart,
+    hook_latent_projection,
+    linear_with_factors,
+    run_on_ranks,
+)
 
 
 class DirectLora(ParamWrapper):
@@ -70,10 +80,11 @@ class DirectLora(ParamWrapper):
                 factor_a[others.to(factor_a.device)] = 0
                 factor_b[..., others.to(factor_b.device)] = 0
 
-    def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the factors: `lora_A` as (E, r, in), `lora_B` as (out, r, E)."""
+    def factors(self, adapter_name: str, part: LocalPart | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the factors: `lora_A` as (E, r, in), `lora_B` as (out, r, E); or of a rank's part of them."""
         weight_a, weight_b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        return weight_a.unflatten(0, (self.num_experts, -1)), weight_b.unflatten(1, (-1, self.num_experts))
+        factors = weight_a.unflatten(0, (self.num_experts, -1)), weight_b.unflatten(1, (-1, self.num_experts))
+        return factors if part is None else part.of_factors(self.parameter_name, *factors)
 
     def set_dropout(self, probability: float) -> None:
         """Set the dropout of all adapters, a probability in [0, 1)."""
@@ -121,14 +132,33 @@ class ExpertLora(DirectLora):
             most one has a dropout; else one product after the other.
 
         Raises:
-            ValueError: if `adapter_names` does not fit the batch, or while adapters are merged.
+            ValueError: if `adapter_names` does not fit the batch, or while adapters are merged, or where the experts
+                are spread over ranks.
         """
         experts = self.get_base_layer()
-        layers = {layer.parameter_name: layer for layer in self.chain()}
-        in_use = {name: layer._adapters_in_use(adapter_names) for name, layer in layers.items()}
+        in_use = {layer.parameter_name: layer._adapters_in_use(adapter_names) for layer in self.chain()}
         if not any(in_use.values()):
             return experts(hidden_states, top_k_index, top_k_weights)
-        refuse_partial(experts)
+        refuse_offloaded(experts)
+        part = LocalPart.of(experts)
+        if part is None:
+            return self._run(in_use, adapter_names, None, hidden_states, top_k_index, top_k_weights)
+        if adapter_names is not None:
+            raise ValueError("adapter_names is not allowed where the experts are spread over ranks.")
+        compute = functools.partial(self._run, in_use, None, part)
+        return run_on_ranks(experts, compute, hidden_states, top_k_index, top_k_weights)
+
+    def _run(
+        self,
+        in_use: dict[str, list[str]],
+        adapter_names: list[str] | None,
+        part: LocalPart | None,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The outputs of the experts that this process holds, with the adapters in use of either projection."""
+        experts, layers = self.get_base_layer(), {layer.parameter_name: layer for layer in self.chain()}
         way, reason = choose_way(experts, hidden_states, top_k_index.numel())
         if adapter_names is not None:
             way, reason = "grouped", "the samples of the batch have adapters of their own"
@@ -137,7 +167,7 @@ class ExpertLora(DirectLora):
         way = way if way in FUSED_WAYS else "grouped"
         tell_way(experts, hidden_states, way, reason)
         if way in FUSED_WAYS:
-            adapters = [layers[name].combined(in_use[name]) if name in layers else None for name in STACKS]
+            adapters = [layers[name].combined(in_use[name], part) if name in layers else None for name in STACKS]
             return run_experts(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters, way=way)
         tokens_of = _tokens_of_adapters(len(hidden_states), adapter_names, hidden_states.device)
         top_k, dtype = top_k_index.shape[-1], compute_dtype(experts.gate_up_proj)
@@ -147,11 +177,11 @@ class ExpertLora(DirectLora):
             output = grouped_linear(rows, stacks[name], slots)
             for adapter in in_use.get(name, ()):
                 if tokens_of is None:
-                    output.add_(layers[name].delta(adapter, rows, slots))
+                    output.add_(layers[name].delta(adapter, rows, slots, part))
                 else:
-                    part = tokens_of[adapter][slots.order // top_k].nonzero().squeeze(-1)
-                    delta = layers[name].delta(adapter, rows[part], slots.select(part))
-                    output.index_add_(0, part, delta.to(output.dtype))
+                    own = tokens_of[adapter][slots.order // top_k].nonzero().squeeze(-1)
+                    delta = layers[name].delta(adapter, rows[own], slots.select(own))
+                    output.index_add_(0, own, delta.to(output.dtype))
             return output
 
         return run_grouped(experts, hidden_states, top_k_index, top_k_weights, project, len(experts.gate_up_proj))
@@ -206,10 +236,12 @@ class ExpertLora(DirectLora):
                     state_dict[prefix + key] = torch.zeros_like(module[name].weight)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def concatenated(self, adapters: list[str], weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    def concatenated(
+        self, adapters: list[str], weights: list[float], part: LocalPart | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of a weighted sum of adapters, one after the other along the rank: (E, R, in), (out, R, E)."""
         own = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in self.lora_A]
-        factors = [self.factors(name) for name, _ in own]
+        factors = [self.factors(name, part) for name, _ in own]
         scales = [weight * self.scaling[name] for name, weight in own]
         return (
             torch.cat([scale * factor_a for scale, (factor_a, _) in zip(scales, factors, strict=True)], dim=1),
@@ -222,38 +254,42 @@ class ExpertLora(DirectLora):
         known = all(type(dropout) in (nn.Dropout, nn.Identity) for dropout in dropouts)
         return known and (len(adapters) < 2 or not any(map(_probability, dropouts)))
 
-    def combined(self, adapters: list[str]) -> Adapter | None:
+    def combined(self, adapters: list[str], part: LocalPart | None = None) -> Adapter | None:
         """The sum of some adapters, which must be [`fusible`], for the fused operator; `None` without any."""
         if not adapters:
             return None
         dtype, scale = compute_dtype(self.get_param()), self.scaling[adapters[0]]
         if len(adapters) == 1:
-            factor_a, factor_b = self.factors(adapters[0])
+            factor_a, factor_b = self.factors(adapters[0], part)
         else:
-            (factor_a, factor_b), scale = self.concatenated(adapters, [1.0] * len(adapters)), 1.0
+            (factor_a, factor_b), scale = self.concatenated(adapters, [1.0] * len(adapters), part), 1.0
         dropout = _probability(self.lora_dropout[adapters[0]])
         seed = torch.randint(2**62, (), device=factor_a.device) if dropout else None
         return Adapter(factor_a.to(dtype), factor_b.permute(2, 0, 1).to(dtype), scale, dropout, seed)
 
-    def delta(self, adapter_name: str, rows: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
+    def delta(
+        self, adapter_name: str, rows: torch.Tensor, slots: GroupedSlots, part: LocalPart | None = None
+    ) -> torch.Tensor:
         """What an adapter adds to the projection.
 
         Args:
             adapter_name: of one of this layer's adapters.
             rows (`torch.Tensor` of shape (S, in)): inputs in the order of `slots`.
             slots: grouped by expert.
+            part: of the experts, if this process holds only some.
 
         Returns:
             `torch.Tensor` of shape (S, out).
         """
         dtype = compute_dtype(self.get_param())
-        factor_a, factor_b = (factor.to(dtype) for factor in self.factors(adapter_name))
+        factor_a, factor_b = (factor.to(dtype) for factor in self.factors(adapter_name, part))
         rows = self.lora_dropout[adapter_name](rows).to(dtype)
         scaling = self.scaling[adapter_name]
-        if len(rows) < self.num_experts:
-            # Few slots: only their experts' factors are read.
-            inner = torch.bmm(factor_a.index_select(0, slots.group_ids), rows.unsqueeze(-1))
-            outer = factor_b.flatten(0, 1).index_select(1, slots.group_ids).unflatten(0, factor_b.shape[:2])
+        if len(rows) < len(factor_a):
+            # Few slots: only their experts' factors are read, and any for those of experts that are elsewhere.
+            expert_ids = slots.group_ids.clamp(max=len(factor_a) - 1)
+            inner = torch.bmm(factor_a.index_select(0, expert_ids), rows.unsqueeze(-1))
+            outer = factor_b.flatten(0, 1).index_select(1, expert_ids).unflatten(0, factor_b.shape[:2])
             return (outer * (scaling * inner.squeeze(-1).t())).sum(dim=1).t()
         # One copy that makes B expert-major, instead of a strided read in every group's product.
         outer = factor_b.flatten(0, 1).t().contiguous().unflatten(1, factor_b.shape[:2])
@@ -286,8 +322,34 @@ class LinearWeightLora(DirectLora):
     def _delta(self, adapter_name: str, rows: torch.Tensor) -> torch.Tensor:
         dtype = self.get_param().dtype
         rows = self.lora_dropout[adapter_name](rows).to(dtype)
-        inner = F.linear(rows, self.lora_A[adapter_name].weight.to(dtype))
-        return F.linear(inner, self.lora_B[adapter_name].weight.to(dtype)) * self.scaling[adapter_name]
+        factors = (factor[adapter_name].weight.to(dtype) for factor in (self.lora_A, self.lora_B))
+        return linear_with_factors(self.get_param(), rows, *factors) * self.scaling[adapter_name]
+
+
+class ShardedLinearLora(LinearLora):
+    """LoRA on an `nn.Linear` whose weight is sharded, by tensor or by FSDP, over ranks that each hold the whole
+    adapter. PEFT's own takes its sizes from the shard, but for FSDP without replicas."""
+
+    def _get_in_out_features(self, module: nn.Linear) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The linear map with its adapters, as this rank has it: (..., in) becomes (..., out).
+
+        Raises:
+            ValueError: for a mixed batch, DoRA or another variant of LoRA.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None or self.lora_variant:
+            raise ValueError("Mixed batches and variants of LoRA are not allowed on sharded weights.")
+        output = self.base_layer(x, *args, **kwargs)
+        for name in () if self.disable_adapters or self.merged else self.active_adapters:
+            if name in self.lora_A:
+                factors = self.lora_A[name].weight, self.lora_B[name].weight
+                rows = self.lora_dropout[name](x).to(factors[0].dtype)
+                delta = linear_with_factors(self.base_layer.weight, rows.flatten(0, -2), *factors)
+                output = output + (delta * self.scaling[name]).view_as(output).to(output.dtype)
+        return output
 
 
 # PEFT recognises the wrappers of a parameter, which it reuses for further adapters, by the name of their class.
@@ -305,10 +367,17 @@ def create_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwa
     base_layer = target.get_base_layer() if isinstance(target, ParamWrapper) else target
     layer_class = layer_class_of(base_layer, parameter_name)
     if layer_class is not None:
+        target._hf_tp_plan = None  # from which PEFT would spread the adapter: these layers do it themselves
         return layer_class(target, adapter_name, config=config, **kwargs)
+    if type(target) is nn.Linear and isinstance(target.weight, DTensor) and not config.use_dora:
+        target._hf_tp_plan = None
+        return ShardedLinearLora(target, adapter_name, config=config, **kwargs)
     plain = copy.copy(config)
     plain._custom_modules = None
-    return LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
+    layer = LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
+    if getattr(target, "_hf_tp_plan", None) == LATENT_PROJECTION:
+        hook_latent_projection(target, layer)
+    return layer
 
 
 def layer_class_of(base_layer: nn.Module, parameter_name: str | None) -> type[DirectLora] | None:

@@ -409,6 +409,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         self, token_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, output_router_logits: bool | None
     ) -> RoutingContext:
         config, protected = self.config, None
+        if self.training and config.moe_layers:
+            config.check_device_groups()
         if self.training and config.token_drop_capacity_factor is not None:
             # Drawn once for all layers, so that a recomputed layer drops the same tokens.
             protected = torch.rand(len(inputs_embeds), device=inputs_embeds.device) < config.token_drop_protected_share

@@ -41,6 +41,11 @@ def expert_parallel_plan() -> dict[str, str] | None:
     return dict(_EXPERT_PARALLEL) if known.issuperset(_EXPERT_PARALLEL.values()) else None
 
 
+def expert_parallel_size(config: Any) -> int:
+    """Number of ranks that hold distinct experts; 1 where transformers has not spread the model over any."""
+    return getattr(getattr(config, "distributed_config", None), "ep_size", None) or 1
+
+
 def _ffn(prefix: str) -> dict[str, str]:
     return {f"{prefix}.gate_proj": "colwise", f"{prefix}.up_proj": "colwise", f"{prefix}.down_proj": "rowwise"}
 
@@ -62,4 +67,4 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
     return plan
 
 
-__all__ = ["PIPELINE_PLAN", "expert_parallel_plan", "tensor_parallel_plan"]
+__all__ = ["PIPELINE_PLAN", "expert_parallel_plan", "expert_parallel_size", "tensor_parallel_plan"]

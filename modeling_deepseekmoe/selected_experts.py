@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from .bias_update import BIAS_NAME
 from .checkpoint_layout import PROJECTIONS, STACKS
 from .esft import ExpertSelection
-from .experts import find_experts, refuse_partial, run_experts, why_unsupported
+from .experts import find_experts, refuse_offloaded, run_experts, why_unsupported
 from .folders import check_destination, read_tensors, unfinished_folder
 
 WEIGHTS_NAME, SELECTION_NAME = "esft.safetensors", "esft.json"
@@ -33,7 +33,7 @@ class SelectedExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Sum of the chosen experts' outputs, weighted; (T, D), (T, K) and (T, K) become (T, D)."""
-        refuse_partial(self)
+        refuse_offloaded(self)
         # Two passes, in each of which the experts of the other one are elsewhere.
         place = self.place_of_expert[top_k_index]
         frozen_ids = top_k_index.masked_fill(place < len(self.selected_ids), self.gate_up_proj.shape[0])

@@ -145,9 +145,15 @@ WRONG = [
     ({"n_device_groups": 2.0}, r"n_device_groups=2\.0 .* integer"),
     ({"n_device_groups": 4, "max_devices_per_token": 5}, r"max_devices_per_token=5 .* n_device_groups=4"),
     ({"n_device_groups": 4, "max_devices_per_token": 0}, r"max_devices_per_token=0 .* at least 1"),
-    ({"device_balance_alpha": 0.1}, r"device_balance_alpha=0\.1 .* n_device_groups to at least 2"),
-    ({"communication_balance_alpha": 0.1}, r"communication_balance_alpha=0\.1 .* n_device_groups"),
-    ({"token_drop_capacity_factor": 1.0}, r"token_drop_capacity_factor=1\.0 .* n_device_groups"),
+    (
+        {"device_balance_alpha": 0.1, "n_device_groups": 1},
+        r"device_balance_alpha=0\.1 .* n_device_groups",
+    ),
+    (
+        {"communication_balance_alpha": 0.1, "n_device_groups": 1},
+        r"communication_balance_alpha=0\.1 .* at least 2",
+    ),
+    ({"token_drop_capacity_factor": 1.0, "n_device_groups": 1}, r"token_drop_capacity_factor=1\.0 .* n_device_groups"),
     ({"token_drop_capacity_factor": 0, "n_device_groups": 2}, r"token_drop_capacity_factor=0 .* above 0"),
     ({"token_drop_capacity_factor": -1.0}, r"token_drop_capacity_factor=-1\.0 .* at least 0"),
     ({"token_drop_protected_share": 1.5}, r"token_drop_protected_share=1\.5 .* at most 1\.0"),

@@ -1,0 +1,174 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Adapters beside weights that transformers has spread over ranks, by tensor or by expert.
+
+Every rank holds the adapters as a whole and computes with the part that belongs to its part of the weights, so that
+their files are the ordinary ones and any number of ranks resumes from them. It has the gradient of that part alone
+then. Where the ranks of a tensor-parallel group share one batch, it is multiplied by their number here, so that the
+mean over all ranks, which Trainer takes, is the gradient.
+
+Shape letters: E experts, D hidden, I expert width, r rank.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from .experts import IMPLEMENTATION
+
+LATENT_PROJECTION = "mla_kv_a_proj"  # its style in the plans
+_Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LocalPart:
+    """The part of the stacked experts that a rank computes with.
+
+    Attributes:
+        experts (`slice`): of the E experts.
+        width (`slice`): of the I neurons of each.
+        gradient_factor (`int`): ranks that share one batch.
+    """
+
+    experts: slice
+    width: slice
+    gradient_factor: int
+
+    @classmethod
+    def of(cls, experts: nn.Module) -> "LocalPart | None":
+        """That of an experts module; `None` where its stacks are whole while it computes (FSDP gathers them)."""
+        stack = experts.gate_up_proj
+        names = (stack.device_mesh.mesh_dim_names or ()) if isinstance(stack, DTensor) else ()
+        if "ep" not in names and "tp" not in names:
+            return None
+        num_experts, columns, _ = stack.shape
+        kept, width = slice(0, num_experts), slice(0, columns // 2)
+        if "ep" in names:
+            kept = _own_chunk(num_experts, stack.device_mesh, "ep")
+        else:
+            width = _own_chunk(columns // 2, stack.device_mesh, "tp")
+        return cls(kept, width, experts.config.distributed_config.tp_size)
+
+    def of_factors(
+        self, stack: str, factor_a: torch.Tensor, factor_b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts of an adapter's factors: (E, r, in) and (out, r, E) of `gate_up_proj` or of `down_proj`."""
+        factor_a, factor_b = factor_a[self.experts], factor_b[..., self.experts]
+        if stack == "gate_up_proj":
+            factor_b = factor_b.unflatten(0, (2, -1))[:, self.width].flatten(0, 1)
+        else:
+            factor_a = factor_a[..., self.width]
+        return scale_gradient(factor_a, self.gradient_factor), scale_gradient(factor_b, self.gradient_factor)
+
+
+def _own_chunk(length: int, mesh: DeviceMesh, name: str) -> slice:
+    size = -(-length // mesh.size(mesh.mesh_dim_names.index(name)))  # as `torch.chunk` and DTensor divide
+    first = min(length, mesh.get_local_rank(name) * size)
+    return slice(first, min(length, first + size))
+
+
+def run_on_ranks(experts: nn.Module, compute: _Experts, *inputs: torch.Tensor) -> torch.Tensor:
+    """Let transformers bring the tokens to the ranks and the outputs back, and compute with `compute` in between.
+
+    Args:
+        experts: the module whose forward transformers has replaced.
+        compute: takes hidden states, ids and weights as the experts of this rank get them.
+        inputs: hidden states (T, D), global expert ids (T, K) and weights (T, K).
+
+    Raises:
+        ValueError: for another experts implementation.
+    """
+    implementation = experts.config._experts_implementation
+    if implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"experts_implementation={implementation!r} is not allowed for adapters on experts that are spread over "
+            f"ranks: it must be {IMPLEMENTATION!r}."
+        )
+    experts.computes_with = compute
+    try:
+        return experts(*inputs)
+    finally:
+        del experts.computes_with
+
+
+def _is_spread_by_tensor(weight: torch.Tensor) -> bool:
+    """Whether the ranks of a tensor-parallel group hold parts of a weight."""
+    if not isinstance(weight, DTensor) or "tp" not in (weight.device_mesh.mesh_dim_names or ()):
+        return False
+    return not weight.placements[weight.device_mesh.mesh_dim_names.index("tp")].is_replicate()
+
+
+def linear_with_factors(
+    weight: Any, rows: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor
+) -> torch.Tensor:
+    """`rows @ factor_a.T @ factor_b.T` as a linear layer of this weight gives it, which may be spread by tensor.
+
+    Args:
+        weight: that of the layer, (out, in).
+        rows (`torch.Tensor` of shape (T, in)): the layer's input, its own part of it where the columns are spread.
+        factor_a, factor_b: (r, in) and (out, r), whole.
+
+    Returns:
+        `torch.Tensor` of shape (T, out), its own part of it where the rows are spread.
+    """
+    if not _is_spread_by_tensor(weight):
+        return rows @ factor_a.t() @ factor_b.t()
+    mesh = weight.device_mesh["tp"]
+    placement = weight.placements[weight.device_mesh.mesh_dim_names.index("tp")]
+    if placement == Shard(0):
+        own = _own_chunk(len(factor_b), mesh, "tp")
+        rows = DTensor.from_local(rows, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+        factor_a, factor_b = (scale_gradient(factor, mesh.size()) for factor in (factor_a, factor_b[own]))
+        return rows @ factor_a.t() @ factor_b.t()
+    if placement == Shard(1):
+        own = _own_chunk(factor_a.shape[1], mesh, "tp")
+        inner = rows @ scale_gradient(factor_a[:, own], mesh.size()).t()
+        inner = DTensor.from_local(inner, mesh, [Partial()], run_check=False)
+        return inner.redistribute(placements=[Replicate()]).to_local() @ factor_b.t()
+    raise ValueError(f"Adapters are not allowed beside a weight that is placed as {placement}.")
+
+
+def hook_latent_projection(layer: nn.Linear, adapted: nn.Module) -> None:
+    """Move what tensor parallelism does to the gradient of MLA's latent projection from the layer to its adapted form:
+    every rank has that of its own heads, and the sum is the gradient of the adapter too.
+
+    Args:
+        layer: `kv_a_proj_with_mqa`, whose forward transformers has replaced.
+        adapted: PEFT's layer around it.
+    """
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    del layer.forward
+    adapted.config = layer.config
+    ALL_PARALLEL_STYLES[LATENT_PROJECTION].install_forward(adapted, layer._hf_device_mesh)
+    layer._hf_tp_plan = None
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, factor: int) -> torch.Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def scale_gradient(tensor: torch.Tensor, factor: int) -> torch.Tensor:
+    """The tensor itself, whose gradient is multiplied by a factor."""
+    return tensor if factor == 1 else _ScaledGradient.apply(tensor, factor)
+
+
+__all__ = [
+    "LATENT_PROJECTION",
+    "LocalPart",
+    "hook_latent_projection",
+    "linear_with_factors",
+    "run_on_ranks",
+    "scale_gradient",
+]
