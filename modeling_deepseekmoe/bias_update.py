@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .modeling_deepseekmoe import DeepseekMoeModel
 from .router_load import RouterLoad, RouterLoadCounter, count_tokens, counts_as_training
+from .sharded_files import whole_tensor
 
 UPDATES = ("sign", "centered_sign", "proportional")
 BIAS_NAME = "e_score_correction_bias"
@@ -48,8 +49,7 @@ class BiasedGate:
 
     def whole_bias(self) -> torch.Tensor:
         """The bias without gradients, put together where FSDP2 has sharded it (all ranks must call this then)."""
-        bias = self.bias.detach()
-        return bias.full_tensor() if isinstance(bias, DTensor) else bias
+        return whole_tensor(self.bias)
 
     @property
     def frozen(self) -> bool:

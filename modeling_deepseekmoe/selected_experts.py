@@ -22,6 +22,7 @@ from .checkpoint_layout import PROJECTIONS, STACKS
 from .esft import ExpertSelection
 from .experts import find_experts, refuse_offloaded, run_experts, why_unsupported
 from .folders import check_destination, read_tensors, unfinished_folder
+from .sharded_files import whole_tensor
 
 WEIGHTS_NAME, SELECTION_NAME = "esft.safetensors", "esft.json"
 
@@ -163,9 +164,9 @@ def save_esft(model: nn.Module, folder: str | Path, is_main_process: bool = True
     )
     if selection.non_expert_modules:  # with the gates their balancing bias has been trained
         others |= {name: buffer for name, buffer in model.named_buffers() if name.endswith(BIAS_NAME)}
-    tensors = {name: _whole(tensor) for name, tensor in others.items()}
+    tensors = {name: _on_cpu(tensor) for name, tensor in others.items()}
     for name, module in blocks.values():
-        gate_up_proj, down_proj = _whole(module.selected_gate_up_proj), _whole(module.selected_down_proj)
+        gate_up_proj, down_proj = _on_cpu(module.selected_gate_up_proj), _on_cpu(module.selected_down_proj)
         for place, expert in enumerate(module.selected_ids.tolist()):
             gate, up = gate_up_proj[place].chunk(2)
             for projection, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", down_proj[place])):
@@ -177,11 +178,8 @@ def save_esft(model: nn.Module, folder: str | Path, is_main_process: bool = True
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of its own on the CPU, put together where FSDP2 has sharded it."""
-    tensor = tensor.detach()
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.cpu().contiguous()
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return whole_tensor(tensor).cpu().contiguous()
 
 
 @torch.no_grad()

@@ -1,0 +1,88 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What `accelerate launch` was told about sharding, for loading straight into the shards."""
+
+import dataclasses
+import os
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
+
+def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
+    """How the processes that were launched shard a model: hand it to `from_pretrained(..., distributed_config=...)`,
+    which reads every rank's part alone, where accelerate would load the whole model first.
+
+    Read from the environment that `accelerate launch --config_file` makes of its YAML, or `torchrun` without one:
+    FSDP2 (with `fsdp_offload_params`), replicas of it and tensor parallelism (`parallelism_config`), bfloat16.
+    Accelerate's own switches for these are removed, so that nothing is sharded twice; so call it before anything of
+    accelerate, Trainer or `TrainingArguments` exists.
+
+    Args:
+        tp_size: ranks that share a batch and every layer; by default that of the `parallelism_config`, or 1.
+        ep_size: ranks that hold distinct experts, a multiple of `tp_size`.
+
+    Returns:
+        A `transformers.distributed.DistributedConfig`; `None` for one process, and for a launch that shards nothing
+        (DDP, DeepSpeed).
+
+    Raises:
+        ValueError: for an FSDP that is no FSDP2, a setting of it that belongs elsewhere, or sizes that do not fit the
+            number of processes.
+        ImportError: for a transformers whose Trainer does not train models that are sharded at loading.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    fsdp, parallel = (os.environ.get(switch, "false").lower() == "true" for switch in _SWITCHES)
+    sizes = {name: _size(f"PARALLELISM_CONFIG_{name.upper()}_SIZE") if parallel else 1 for name in _SIZES}
+    tp_size = sizes["tp"] if tp_size is None else tp_size
+    if fsdp:
+        _check_fsdp()
+    for switch in _SWITCHES:
+        os.environ.pop(switch, None)
+    if processes == 1 or not (fsdp or parallel or tp_size > 1 or ep_size > 1):
+        return None
+    from transformers.distributed import DistributedConfig
+
+    if "dp_replicate_size" not in {field.name for field in dataclasses.fields(DistributedConfig)}:
+        raise ImportError("Loading straight into shards needs transformers 5.23 or newer.")
+    replicas, rest = sizes["dp_replicate"], processes // tp_size // sizes["dp_replicate"]
+    shards = rest if fsdp or ep_size > tp_size else sizes["dp_shard"]
+    if replicas * shards * tp_size != processes or sizes["dp_shard"] not in (1, shards):
+        raise ValueError(
+            f"tp_size={tp_size}, dp_replicate_size={replicas} and dp_shard_size={sizes['dp_shard']} are not allowed "
+            f"for {processes} processes: their product must be the number of processes."
+        )
+    sharding = DistributedConfig(
+        tp_size=tp_size,
+        fsdp_size=shards,
+        dp_replicate_size=replicas,
+        ep_size=ep_size,
+        fsdp_cpu_offload=fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
+        fsdp_mixed_precision=fsdp and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16",
+    )
+    logger.info(f"transformers shards the model while it loads, and accelerate does not: {sharding}")
+    return sharding
+
+
+_SIZES = ("dp_replicate", "dp_shard", "tp")
+
+
+def _size(variable: str) -> int:
+    return max(1, int(os.environ.get(variable, "1")))
+
+
+def _check_fsdp() -> None:
+    for variable, allowed, instead in (
+        ("FSDP_VERSION", "2", "set fsdp_version: 2"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "true", "leave fsdp_reshard_after_forward: true"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "false", "use TrainingArguments(gradient_checkpointing=True)"),
+    ):
+        value = os.environ.get(variable, allowed).lower()
+        if value != allowed:
+            raise ValueError(f"{variable.lower()}={value} is not allowed with loading into shards: {instead}.")
+
+
+__all__ = ["sharding_of_launch"]

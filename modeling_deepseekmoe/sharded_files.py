@@ -1,0 +1,117 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints of models that no process holds as a whole: every rank writes some of the files."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ranks hold parts of the model's parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without gradients, put together where it is sharded; all ranks that hold a part must call this then."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    kind = tensor.device_mesh.device_type
+    tensor = tensor if tensor.device.type == kind else tensor.to(kind)  # what FSDP2 has offloaded
+    return tensor.full_tensor()
+
+
+def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int | str = "5GB") -> int:
+    """Write a checkpoint in the official layout, as `save_pretrained` does, without a process that holds the model:
+    the ranks write the files in turns, and a rank holds one file and one parameter at a time. All ranks must call it.
+
+    Args:
+        model: sharded in any way (FSDP2, tensor and expert parallelism), or not at all; no adapters and no wrapper.
+        folder: where the files go, beside others that may be there; weights of an earlier checkpoint are removed.
+        max_shard_size: bytes of a file, or a size such as `"500MB"`. A parameter, which may be a stack of experts, is
+            not divided.
+
+    Returns:
+        Bytes of all weights.
+
+    Raises:
+        ValueError: for a model that is no `PreTrainedModel`, or a size that is none.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is not allowed: save_sharded takes a PreTrainedModel.")
+    folder, state = Path(folder), _saved_state(model)
+    rank, ranks = _rank_and_ranks()
+    split = split_state_dict_into_shards_factory(
+        state,
+        get_storage_size=_size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    files = list(split.filename_to_tensors.items())
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (*folder.glob("model*.safetensors"), *folder.glob(INDEX_NAME)):
+            old.unlink()
+    _barrier()
+    for first in range(0, len(files), ranks):
+        mine: dict[str, torch.Tensor] = {}
+        for writer, (_, names) in enumerate(files[first : first + ranks]):
+            for name in names:
+                whole = whole_tensor(state[name])
+                if writer == rank:
+                    mine |= revert_weight_conversion(model, {name: whole.cpu()})
+        if mine:
+            # Experts are views of their stack: a file takes only tensors of their own.
+            mine = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in mine.items()}
+            save_file(mine, folder / files[first + rank][0], metadata={"format": "pt"})
+    if rank == 0:
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        if split.is_sharded:
+            _write_index(model, state, split.tensor_to_filename, folder / INDEX_NAME)
+    _barrier()
+    return sum(map(_size, state.values()))
+
+
+def _saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, under the model's own names: tied parameters once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    left_out = tied | set(model._keys_to_ignore_on_save or ())
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize  # of a sharded one too: the whole
+
+
+def _write_index(model: PreTrainedModel, state: dict[str, torch.Tensor], files: dict[str, str], path: Path) -> None:
+    weight_map: dict[str, str] = {}
+    for name, tensor in state.items():
+        shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        weight_map |= dict.fromkeys(revert_weight_conversion(model, {name: shape}), files[name])
+    metadata = {"total_size": sum(map(_size, state.values()))}
+    content = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _rank_and_ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+__all__ = ["is_sharded", "save_sharded", "whole_tensor"]

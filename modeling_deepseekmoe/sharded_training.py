@@ -1,0 +1,174 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Trainer's checkpoints for models that are sharded over ranks: written by all of them, resumed on any number."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.distributed import load_optimizer_distributed, save_optimizer_distributed
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from .sharded_files import is_sharded, save_sharded
+
+OPTIMIZER_FOLDER = "optimizer"
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """The last checkpoint of a Trainer's output folder that was written to its end, which is when `trainer_state.json`
+    is there and can be read; `None` if there is none.
+
+    Args:
+        folder: `TrainingArguments.output_dir`.
+    """
+    found = []
+    for checkpoint in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdigit() and _is_complete(checkpoint):
+            found.append((int(step), str(checkpoint)))
+    return max(found)[1] if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class ShardedTrainer(Trainer):
+    """transformers' Trainer, with checkpoints for models that are sharded over ranks.
+
+    The model may be sharded while it is loaded (`from_pretrained(distributed_config=...)`), wrapped by DDP, or whole.
+    Checkpoints hold the weights in the official layout, every rank writing some of the files ([`save_sharded`]), and
+    the optimizer's state by parameter in the folder `optimizer`: each resumes on any number of ranks and any layout of
+    them, for which transformers has no support. `train(resume_from_checkpoint=True)` takes the last complete one.
+    Under accelerate's own FSDP and DeepSpeed, checkpoints stay theirs. For another trainer that is built on Trainer:
+    `class Mine(ShardedTrainer, SFTTrainer)`.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
+        refused = args is not None and getattr(model, "is_distributed_loading_by_transformers", False)
+        strategy = getattr(args, "save_strategy", None)
+        if refused:
+            args.save_strategy = SaveStrategy.NO  # Trainer refuses to save the optimizer of such a model: here it can
+        try:
+            super().__init__(model, args, **kwargs)
+        finally:
+            if refused:
+                args.save_strategy = strategy
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train as Trainer does; `resume_from_checkpoint=True` goes on from the last complete checkpoint.
+
+        Raises:
+            ValueError: if there is none to resume from.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True: {self.args.output_dir} has no complete checkpoint.")
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except Exception as error:
+            if self.args.world_size > 1:
+                error.add_note(self._what_now())
+            raise
+
+    def _what_now(self) -> str:
+        last = last_complete_checkpoint(self.args.output_dir)
+        advice = (
+            f"the last complete checkpoint is {last}: resume_from_checkpoint=True goes on from it"
+            if last
+            else ("there is no complete checkpoint yet")
+        )
+        return (
+            f"Rank {self.args.process_index} of {self.args.world_size} stopped after step {self.state.global_step}. "
+            f"A broken connection or a timeout (ddp_timeout={self.args.ddp_timeout} s) means that another rank ended "
+            f"or hangs: look for its message. In {self.args.output_dir} {advice}."
+        )
+
+    @property
+    def _own_checkpoints(self) -> bool:
+        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if not (self._own_checkpoints and isinstance(model, PreTrainedModel) and is_sharded(model)):
+            return super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        save_sharded(model, folder)
+        if self.args.should_save:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        return None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._own_checkpoints:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer_distributed(self.model, self._plain_optimizer, str(Path(output_dir) / OPTIMIZER_FOLDER))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._own_checkpoints:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder = Path(checkpoint) / OPTIMIZER_FOLDER
+        if not folder.is_dir():
+            if is_sharded(self.model):
+                raise ValueError(f"{checkpoint} is not allowed: a sharded model resumes from a folder {folder.name}.")
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer_distributed(self.model, self._plain_optimizer, str(folder))
+        state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        # Another layout of the ranks divides the same parameters into other groups, of the same learning rates.
+        groups = len(self._plain_optimizer.param_groups)
+        if len(state["base_lrs"]) != groups:
+            state = {name: value for name, value in state.items() if name not in ("base_lrs", "_last_lr")}
+            if "lr_lambdas" in state:
+                state["lr_lambdas"] = [None] * groups
+        self.lr_scheduler.load_state_dict(state)
+        return None
+
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if not (isinstance(model, PreTrainedModel) and is_sharded(model)):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_in_place(model, resume_from_checkpoint)
+        return None
+
+    def _load_best_model(self) -> None:
+        if not (isinstance(self.model, PreTrainedModel) and is_sharded(self.model)):
+            return super()._load_best_model()
+        load_in_place(self.model, self.state.best_model_checkpoint)
+        return None
+
+
+@torch.no_grad()
+def load_in_place(model: PreTrainedModel, folder: str | Path) -> None:
+    """Give a model that was sharded while it was loaded the weights of another checkpoint, every rank its own part.
+
+    Beside the model, a second one of the same parts is in memory meanwhile; before training begins, gradients and the
+    optimizer's state, which need more, are not.
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    other = type(model).from_pretrained(
+        folder,
+        distributed_config=model.config.distributed_config,
+        dtype=torch.float32 if torch.float32 in dtypes else model.dtype,
+    )
+    source = other.state_dict()
+    for name, target in model.state_dict().items():
+        target.copy_(source.pop(name))
+
+
+__all__ = ["ShardedTrainer", "last_complete_checkpoint", "load_in_place"]
