@@ -369,13 +369,16 @@ def create_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwa
     if layer_class is not None:
         target._hf_tp_plan = None  # from which PEFT would spread the adapter: these layers do it themselves
         return layer_class(target, adapter_name, config=config, **kwargs)
+    plan = getattr(target, "_hf_tp_plan", None)
+    layer: nn.Module
     if type(target) is nn.Linear and isinstance(target.weight, DTensor) and not config.use_dora:
         target._hf_tp_plan = None
-        return ShardedLinearLora(target, adapter_name, config=config, **kwargs)
-    plain = copy.copy(config)
-    plain._custom_modules = None
-    layer = LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
-    if getattr(target, "_hf_tp_plan", None) == LATENT_PROJECTION:
+        layer = ShardedLinearLora(target, adapter_name, config=config, **kwargs)
+    else:
+        plain = copy.copy(config)
+        plain._custom_modules = None
+        layer = LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
+    if plan == LATENT_PROJECTION:
         hook_latent_projection(target, layer)
     return layer
 

@@ -2,6 +2,8 @@
 """Trainer's checkpoints for models that are sharded over ranks: written by all of them, resumed on any number."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,8 @@ class ShardedTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._own_checkpoints:
             return super()._save_optimizer_and_scheduler(output_dir)
-        save_optimizer_distributed(self.model, self._plain_optimizer, str(Path(output_dir) / OPTIMIZER_FOLDER))
+        with _without_empty_groups(self._plain_optimizer) as optimizer:
+            save_optimizer_distributed(self.model, optimizer, str(Path(output_dir) / OPTIMIZER_FOLDER))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
         return None
@@ -124,7 +127,8 @@ class ShardedTrainer(Trainer):
             if is_sharded(self.model):
                 raise ValueError(f"{checkpoint} is not allowed: a sharded model resumes from a folder {folder.name}.")
             return super()._load_optimizer_and_scheduler(checkpoint)
-        load_optimizer_distributed(self.model, self._plain_optimizer, str(folder))
+        with _without_empty_groups(self._plain_optimizer) as optimizer:
+            load_optimizer_distributed(self.model, optimizer, str(folder))
         state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         # Another layout of the ranks divides the same parameters into other groups, of the same learning rates.
         groups = len(self._plain_optimizer.param_groups)
@@ -151,6 +155,18 @@ class ShardedTrainer(Trainer):
             return super()._load_best_model()
         load_in_place(self.model, self.state.best_model_checkpoint)
         return None
+
+
+@contextmanager
+def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
+    """Trainer makes groups that may have no parameters; torch's distributed state dicts have no place for these."""
+    empty = [(idx, group) for idx, group in enumerate(optimizer.param_groups) if not group["params"]]
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    try:
+        yield optimizer
+    finally:
+        for idx, group in empty:
+            optimizer.param_groups.insert(idx, group)
 
 
 @torch.no_grad()

@@ -1,14 +1,14 @@
 """Train with ShardedTrainer, alone or under torchrun, and save what happened. The one argument is JSON:
 
-    checkpoint    folder to load from
-    output        the trainer's folder; `<output>.pt` gets losses, gradient norms, biases and counts of every step
-    sharding      arguments of a DistributedConfig; {} for DDP, or for one process
-    what          "full", "lora" (experts, shared experts and attention) or "gathered" (full, saved by save_pretrained)
-    steps, save   how many steps, and after which number of steps a checkpoint is written; 0: none
-    resume        go on from the last complete checkpoint
-    hurt          [rank, step, how]: what happens to that rank when the step begins: "kill", "hang", or "kill-saving"
-                  when a checkpoint is written after it
-    timeout       seconds after which a rank gives up waiting for the others
+checkpoint    folder to load from
+output        the trainer's folder; `<output>.pt` gets losses, gradient norms, biases and counts of every step
+sharding      arguments of a DistributedConfig; {} for DDP, or for one process
+what          "full", "lora" (experts, shared experts and attention) or "gathered" (full, saved by save_pretrained)
+steps, save   how many steps, and after which number of steps a checkpoint is written; 0: none
+resume        go on from the last complete checkpoint
+hurt          [rank, step, how]: what happens to that rank when the step begins: "kill", "hang", or "kill-saving"
+              when a checkpoint is written after it
+timeout       seconds after which a rank gives up waiting for the others
 """
 
 import json
@@ -86,7 +86,8 @@ def main(settings: dict[str, Any]) -> None:
     if settings.get("what") == "lora":
         torch.manual_seed(0)
         model = get_peft_model(
-            model, expert_lora_config(model, r=4, target_modules=("self_attn", "shared_experts"), init_lora_weights=False)
+            model,
+            expert_lora_config(model, r=4, target_modules=("self_attn", "shared_experts"), init_lora_weights=False),
         )
     rows = torch.randint(3, 96, (STEPS * GLOBAL_BATCH, 16), generator=torch.Generator().manual_seed(3))
     rows[:, 12:] = 0
