@@ -4,11 +4,14 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.distributed import load_optimizer_distributed, save_optimizer_distributed
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -74,6 +77,7 @@ class ShardedTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True: {self.args.output_dir} has no complete checkpoint.")
+        set_timeout(self.model, self.args.ddp_timeout)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except Exception as error:
@@ -155,6 +159,14 @@ class ShardedTrainer(Trainer):
             return super()._load_best_model()
         load_in_place(self.model, self.state.best_model_checkpoint)
         return None
+
+
+def set_timeout(model: nn.Module, seconds: float) -> None:
+    """Let the ranks wait for each other that long in a model's own groups, which torch makes with its own default
+    (half an hour under gloo, ten minutes under NCCL), whatever that of the first group is."""
+    meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
+    for group in {group for mesh in meshes for group in mesh.get_all_groups()}:
+        _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 @contextmanager
