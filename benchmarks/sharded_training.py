@@ -101,7 +101,9 @@ def train(folder: str, method: str, output: str) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **sharding)
     loading, loaded = memory.peak_since(), memory.now() - memory.base
     if method == "lora":
-        model = get_peft_model(model, expert_lora_config(model, r=RANK, target_modules=("self_attn", "shared_experts")))
+        model = get_peft_model(
+            model, expert_lora_config(model, r=RANK, target_modules=("self_attn", "shared_experts"))
+        )
     ShardedTrainer(model, arguments, train_dataset=Blocks()).train()
     found = {"loading": loading, "loaded": loaded, "training": memory.peak_since(), "resident": memory.read("VmHWM")}
     Path(f"{output}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found), encoding="utf-8")
@@ -166,7 +168,9 @@ def report(rows: list[dict[str, Any]], parameters: int) -> None:
     kept = {
         "full training needs at most 60% of one process": alone["full"] and sharded[0]["share"] <= MOST_OF_ONE_PROCESS,
         "so does all resident memory": sharded[0]["resident_share"] <= MOST_OF_ONE_PROCESS,
-        "loading needs at most the shard and one layer": all(row["loading"] <= row["loaded"] + layer for row in sharded),
+        "loading needs at most the shard and one layer": all(
+            row["loading"] <= row["loaded"] + layer for row in sharded
+        ),
         "the plan is within 15%": all(abs(row["off"]) <= MOST_OFF for row in rows),
     }
     for limit, is_kept in kept.items():

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .bias_update import BIAS_NAME
 from .checkpoint_layout import PROJECTIONS, STACKS
 from .esft import ExpertSelection
 from .experts import find_experts, refuse_offloaded, run_experts, why_unsupported
 from .folders import check_destination, read_tensors, unfinished_folder
+from .parallel_adapters import LocalPart
 from .sharded_files import whole_tensor
 
 WEIGHTS_NAME, SELECTION_NAME = "esft.safetensors", "esft.json"
@@ -55,20 +56,26 @@ class SelectedExperts(nn.Module):
     def read_again(self) -> None:
         """Take the weights from the stack: the other way round."""
         for name in STACKS:
-            getattr(self, f"selected_{name}").copy_(getattr(self, name)[self.selected_ids])
+            getattr(self, f"selected_{name}").copy_(whole_tensor(getattr(self, name))[self.selected_ids])
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Copy the trained weights to their places in the stack, which does not compute with them.
+        """Copy the trained weights to their places in the stack, which does not compute with them. Where the stack is
+        sharded, all ranks must call this.
 
         Raises:
-            ValueError: where FSDP2 has sharded the parameters.
+            ValueError: where FSDP2 has sharded the trained weights too.
         """
         for name in STACKS:
             stack, trained = getattr(self, name), getattr(self, f"selected_{name}")
             if isinstance(trained, DTensor):
                 raise ValueError("A state dict is not allowed while FSDP shards selected experts: call save_esft.")
-            stack.data[self.selected_ids] = trained.to(stack)
+            if isinstance(stack, DTensor):
+                whole = whole_tensor(stack)
+                whole[self.selected_ids] = trained.to(whole)
+                stack.copy_(distribute_tensor(whole, stack.device_mesh, stack.placements, src_data_rank=None))
+            else:
+                stack.data[self.selected_ids] = trained.to(stack)
 
 
 def prepare_esft(model: nn.Module, experts: str | Path | Mapping[int, Sequence[int]] | ExpertSelection) -> None:
@@ -88,6 +95,8 @@ def prepare_esft(model: nn.Module, experts: str | Path | Mapping[int, Sequence[i
         reason = why_unsupported(module)
         if model.get_submodule(name) is not module:
             reason = "it has an adapter; merge or unload that first"
+        if LocalPart.of(module) is not None:
+            reason = "it is spread by expert or by tensor; FSDP is the sharding that ESFT takes"
         if reason is not None:
             raise ValueError(f"{name} ({type(module).__name__}) is not allowed for full-weight ESFT: {reason}.")
     for name, parameter in model.named_parameters():
@@ -106,7 +115,7 @@ def _install(experts: nn.Module, ids: list[int]) -> None:
     experts.register_buffer("selected_ids", selected, persistent=False)
     experts.register_buffer("place_of_expert", places, persistent=False)  # N for those that are not selected
     for name in STACKS:
-        experts.register_parameter(f"selected_{name}", nn.Parameter(getattr(experts, name).detach()[selected]))
+        experts.register_parameter(f"selected_{name}", nn.Parameter(whole_tensor(getattr(experts, name))[selected]))
     # After the hook that stacks the official per-expert tensors, which is there from the beginning.
     experts.esft_hook = experts.register_load_state_dict_pre_hook(_select_from_state)
     plain = type(experts)

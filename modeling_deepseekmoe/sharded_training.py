@@ -17,6 +17,7 @@ from transformers.distributed import load_optimizer_distributed, save_optimizer_
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from .selected_experts import SelectedExperts
 from .sharded_files import is_sharded, save_sharded
 
 OPTIMIZER_FOLDER = "optimizer"
@@ -197,6 +198,9 @@ def load_in_place(model: PreTrainedModel, folder: str | Path) -> None:
     source = other.state_dict()
     for name, target in model.state_dict().items():
         target.copy_(source.pop(name))
+    for module in model.modules():
+        if isinstance(module, SelectedExperts):
+            module.read_again()
 
 
 __all__ = ["ShardedTrainer", "last_complete_checkpoint", "load_in_place"]

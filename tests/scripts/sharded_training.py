@@ -30,7 +30,13 @@ from peft import get_peft_model
 from ranks import leave
 from test_trainer import Rows
 
-from modeling_deepseekmoe import LoadBalancingCallback, ShardedTrainer, expert_lora_config, sharded_training
+from modeling_deepseekmoe import (
+    LoadBalancingCallback,
+    ShardedTrainer,
+    expert_lora_config,
+    prepare_esft,
+    sharded_training,
+)
 from modeling_deepseekmoe.bias_update import find_biased_gates
 from modeling_deepseekmoe.router_load import RouterLoad
 
@@ -89,6 +95,8 @@ def main(settings: dict[str, Any]) -> None:
             model,
             expert_lora_config(model, r=4, target_modules=("self_attn", "shared_experts"), init_lora_weights=False),
         )
+    elif settings.get("what") == "esft":
+        prepare_esft(model, {1: [0, 6], 2: [3]})
     rows = torch.randint(3, 96, (STEPS * GLOBAL_BATCH, 16), generator=torch.Generator().manual_seed(3))
     rows[:, 12:] = 0
     data = Rows(input_ids=rows, labels=rows.masked_fill(rows == 0, -100), attention_mask=(rows != 0).long())
