@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import ShardedTrainer, expert_lora_config, sharding_of_launch
@@ -50,6 +50,7 @@ def main(
         logging_steps=1,
         save_steps=save_steps,
         report_to="none",
+        use_cpu=not torch.accelerator.is_available(),  # processes without a GPU do not find each other otherwise
     )
     modeling_deepseekmoe.register(override_native=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -62,6 +63,7 @@ def main(
         arguments,
         train_dataset=TokenBlocks(reference_blocks(tokenizer, block_size)[0]),
         processing_class=tokenizer,
+        data_collator=default_data_collator,  # the blocks have one length
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output / "adapter"))

@@ -2,6 +2,7 @@
 """Trainer's checkpoints for models that are sharded over ranks: written by all of them, resumed on any number."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -55,9 +56,18 @@ class ShardedTrainer(Trainer):
     them, for which transformers has no support. `train(resume_from_checkpoint=True)` takes the last complete one.
     Under accelerate's own FSDP and DeepSpeed, checkpoints stay theirs. For another trainer that is built on Trainer:
     `class Mine(ShardedTrainer, SFTTrainer)`.
+
+    Raises:
+        ValueError: for arguments that know of fewer processes than were launched.
     """
 
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if args is not None and args.world_size != launched:
+            raise ValueError(
+                f"TrainingArguments.world_size={args.world_size} is not allowed where {launched} processes were "
+                "launched: every one would train alone. Without a GPU, set TrainingArguments(use_cpu=True)."
+            )
         refused = args is not None and getattr(model, "is_distributed_loading_by_transformers", False)
         strategy = getattr(args, "save_strategy", None)
         if refused:
