@@ -1,4 +1,4 @@
-"""Memory of loading and training a model of a billion parameters, alone and sharded over ranks, and the planner's word.
+"""Memory of loading and training a model of a billion parameters, alone and sharded over ranks, and as planned.
 
 A random `deepseekmoe` model in float32 (12 layers of 1024, 32 routed experts of width 704, two shared ones) is written
 once, then loaded and trained for two steps of AdamW by `ShardedTrainer`: alone, and by two gloo processes that FSDP2
@@ -28,7 +28,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, ShardedTrainer, expert_lora_config
-from modeling_deepseekmoe.planning import plan_memory
+from modeling_deepseekmoe.planning import Layout, plan_memory
 
 RESULTS = Path(__file__).parent / "results" / "sharded_training.json"
 CONFIG = {
@@ -139,8 +139,8 @@ def main() -> None:
         rows = []
         for method, ranks in CASES:
             plan = plan_memory(
-                config, method=method, fsdp_size=ranks, weights="float32", lora_rank=RANK, tokens=TOKENS[0] * TOKENS[1],
-                lora_targets=("self_attn", "shared_experts", "experts"), checkpointing=False, cuda=False,
+                config, Layout("", shards=ranks), method=method, weights="float32", compute="float32", lora_rank=RANK,
+                tokens=TOKENS[0] * TOKENS[1], checkpointing=False, cuda=False,
             )  # fmt: skip
             measured = measure(str(folder), method, ranks, Path(scratch))
             rows.append({"method": method, "ranks": ranks, **measured, "planned": plan.total, "parts": plan.parts})

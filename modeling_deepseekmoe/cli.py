@@ -46,11 +46,34 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Also read every weight, as `deepseekmoe verify`.")] = False,
     lora_rank: Annotated[int, typer.Option(help="Rank for the LoRA memory figure.")] = 16,
+    gpus: Annotated[int | None, typer.Option(help="Plan training on that many GPUs instead.")] = None,
+    gpu_memory: Annotated[str, typer.Option(help="Of one GPU, as 80GB.")] = "80GB",
+    gpus_per_machine: Annotated[int, typer.Option(help="GPUs with fast links between them.")] = 8,
+    method: Annotated[str, typer.Option(help="full, lora or esft.")] = "full",
+    esft_share: Annotated[float, typer.Option(help="Share of the routed experts that ESFT trains.")] = 0.1,
+    tokens: Annotated[int, typer.Option(help="Tokens of one micro-batch on one GPU.")] = 4096,
 ) -> None:
-    """Show parameters, FLOPs, cache and memory of a preset or a checkpoint folder."""
+    """Show parameters, FLOPs, cache and memory of a preset or a checkpoint folder, or which training fits."""
     from .inspection import inspect_model
 
     with exit_codes():
+        if gpus is not None:
+            if check:
+                raise ValueError("--check is not allowed together with --gpus.")
+            from .planning import plan_table, plan_training
+
+            plans = plan_training(
+                name_or_folder,
+                gpus=gpus,
+                gpu_memory=gpu_memory,
+                gpus_per_machine=gpus_per_machine,
+                method=method,
+                lora_rank=lora_rank,
+                esft_share=esft_share,
+                tokens=tokens,
+            )
+            typer.echo(json.dumps([plan.to_dict() for plan in plans], indent=2) if as_json else plan_table(plans))
+            return
         report = inspect_model(name_or_folder, lora_rank=lora_rank)
         typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
         if check:

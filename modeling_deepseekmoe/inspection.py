@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from modeling_deepseekmoe.configuration import list_presets, load_config, read_preset
+from modeling_deepseekmoe.configuration import Preset, list_presets, load_config, read_preset
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
 
@@ -110,36 +110,41 @@ def inspect_model(name_or_folder: str | Path, lora_rank: int = 16) -> ModelRepor
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank={lora_rank} is not allowed: it must be at least 1.")
+    found = _named(name_or_folder)
+    return report_on(found.config, found.name, ffn_multiple=found.ffn_multiple, lora_rank=lora_rank)
+
+
+def config_named(name_or_folder: str | Path) -> DeepseekMoeConfig:
+    """The config of a preset or of a folder; raises `ValueError` for a name that is neither."""
+    return _named(name_or_folder).config
+
+
+def _named(name_or_folder: str | Path) -> Preset:
     folder, is_preset = Path(name_or_folder), str(name_or_folder) in list_presets()
     if (folder / "config.json").is_file() or (folder.is_dir() and not is_preset):
-        return report_on(load_config(folder), str(folder), lora_rank=lora_rank)
+        return Preset(str(folder), load_config(folder), "", None)
     if not is_preset:
         raise ValueError(
             f"{str(name_or_folder)!r} is not allowed: it must be a folder with a config.json, or one of the presets "
             f"{', '.join(list_presets())}."
         )
-    preset = read_preset(str(name_or_folder))
-    return report_on(preset.config, preset.name, ffn_multiple=preset.ffn_multiple, lora_rank=lora_rank)
+    return read_preset(str(name_or_folder))
 
 
 def report_on(
     config: DeepseekMoeConfig, name: str, ffn_multiple: float | None = None, lora_rank: int = 16
 ) -> ModelReport:
     """The figures of a config; `ffn_multiple` overrides the value that the config's widths give."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    parameters = dict(model.named_parameters())  # a tied parameter appears once
-    biases = sum(buffer.numel() for key, buffer in model.named_buffers() if key.endswith("e_score_correction_bias"))
+    parameters = meta_parameters(config)
+    biased = config.topk_method == "noaux_tc"
+    biases = len(config.moe_layers) * config.n_routed_experts if biased and config.moe_layers else 0
     total = sum(parameter.numel() for parameter in parameters.values()) + biases
     routed = _count(parameters, ".mlp.experts.")
     embedding = _count(parameters, "embed_tokens", "lm_head")
     input_embedding = 0 if config.tie_word_embeddings else _count(parameters, "embed_tokens")
     inactive = routed * (1 - config.num_experts_per_tok / config.n_routed_experts) if routed else 0
     activated = total - round(inactive)
-    lora = sum(_lora_parameters(key, parameter, lora_rank) for key, parameter in parameters.items())
+    lora = sum(lora_parameters(key, parameter, lora_rank) for key, parameter in parameters.items())
     multiple = ffn_multiple if ffn_multiple is not None else _ffn_multiple(config)
     cache = kv_cache_elements_per_token(config)
     return ModelReport(
@@ -163,6 +168,16 @@ def report_on(
         lora_bytes=round(total * BYTES_PER_ELEMENT["bfloat16"]) + _ADAMW_BYTES * lora,
         full_bytes=_ADAMW_BYTES * total,
     )
+
+
+def meta_parameters(config: DeepseekMoeConfig) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a language model on the meta device, a tied one once."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return dict(model.named_parameters())
 
 
 def training_flops(layers: int, hidden: int, vocabulary: int, ffn_multiple: float, tokens: int) -> float:
@@ -192,7 +207,7 @@ def _ffn_multiple(config: DeepseekMoeConfig) -> float:
     return 3 * width / (8 * config.hidden_size)
 
 
-def _lora_parameters(key: str, parameter: torch.nn.Parameter, rank: int) -> int:
+def lora_parameters(key: str, parameter: torch.nn.Parameter, rank: int) -> int:
     """Size of a LoRA on this parameter: 0 for embeddings, head, gate and vectors."""
     if parameter.ndim < 2 or key.endswith("mlp.gate.weight") or "embed_tokens" in key or "lm_head" in key:
         return 0

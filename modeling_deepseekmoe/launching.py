@@ -42,6 +42,9 @@ def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
         _check_fsdp()
     for switch in _SWITCHES:
         os.environ.pop(switch, None)
+    offload = fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+    if offload and processes == 1:
+        raise ValueError("fsdp_offload_params=true is not allowed for one process: it takes at least two.")
     if processes == 1 or not (fsdp or parallel or tp_size > 1 or ep_size > 1):
         return None
     from transformers.distributed import DistributedConfig
@@ -60,7 +63,7 @@ def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
         fsdp_size=shards,
         dp_replicate_size=replicas,
         ep_size=ep_size,
-        fsdp_cpu_offload=fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
+        fsdp_cpu_offload=offload,
         fsdp_mixed_precision=fsdp and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16",
     )
     logger.info(f"transformers shards the model while it loads, and accelerate does not: {sharding}")

@@ -3,7 +3,8 @@
 checkpoint    folder to load from
 output        the trainer's folder; `<output>.pt` gets losses, gradient norms, biases and counts of every step
 sharding      arguments of a DistributedConfig; {} for DDP, or for one process
-what          "full", "lora" (experts, shared experts and attention) or "gathered" (full, saved by save_pretrained)
+what          "full", "lora" (experts, shared experts and attention), "esft" (three experts), or "gathered": full,
+              saved by save_pretrained
 steps, save   how many steps, and after which number of steps a checkpoint is written; 0: none
 resume        go on from the last complete checkpoint
 hurt          [rank, step, how]: what happens to that rank when the step begins: "kill", "hang", or "kill-saving"
@@ -80,8 +81,9 @@ def main(settings: dict[str, Any]) -> None:
     batches = ranks // sharding.get("tp_size", 1)
     output = Path(settings["output"])
     arguments = TrainingArguments(
-        str(output), max_steps=settings.get("steps", STEPS), per_device_train_batch_size=GLOBAL_BATCH // batches // ACCUMULATE,
-        gradient_accumulation_steps=ACCUMULATE, save_strategy="steps" if settings.get("save") else "no",
+        str(output), max_steps=settings.get("steps", STEPS), gradient_accumulation_steps=ACCUMULATE,
+        per_device_train_batch_size=GLOBAL_BATCH // batches // ACCUMULATE,
+        save_strategy="steps" if settings.get("save") else "no",
         save_steps=settings.get("save") or 500, use_cpu=True, learning_rate=1e-3, lr_scheduler_type="constant",
         logging_steps=1, disable_tqdm=True, seed=7, report_to="none", ddp_timeout=settings.get("timeout", 120),
     )  # fmt: skip
