@@ -313,7 +313,8 @@ def _layouts(config: DeepseekMoeConfig, gpus: int, in_machine: int, method: str)
     spreads = config.n_routed_experts and config.n_routed_experts % in_machine == 0 and method != "esft"
     if spreads and in_machine > 1:
         yield Layout(f"{sharded} --ep-size {in_machine}", shards=gpus, ep_size=in_machine)
-    yield Layout("fsdp2_cpu_offload.yaml", shards=gpus, offload=True)
+    if method == "full":  # adapters and selected experts are made where the base lies, which would be the CPU
+        yield Layout("fsdp2_cpu_offload.yaml", shards=gpus, offload=True)
 
 
 def _bytes_of(size: str | int) -> int:

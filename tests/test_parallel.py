@@ -16,6 +16,7 @@ PLANS = {
     "tp": {"tp_size": 2, "tp_plan": "auto"},
     "ep": {"tp_size": 2, "ep_size": 2},
     "fsdp-ep": {"fsdp_size": 2, "ep_size": 2},
+    "pp": {"pp_size": 2},
 }
 
 
@@ -33,15 +34,18 @@ def test_two_processes_equal_one(name: str, plan: str, loop_from: int, tmp_path:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     found = torch.load(output)
-    whole = tuple(model.model.layers[-1].mlp.experts.gate_up_proj.shape)
-    halved = (whole[0], whole[1] // 2, whole[2]) if plan == "tp" else (whole[0] // 2, *whole[1:])
-    assert found["shard"] == halved
     input_ids = torch.arange(24).view(2, 12) * 3
     with torch.no_grad():
         assert_same(found["logits"], model(input_ids).logits)
+    generated = model.generate(input_ids[:1], attention_mask=torch.ones_like(input_ids[:1]), **GENERATION)
+    assert torch.equal(found["generated"], generated)
+    if plan == "pp":
+        assert 0 < found["layers"] < model.config.num_hidden_layers
+        return
+    whole = tuple(model.model.layers[-1].mlp.experts.gate_up_proj.shape)
+    halved = (whole[0], whole[1] // 2, whole[2]) if plan == "tp" else (whole[0] // 2, *whole[1:])
+    assert found["shard"] == halved
     if plan == "ep":
         model(input_ids, labels=input_ids).loss.backward()
         gradient = model.model.layers[-1].mlp.experts.gate_up_proj.grad
         assert_same(found["gradient"], gradient[: len(found["gradient"])])
-    generated = model.generate(input_ids[:1], attention_mask=torch.ones_like(input_ids[:1]), **GENERATION)
-    assert torch.equal(found["generated"], generated)

@@ -1,5 +1,5 @@
-"""Run under torchrun: spread a checkpoint over the ranks; save logits, generated tokens, a shard of the experts' shape
-and, under expert parallelism alone, its gradient."""
+"""Run under torchrun: spread a checkpoint over the ranks; save logits, generated tokens, the number of layers here, a
+shard of the experts' shape and, under expert parallelism alone, its gradient."""
 
 import json
 import sys
@@ -15,6 +15,7 @@ from ranks import leave
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import experts
+from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeDecoderLayer
 
 folder, output, options, settings, loop_from = sys.argv[1:]
 experts.LOOP_FROM = int(loop_from)
@@ -26,13 +27,16 @@ with torch.no_grad():
     logits = model(input_ids).logits
     generated = model.generate(input_ids[:1], attention_mask=torch.ones_like(input_ids[:1]), **json.loads(settings))
 logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
-stack = model.model.layers[-1].mlp.experts.gate_up_proj
-shard = tuple((stack.to_local() if hasattr(stack, "to_local") else stack).shape)
-gradient = None
+layers = sum(isinstance(layer, DeepseekMoeDecoderLayer) for layer in model.model.layers)  # of this pipeline stage
+shard = gradient = None
+if "pp_size" not in options:
+    stack = model.model.layers[-1].mlp.experts.gate_up_proj
+    shard = tuple((stack.to_local() if hasattr(stack, "to_local") else stack).shape)
 if "ep_size" in options and "fsdp_size" not in options:
     loss = model(input_ids, labels=input_ids).loss
     (loss.full_tensor() if hasattr(loss, "full_tensor") else loss).backward()
     gradient = stack.grad.to_local() if hasattr(stack.grad, "to_local") else stack.grad
 if dist.get_rank() == 0:
-    torch.save({"logits": logits, "generated": generated, "shard": shard, "gradient": gradient}, output)
+    found = {"logits": logits, "generated": generated, "shard": shard, "gradient": gradient, "layers": layers}
+    torch.save(found, output)
 leave()

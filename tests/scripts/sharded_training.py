@@ -1,7 +1,8 @@
 """Train with ShardedTrainer, alone or under torchrun, and save what happened. The one argument is JSON:
 
 checkpoint    folder to load from
-output        the trainer's folder; `<output>.pt` gets losses, gradient norms, biases and counts of every step
+output        the trainer's folder; `<output>.pt` gets losses, gradient norms, metrics, biases and counts of every
+              step
 sharding      arguments of a DistributedConfig; {} for DDP, or for one process
 what          "full", "lora" (experts, shared experts and attention), "esft" (three experts), or "gathered": full,
               saved by save_pretrained
@@ -33,6 +34,7 @@ from test_trainer import Rows
 
 from modeling_deepseekmoe import (
     LoadBalancingCallback,
+    RouterStatsCallback,
     ShardedTrainer,
     expert_lora_config,
     prepare_esft,
@@ -44,19 +46,22 @@ from modeling_deepseekmoe.router_load import RouterLoad
 STEPS, GLOBAL_BATCH, ACCUMULATE = 5, 8, 2
 
 
-class Balancing(LoadBalancingCallback):
+class Steps(TrainerCallback):
     """Keeps counts and biases of every step."""
 
-    def __init__(self) -> None:
-        super().__init__(update_rate=0.01)
+    def __init__(self, balancing: RouterStatsCallback) -> None:
         self.counts: list[torch.Tensor] = []
         self.biases: list[torch.Tensor] = []
+        take = balancing._take
 
-    def _take(self, state: Any, model: nn.Module, optimizer: Any) -> RouterLoad:
-        load = super()._take(state, model, optimizer)
-        self.counts.append(load.tokens_per_expert.clone())
-        self.biases.append(torch.stack([gate.whole_bias().clone() for gate in find_biased_gates(model)]))
-        return load
+        def keep(state: Any, model: nn.Module, optimizer: Any) -> RouterLoad:
+            load = take(state, model, optimizer)
+            self.counts.append(load.tokens_per_expert.clone())
+            gates = [gate.whole_bias().clone() for gate in find_biased_gates(model)]
+            self.biases.append(torch.stack(gates) if gates else torch.zeros(0))
+            return load
+
+        balancing._take = keep
 
 
 class Hurt(TrainerCallback):
@@ -102,7 +107,9 @@ def main(settings: dict[str, Any]) -> None:
     rows = torch.randint(3, 96, (STEPS * GLOBAL_BATCH, 16), generator=torch.Generator().manual_seed(3))
     rows[:, 12:] = 0
     data = Rows(input_ids=rows, labels=rows.masked_fill(rows == 0, -100), attention_mask=(rows != 0).long())
-    balancing = Balancing()
+    biased = model.config.topk_method == "noaux_tc"
+    balancing = LoadBalancingCallback(update_rate=0.01) if biased else RouterStatsCallback()
+    kept = Steps(balancing)
     trainer = ShardedTrainer(model, arguments, train_dataset=data, callbacks=[balancing])
     if "hurt" in settings and settings["hurt"][0] == arguments.process_index:
         trainer.add_callback(Hurt(*settings["hurt"][1:]))
@@ -113,8 +120,9 @@ def main(settings: dict[str, Any]) -> None:
         else:
             trainer.save_model(str(output / "final"))
     steps = [row for row in trainer.state.log_history if "loss" in row]
-    found = {name: [row[name] for row in steps] for name in ("loss", "grad_norm", "aux_loss")}
-    found |= {"counts": torch.stack(balancing.counts), "biases": torch.stack(balancing.biases)}
+    names = ("loss", "grad_norm", "aux_loss", "router/max_violation_batch")
+    found = {name: torch.tensor([row[name] for row in steps]) for name in names}
+    found |= {"counts": torch.stack(kept.counts), "biases": torch.stack(kept.biases)}
     if arguments.process_index == 0:
         torch.save(found, f"{output}.pt")
     if dist.is_initialized():
