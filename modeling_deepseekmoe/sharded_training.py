@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -128,8 +129,12 @@ class ShardedTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._own_checkpoints:
             return super()._save_optimizer_and_scheduler(output_dir)
+        folder = Path(output_dir) / OPTIMIZER_FOLDER
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run may have left
+        self.accelerator.wait_for_everyone()
         with _without_empty_groups(self._plain_optimizer) as optimizer:
-            save_optimizer_distributed(self.model, optimizer, str(Path(output_dir) / OPTIMIZER_FOLDER))
+            save_optimizer_distributed(self.model, optimizer, str(folder))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
         return None
