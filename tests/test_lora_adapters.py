@@ -17,6 +17,7 @@ from torch import nn
 from modeling_deepseekmoe import ExpertSelection, expert_lora_config, optimize_expert_lora
 from modeling_deepseekmoe.experts import why_unsupported
 from modeling_deepseekmoe.lora_layers import ExpertLora, LinearWeightLora
+from modeling_deepseekmoe.parallel_adapters import LocalPart
 
 
 # ------------------------------------------------------------------------------------- router, chosen experts, saving
@@ -305,11 +306,17 @@ def test_what_the_config_begins_with() -> None:
     assert layer.lora_A["default"].weight.std().item() == pytest.approx(1 / 16, rel=0.1)
 
 
-def test_expert_parallelism_is_refused_and_not_ignored() -> None:
-    ours = direct(make())
-    ours.base_model.model.model.layers[1].mlp.experts.get_base_layer()._is_expert_parallel = True
-    with pytest.raises(ValueError, match="Expert parallelism is not allowed"):
+def test_experts_that_are_spread_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = direct(make()).eval()
+    wanted = logits(ours)
+    whole = LocalPart(slice(0, 8), slice(0, 16), 1)  # what a rank holds that is alone in its groups
+    monkeypatch.setattr(LocalPart, "of", lambda experts: whole)
+    assert_same(logits(ours), wanted)
+    ours.config._experts_implementation = "grouped_mm"
+    with pytest.raises(ValueError, match=r"experts_implementation='grouped_mm' is not allowed for adapters"):
         logits(ours)
+    with pytest.raises(ValueError, match="adapter_names is not allowed where the experts are spread over ranks"):
+        ours(IDS, adapter_names=["default"] * len(IDS))
 
 
 def test_offloaded_weights_are_refused() -> None:
