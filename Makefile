@@ -59,6 +59,7 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/routing.py
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/conversion.py
+	$(BIN)/python benchmarks/sharded_training.py
 	$(BIN)/python benchmarks/balancing_overhead.py
 	$(BIN)/python benchmarks/balancing.py
 

@@ -8,7 +8,7 @@ from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .registration import register
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 # Imported when first used: the model classes alone take as long as the whole of `import torch`.
 _LAZY = {

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 from transformers.configuration_utils import PreTrainedConfig
 
 from .parallel_plans import PIPELINE_PLAN, expert_parallel_size, tensor_parallel_plan
-from .remote_code import CarriesCode, as_json, auto_map_among, without_local_code
+from .remote_code import CarriesCode, as_json, auto_map_among, without, without_local_code
 
 ATTENTION_TYPES = ("mha", "mla")
 SCORING_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -205,11 +205,7 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
 
     def check_fields(self) -> None:
         """Check all fields and derive what depends on them: when the config is made, and again when a model is made
-        of it, since fields can be set in between.
-
-        Raises:
-            ValueError: naming the field, its value and what is allowed.
-        """
+        of it, since fields can be set in between. A `ValueError` names the field, its value and what is allowed."""
         self._check_one_of("attention_type", self.allowed_attention_types)
         self._check_sizes()
         self._check_kinds()
@@ -288,14 +284,14 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
         to files beside the original, which are not saved with it."""
         output = super().to_diff_dict()
         output["auto_map"] = without_local_code(output.get("auto_map"))
-        return output if output["auto_map"] else _without(output, "auto_map")
+        return output if output["auto_map"] else without(output, "auto_map")
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write `config.json`. It names the code of the models (`auto_map`) where that lies in the same folder."""
         file, content = Path(json_file_path), json.loads(self.to_json_string(use_diff=use_diff))
         there = [path.name for path in file.parent.glob("*.py")]
         content["auto_map"] = auto_map_among(there, self.model_type, getattr(self, "auto_map", None))
-        content = content if content["auto_map"] else _without(content, "auto_map")
+        content = content if content["auto_map"] else without(content, "auto_map")
         file.write_bytes(as_json(content))
 
     # ------------------------------------------------------------------------------------------------------ the checks
@@ -427,12 +423,11 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
             self._refuse("n_group", f"noaux_tc ranks groups by their best two experts: at most {experts // 2}")
 
     def _check_balancing(self) -> None:
-        experts = self.n_routed_experts
         self._check_integer("n_device_groups", 1, optional=True)
         self._check_integer("max_devices_per_token", 1, optional=True)
         self._check_number("token_drop_protected_share", maximum=1.0)
-        if experts % (self.n_device_groups or 1):
-            self._refuse("n_device_groups", f"it must divide n_routed_experts={experts} evenly")
+        if self.n_routed_experts % (self.n_device_groups or 1):
+            self._refuse("n_device_groups", f"it must divide n_routed_experts={self.n_routed_experts} evenly")
         if self.token_drop_capacity_factor is not None:
             self._check_number("token_drop_capacity_factor")
             if self.token_drop_capacity_factor == 0:
@@ -441,22 +436,14 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
             self.check_device_groups()
 
     def check_device_groups(self) -> None:
-        """Check that what balances devices has some to balance: with the other fields if `n_device_groups` is set,
-        else when training begins, because the expert-parallel group is not known before.
-
-        Raises:
-            ValueError: naming the field.
-        """
+        """Raise a `ValueError` if what balances devices has none: with the other checks if `n_device_groups` is set,
+        else when training begins, because the expert-parallel ranks are not known before."""
         devices, limit = self.device_groups
         if limit > devices:
             self._refuse("max_devices_per_token", f"it must lie between 1 and n_device_groups={devices}")
         for field in ("device_balance_alpha", "communication_balance_alpha", "token_drop_capacity_factor"):
             if getattr(self, field) and devices < 2:
                 self._refuse(field, "it needs n_device_groups to be at least 2, or expert parallelism")
-
-
-def _without(content: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key != name}
 
 
 __all__ = ["DeepseekMoeConfig"]

@@ -73,6 +73,11 @@ def code_files() -> Mapping[str, Path]:
     return MappingProxyType(dict(sorted(found.items())))
 
 
+def without(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """A dictionary without one of its keys."""
+    return {key: value for key, value in content.items() if key != name}
+
+
 def without_local_code(auto_map: dict[str, Any] | None) -> dict[str, Any]:
     """The entries of an `auto_map` that name the code of other repositories, `repository--module.Class`."""
     return auto_map_among((), "", auto_map)
@@ -208,5 +213,6 @@ __all__ = [
     "carries_code",
     "check_place_for_code",
     "code_files",
+    "without",
     "without_local_code",
 ]
