@@ -5,11 +5,14 @@ import dataclasses
 import os
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 _SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG")
+_TAKEN = "DEEPSEEKMOE_TAKEN_"  # under this prefix the switches stay, where accelerate does not look
 
 
 def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
@@ -18,8 +21,8 @@ def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
 
     Read from the environment that `accelerate launch --config_file` makes of its YAML, or `torchrun` without one:
     FSDP2 (with `fsdp_offload_params`), replicas of it and tensor parallelism (`parallelism_config`), bfloat16.
-    Accelerate's own switches for these are removed, so that nothing is sharded twice; so call it before anything of
-    accelerate, Trainer or `TrainingArguments` exists.
+    What neither replicas nor `tp_size` account for are FSDP2's shards. Accelerate's own switches for these are taken
+    away, so that nothing is sharded twice: call it before `TrainingArguments` or anything of accelerate exists.
 
     Args:
         tp_size: ranks that share a batch and every layer; by default that of the `parallelism_config`, or 1.
@@ -30,34 +33,47 @@ def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
         (DDP, DeepSpeed).
 
     Raises:
-        ValueError: for an FSDP that is no FSDP2, a setting of it that belongs elsewhere, or sizes that do not fit the
-            number of processes.
+        ValueError: for an FSDP that is no FSDP2, a setting of it that belongs elsewhere, or sizes that are not allowed
+            or do not fit the number of processes.
         ImportError: for a transformers whose Trainer does not train models that are sharded at loading.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    fsdp, parallel = (os.environ.get(switch, "false").lower() == "true" for switch in _SWITCHES)
+    for switch in _SWITCHES:  # a second model is to be sharded in the same way
+        if switch in os.environ:
+            os.environ[_TAKEN + switch] = os.environ.pop(switch)
+    fsdp, parallel = (os.environ.get(_TAKEN + switch, "false").lower() == "true" for switch in _SWITCHES)
     sizes = {name: _size(f"PARALLELISM_CONFIG_{name.upper()}_SIZE") if parallel else 1 for name in _SIZES}
     tp_size = sizes["tp"] if tp_size is None else tp_size
+    for name, size in (("tp_size", tp_size), ("ep_size", ep_size)):
+        if size < 1:
+            raise ValueError(f"{name}={size} is not allowed: it must be at least 1.")
+    for name in ("cp", "sp"):
+        if sizes[name] > 1:
+            raise ValueError(
+                f"parallelism_config_{name}_size={sizes[name]} is not allowed: sequences are not divided."
+            )
     if fsdp:
         _check_fsdp()
-    for switch in _SWITCHES:
-        os.environ.pop(switch, None)
     offload = fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
     if offload and processes == 1:
         raise ValueError("fsdp_offload_params=true is not allowed for one process: it takes at least two.")
     if processes == 1 or not (fsdp or parallel or tp_size > 1 or ep_size > 1):
         return None
-    from transformers.distributed import DistributedConfig
-
-    if "dp_replicate_size" not in {field.name for field in dataclasses.fields(DistributedConfig)}:
-        raise ImportError("Loading straight into shards needs transformers 5.23 or newer.")
     replicas, rest = sizes["dp_replicate"], processes // tp_size // sizes["dp_replicate"]
-    shards = rest if fsdp or ep_size > tp_size else sizes["dp_shard"]
+    shards = max(1, rest)
     if replicas * shards * tp_size != processes or sizes["dp_shard"] not in (1, shards):
         raise ValueError(
             f"tp_size={tp_size}, dp_replicate_size={replicas} and dp_shard_size={sizes['dp_shard']} are not allowed "
             f"for {processes} processes: their product must be the number of processes."
         )
+    from transformers.distributed import DistributedConfig
+
+    if "dp_replicate_size" not in {field.name for field in dataclasses.fields(DistributedConfig)}:
+        raise ImportError("Loading straight into shards needs transformers 5.23 or newer.")
+    if offload and torch.cuda.is_available() and not dist.is_initialized():
+        # Norms of what lies on the CPU are reduced there. accelerate would look at the switch, which is taken.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
     sharding = DistributedConfig(
         tp_size=tp_size,
         fsdp_size=shards,
@@ -70,7 +86,7 @@ def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
     return sharding
 
 
-_SIZES = ("dp_replicate", "dp_shard", "tp")
+_SIZES = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
 
 
 def _size(variable: str) -> int:
@@ -78,12 +94,12 @@ def _size(variable: str) -> int:
 
 
 def _check_fsdp() -> None:
-    for variable, allowed, instead in (
-        ("FSDP_VERSION", "2", "set fsdp_version: 2"),
-        ("FSDP_RESHARD_AFTER_FORWARD", "true", "leave fsdp_reshard_after_forward: true"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "false", "use TrainingArguments(gradient_checkpointing=True)"),
+    for variable, default, allowed, instead in (
+        ("FSDP_VERSION", "1", "2", "set fsdp_version: 2"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "true", "true", "leave fsdp_reshard_after_forward: true"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "false", "false", "use TrainingArguments(gradient_checkpointing=True)"),
     ):
-        value = os.environ.get(variable, allowed).lower()
+        value = os.environ.get(variable, default).lower()
         if value != allowed:
             raise ValueError(f"{variable.lower()}={value} is not allowed with loading into shards: {instead}.")
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .checkpoint_layout import PROJECTIONS, STACKS
 from .esft import ExpertSelection
@@ -101,7 +102,8 @@ def expert_lora_config(
             one = any(".shared_expert." in name for name, _ in model.named_modules())
             targets.append("shared_expert" if one else "shared_experts")
     modules, more_parameters = _linear_targets(model, targets)
-    gates = _gates(model, blocks) if train_router else []
+    copies = [*_as_list(modules_to_save), *(_gates(model, blocks) if train_router else [])]
+    _refuse_sharded_copies(model, copies)
     return ExpertLoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -110,11 +112,20 @@ def expert_lora_config(
         init_lora_weights=init_lora_weights,
         target_modules=modules,
         target_parameters=parameters + more_parameters,
-        modules_to_save=[*_as_list(modules_to_save), *gates] or None,
+        modules_to_save=copies or None,
         task_type=task_type,
         experts=None if selection is None else selection.experts,
         **kwargs,
     )
+
+
+def _refuse_sharded_copies(model: nn.Module, names: Sequence[str]) -> None:
+    for name, module in model.named_modules():
+        is_copied = any(f".{name}".endswith(f".{wanted}") for wanted in names)
+        if is_copied and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            raise ValueError(
+                f"{name} is not allowed as a trained copy (modules_to_save, train_router): it is sharded."
+            )
 
 
 def _supported_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:

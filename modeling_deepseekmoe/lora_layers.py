@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Linear as LinearLora
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -40,8 +39,11 @@ from .grouped_products import GroupedSlots, alignment, grouped_linear, run_group
 from .parallel_adapters import (
     LATENT_PROJECTION,
     LocalPart,
+    ShardedLinearLora,
     hook_latent_projection,
     linear_with_factors,
+    refuse_dropout,
+    refuse_merging,
     run_on_ranks,
 )
 
@@ -67,6 +69,10 @@ class DirectLora(ParamWrapper):
         for field in ("lora_bias", "fan_in_fan_out"):  # PEFT refuses them for the first adapter only
             if getattr(config, field):
                 raise ValueError(f"{field}=True is not allowed for adapters of parameters.")
+        self.get_base_layer()._hf_tp_plan = (
+            None  # from which PEFT would spread the adapter: these layers do it themselves
+        )
+        refuse_dropout(self.get_param(), config.lora_dropout, self.get_base_layer())
         own = hasattr(config, "experts")  # a plain LoraConfig with dropout is refused: it would be saved with it
         super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config) if own else config, **kwargs)
         self._set_dropout(adapter_name, config.lora_dropout)
@@ -90,6 +96,15 @@ class DirectLora(ParamWrapper):
         """Set the dropout of all adapters, a probability in [0, 1)."""
         for adapter_name in self.lora_A:
             self._set_dropout(adapter_name, probability)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Merge adapters into the weight; see `peft.tuners.lora.layer.ParamWrapper.merge`.
+
+        Raises:
+            ValueError: for a sharded weight.
+        """
+        refuse_merging(self.get_param())
+        super().merge(*args, **kwargs)
 
     def _set_dropout(self, adapter_name: str, probability: float) -> None:
         dropout = nn.Dropout(probability) if probability > 0 else nn.Identity()
@@ -326,32 +341,6 @@ class LinearWeightLora(DirectLora):
         return linear_with_factors(self.get_param(), rows, *factors) * self.scaling[adapter_name]
 
 
-class ShardedLinearLora(LinearLora):
-    """LoRA on an `nn.Linear` whose weight is sharded, by tensor or by FSDP, over ranks that each hold the whole
-    adapter. PEFT's own takes its sizes from the shard, but for FSDP without replicas."""
-
-    def _get_in_out_features(self, module: nn.Linear) -> tuple[int, int]:
-        return module.in_features, module.out_features
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The linear map with its adapters, as this rank has it: (..., in) becomes (..., out).
-
-        Raises:
-            ValueError: for a mixed batch, DoRA or another variant of LoRA.
-        """
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is not None or self.lora_variant:
-            raise ValueError("Mixed batches and variants of LoRA are not allowed on sharded weights.")
-        output = self.base_layer(x, *args, **kwargs)
-        for name in () if self.disable_adapters or self.merged else self.active_adapters:
-            if name in self.lora_A:
-                factors = self.lora_A[name].weight, self.lora_B[name].weight
-                rows = self.lora_dropout[name](x).to(factors[0].dtype)
-                delta = linear_with_factors(self.base_layer.weight, rows.flatten(0, -2), *factors)
-                output = output + (delta * self.scaling[name]).view_as(output).to(output.dtype)
-        return output
-
-
 # PEFT recognises the wrappers of a parameter, which it reuses for further adapters, by the name of their class.
 ExpertLora.__name__ = LinearWeightLora.__name__ = ParamWrapper.__name__
 
@@ -367,9 +356,11 @@ def create_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwa
     base_layer = target.get_base_layer() if isinstance(target, ParamWrapper) else target
     layer_class = layer_class_of(base_layer, parameter_name)
     if layer_class is not None:
-        target._hf_tp_plan = None  # from which PEFT would spread the adapter: these layers do it themselves
+        target._hf_tp_plan = None
         return layer_class(target, adapter_name, config=config, **kwargs)
     plan = getattr(target, "_hf_tp_plan", None)
+    if plan == "colwise_gather_output":
+        raise ValueError(f"LoRA on {kwargs.get('target_name', 'lm_head')} is not allowed under tensor parallelism.")
     layer: nn.Module
     if type(target) is nn.Linear and isinstance(target.weight, DTensor) and not config.use_dora:
         target._hf_tp_plan = None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as LinearLora
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -132,6 +134,66 @@ def linear_with_factors(
     raise ValueError(f"Adapters are not allowed beside a weight that is placed as {placement}.")
 
 
+def refuse_merging(weight: torch.Tensor) -> None:
+    """Raise a `ValueError` for a weight of which ranks hold parts."""
+    if isinstance(weight, DTensor):
+        raise ValueError("Merging is not allowed into sharded weights: save the adapter and run `deepseekmoe merge`.")
+
+
+def refuse_dropout(weight: torch.Tensor, probability: float, experts: nn.Module | None = None) -> None:
+    """Raise a `ValueError` for dropout where the ranks that share a batch would each drop something else."""
+    if not probability or not isinstance(weight, DTensor):
+        return
+    names = weight.device_mesh.mesh_dim_names or ()
+    shared = weight.device_mesh.size(names.index("tp")) if "tp" in names else 1
+    if "ep" in names and experts is not None:
+        shared = experts.config.distributed_config.tp_size
+    if shared > 1:
+        raise ValueError(
+            f"lora_dropout={probability} is not allowed where {shared} ranks share a batch: it must be 0."
+        )
+
+
+class ShardedLinearLora(LinearLora):
+    """LoRA on an `nn.Linear` whose weight is sharded, by tensor or by FSDP, over ranks that each hold the whole
+    adapter. PEFT's own takes its sizes from the shard, but for FSDP without replicas."""
+
+    def _get_in_out_features(self, module: nn.Linear) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Add an adapter; see `peft.tuners.lora.LoraLayer.update_layer`.
+
+        Raises:
+            ValueError: for dropout where several ranks share a batch.
+        """
+        refuse_dropout(self.base_layer.weight, config.lora_dropout)
+        self.base_layer._hf_tp_plan = None
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the weight is not whole."""
+        refuse_merging(self.base_layer.weight)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The linear map with its adapters, as this rank has it: (..., in) becomes (..., out).
+
+        Raises:
+            ValueError: for a mixed batch, DoRA or another variant of LoRA.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None or self.lora_variant:
+            raise ValueError("Mixed batches and variants of LoRA are not allowed on sharded weights.")
+        output = self.base_layer(x, *args, **kwargs)
+        for name in () if self.disable_adapters or self.merged else self.active_adapters:
+            if name in self.lora_A:
+                factors = self.lora_A[name].weight, self.lora_B[name].weight
+                rows = self.lora_dropout[name](x).to(factors[0].dtype)
+                delta = linear_with_factors(self.base_layer.weight, rows.flatten(0, -2), *factors)
+                output = output + (delta * self.scaling[name]).view_as(output).to(output.dtype)
+        return output
+
+
 def hook_latent_projection(layer: nn.Linear, adapted: nn.Module) -> None:
     """Move what tensor parallelism does to the gradient of MLA's latent projection from the layer to its adapted form:
     every rank has that of its own heads, and the sum is the gradient of the adapter too.
@@ -167,8 +229,11 @@ def scale_gradient(tensor: torch.Tensor, factor: int) -> torch.Tensor:
 __all__ = [
     "LATENT_PROJECTION",
     "LocalPart",
+    "ShardedLinearLora",
     "hook_latent_projection",
     "linear_with_factors",
+    "refuse_dropout",
+    "refuse_merging",
     "run_on_ranks",
     "scale_gradient",
 ]

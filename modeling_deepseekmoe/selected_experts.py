@@ -201,6 +201,8 @@ def load_esft(model: nn.Module, folder: str | Path) -> None:
     """
     targets: list[tuple[torch.Tensor, torch.Tensor]] = []
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if any(isinstance(tensor, DTensor) for tensor in own.values()):
+        raise ValueError("load_esft is not allowed for a sharded model: apply it with `deepseekmoe merge` before.")
     experts = {name: module for name, module in find_experts(model).values()}
     for name, tensor in read_esft(folder).items():
         target = own.get(name)

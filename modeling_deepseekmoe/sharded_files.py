@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -37,7 +38,8 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
 
     Args:
         model: sharded in any way (FSDP2, tensor and expert parallelism), or not at all; no adapters and no wrapper.
-        folder: where the files go, beside others that may be there; weights of an earlier checkpoint are removed.
+        folder: where the files go, beside others that may be there, on a file system that all machines share; weights
+            of an earlier checkpoint are removed.
         max_shard_size: bytes of a file, or a size such as `"500MB"`. A parameter, which may be a stack of experts, is
             not divided.
 
@@ -46,6 +48,7 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
 
     Raises:
         ValueError: for a model that is no `PreTrainedModel`, or a size that is none.
+        OSError: if a rank does not see the folder that the first one made.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is not allowed: save_sharded takes a PreTrainedModel.")
@@ -60,9 +63,12 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
     files = list(split.filename_to_tensors.items())
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (*folder.glob("model*.safetensors"), *folder.glob(INDEX_NAME)):
-            old.unlink()
+        for pattern in ("model*.safetensors", "shard-*-model-*.safetensors", INDEX_NAME):
+            for old in folder.glob(pattern):
+                old.unlink()
     _barrier()
+    if not folder.is_dir():
+        raise OSError(f"{folder} is not there for rank {rank}: all ranks must write to a file system that they share.")
     for first in range(0, len(files), ranks):
         mine: dict[str, torch.Tensor] = {}
         for writer, (_, names) in enumerate(files[first : first + ranks]):
@@ -75,6 +81,11 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
             mine = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in mine.items()}
             save_file(mine, folder / files[first + rank][0], metadata={"format": "pt"})
     if rank == 0:
+        # As in save_pretrained.
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+        if model.is_remote_code():
+            custom_object_save(model, folder, config=model.config)
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)

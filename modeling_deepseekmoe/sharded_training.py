@@ -64,7 +64,7 @@ class ShardedTrainer(Trainer):
 
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if args is not None and args.world_size != launched:
+        if args is not None and args.world_size < launched:
             raise ValueError(
                 f"TrainingArguments.world_size={args.world_size} is not allowed where {launched} processes were "
                 "launched: every one would train alone. Without a GPU, set TrainingArguments(use_cpu=True)."
@@ -78,6 +78,17 @@ class ShardedTrainer(Trainer):
         finally:
             if refused:
                 args.save_strategy = strategy
+        if refused:
+            self.args.save_strategy = strategy  # TRL makes arguments of its own of other ones
+            self._refuse_offloading()
+
+    def _refuse_offloading(self) -> None:
+        beside = [name for name, p in self.model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if beside and self.model.config.distributed_config.fsdp_cpu_offload:
+            raise ValueError(
+                f"fsdp_offload_params=true is not allowed with adapters or selected experts ({beside[0]}): they lie "
+                "beside what is offloaded."
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; `resume_from_checkpoint=True` goes on from the last complete checkpoint.
@@ -114,12 +125,17 @@ class ShardedTrainer(Trainer):
     def _own_checkpoints(self) -> bool:
         return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
+    @property
+    def _sharded_at_loading(self) -> bool:
+        """Whether the weights are not whole anywhere. Adapters are, and so their files are PEFT's own."""
+        sharded = getattr(self.model, "is_distributed_loading_by_transformers", False)
+        return bool(self._own_checkpoints and sharded and isinstance(self.model, PreTrainedModel))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if not (self._own_checkpoints and isinstance(model, PreTrainedModel) and is_sharded(model)):
+        if not self._sharded_at_loading:
             return super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        save_sharded(model, folder)
+        save_sharded(self.model, folder)
         if self.args.should_save:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
@@ -145,14 +161,17 @@ class ShardedTrainer(Trainer):
         folder = Path(checkpoint) / OPTIMIZER_FOLDER
         if not folder.is_dir():
             if is_sharded(self.model):
-                raise ValueError(f"{checkpoint} is not allowed: a sharded model resumes from a folder {folder.name}.")
+                raise ValueError(
+                    f"{checkpoint} is not allowed: it has no folder {folder.name}. Another trainer wrote it, or "
+                    "save_only_model=True left the optimizer's state out."
+                )
             return super()._load_optimizer_and_scheduler(checkpoint)
         with _without_empty_groups(self._plain_optimizer) as optimizer:
             load_optimizer_distributed(self.model, optimizer, str(folder))
         state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         # Another layout of the ranks divides the same parameters into other groups, of the same learning rates.
         groups = len(self._plain_optimizer.param_groups)
-        if len(state["base_lrs"]) != groups:
+        if len(state.get("base_lrs", range(groups))) != groups:
             state = {name: value for name, value in state.items() if name not in ("base_lrs", "_last_lr")}
             if "lr_lambdas" in state:
                 state["lr_lambdas"] = [None] * groups
@@ -164,14 +183,13 @@ class ShardedTrainer(Trainer):
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        model = self.model if model is None else model
-        if not (isinstance(model, PreTrainedModel) and is_sharded(model)):
+        if not self._sharded_at_loading:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_in_place(model, resume_from_checkpoint)
+        load_in_place(self.model, resume_from_checkpoint)
         return None
 
     def _load_best_model(self) -> None:
-        if not (isinstance(self.model, PreTrainedModel) and is_sharded(self.model)):
+        if not self._sharded_at_loading:
             return super()._load_best_model()
         load_in_place(self.model, self.state.best_model_checkpoint)
         return None
@@ -201,8 +219,8 @@ def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[torch.op
 def load_in_place(model: PreTrainedModel, folder: str | Path) -> None:
     """Give a model that was sharded while it was loaded the weights of another checkpoint, every rank its own part.
 
-    Beside the model, a second one of the same parts is in memory meanwhile; before training begins, gradients and the
-    optimizer's state, which need more, are not.
+    A second model of the same parts is in memory meanwhile. Before training begins, gradients and the optimizer's
+    state, which need more, are not.
     """
     dtypes = {parameter.dtype for parameter in model.parameters()}
     other = type(model).from_pretrained(

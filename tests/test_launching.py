@@ -1,5 +1,6 @@
 """The launch files of configuration/accelerate, and what is made of them."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from conftest import TINY, V3_LIKE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.distributed import DistributedConfig
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, sharding_of_launch
 from modeling_deepseekmoe.conversion import verify
 from modeling_deepseekmoe.folders import read_tensors
 
+SHARDS_AT_LOADING = "dp_replicate_size" in {field.name for field in dataclasses.fields(DistributedConfig)}
 ROOT = Path(__file__).parents[1]
 FILES = {file.stem: file for file in sorted((ROOT / "configuration" / "accelerate").glob("*.yaml"))}
 # What processes of these files are told, and how many of them run on the CPU. DeepSpeed and offloading need a GPU: of
@@ -84,7 +87,15 @@ def test_file_is_understood_by_accelerate(name: str, monkeypatch: pytest.MonkeyP
     assert environment.get("ACCELERATE_USE_DEEPSPEED", "false") == str(name == "deepspeed_zero3").lower()
     for key, value in {**environment, "WORLD_SIZE": str(content["num_processes"])}.items():
         monkeypatch.setenv(key, value)
+    groups: list[str] = []
+    monkeypatch.setattr("torch.cuda.set_device", lambda rank: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", groups.append)
+    if SHARDING[name] is not None and not SHARDS_AT_LOADING:
+        with pytest.raises(ImportError, match=r"needs transformers 5\.23"):
+            sharding_of_launch()
+        return
     sharding = sharding_of_launch()
+    assert groups == (["cpu:gloo,cuda:nccl"] if name == "fsdp2_cpu_offload" else [])
     if SHARDING[name] is None:
         assert sharding is None
         return
@@ -92,8 +103,16 @@ def test_file_is_understood_by_accelerate(name: str, monkeypatch: pytest.MonkeyP
     assert (sharding.tp_size, sharding.ep_size) == (1, 1)
     for switch in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         assert switch not in os.environ  # accelerate shards nothing again
+    assert sharding_of_launch() == sharding  # of a second model
 
 
+@pytest.mark.parametrize(("field", "size"), [("tp_size", 0), ("ep_size", -1)])
+def test_sizes_below_one(field: str, size: int) -> None:
+    with pytest.raises(ValueError, match=f"{field}={size} is not allowed: it must be at least 1"):
+        sharding_of_launch(**{field: size})
+
+
+@pytest.mark.skipif(not SHARDS_AT_LOADING, reason="this transformers does not shard a model while it loads")
 def test_sizes_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sharding_of_launch() is None
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -121,10 +140,14 @@ def test_sizes_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
             {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "3"},
             r"dp_replicate_size=3 .* 4 processes",
         ),
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"},
+            r"parallelism_config_cp_size=2 is not allowed",
+        ),
     ],
 )
 def test_launches_that_are_refused(environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "4", **environment}.items():
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "4", **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         sharding_of_launch()

@@ -27,7 +27,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(how: str, alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     found = run(how, tmp_path / "output.pt", 2)
     assert torch.equal(found["counts"], alone["counts"])
@@ -40,6 +40,7 @@ def test_ranks_with_different_numbers_of_tokens(tmp_path: Path) -> None:
     assert torch.equal(one["counts"], two["counts"]) and torch.equal(one["biases"], two["biases"])
 
 
+@pytest.mark.slow
 def test_trainer_in_two_processes(tmp_path: Path) -> None:
     one, two = run("trainer", tmp_path / "one.pt", 1), run("trainer", tmp_path / "two.pt", 2)
     assert torch.equal(one["biases"], two["biases"]) and one["biases"].abs().max() > 0.02

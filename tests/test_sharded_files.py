@@ -22,6 +22,7 @@ from modeling_deepseekmoe import (
     ShardedTrainer,
     expert_lora_config,
     last_complete_checkpoint,
+    load_esft,
     save_sharded,
 )
 from modeling_deepseekmoe.conversion import verify
@@ -72,6 +73,12 @@ def test_files_of_a_sharded_model(tiny_model: Make, mesh: DeviceMesh, tmp_path: 
     result = verify(tmp_path / "after", tmp_path / "before")
     assert set(result.compared) == {"identical"}
     set_timeout(model, 60)
+    with pytest.raises(ValueError, match=r"is not allowed as a trained copy .* it is sharded"):
+        expert_lora_config(model, train_router=True)
+    with pytest.raises(ValueError, match="Merging is not allowed into sharded weights"):
+        get_peft_model(model, expert_lora_config(model, target_modules=("self_attn",))).merge_adapter()
+    with pytest.raises(ValueError, match="load_esft is not allowed for a sharded model"):
+        load_esft(model, tmp_path)
     with pytest.raises(ValueError, match="save_sharded takes a PreTrainedModel"):
         save_sharded(nn.Linear(2, 2), tmp_path / "none")
 

@@ -183,7 +183,7 @@ def test_sharded_and_gathered_files_are_the_same(
     for what in ("full", "gathered"):
         train(ranks, sharding, tmp_path / what, checkpoint=checkpoint_of("v3"), what=what, save=5)
     result = verify(tmp_path / "full" / "final", tmp_path / "gathered" / "final")
-    assert set(result.compared) == {"identical"} and result.compared["identical"] > 100
+    assert set(result.compared) == {"identical"} and result.compared["identical"] > 80
 
 
 # ------------------------------------------------------------------------------------------------ ranks that end early
@@ -226,7 +226,7 @@ def test_others_end_when_a_rank_does_and_the_last_complete_checkpoint_resumes(
     last = str(output / "checkpoint-2")
     assert last_complete_checkpoint(output) == last and f"the last complete checkpoint is {last}" in message
     assert (output / "checkpoint-4").exists() == (how == "kill-saving")
-    found = train(2, {"fsdp_size": 2}, output, **{**settings, "resume": True})
+    found = train(2, {"fsdp_size": 2}, output, checkpoint=settings["checkpoint"], save=2, resume=True)
     assert len(found["counts"]) == 3
     assert_equal(found, alone("v3", "full"))
 
