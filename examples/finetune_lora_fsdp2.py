@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator, set_seed
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import ShardedTrainer, expert_lora_config, sharding_of_launch
@@ -57,6 +57,7 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(model)
     dtype = torch.bfloat16 if bf16 else torch.float32
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, distributed_config=sharding)
+    set_seed(arguments.seed)  # the adapters begin with the same values in every process
     config = expert_lora_config(base, r=rank, target_modules=("self_attn", "shared_experts"))
     adapted = get_peft_model(base, config)
     trainer = ShardedTrainer(
