@@ -2,9 +2,9 @@
 """Which configuration a training fits: memory of every rank by part, and what it sends in a step.
 
 Counted from the shapes on the meta device, as the examples and the files in `configuration/accelerate` train: AdamW;
-full training with weights in float32 that compute in bfloat16; LoRA and ESFT on a frozen base in bfloat16, with
-adapters in float32. Two small runs on the CPU are compared with this (`benchmarks/sharded_training.py`); what CUDA
-keeps for itself is an assumption.
+full training with weights in float32 that compute in bfloat16; LoRA in float32 on a frozen base in bfloat16; ESFT with
+everything in bfloat16. Runs on the CPU are compared with this (`benchmarks/sharded_training.py`); what CUDA keeps for
+itself is an assumption.
 
 Shape letters: D hidden, V vocabulary, E routed experts, K chosen experts, I expert width.
 """
@@ -153,10 +153,9 @@ def plan_memory(
         "gradients": trained_bytes // 4 * trained // copies,
         "optimizer": trained_bytes // 2 * trained // copies,
     }
-    host = 0
+    host = sum(parts.values()) if layout.offload else 0
     if layout.offload:
-        host = parts["weights"] + (parts["gradients"] + parts["optimizer"] if method == "full" else 0)
-        parts |= {"weights": 0} | ({"gradients": 0, "optimizer": 0} if method == "full" else {})
+        parts = dict.fromkeys(parts, 0)
     parts["gathered layers"] = _gathered(sizes, layout, used, method == "full")
     parts["activations"] = _activations(config, tokens, used, checkpointing)
     if weights != compute and shards == 1:  # autocast's copies, of one layer where layers are recomputed
@@ -187,6 +186,8 @@ def _check(
     for name, number in (("lora_rank", lora_rank), ("tokens", tokens)):
         if number < 1:
             raise ValueError(f"{name}={number} is not allowed: it must be at least 1.")
+    if layout.offload and method != "full":
+        raise ValueError(f"method={method!r} is not allowed with offloading: it must be 'full'.")
     experts = config.n_routed_experts or 0
     if layout.shards % layout.ep_size or (layout.ep_size > 1 and (not experts or experts % layout.ep_size)):
         raise ValueError(

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 INDEX_NAME = "model.safetensors.index.json"
+UNFINISHED = ".unfinished"
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -38,8 +39,8 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
 
     Args:
         model: sharded in any way (FSDP2, tensor and expert parallelism), or not at all; no adapters and no wrapper.
-        folder: where the files go, beside others that may be there, on a file system that all machines share; weights
-            of an earlier checkpoint are removed.
+        folder: where the files go, beside others that may be there, on a file system that all machines share. The
+            weights of an earlier checkpoint are replaced when all new ones are written.
         max_shard_size: bytes of a file, or a size such as `"500MB"`. A parameter, which may be a stack of experts, is
             not divided.
 
@@ -63,9 +64,6 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
     files = list(split.filename_to_tensors.items())
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for pattern in ("model*.safetensors", "shard-*-model-*.safetensors", INDEX_NAME):
-            for old in folder.glob(pattern):
-                old.unlink()
     _barrier()
     if not folder.is_dir():
         raise OSError(f"{folder} is not there for rank {rank}: all ranks must write to a file system that they share.")
@@ -79,8 +77,14 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
         if mine:
             # Experts are views of their stack: a file takes only tensors of their own.
             mine = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in mine.items()}
-            save_file(mine, folder / files[first + rank][0], metadata={"format": "pt"})
+            save_file(mine, folder / (files[first + rank][0] + UNFINISHED), metadata={"format": "pt"})
+    _barrier()
     if rank == 0:
+        for pattern in ("model*.safetensors", "shard-*-model-*.safetensors", INDEX_NAME):
+            for old in folder.glob(pattern):
+                old.unlink()
+        for file, _ in files:
+            (folder / (file + UNFINISHED)).rename(folder / file)
         # As in save_pretrained.
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__.removeprefix("FSDP")]

@@ -110,11 +110,9 @@ class ShardedTrainer(Trainer):
 
     def _what_now(self) -> str:
         last = last_complete_checkpoint(self.args.output_dir)
-        advice = (
-            f"the last complete checkpoint is {last}: resume_from_checkpoint=True goes on from it"
-            if last
-            else ("there is no complete checkpoint yet")
-        )
+        advice = "there is no complete checkpoint yet"
+        if last is not None:
+            advice = f"the last complete checkpoint is {last}: resume_from_checkpoint=True goes on from it"
         return (
             f"Rank {self.args.process_index} of {self.args.world_size} stopped after step {self.state.global_step}. "
             f"A broken connection or a timeout (ddp_timeout={self.args.ddp_timeout} s) means that another rank ended "

@@ -95,6 +95,8 @@ def test_activations_grow_with_tokens_and_without_checkpointing() -> None:
 def test_wrong_numbers(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_training("deepseekmoe-2b", **{"gpus": 8, "gpu_memory": "80GB", **settings})
+    with pytest.raises(ValueError, match="method='lora' is not allowed with offloading"):
+        plan_memory(DeepseekMoeConfig(**TINY), Layout("x", shards=2, offload=True), method="lora")
     with pytest.raises(ValueError, match="ep_size=3 is not allowed"):
         plan_memory(DeepseekMoeConfig(**TINY), Layout("x", shards=4, ep_size=3))
 
