@@ -153,6 +153,8 @@ def plan_memory(
         "gradients": trained_bytes // 4 * trained // copies,
         "optimizer": trained_bytes // 2 * trained // copies,
     }
+    if shards == 1 and layout.replicas > 1:
+        parts["buckets of DDP"] = parts["gradients"]
     host = sum(parts.values()) if layout.offload else 0
     if layout.offload:
         parts = dict.fromkeys(parts, 0)
