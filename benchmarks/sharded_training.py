@@ -3,8 +3,9 @@
 A random `deepseekmoe` model in float32 (12 layers of 1024, 32 routed experts of width 704, two shared ones) is written
 once, then loaded and trained for two steps of AdamW by `ShardedTrainer`: alone, and by two gloo processes that FSDP2
 shards it over while it is loaded; with all parameters, and with LoRA on attention, shared and routed experts. Every
-rank samples its own anonymous resident memory (`RssAnon`), from which that of the imported libraries is taken off; the
-peak of all resident memory (`VmHWM`), mapped pages of the checkpoint's files included, is given beside it.
+rank samples its own anonymous resident memory (`RssAnon`), from which that of the imported libraries is taken off. To
+that of training are added the weights that are still mapped from the files at its end. The peak of all resident memory
+(`VmHWM`), with every page of the files that was read, is given beside it.
 
     python benchmarks/sharded_training.py [--folder FOLDER]
 
@@ -28,6 +29,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, ShardedTrainer, expert_lora_config
+from modeling_deepseekmoe.inspection import meta_parameters
 from modeling_deepseekmoe.planning import Layout, plan_memory
 
 RESULTS = Path(__file__).parent / "results" / "sharded_training.json"
@@ -73,6 +75,17 @@ class Memory(threading.Thread):
         return peak
 
 
+def mapped_weights() -> int:
+    """Resident bytes of checkpoint files that are still mapped: weights that were not copied."""
+    size, of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if "-" in line.split()[0]:
+            of_file = line.endswith(".safetensors")
+        elif of_file and line.startswith("Rss:"):
+            size += int(line.split()[1]) * 1024
+    return size
+
+
 class Blocks(torch.utils.data.Dataset):
     """Random tokens."""
 
@@ -105,7 +118,9 @@ def train(folder: str, method: str, output: str) -> None:
             model, expert_lora_config(model, r=RANK, target_modules=("self_attn", "shared_experts"))
         )
     ShardedTrainer(model, arguments, train_dataset=Blocks()).train()
-    found = {"loading": loading, "loaded": loaded, "training": memory.peak_since(), "resident": memory.read("VmHWM")}
+    mapped = mapped_weights()
+    found = {"loading": loading, "loaded": loaded, "training": memory.peak_since() + mapped, "mapped": mapped,
+             "resident": memory.read("VmHWM")}  # fmt: skip
     Path(f"{output}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found), encoding="utf-8")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -145,12 +160,14 @@ def main() -> None:
             measured = measure(str(folder), method, ranks, Path(scratch))
             rows.append({"method": method, "ranks": ranks, **measured, "planned": plan.total, "parts": plan.parts})
             print(json.dumps(rows[-1]), flush=True)
-        report(rows, plan.parameters)
+        layer = sum(p.numel() for name, p in meta_parameters(config).items() if ".layers.0." in name) * 4
+        if not report(rows, plan.parameters, layer):
+            sys.exit(1)
     return None
 
 
-def report(rows: list[dict[str, Any]], parameters: int) -> None:
-    """Print the table and what of the limits is kept, and write the results."""
+def report(rows: list[dict[str, Any]], parameters: int, layer: int) -> bool:
+    """Print the table and what of the limits is kept, and write the results; returns whether all are."""
     alone = {row["method"]: row for row in rows if row["ranks"] == 1}
     print(f"\n{parameters:,} parameters, float32, GB\n")
     print("| method | ranks | while loading | loaded | while training | of one process | resident | planned | off |")
@@ -164,7 +181,6 @@ def report(rows: list[dict[str, Any]], parameters: int) -> None:
         cells += [f"{row['planned'] / 1e9:.2f}", f"{row['off']:+.0%}"]
         print(f"| {row['method']} | {row['ranks']} | " + " | ".join(cells) + " |")
     sharded = [row for row in rows if row["ranks"] > 1]
-    layer = max(row["parts"]["gathered layers"] for row in sharded)
     kept = {
         "full training needs at most 60% of one process": sharded[0]["share"] <= MOST_OF_ONE_PROCESS,
         "so does all resident memory": sharded[0]["resident_share"] <= MOST_OF_ONE_PROCESS,
@@ -180,6 +196,7 @@ def report(rows: list[dict[str, Any]], parameters: int) -> None:
         "parameters": parameters, "tokens": TOKENS, "cases": rows, "limits": kept,
     }  # fmt: skip
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return all(kept.values())
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@
     accelerate launch --config_file configuration/accelerate/fsdp2_lora.yaml --num_processes 4 \\
         examples/finetune_lora_fsdp2.py --model deepseek-ai/DeepSeek-V2-Lite
 
-The files of configuration/accelerate work but for fsdp2_cpu_offload.yaml, and so does torchrun with --tp-size or
---ep-size. The data here are pages
-of Python's language reference.
+The files of configuration/accelerate work but for fsdp2_cpu_offload.yaml, and so do --tp-size and --ep-size. The data
+here are pages of Python's language reference.
 """
 
 import os

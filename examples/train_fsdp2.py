@@ -4,7 +4,8 @@
     python examples/train_fsdp2.py                               # one process
     accelerate launch --config_file configuration/accelerate/fsdp2_full.yaml --num_processes 8 \\
         examples/train_fsdp2.py --model deepseek-ai/DeepSeek-V2-Lite
-    torchrun --nproc-per-node 8 examples/train_fsdp2.py --ep-size 8   # the experts lie on different processes
+    accelerate launch --config_file configuration/accelerate/fsdp2_full.yaml --num_processes 8 \\
+        examples/train_fsdp2.py --ep-size 8                      # the experts lie on different processes
 
 Every file of configuration/accelerate works. The data here are pages of Python's language reference.
 """

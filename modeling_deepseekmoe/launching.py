@@ -80,7 +80,7 @@ def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
         dp_replicate_size=replicas,
         ep_size=ep_size,
         fsdp_cpu_offload=offload,
-        fsdp_mixed_precision=fsdp and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16",
+        fsdp_mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16",
     )
     logger.info(f"transformers shards the model while it loads, and accelerate does not: {sharding}")
     return sharding

@@ -69,9 +69,7 @@ class DirectLora(ParamWrapper):
         for field in ("lora_bias", "fan_in_fan_out"):  # PEFT refuses them for the first adapter only
             if getattr(config, field):
                 raise ValueError(f"{field}=True is not allowed for adapters of parameters.")
-        self.get_base_layer()._hf_tp_plan = (
-            None  # from which PEFT would spread the adapter: these layers do it themselves
-        )
+        self.get_base_layer()._hf_tp_plan = None  # PEFT would spread the adapter by it: these layers do so themselves
         refuse_dropout(self.get_param(), config.lora_dropout, self.get_base_layer())
         own = hasattr(config, "experts")  # a plain LoraConfig with dropout is refused: it would be saved with it
         super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config) if own else config, **kwargs)

@@ -81,13 +81,17 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Parameters of a model: all, routed ones, the largest layer's routed and other ones, those of the last unit."""
+    """Parameters of a model: all, routed ones, routed and other ones of every layer, embedding, head."""
 
     total: int
     routed: int
-    layer_routed: int
-    layer_other: int
+    layers: tuple[tuple[int, int], ...]
+    embedding: int
     tail: int
+
+    def largest_unit(self, ep_size: int) -> int:
+        """Of what FSDP2 gathers at once: a layer, with the experts of one rank, or the embedding."""
+        return max(self.embedding, *(routed // ep_size + other for routed, other in self.layers))
 
     @classmethod
     def of(cls, parameters: dict[str, torch.nn.Parameter]) -> "_Sizes":
@@ -98,11 +102,10 @@ class _Sizes:
             routed += parameter.numel() * is_routed
             if match := _LAYER.search(name):
                 layers.setdefault(int(match[1]), [0, 0])[0 if is_routed else 1] += parameter.numel()
-        layer_routed, layer_other = max(layers.values(), key=sum)
-        tail = parameters.get("lm_head.weight", parameters["model.embed_tokens.weight"]).numel()
-        return cls(
-            sum(parameter.numel() for parameter in parameters.values()), routed, layer_routed, layer_other, tail
-        )
+        embedding = parameters["model.embed_tokens.weight"]
+        tail = parameters.get("lm_head.weight", embedding).numel()
+        total = sum(parameter.numel() for parameter in parameters.values())
+        return cls(total, routed, tuple((counts[0], counts[1]) for counts in layers.values()), embedding.numel(), tail)
 
 
 def plan_memory(
@@ -161,10 +164,11 @@ def plan_memory(
     parts["gathered layers"] = _gathered(sizes, layout, used, method == "full")
     parts["activations"] = _activations(config, tokens, used, checkpointing)
     if weights != compute and shards == 1:  # autocast's copies, of one layer where layers are recomputed
-        parts["activations"] += used * (sizes.layer_routed + sizes.layer_other if checkpointing else sizes.total)
+        parts["activations"] += used * (sizes.largest_unit(1) if checkpointing else sizes.total)
     if cuda:
         parts["CUDA (assumed)"] = round(CUDA_CONTEXT + CUDA_FRAGMENTATION * sum(parts.values()))
-    sent = _sent(config, sizes, layout, trained, method == "full", used, held, tokens, checkpointing)
+    reduced = trained_bytes // 4 * trained  # gradients of what every rank holds, in its own dtype
+    sent = _sent(config, sizes, layout, reduced, method == "full", used, tokens, checkpointing)
     return MemoryPlan(layout, sizes.total, trained, parts, host, sent)
 
 
@@ -188,6 +192,8 @@ def _check(
     for name, number in (("lora_rank", lora_rank), ("tokens", tokens)):
         if number < 1:
             raise ValueError(f"{name}={number} is not allowed: it must be at least 1.")
+    if method == "esft" and not config.moe_layers:
+        raise ValueError("method='esft' is not allowed for a model without routed experts.")
     if layout.offload and method != "full":
         raise ValueError(f"method={method!r} is not allowed with offloading: it must be 'full'.")
     experts = config.n_routed_experts or 0
@@ -199,14 +205,14 @@ def _check(
 
 
 def _gathered(sizes: _Sizes, layout: Layout, used: int, trains_all: bool) -> int:
-    """The layer that computes and the next one, and in training their whole gradients on the way to the shards; the
-    head, which stays gathered between the passes."""
+    """What FSDP2 puts together: the layer that computes, received and copied out, and the one before or after it; in a
+    backward pass of full training two of these, the gradients of one, and their sum in float32 on the way to the
+    shards; and the head, which stays between the passes."""
     if layout.shards == 1:
         return 0
-    experts = 0 if layout.ep_size == layout.shards else sizes.layer_routed // layout.ep_size
-    unit = experts + sizes.layer_other
-    gradients = (used + 4) * unit + used * sizes.tail if trains_all else 0
-    return 2 * used * unit + used * sizes.tail + gradients
+    unit = sizes.largest_unit(layout.ep_size)
+    backward = (2 * used + used + 4) * unit if trains_all else 0
+    return max(3 * used * unit, backward) + used * sizes.tail
 
 
 def _activations(config: DeepseekMoeConfig, tokens: int, used: int, checkpointing: bool) -> int:
@@ -223,6 +229,7 @@ def _activations(config: DeepseekMoeConfig, tokens: int, used: int, checkpointin
         layer += 3 * config.intermediate_size
     layers = config.num_hidden_layers
     kept = layers * hidden + layer if checkpointing else layers * layer
+    kept += 2 * (config.num_experts_per_tok or 0) * hidden if config.moe_layers else 0  # rows of the experts, once
     logits = (used + 3 * 4) * config.vocab_size  # and their copy, softmax and gradient in float32
     return tokens * (used * kept + logits)
 
@@ -231,10 +238,9 @@ def _sent(
     config: DeepseekMoeConfig,
     sizes: _Sizes,
     layout: Layout,
-    trained: int,
+    reduced: int,
     trains_all: bool,
     used: int,
-    held: int,
     tokens: int,
     checkpointing: bool,
 ) -> dict[str, int]:
@@ -250,13 +256,13 @@ def _sent(
         gathered += 2 * sizes.routed / ep_size * (expert_shards - 1) / expert_shards
         sent["weights gathered"] = used * gathered
         if trains_all:
-            reduced = others * (shards - 1) / shards
-            reduced += sizes.routed / ep_size * (expert_shards - 1) / expert_shards
-            sent["gradients"] = 4 * reduced
+            scattered = others * (shards - 1) / shards
+            scattered += sizes.routed / ep_size * (expert_shards - 1) / expert_shards
+            sent["gradients"] = 4 * scattered
     if trains_all and replicas > 1:
-        sent["gradients"] = sent.get("gradients", 0) + 2 * (replicas - 1) / replicas * held * sizes.total / shards
+        sent["gradients"] = sent.get("gradients", 0) + 2 * (replicas - 1) / replicas * reduced / shards
     if not trains_all and ranks > 1:
-        sent["gradients"] = 2 * (ranks - 1) / ranks * 4 * trained
+        sent["gradients"] = 2 * (ranks - 1) / ranks * reduced
     if ep_size > 1:
         passes = 6 if checkpointing else 4  # there and back, forward, recomputed and backward
         row = (config.num_experts_per_tok or 0) * config.hidden_size * used
@@ -311,7 +317,9 @@ def _layouts(config: DeepseekMoeConfig, gpus: int, in_machine: int, method: str)
     yield Layout("ddp.yaml", replicas=gpus)
     machines = gpus // in_machine
     if machines > 1 and in_machine > 1:
-        yield Layout("hsdp.yaml", replicas=machines, shards=in_machine)
+        own = (machines, in_machine) != (2, 8)  # those of the file
+        sizes = f" (dp_replicate_size {machines}, dp_shard_size {in_machine})" if own else ""
+        yield Layout(f"hsdp.yaml{sizes}", replicas=machines, shards=in_machine)
     yield Layout(sharded, shards=gpus)
     spreads = config.n_routed_experts and config.n_routed_experts % in_machine == 0 and method != "esft"
     if spreads and in_machine > 1:
@@ -323,28 +331,29 @@ def _layouts(config: DeepseekMoeConfig, gpus: int, in_machine: int, method: str)
 def _bytes_of(size: str | int) -> int:
     match = _SIZE.match(str(size))
     number = 0 if match is None else int(float(match[1]) * (_UNITS[match[2].lower()] if match[2] else 1))
-    if number < 1:
+    if number < 10**6:
         raise ValueError(f"gpu_memory={size!r} is not allowed: it must be bytes, or a text as '80GB' or '24GiB'.")
     return number
 
 
 def plan_table(plans: list[MemoryPlan]) -> str:
-    """Plans as an aligned table, with the first that fits marked."""
+    """Plans as an aligned table. The first that fits is marked, unless it takes the machine's memory too."""
     kinds = list(dict.fromkeys(part for plan in plans for part in plan.parts))
-    header = ["configuration", "fits", "a GPU needs", *kinds, "sent in a step", "memory of the machine"]
+    header = ["configuration", "fits", "a GPU needs", *kinds, "a GPU sends in a step", "and of the machine's memory"]
     rows = [header]
-    first = next((plan for plan in plans if plan.fits), None)
+    first = next((plan for plan in plans if plan.fits and not plan.host), None)
     for plan in plans:
-        ranks = plan.layout.shards * plan.layout.replicas
         fits = "use this" if plan is first else "yes" if plan.fits else "no"
         rows.append(
             [plan.layout.configuration, fits, gigabytes(plan.total)]
             + [gigabytes(plan.parts[kind]) if plan.parts.get(kind) else "-" for kind in kinds]
             + [gigabytes(sum(plan.sent.values())) if plan.sent else "-"]
-            + [f"{gigabytes(plan.host)} x {ranks}" if plan.host else "-"]
+            + [f"{gigabytes(plan.host)} for each GPU" if plan.host else "-"]
         )
     widths = [max(len(row[idx]) for row in rows) for idx in range(len(header))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if first is None:
+        lines.append("Nothing fits without the machine's memory: more GPUs, fewer tokens, or another method.")
     return "\n".join(lines)
 
 

@@ -53,6 +53,8 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is not allowed: save_sharded takes a PreTrainedModel.")
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError("A model of DeepSpeed ZeRO-3 is not allowed: call the trainer's save_model.")
     folder, state = Path(folder), _saved_state(model)
     rank, ranks = _rank_and_ranks()
     split = split_state_dict_into_shards_factory(
@@ -64,6 +66,8 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
     files = list(split.filename_to_tensors.items())
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"*{UNFINISHED}"):
+            left.unlink()
     _barrier()
     if not folder.is_dir():
         raise OSError(f"{folder} is not there for rank {rank}: all ranks must write to a file system that they share.")
@@ -73,18 +77,19 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
             for name in names:
                 whole = whole_tensor(state[name])
                 if writer == rank:
-                    mine |= revert_weight_conversion(model, {name: whole.cpu()})
+                    for official, part in revert_weight_conversion(model, {name: whole.cpu()}).items():
+                        # Experts are views of their stack: a file takes only tensors of their own.
+                        mine[official] = part.clone(memory_format=torch.contiguous_format)
         if mine:
-            # Experts are views of their stack: a file takes only tensors of their own.
-            mine = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in mine.items()}
             save_file(mine, folder / (files[first + rank][0] + UNFINISHED), metadata={"format": "pt"})
     _barrier()
     if rank == 0:
+        for file, _ in files:
+            (folder / (file + UNFINISHED)).replace(folder / file)
         for pattern in ("model*.safetensors", "shard-*-model-*.safetensors", INDEX_NAME):
             for old in folder.glob(pattern):
-                old.unlink()
-        for file, _ in files:
-            (folder / (file + UNFINISHED)).rename(folder / file)
+                if old.name not in split.filename_to_tensors:
+                    old.unlink()
         # As in save_pretrained.
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__.removeprefix("FSDP")]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
@@ -54,7 +55,8 @@ class ShardedTrainer(Trainer):
     The model may be sharded while it is loaded (`from_pretrained(distributed_config=...)`), wrapped by DDP, or whole.
     Checkpoints hold the weights in the official layout, every rank writing some of the files ([`save_sharded`]), and
     the optimizer's state by parameter in the folder `optimizer`: each resumes on any number of ranks and any layout of
-    them, for which transformers has no support. `train(resume_from_checkpoint=True)` takes the last complete one.
+    them, for which transformers has no support. Gradients of accumulated micro-batches are reduced one by one, unless
+    `accelerator_config` says otherwise. `train(resume_from_checkpoint=True)` takes the last complete one.
     Under accelerate's own FSDP and DeepSpeed, checkpoints stay theirs. For another trainer that is built on Trainer:
     `class Mine(ShardedTrainer, SFTTrainer)`.
 
@@ -73,6 +75,9 @@ class ShardedTrainer(Trainer):
         strategy = getattr(args, "save_strategy", None)
         if refused:
             args.save_strategy = SaveStrategy.NO  # Trainer refuses to save the optimizer of such a model: here it can
+            # Otherwise every rank keeps the whole model's gradients until the last micro-batch.
+            if args.accelerator_config.gradient_accumulation_kwargs is None:
+                args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
         try:
             super().__init__(model, args, **kwargs)
         finally:
@@ -128,6 +133,13 @@ class ShardedTrainer(Trainer):
         """Whether the weights are not whole anywhere. Adapters are, and so their files are PEFT's own."""
         sharded = getattr(self.model, "is_distributed_loading_by_transformers", False)
         return bool(self._own_checkpoints and sharded and isinstance(self.model, PreTrainedModel))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # an older checkpoint is incomplete from now on
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self._sharded_at_loading:
@@ -194,10 +206,11 @@ class ShardedTrainer(Trainer):
 
 
 def set_timeout(model: nn.Module, seconds: float) -> None:
-    """Let the ranks wait for each other that long in a model's own groups, which torch makes with its own default
+    """Let the ranks of a sharded model wait for each other that long: its own groups are made with torch's default
     (half an hour under gloo, ten minutes under NCCL), whatever that of the first group is."""
     meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
-    for group in {group for mesh in meshes for group in mesh.get_all_groups()}:
+    groups = {group for mesh in meshes for group in mesh.get_all_groups()}
+    for group in {*groups, dist.group.WORLD} if groups else ():
         _set_pg_timeout(timedelta(seconds=seconds), group)
 
 

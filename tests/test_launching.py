@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from conftest import TINY, V3_LIKE
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tolerances import LOW_PRECISION_LOSS
 from transformers import PreTrainedTokenizerFast
 from transformers.distributed import DistributedConfig
 
@@ -167,10 +169,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_example(name: str, example: str, checkpoint: Path, output: Path, *options: str) -> str:
+def run_example(name: str, example: str, checkpoint: Path, output: Path, *options: str, precision: str = "no") -> str:
     """An example under `accelerate launch`, as a user starts it, on the CPU."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILES[name])]
-    command += ["--num_processes", str(ON_THE_CPU[name]), "--mixed_precision", "no", "--main_process_port", "0"]
+    command += ["--num_processes", str(ON_THE_CPU[name]), "--mixed_precision", precision, "--main_process_port", "0"]
     if name == "hsdp":
         command += ["--num_machines", "1", "--main_process_ip", "127.0.0.1", "--parallelism_config_dp_shard_size", "2"]
     command += [str(ROOT / "examples" / f"{example}.py"), "--model", str(checkpoint), "--output", str(output)]
@@ -190,7 +192,14 @@ def test_train_fsdp2_runs_with_every_file_the_same(checkpoint: Path, tmp_path: P
         lines[name] = run_example(name, "train_fsdp2", checkpoint, tmp_path / name)
         verify(tmp_path / name / "model")
     assert len(set(lines.values())) == 1, lines
-    assert "loss" in run_example("fsdp2_full", "train_fsdp2", checkpoint, tmp_path / "ddp", "--resume", "--steps", "5")
+    # Interrupted after two steps under DDP, resumed under FSDP2.
+    shutil.rmtree(tmp_path / "ddp" / "checkpoint-3")
+    resumed = run_example("fsdp2_full", "train_fsdp2", checkpoint, tmp_path / "ddp", "--resume")
+    assert resumed == lines["single_gpu"]
+    # In bfloat16, as the files say; the first loss is that of float32 but for rounding.
+    rounded = run_example("fsdp2_full", "train_fsdp2", checkpoint, tmp_path / "rounded", precision="bf16")
+    first = [float(line.split()[1]) for line in (rounded, resumed)]
+    assert first[0] == pytest.approx(first[1], abs=LOW_PRECISION_LOSS) and first[0] != first[1]
 
 
 @pytest.mark.slow

@@ -32,10 +32,10 @@ def test_full_training_is_sixteen_bytes_a_parameter_divided_by_the_shards() -> N
         assert plan.fits == (plan.total <= 80e9) == (shards == 8)
     offloaded = plans["fsdp2_cpu_offload.yaml"]
     assert not any(offloaded.parts[part] for part in states) and offloaded.host == 16 * PARAMETERS_16B // 8
-    # Experts that stay where they are: neither they nor their gradients are gathered.
+    # Of experts that stay where they are an eighth is put together, and sent nowhere.
     assert (
         plans["fsdp2_full.yaml --ep-size 8"].parts["gathered layers"]
-        < plans["fsdp2_full.yaml"].parts["gathered layers"] / 4
+        < plans["fsdp2_full.yaml"].parts["gathered layers"] / 2
     )
     assert sum(plans["fsdp2_full.yaml --ep-size 8"].sent.values()) < sum(plans["fsdp2_full.yaml"].sent.values()) / 4
 
@@ -59,7 +59,7 @@ def test_several_machines() -> None:
     names = [plan.layout.configuration for plan in plan_training("deepseek-v3", gpus=32, gpu_memory="80GB")]
     assert names == [
         "ddp.yaml",
-        "hsdp.yaml",
+        "hsdp.yaml (dp_replicate_size 4, dp_shard_size 8)",
         "fsdp2_full.yaml",
         "fsdp2_full.yaml --ep-size 8",
         "fsdp2_cpu_offload.yaml",
@@ -85,6 +85,7 @@ def test_activations_grow_with_tokens_and_without_checkpointing() -> None:
         ({"gpus": 12}, "gpus=12 is not allowed: it must be a multiple of gpus_per_machine=8"),
         ({"gpu_memory": "much"}, "gpu_memory='much' is not allowed"),
         ({"gpu_memory": "0GB"}, "gpu_memory='0GB' is not allowed"),
+        ({"gpu_memory": "80"}, "gpu_memory='80' is not allowed: it must be bytes, or a text as '80GB'"),
         ({"method": "dora"}, "method='dora' is not allowed: it must be one of full, lora, esft"),
         ({"tokens": 0}, "tokens=0 is not allowed"),
         ({"method": "lora", "lora_rank": 0}, "lora_rank=0 is not allowed"),
@@ -97,6 +98,8 @@ def test_wrong_numbers(settings: dict, message: str) -> None:
         plan_training("deepseekmoe-2b", **{"gpus": 8, "gpu_memory": "80GB", **settings})
     with pytest.raises(ValueError, match="method='lora' is not allowed with offloading"):
         plan_memory(DeepseekMoeConfig(**TINY), Layout("x", shards=2, offload=True), method="lora")
+    with pytest.raises(ValueError, match="method='esft' is not allowed for a model without routed experts"):
+        plan_training("dense", gpus=1, gpu_memory="80GB", method="esft")
     with pytest.raises(ValueError, match="ep_size=3 is not allowed"):
         plan_memory(DeepseekMoeConfig(**TINY), Layout("x", shards=4, ep_size=3))
 
@@ -118,6 +121,8 @@ def test_on_the_command_line() -> None:
     (plan,) = json.loads(result.output)
     assert plan["fits"] and plan["total"] == sum(plan["parts"].values())
     assert runner.invoke(app, ["inspect", "deepseek-v2-lite", "--gpus", "0"]).exit_code == 2
+    result = runner.invoke(app, ["inspect", "deepseek-v3", "--gpus", "1"])
+    assert "Nothing fits" in result.output and "use this" not in result.output
     assert runner.invoke(app, ["inspect", "deepseek-v2-lite", "--gpus", "1", "--check"]).exit_code == 2
 
 

@@ -54,7 +54,8 @@ def test_files_are_those_of_save_pretrained(tiny_model: Make, tied: bool, tmp_pa
     assert any(".experts.7.down_proj.weight" in name for name in index["weight_map"])
     result = verify(tmp_path / "sharded", tmp_path / "gathered")
     assert set(result.compared) == {"identical"}
-    # The same folder again: nothing of the old files stays.
+    # The same folder again: nothing of the old files stays, and nothing that an interrupted run has left.
+    (tmp_path / "sharded" / "model-00009-of-00099.safetensors.unfinished").write_text("half")
     save_sharded(model, tmp_path / "sharded")
     assert [path.name for path in sorted((tmp_path / "sharded").iterdir())] == [
         "config.json", "generation_config.json", "model.safetensors"
@@ -79,6 +80,9 @@ def test_files_of_a_sharded_model(tiny_model: Make, mesh: DeviceMesh, tmp_path: 
         get_peft_model(model, expert_lora_config(model, target_modules=("self_attn",))).merge_adapter()
     with pytest.raises(ValueError, match="load_esft is not allowed for a sharded model"):
         load_esft(model, tmp_path)
+    model.lm_head.weight.ds_id = 1
+    with pytest.raises(ValueError, match="ZeRO-3 is not allowed"):
+        save_sharded(model, tmp_path / "none")
     with pytest.raises(ValueError, match="save_sharded takes a PreTrainedModel"):
         save_sharded(nn.Linear(2, 2), tmp_path / "none")
 
@@ -160,6 +164,21 @@ def test_checkpoints_of_plain_trainer_resume(tiny_model: Make, tmp_path: Path) -
     wanted = losses(trained(tiny_model(**V3_LIKE), tmp_path, Trainer))
     interrupt(tmp_path)
     assert losses(trained(tiny_model(**V3_LIKE), tmp_path, resume=True)) == wanted
+
+
+def test_a_checkpoint_that_is_overwritten_is_incomplete_meanwhile(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tiny_model(**V3_LIKE), tmp_path)
+
+    def fail(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("modeling_deepseekmoe.sharded_training.save_optimizer_distributed", fail)
+    with pytest.raises(OSError, match="no space left"):
+        trained(tiny_model(**V3_LIKE), tmp_path)  # the first step of which a checkpoint is there
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert not (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
 
 
 def test_nothing_to_resume_from(tiny_model: Make, tmp_path: Path) -> None:

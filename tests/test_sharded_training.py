@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -155,10 +154,14 @@ def test_what_two_ranks_save_resumes_on_others(
         found = train(ranks, sharding, output, checkpoint=checkpoint, what=what, save=3, resume=True)
         assert len(found["counts"]) == 2
         assert_equal(found, alone("v3", what))
-        if what != "lora":
-            for folder in (output / "checkpoint-3", output / "final"):
-                verify(folder)
-                assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "deepseekmoe"
+        if what == "lora":
+            continue
+        verify(output / "checkpoint-3")
+        verify(output / "final")
+        # What the interrupted run and the resumed one end with, read by one process.
+        ends = [AutoModelForCausalLM.from_pretrained(folder / "final").state_dict() for folder in (saved, output)]
+        for name, tensor in ends[0].items():
+            assert_same(ends[1][name], tensor, name)
 
 
 @pytest.mark.slow
@@ -205,27 +208,25 @@ def start_apart(settings: dict[str, Any], ranks: int = 2) -> list[subprocess.Pop
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["kill", "hang", "kill-saving"])
+@pytest.mark.parametrize("how", ["kill", "hang", "kill-writing", "kill-saving"])
 def test_others_end_when_a_rank_does_and_the_last_complete_checkpoint_resumes(
     how: str, checkpoint_of: Callable[[str], str], alone: Start, tmp_path: Path
 ) -> None:
     output, timeout = tmp_path / "out", 10
     settings = {"checkpoint": checkpoint_of("v3"), "output": str(output), "sharding": {"fsdp_size": 2}, "save": 2}
-    began = time.monotonic()
     processes = start_apart({**settings, "hurt": [1, 3, how], "timeout": timeout})
     try:
         message = processes[0].communicate(timeout=180)[1]
-        waited = time.monotonic() - began
     finally:
         for process in processes:
             process.kill()
             process.wait()
     assert processes[0].returncode == 1
-    assert waited < 170, "the start of the processes and the timeout together take less"
     assert "Rank 0 of 2 stopped after step" in message and f"(ddp_timeout={timeout} s)" in message
     last = str(output / "checkpoint-2")
     assert last_complete_checkpoint(output) == last and f"the last complete checkpoint is {last}" in message
-    assert (output / "checkpoint-4").exists() == (how == "kill-saving")
+    assert (output / "checkpoint-4").exists() == (how in ("kill-writing", "kill-saving"))
+    assert (output / "checkpoint-4" / "optimizer").exists() == (how == "kill-saving")
     found = train(2, {"fsdp_size": 2}, output, checkpoint=settings["checkpoint"], save=2, resume=True)
     assert len(found["counts"]) == 3
     assert_equal(found, alone("v3", "full"))

@@ -8,8 +8,8 @@ what          "full", "lora" (experts, shared experts and attention), "esft" (th
               saved by save_pretrained
 steps, save   how many steps, and after which number of steps a checkpoint is written; 0: none
 resume        go on from the last complete checkpoint
-hurt          [rank, step, how]: what happens to that rank when the step begins: "kill", "hang", or "kill-saving"
-              when a checkpoint is written after it
+hurt          [rank, step, how]: what happens to that rank when the step begins: "kill", "hang"; or when a checkpoint
+              is written after it: "kill-writing" a file, "kill-saving" the optimizer
 timeout       seconds after which a rank gives up waiting for the others
 """
 
@@ -38,6 +38,7 @@ from modeling_deepseekmoe import (
     ShardedTrainer,
     expert_lora_config,
     prepare_esft,
+    sharded_files,
     sharded_training,
 )
 from modeling_deepseekmoe.bias_update import find_biased_gates
@@ -73,7 +74,9 @@ class Hurt(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step != self.step:
             return
-        if self.how == "kill-saving":
+        if self.how == "kill-writing":
+            sharded_files.save_file = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
+        elif self.how == "kill-saving":
             sharded_training.save_optimizer_distributed = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
         else:
             os.kill(os.getpid(), signal.SIGSTOP if self.how == "hang" else signal.SIGKILL)
