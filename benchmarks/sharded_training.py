@@ -4,7 +4,7 @@ A random `deepseekmoe` model in float32 (12 layers of 1024, 32 routed experts of
 once, then loaded and trained for two steps of AdamW by `ShardedTrainer`: alone, and by two gloo processes that FSDP2
 shards it over while it is loaded; with all parameters, and with LoRA on attention, shared and routed experts. Every
 rank samples its own anonymous resident memory (`RssAnon`), from which that of the imported libraries is taken off. To
-that of training are added the weights that are still mapped from the files at its end. The peak of all resident memory
+that of training are added the frozen weights that lie in mapped files still. The peak of all resident memory
 (`VmHWM`), with every page of the files that was read, is given beside it.
 
     python benchmarks/sharded_training.py [--folder FOLDER]
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, ShardedTrainer, expert_lora_config
@@ -75,14 +76,15 @@ class Memory(threading.Thread):
         return peak
 
 
-def mapped_weights() -> int:
-    """Resident bytes of checkpoint files that are still mapped: weights that were not copied."""
-    size, of_file = 0, False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-        if "-" in line.split()[0]:
-            of_file = line.endswith(".safetensors")
-        elif of_file and line.startswith("Rss:"):
-            size += int(line.split()[1]) * 1024
+def mapped_weights(model: torch.nn.Module) -> int:
+    """Bytes of frozen weights that lie in mapped files still, and so not in anonymous memory."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith(".safetensors")]
+    size = 0
+    for parameter in model.parameters():
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        in_file = any(int(first, 16) <= own.data_ptr() < int(last, 16) for first, last in ranges)
+        size += own.numel() * own.itemsize if in_file and not parameter.requires_grad else 0
     return size
 
 
@@ -118,7 +120,7 @@ def train(folder: str, method: str, output: str) -> None:
             model, expert_lora_config(model, r=RANK, target_modules=("self_attn", "shared_experts"))
         )
     ShardedTrainer(model, arguments, train_dataset=Blocks()).train()
-    mapped = mapped_weights()
+    mapped = mapped_weights(model)
     found = {"loading": loading, "loaded": loaded, "training": memory.peak_since() + mapped, "mapped": mapped,
              "resident": memory.read("VmHWM")}  # fmt: skip
     Path(f"{output}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found), encoding="utf-8")
