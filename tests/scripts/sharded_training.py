@@ -9,7 +9,7 @@ what          "full", "lora" (experts, shared experts and attention), "esft" (th
 steps, save   how many steps, and after which number of steps a checkpoint is written; 0: none
 resume        go on from the last complete checkpoint
 hurt          [rank, step, how]: what happens to that rank when the step begins: "kill", "hang"; or when a checkpoint
-              is written after it: "kill-writing" a file, "kill-saving" the optimizer
+              is written after it: "kill-writing" the weights, "kill-saving" the optimizer
 timeout       seconds after which a rank gives up waiting for the others
 """
 
@@ -75,7 +75,7 @@ class Hurt(TrainerCallback):
         if state.global_step != self.step:
             return
         if self.how == "kill-writing":
-            sharded_files.save_file = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
+            sharded_files.whole_tensor = lambda tensor: os.kill(os.getpid(), signal.SIGKILL)
         elif self.how == "kill-saving":
             sharded_training.save_optimizer_distributed = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
         else:
