@@ -32,11 +32,11 @@ test-slow: $(VENV)/.installed
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-# Without the tests that handle files and processes alone, those of routing and those of kernels, in which no version of
-# transformers has a part, and without those of torch.compile: torch is the same. The Hub's client is an older one too.
+# Without the tests that handle files and processes alone, those of plans, of routing and of kernels, in which no version
+# of transformers has a part, and without those of torch.compile: torch is the same. The Hub's client is an older one too.
 test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(IN_PARALLEL) \
-		--ignore tests/test_conversion_files.py --ignore tests/test_conversion_resume.py \
+		--ignore tests/test_conversion_files.py --ignore tests/test_conversion_resume.py --ignore tests/test_planning.py \
 		--ignore tests/test_routing.py --ignore tests/test_routing_triton.py --ignore tests/test_experts_triton.py \
 		-k "not compiled" $(ARGS)
 

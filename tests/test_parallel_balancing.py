@@ -27,7 +27,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_equal_one(how: str, alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     found = run(how, tmp_path / "output.pt", 2)
     assert torch.equal(found["counts"], alone["counts"])

@@ -56,7 +56,7 @@ def test_lora_and_esft_hold_a_frozen_base_in_bfloat16() -> None:
 
 
 def test_several_machines() -> None:
-    names = [plan.layout.configuration for plan in plan_training("deepseek-v3", gpus=32, gpu_memory="80GB")]
+    names = [plan.layout.configuration for plan in plan_training("deepseek-v2-lite", gpus=32, gpu_memory="80GB")]
     assert names == [
         "ddp.yaml",
         "hsdp.yaml (dp_replicate_size 4, dp_shard_size 8)",
@@ -64,7 +64,7 @@ def test_several_machines() -> None:
         "fsdp2_full.yaml --ep-size 8",
         "fsdp2_cpu_offload.yaml",
     ]
-    hsdp = plan_training("deepseek-v3", gpus=32, gpu_memory="80GB")[1].layout
+    hsdp = plan_training("deepseek-v2-lite", gpus=32, gpu_memory="80GB")[1].layout
     assert (hsdp.replicas, hsdp.shards) == (4, 8)
 
 
@@ -121,7 +121,7 @@ def test_on_the_command_line() -> None:
     (plan,) = json.loads(result.output)
     assert plan["fits"] and plan["total"] == sum(plan["parts"].values())
     assert runner.invoke(app, ["inspect", "deepseek-v2-lite", "--gpus", "0"]).exit_code == 2
-    result = runner.invoke(app, ["inspect", "deepseek-v3", "--gpus", "1"])
+    result = runner.invoke(app, ["inspect", "deepseek-moe-16b", "--gpus", "1"])
     assert "Nothing fits" in result.output and "use this" not in result.output
     assert runner.invoke(app, ["inspect", "deepseek-v2-lite", "--gpus", "1", "--check"]).exit_code == 2
 
