@@ -120,6 +120,7 @@ def plan_memory(
     tokens: int = 4096,
     checkpointing: bool = True,
     cuda: bool = True,
+    parameters: dict[str, torch.nn.Parameter] | None = None,
 ) -> MemoryPlan:
     """What a rank needs to train a model in a layout.
 
@@ -134,13 +135,14 @@ def plan_memory(
         tokens: of one micro-batch on one rank.
         checkpointing: whether layers are recomputed in the backward pass.
         cuda: whether to add what CUDA keeps for itself.
+        parameters: `meta_parameters(config)`, if they are at hand.
 
     Raises:
         ValueError: for a method or a dtype that does not exist, or numbers that are not allowed.
     """
     weights = weights or ("float32" if method == "full" else "bfloat16")
     _check(config, layout, method, weights, compute, lora_rank, esft_share, tokens)
-    parameters = meta_parameters(config)
+    parameters = meta_parameters(config) if parameters is None else parameters
     sizes, held, used = _Sizes.of(parameters), _BYTES[weights], _BYTES[compute]
     shards = layout.shards
     trained, trained_bytes = sizes.total, 4 * held  # weight, gradient and two moments, in the same dtype
@@ -302,9 +304,9 @@ def plan_training(
     if gpus > gpus_per_machine and gpus % gpus_per_machine:
         raise ValueError(f"gpus={gpus} is not allowed: it must be a multiple of gpus_per_machine={gpus_per_machine}.")
     config = config_named(name_or_folder)
-    plans = []
+    parameters, plans = meta_parameters(config), []
     for layout in _layouts(config, gpus, min(gpus, gpus_per_machine), method):
-        plan = plan_memory(config, layout, method=method, **settings)
+        plan = plan_memory(config, layout, method=method, parameters=parameters, **settings)
         plans.append(MemoryPlan(**{**vars(plan), "fits": plan.total <= memory}))
     return plans
 
