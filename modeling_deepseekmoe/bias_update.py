@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .modeling_deepseekmoe import DeepseekMoeModel
 from .router_load import RouterLoad, RouterLoadCounter, count_tokens, counts_as_training
 from .sharded_files import whole_tensor
+from .torch_support import in_backward_pass
 
 UPDATES = ("sign", "centered_sign", "proportional")
 BIAS_NAME = "e_score_correction_bias"
@@ -96,7 +97,7 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
                 owners.add(owner)
                 break
     for name, module in model.named_modules():
-        unknown = module not in owners and isinstance(module._buffers.get(BIAS_NAME), torch.Tensor)
+        unknown = module not in owners and BIAS_NAME in dict(module.named_buffers(recurse=False))
         if unknown and not _is_peft_copy(name):
             raise ValueError(f"{name}.{BIAS_NAME} is not understood: there are no `experts` beside it.")
     if len({gate.bias.numel() for gate in gates}) > 1:
@@ -107,7 +108,12 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
 def _owner_of_bias(module: nn.Module) -> nn.Module:
     """The module that holds the bias which `module` shows: PEFT's wrappers show that of the copy in use."""
     bias = getattr(module, BIAS_NAME)
-    return next(part for part in module.modules() if bias is {**part._buffers, **part._parameters}.get(BIAS_NAME))
+
+    def owns(part: nn.Module) -> bool:
+        own = (*part.named_buffers(recurse=False), *part.named_parameters(recurse=False))
+        return any(tensor is bias for _, tensor in own)
+
+    return next(filter(owns, module.modules()))
 
 
 def _is_peft_copy(name: str) -> bool:
@@ -228,7 +234,7 @@ def take_router_load(model: nn.Module, *, process_group: Any = None) -> RouterLo
         )
     device = next(model.parameters()).device
     # Of all ranks, those of transformers' tensor parallelism are given the same tokens.
-    sizes = [module._tp_size or 1 for module in model.modules() if isinstance(module, PreTrainedModel)]
+    sizes = [module.tp_size or 1 for module in model.modules() if isinstance(module, PreTrainedModel)]
     replicas = max(sizes, default=1) if process_group is None else 1
     return counter.take(device).all_reduce(process_group, replicas=replicas)
 
@@ -283,7 +289,7 @@ class _Tracker:
         @torch.compiler.disable
         def hook(experts: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             # Under checkpointing this runs again in the backward pass, while a graph task is running.
-            if not self.counting or torch._C._current_graph_task_id() != -1:
+            if not self.counting or in_backward_pass():
                 return
             expert_ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
             if not isinstance(expert_ids, torch.Tensor) or expert_ids.is_floating_point() or expert_ids.ndim != 2:

@@ -35,8 +35,12 @@ def register_checkpoint_layout() -> None:
     registered again because transformers applies a mapping to classes from outside only where they registered it.
     """
     # Slow to import, and the models that call this have loaded it anyway.
-    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+    from .transformers_support import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        register_checkpoint_conversion_mapping,
+    )
 
     for model_type in MODEL_TYPES:
         stacking = [

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
-from transformers.configuration_utils import PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from .parallel_plans import PIPELINE_PLAN, expert_parallel_size, tensor_parallel_plan
 from .remote_code import CarriesCode, as_json, auto_map_among, without, without_local_code
+from .untested_versions import warn_of_untested_version
 
 ATTENTION_TYPES = ("mha", "mla")
 SCORING_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -29,10 +30,10 @@ LOSS_FIELDS = {
     "router_z": "router_z_loss_alpha",
 }
 _MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-
-
 # An integer or null. Which fields may be null depends on other fields, which a type cannot say: the checks below do.
 OptionalInt: TypeAlias = Any
+
+warn_of_untested_version()
 
 
 def _prepare_first_config() -> None:
@@ -107,7 +108,7 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
     """
 
     model_type = "deepseekmoe"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "aux_loss", "router_logits"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "aux_loss", "router_logits"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_experts": "n_routed_experts",
         "num_local_experts": "n_routed_experts",
@@ -336,7 +337,7 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
     def _check_kinds(self) -> None:
         """Fields that are neither sizes nor part of the routing."""
         if self.hidden_act != "silu":  # the list of all others is slow to import
-            from transformers.activations import ACT2CLS
+            from .transformers_support import ACT2CLS
 
             self._check_one_of("hidden_act", tuple(ACT2CLS))
         for field in ("norm_topk_prob", "seq_aux", "attention_bias", "tie_word_embeddings", "rope_interleave"):
@@ -350,7 +351,7 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
             self._refuse("pad_token_id", f"it must be null or a token below vocab_size={self.vocab_size}")
 
     def _check_rope(self) -> None:
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+        from .transformers_support import ROPE_INIT_FUNCTIONS
 
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:

@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import SiLUActivation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.utils import logging
 
 from .checkpoint_layout import STACKS
@@ -28,12 +26,14 @@ from .experts_loop import Adapter
 from .experts_operator import experts_op
 from .experts_triton import why_not_fused
 from .grouped_products import GroupedSlots, grouped_linear, run_grouped
+from .transformers_support import ALL_EXPERTS_FUNCTIONS, SiLUActivation, gating_of, plain_gating
 
 logger = logging.get_logger(__name__)
 
 IMPLEMENTATION = "deepseekmoe"
 WAYS = ("triton", "loop", "grouped", "batched")
 FUSED_WAYS = ("triton", "loop")
+PLAIN_GATING = plain_gating()
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Hidden times width of an expert. Measured on two cores, with 8 and 64 experts: below it the calls of the loop cost
 # more than what it saves.
@@ -136,9 +136,8 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
     the module that holds the parameters."""
     found = {}
     for name, module in model.named_modules():
-        stacks = [module._parameters.get(projection) for projection in STACKS]
-        layer = LAYER.search(name)
-        if layer is not None and all(stack is not None and stack.ndim == 3 for stack in stacks):
+        own, layer = dict(module.named_parameters(recurse=False)), LAYER.search(name)
+        if layer is not None and all(projection in own and own[projection].ndim == 3 for projection in STACKS):
             found[int(layer[1])] = (name.replace(".base_layer", ""), module)
     return found
 
@@ -161,7 +160,7 @@ def why_unsupported(experts: nn.Module) -> str | None:
             return meaning
     if hasattr(experts, "selected_ids"):
         return "some of its experts are trained apart; call merge_esft first"
-    if not hasattr(experts, "_apply_gate"):
+    if gating_of(experts) is None:
         return "it is not one of transformers' exchangeable experts implementations"
     return None
 
@@ -183,7 +182,7 @@ def choose_way(
     stack = experts.gate_up_proj if stack is None else stack
     num_experts, columns, hidden_size = stack.shape
     size = columns // 2 * hidden_size
-    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate or not _is_silu(experts.act_fn):
+    if gating_of(type(experts)) is not PLAIN_GATING or not _is_silu(experts.act_fn):
         return "grouped", "their activation is not silu(gate) * up"
     if hidden_states.device.type == "cuda":
         reason = why_not_fused(hidden_states.device, compute_dtype(stack), num_experts)

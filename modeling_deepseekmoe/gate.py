@@ -4,19 +4,19 @@
 Shape letters: T tokens, D hidden, E routed experts.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils.generic import maybe_autocast
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .routing import RoutingPlan, route
+from .torch_support import Float32Buffers
+from .transformers_support import maybe_autocast
 
 
-class DeepseekMoeGate(nn.Module):
-    """The router: one centroid per routed expert (the rows of `weight`), and for `noaux_tc` the balancing bias."""
+class DeepseekMoeGate(Float32Buffers):
+    """The router: one centroid per routed expert (the rows of `weight`), and for `noaux_tc` the balancing bias, a
+    buffer that stays in float32: its updates are far below bfloat16's resolution."""
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
@@ -26,16 +26,6 @@ class DeepseekMoeGate(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
         else:
             self.e_score_correction_bias = None
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "DeepseekMoeGate":
-        """Move and cast, but keep the bias in float32, whatever the model becomes: its updates are far below
-        bfloat16's resolution."""
-        before = self.e_score_correction_bias
-        super()._apply(*args, **kwargs)
-        after = self.e_score_correction_bias
-        if after is not None and after.dtype != torch.float32:
-            self.e_score_correction_bias = (after if before.is_meta else before).to(after.device, torch.float32)
-        return self
 
     def forward(
         self,

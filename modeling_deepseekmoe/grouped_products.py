@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .transformers_support import gating_of
+
 # What a product gets: the parameter's name, the rows of all slots in the order of their groups, and the slots.
 Project = Callable[[str, torch.Tensor, "GroupedSlots"], torch.Tensor]
 
@@ -117,7 +119,7 @@ def run_grouped(
         elsewhere = (slots.group_ids >= num_experts).unsqueeze(-1)
     rows = _without(rows, elsewhere)
     rows = project("gate_up_proj", rows, slots)
-    rows = project("down_proj", experts._apply_gate(_without(rows, elsewhere)), slots)
+    rows = project("down_proj", gating_of(experts)(_without(rows, elsewhere)), slots)
     rows = _without(rows, elsewhere) * top_k_weights.flatten().index_select(0, slots.order).unsqueeze(-1)
     back = torch.empty_like(slots.order)
     back[slots.order] = torch.arange(len(back), device=back.device)

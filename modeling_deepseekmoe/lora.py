@@ -11,7 +11,6 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +19,7 @@ from .esft import ExpertSelection
 from .experts import find_experts, why_unsupported
 from .lora_layers import DirectLora, ExpertLora, layer_class_of
 from .lora_model import ExpertLoraConfig, ExpertLoraModel
+from .peft_support import ParamWrapper
 
 _PARAMETERS = {"gate_up": "gate_up_proj", "down": "down_proj"}
 

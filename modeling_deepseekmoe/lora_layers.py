@@ -17,9 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -46,6 +43,7 @@ from .parallel_adapters import (
     refuse_merging,
     run_on_ranks,
 )
+from .peft_support import LinearLora, ParamWrapper, get_pattern_key, parallel_style_of, spread_ourselves
 
 
 class DirectLora(ParamWrapper):
@@ -69,7 +67,7 @@ class DirectLora(ParamWrapper):
         for field in ("lora_bias", "fan_in_fan_out"):  # PEFT refuses them for the first adapter only
             if getattr(config, field):
                 raise ValueError(f"{field}=True is not allowed for adapters of parameters.")
-        self.get_base_layer()._hf_tp_plan = None  # PEFT would spread the adapter by it: these layers do so themselves
+        spread_ourselves(self.get_base_layer())
         refuse_dropout(self.get_param(), config.lora_dropout, self.get_base_layer())
         own = hasattr(config, "experts")  # a plain LoraConfig with dropout is refused: it would be saved with it
         super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config) if own else config, **kwargs)
@@ -229,8 +227,12 @@ class ExpertLora(DirectLora):
             config, target = configs[name], f"{module_name}.{self.parameter_name}"
             rank, alpha = rank_and_alpha(config, target)
             self.update_layer(name, rank, alpha, config)
+            trained = self.base_layer.lora_A[name].weight.requires_grad
             for factor in (self.lora_A[name], self.lora_B[name]):
                 nn.init.zeros_(factor.weight)
+                factor.weight.requires_grad_(trained)
+            if not self.empty_adapters:
+                self.register_load_state_dict_pre_hook(_give_factors_to_the_inner_layer)
             self.empty_adapters.add(name)
             config.target_parameters = [*(config.target_parameters or ()), target]
 
@@ -238,16 +240,6 @@ class ExpertLora(DirectLora):
         """Remove an adapter; see `peft.tuners.tuners_utils.BaseTunerLayer.delete_adapter`."""
         super().delete_adapter(adapter_name)
         self.empty_adapters.discard(adapter_name)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The file of an adapter of `gate_up_proj` alone names its factors as those of the outer layer.
-        for name in self.empty_adapters & set(getattr(self.base_layer, "lora_A", ())):
-            for factor, module in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
-                key = f"{factor}.{name}.weight"
-                if prefix + key in state_dict and f"{prefix}base_layer.{key}" not in state_dict:
-                    state_dict[f"{prefix}base_layer.{key}"] = state_dict[prefix + key]
-                    state_dict[prefix + key] = torch.zeros_like(module[name].weight)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def concatenated(
         self, adapters: list[str], weights: list[float], part: LocalPart | None = None
@@ -312,6 +304,16 @@ class ExpertLora(DirectLora):
         return grouped_linear(inner * scaling, outer, slots)
 
 
+def _give_factors_to_the_inner_layer(layer: ExpertLora, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """The file of an adapter of `gate_up_proj` alone names its factors as those of the outer layer."""
+    for name in layer.empty_adapters & set(getattr(layer.base_layer, "lora_A", ())):
+        for factor, module in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            key = f"{factor}.{name}.weight"
+            if prefix + key in state_dict and f"{prefix}base_layer.{key}" not in state_dict:
+                state_dict[f"{prefix}base_layer.{key}"] = state_dict[prefix + key]
+                state_dict[prefix + key] = torch.zeros_like(module[name].weight)
+
+
 class LinearWeightLora(DirectLora):
     """LoRA on the weight of one `nn.Linear` that was named as a parameter, which is how PEFT keeps the FFNs of a
     mixture apart from its experts."""
@@ -344,7 +346,7 @@ ExpertLora.__name__ = LinearWeightLora.__name__ = ParamWrapper.__name__
 
 
 def create_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """The LoRA layer of a module or of one of its parameters: ours where there is one, else PEFT's own.
+    """The LoRA layer of a module or of one of its parameters, or `None` where PEFT's own is the right one.
 
     Args:
         target: the module, or PEFT's wrapper around it.
@@ -354,20 +356,19 @@ def create_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwa
     base_layer = target.get_base_layer() if isinstance(target, ParamWrapper) else target
     layer_class = layer_class_of(base_layer, parameter_name)
     if layer_class is not None:
-        target._hf_tp_plan = None
+        spread_ourselves(target)
         return layer_class(target, adapter_name, config=config, **kwargs)
-    plan = getattr(target, "_hf_tp_plan", None)
-    if plan == "colwise_gather_output":
-        raise ValueError(f"LoRA on {kwargs.get('target_name', 'lm_head')} is not allowed under tensor parallelism.")
-    layer: nn.Module
+    style, name = parallel_style_of(target), kwargs.get("target_name", type(target).__name__)
+    if style == "colwise_gather_output":
+        raise ValueError(f"LoRA on {name} is not allowed under tensor parallelism.")
+    layer: nn.Module | None = None
     if type(target) is nn.Linear and isinstance(target.weight, DTensor) and not config.use_dora:
-        target._hf_tp_plan = None
+        spread_ourselves(target)
         layer = ShardedLinearLora(target, adapter_name, config=config, **kwargs)
-    else:
-        plain = copy.copy(config)
-        plain._custom_modules = None
-        layer = LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
-    if plan == LATENT_PROJECTION:
+    if style == LATENT_PROJECTION:
+        if type(target) is not nn.Linear:
+            raise ValueError(f"LoRA on {name}, a {type(target).__name__}, is not allowed under tensor parallelism.")
+        layer = layer or LinearLora(target, adapter_name, config=config, **kwargs)
         hook_latent_projection(target, layer)
     return layer
 

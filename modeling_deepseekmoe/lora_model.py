@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraModel
 from torch import nn
 
 from .lora_layers import ExpertLora, create_layer
+from .peft_support import CombiningLoraModel, use_own_layers
 
 _COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
@@ -30,7 +30,7 @@ class ExpertLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._register_custom_module({nn.Module: create_layer})
+        use_own_layers(self, create_layer)
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: the fields of a LoraConfig."""
@@ -42,7 +42,7 @@ class ExpertLoraConfig(LoraConfig):
 
 
 @contextmanager
-def _hidden_target_parameters(configs: list[LoraConfig]) -> Iterator[None]:
+def _without_target_parameters(configs: list[LoraConfig]) -> Iterator[None]:
     """While PEFT checks what it does not support for its own wrappers of parameters."""
     targets = [config.target_parameters for config in configs]
     for config in configs:
@@ -54,27 +54,31 @@ def _hidden_target_parameters(configs: list[LoraConfig]) -> Iterator[None]:
             config.target_parameters = target
 
 
-class ExpertLoraModel(LoraModel):
+class ExpertLoraModel(CombiningLoraModel):
     """PEFT's LoraModel, without its limits for adapters on stacked experts."""
 
-    def _check_new_adapter_config(self, config: LoraConfig) -> None:
+    combined_targets: list[str] | None = None  # of the adapter that is being made of others
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the layers of an adapter; see `peft.tuners.tuners_utils.BaseTuner.inject_adapter`.
+
+        PEFT asks that all adapters target the same parameters, because the nesting of its wrappers is part of the
+        names it saves. Here every nesting is completed.
+        """
+        config = self.peft_config[adapter_name]
         if type(config) is LoraConfig:
             config.__class__ = ExpertLoraConfig  # so that it creates these layers, and is saved as they can be read
             config.experts = None
-            config._register_custom_module({nn.Module: create_layer})
-        # PEFT asks that all adapters target the same parameters, because the nesting of its wrappers is part of the
-        # names it saves. Here every nesting is completed.
-        with _hidden_target_parameters([config]):
-            super()._check_new_adapter_config(config)
-
-    def _inject_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        targeted = super()._inject_parameters(*args, **kwargs)
+            use_own_layers(config, create_layer)
+        if self.combined_targets is not None:
+            config.target_parameters = self.combined_targets
+        with _without_target_parameters([other for other in self.peft_config.values() if other is not config]):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parent_name, parent in list(self.model.named_modules()):
             for child_name, child in list(parent.named_children()):
                 if isinstance(child, ExpertLora) and not isinstance(parent, ExpertLora):
                     child.order_chain(parent, child_name)
                     getattr(parent, child_name).complete(f"{parent_name}.{child_name}", self.peft_config)
-        return targeted
 
     def add_weighted_adapter(
         self,
@@ -101,25 +105,22 @@ class ExpertLoraModel(LoraModel):
             raise ValueError(f"adapter_name={adapter_name!r} is not allowed: there is an adapter of that name.")
         if kwargs.get("svd_clamp") is not None:
             raise ValueError("svd_clamp is not allowed on stacked experts.")
-        with self._common_config(adapters):
-            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **kwargs)
+        first, configs = self.peft_config[adapters[0]], [self.peft_config[name] for name in adapters]
+        self.combined_targets = sorted(set().union(*(config.target_parameters or () for config in configs)))
+        # PEFT copies the first config. Its scaling must be 1, which with `lora_alpha` equal to the rank it is without
+        # rsLoRA only.
+        use_rslora, first.use_rslora = first.use_rslora, False
+        try:
+            with _without_target_parameters(configs):
+                super().add_weighted_adapter(
+                    adapters, weights, adapter_name, combination_type=combination_type, **kwargs
+                )
+        finally:
+            first.use_rslora, self.combined_targets = use_rslora, None
         if combination_type == "cat" and len(adapters) > 1:
             for layer in self.modules():
                 if isinstance(layer, ExpertLora) and adapter_name in layer.lora_A:
                     self._set_factors(layer, adapter_name, *layer.concatenated(adapters, weights))
-
-    @contextmanager
-    def _common_config(self, adapters: list[str]) -> Iterator[None]:
-        """PEFT copies the config of the first adapter: it must reach the targets of all of them, and its scaling must
-        be 1, which with `lora_alpha` equal to the rank it is without rsLoRA only."""
-        first = self.peft_config[adapters[0]]
-        own = first.target_parameters, first.use_rslora
-        targets = [self.peft_config[name].target_parameters or () for name in adapters]
-        first.target_parameters, first.use_rslora = sorted(set().union(*targets)), False
-        try:
-            yield
-        finally:
-            first.target_parameters, first.use_rslora = own
 
     @staticmethod
     @torch.no_grad()
@@ -130,30 +131,22 @@ class ExpertLoraModel(LoraModel):
             target.zero_()
             target[:, :rank].copy_(values)
 
-    def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
-        configs = [self.peft_config[name] for name in adapters if name in self.peft_config]
-        with _hidden_target_parameters(configs):
-            return super()._check_add_weighted_adapter(adapters, *args, **kwargs)
-
-    def _svd_generalized_task_arithmetic_weighted_adapter(
-        self, combination_type: str, adapters: list[str], weights: list[float], new_rank: int, target: nn.Module,
-        target_lora_A: torch.Tensor, *args: Any, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        if not isinstance(target, ExpertLora):
-            return super()._svd_generalized_task_arithmetic_weighted_adapter(
-                combination_type, adapters, weights, new_rank, target, target_lora_A, *args, **kwargs
-            )
-        adapter_name = next(name for name, layer in target.lora_A.items() if layer.weight is target_lora_A)
-        factor_a, factor_b = target.concatenated(adapters, weights)
+    def combine_by_svd(
+        self, layer: nn.Module, adapters: list[str], weights: list[float], rank: int, adapter_name: str
+    ) -> bool:
+        """Write a weighted combination of adapters on stacked experts into another one, without their products."""
+        if not isinstance(layer, ExpertLora):
+            return False
+        factor_a, factor_b = layer.concatenated(adapters, weights)
         # The singular values of B A are those of the small product of their triangular factors.
         basis_b, small_b = torch.linalg.qr(factor_b.permute(2, 0, 1).float())
         basis_a, small_a = torch.linalg.qr(factor_a.transpose(1, 2).float())
         left, values, right = torch.linalg.svd(small_b @ small_a.transpose(1, 2), full_matrices=False)
-        rank = min(new_rank, values.shape[-1])
+        rank = min(rank, values.shape[-1])
         new_b = basis_b @ (left[..., :rank] * values[:, None, :rank])
         new_a = right[:, :rank] @ basis_a.transpose(1, 2)
-        self._set_factors(target, adapter_name, new_a, new_b.permute(1, 2, 0))
-        return target_lora_A.data, target.lora_B[adapter_name].weight.data
+        self._set_factors(layer, adapter_name, new_a, new_b.permute(1, 2, 0))
+        return True
 
 
 __all__ = ["ExpertLoraConfig", "ExpertLoraModel"]

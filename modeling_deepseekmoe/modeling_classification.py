@@ -5,18 +5,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .modeling_deepseekmoe import (
+    CACHE,
     DeepseekMoeModel,
     DeepseekMoeModelOutput,
     DeepseekMoePreTrainedModel,
-    _share_of_items,
+    share_of_items,
 )
+from .transformers_support import TransformersKwargs, Unpack, can_return_tuple, takes_cache
 
 
 @dataclass
@@ -43,11 +44,14 @@ class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -59,7 +63,12 @@ class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
             ValueError: for several sequences without `attention_mask` and `config.pad_token_id`.
         """
         outputs: DeepseekMoeModelOutput = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
         last_token = self._last_real_token(input_ids, attention_mask, logits)
@@ -71,15 +80,15 @@ class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
             items = (labels != -100).sum()
             if self.config.problem_type in ("regression", "multi_label_classification"):
                 # The losses of these problems are means that know nothing of the other micro-batches.
-                loss = loss * _share_of_items(items, loss.device, **kwargs)
+                loss = loss * share_of_items(items, loss.device, **kwargs)
             loss = self._loss_with_auxiliary(loss, outputs.aux_loss, items, **kwargs)
         return DeepseekMoeSequenceClassifierOutput(
             loss=loss,
             aux_loss=outputs.aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _last_real_token(
@@ -112,11 +121,14 @@ class DeepseekMoeForTokenClassification(DeepseekMoePreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -124,7 +136,12 @@ class DeepseekMoeForTokenClassification(DeepseekMoePreTrainedModel):
         """Classify tokens; arguments as for [`DeepseekMoeModel`]; `labels` (B, S) are classes, -100 where there is no
         loss. `logits` have the shape (B, S, num_labels)."""
         outputs: DeepseekMoeModelOutput = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
         loss = None

@@ -9,29 +9,14 @@ Shape letters: B batch, S sequence, T = B * S tokens, D hidden, E routed experts
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.integrations import use_experts_implementation
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    MoeCausalLMOutputWithPast,
-    MoeModelOutputWithPast,
-)
-from transformers.modeling_utils import PreTrainedModel
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3MLP
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers import Cache, DynamicCache, GenerationMixin, GradientCheckpointingLayer, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .balancing import auxiliary_losses
 from .checkpoint_layout import (
@@ -63,8 +48,31 @@ from .router_load import (
 )
 from .routing import RoutingPlan, affinities
 from .token_dropping import drop_tokens
+from .transformers_support import (
+    ACT2FN,
+    CACHE_NAMES,
+    DeepseekV3Attention,
+    DeepseekV3MLP,
+    LlamaAttention,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    OutputRecorder,
+    TransformersKwargs,
+    Unpack,
+    cache_name,
+    can_return_tuple,
+    capture_outputs,
+    create_causal_mask,
+    merge_with_config_defaults,
+    normal_,
+    takes_cache,
+    use_experts_implementation,
+    zeros_,
+)
+from .untested_versions import check_cached_generation
 
 ATTENTION_CLASSES: dict[str, type[nn.Module]] = {"mha": LlamaAttention, "mla": DeepseekV3Attention}
+CACHE = cache_name()  # how transformers' layers, masks and outputs call it
 
 register_checkpoint_layout()
 DeepseekMoeConfig.base_model_ep_plan = expert_parallel_plan()  # here, because it takes a second to find out
@@ -193,6 +201,7 @@ class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @partial(takes_cache, name=CACHE)
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -223,7 +232,7 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepseekMoeDecoderLayer"]  # noqa: RUF012 - read, never changed; as transformers declares it
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = CACHE_NAMES
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -265,12 +274,12 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DeepseekMoeGate):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.e_score_correction_bias is not None:
-                init.zeros_(module.e_score_correction_bias)
+                zeros_(module.e_score_correction_bias)
         elif isinstance(module, DeepseekMoeExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
-            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+            normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
+            normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
 
     @staticmethod
     def _load_pretrained_model(
@@ -305,10 +314,10 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         """
         if not self.training or aux_loss is None:
             return loss
-        return loss + (aux_loss * _share_of_items(items, aux_loss.device, **kwargs)).to(loss.device)
+        return loss + (aux_loss * share_of_items(items, aux_loss.device, **kwargs)).to(loss.device)
 
 
-def _share_of_items(items: torch.Tensor, device: torch.device, **kwargs: Any) -> torch.Tensor | float:
+def share_of_items(items: torch.Tensor, device: torch.device, **kwargs: Any) -> torch.Tensor | float:
     """`items` of this micro-batch over a trainer's `num_items_in_batch`; 1 without it."""
     num_items = kwargs.get("num_items_in_batch")
     return 1.0 if num_items is None else items.to(device) / torch.as_tensor(num_items, device=device)
@@ -331,6 +340,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             remind_of_updates(self)
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -350,7 +360,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             attention_mask (`torch.Tensor`, *optional*): (B, past + S), 0 for padding; or a prepared 4-D mask, which
                 says nothing about padding, so that the auxiliary loss then counts every token.
             position_ids (`torch.LongTensor` of shape (B, S), *optional*).
-            past_key_values (`Cache`, *optional*).
+            past_key_values (`Cache`, *optional*): keys and values of earlier tokens; `cache` is the same argument,
+                under transformers' name for it since 5.24.
             inputs_embeds (`torch.FloatTensor` of shape (B, S, D), *optional*).
             use_cache (`bool`, *optional*).
             kwargs: among others `output_hidden_states`, `output_attentions`, `output_router_logits`.
@@ -373,8 +384,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
         routing = self._routing_context(token_mask, inputs_embeds, kwargs.get("output_router_logits"))
         hidden_states, records = inputs_embeds, {}
@@ -385,10 +396,9 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
                 attention_mask=causal_mask,
                 routing=routing,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
-                **kwargs,
+                **{CACHE: past_key_values, **kwargs},
             )
             # A layer that another pipeline stage holds hands on the hidden states alone.
             hidden_states, *record = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -401,8 +411,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             self.router_load.add(load)
         return DeepseekMoeModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
             aux_loss=sum_of_losses(records, hidden_states.device) if routing.record else None,
+            **{CACHE: past_key_values},
         )
 
     def _routing_context(
@@ -446,6 +456,14 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, keep_auxiliary_loss(value, self) if name == "forward" else value)
 
+    @partial(takes_cache, name=CACHE)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate tokens; see transformers' `GenerationMixin.generate`. A cache may be given under both of its names.
+        With a version of transformers that is not tested yet, the first call of a process checks the use of caches."""
+        check_cached_generation(self)
+        return super().generate(*args, **kwargs)
+
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -492,10 +510,10 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=outputs.aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -6,11 +6,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from .configuration_deepseekmoe import ROUTER_IMPLEMENTATIONS
 from .routing import route
+from .transformers_support import DeepseekV2TopkRouter, DeepseekV3TopkRouter
 
 
 def route_native_gates(model: nn.Module, implementation: str = "auto") -> int:

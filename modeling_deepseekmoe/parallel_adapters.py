@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.layer import Linear as LinearLora
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .experts import IMPLEMENTATION
+from .peft_support import LinearLora, mesh_of, spread_ourselves
+from .transformers_support import experts_implementation_of
 
 LATENT_PROJECTION = "mla_kv_a_proj"  # its style in the plans
 _Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -84,7 +85,7 @@ def run_on_ranks(experts: nn.Module, compute: _Experts, *inputs: torch.Tensor) -
     Raises:
         ValueError: for another experts implementation.
     """
-    implementation = experts.config._experts_implementation
+    implementation = experts_implementation_of(experts.config)
     if implementation != IMPLEMENTATION:
         raise ValueError(
             f"experts_implementation={implementation!r} is not allowed for adapters on experts that are spread over "
@@ -158,9 +159,6 @@ class ShardedLinearLora(LinearLora):
     """LoRA on an `nn.Linear` whose weight is sharded, by tensor or by FSDP, over ranks that each hold the whole
     adapter. PEFT's own takes its sizes from the shard, but for FSDP without replicas."""
 
-    def _get_in_out_features(self, module: nn.Linear) -> tuple[int, int]:
-        return module.in_features, module.out_features
-
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter; see `peft.tuners.lora.LoraLayer.update_layer`.
 
@@ -168,7 +166,7 @@ class ShardedLinearLora(LinearLora):
             ValueError: for dropout where several ranks share a batch.
         """
         refuse_dropout(self.base_layer.weight, config.lora_dropout)
-        self.base_layer._hf_tp_plan = None
+        spread_ourselves(self.base_layer)
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
@@ -202,12 +200,12 @@ def hook_latent_projection(layer: nn.Linear, adapted: nn.Module) -> None:
         layer: `kv_a_proj_with_mqa`, whose forward transformers has replaced.
         adapted: PEFT's layer around it.
     """
-    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+    from .transformers_support import ALL_PARALLEL_STYLES
 
     del layer.forward
     adapted.config = layer.config
-    ALL_PARALLEL_STYLES[LATENT_PROJECTION].install_forward(adapted, layer._hf_device_mesh)
-    layer._hf_tp_plan = None
+    ALL_PARALLEL_STYLES[LATENT_PROJECTION].install_forward(adapted, mesh_of(layer))
+    spread_ourselves(layer)
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -35,7 +35,7 @@ _ROUTED = {
 def expert_parallel_plan() -> dict[str, str] | None:
     """The expert-parallel plan; `None` for a transformers that cannot dispatch tokens to experts on other devices
     without help from the gate (5.17 cannot, 5.23 can)."""
-    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+    from .transformers_support import ALL_PARALLEL_STYLES
 
     known = set(ALL_PARALLEL_STYLES.keys())
     return dict(_EXPERT_PARALLEL) if known.issuperset(_EXPERT_PARALLEL.values()) else None

@@ -10,11 +10,13 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .remote_code import NATIVE_TYPES
+from .transformers_support import EXPERTS_MODULE, EXPERTS_TABLE, TRAINER_CALLBACKS, TRAINER_MODULE
 
 CONFIG_CLASSES: tuple[type[DeepseekMoeConfig], ...] = (
     DeepseekMoeConfig,
@@ -22,6 +24,7 @@ CONFIG_CLASSES: tuple[type[DeepseekMoeConfig], ...] = (
     DeepseekV2Config,
     DeepseekV3Config,
 )
+_TAKEN: set[type[DeepseekMoeConfig]] = set()  # of the types that transformers has classes of its own for
 
 
 def register(override_native: bool = False) -> None:
@@ -38,6 +41,8 @@ def register(override_native: bool = False) -> None:
     for config_class in CONFIG_CLASSES:
         if config_class.model_type not in NATIVE_TYPES or override_native:
             AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            if config_class.model_type in NATIVE_TYPES:
+                _TAKEN.add(config_class)
     if not override_native:
         _restore_native()
     _WITH_EXPERTS.arrange()
@@ -57,12 +62,11 @@ def without_model_classes() -> Iterator[None]:
 
 
 def _restore_native() -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    ours = {config_class.model_type: config_class for config_class in CONFIG_CLASSES}
-    for model_type in NATIVE_TYPES:
-        if CONFIG_MAPPING._extra_content.get(model_type) is ours[model_type]:
-            del CONFIG_MAPPING._extra_content[model_type]
+    """Give the types that transformers has classes for back to them, where this package took them."""
+    for config_class in _TAKEN:
+        if CONFIG_MAPPING[config_class.model_type] is config_class:
+            AutoConfig.register(config_class.model_type, getattr(transformers, config_class.__name__), exist_ok=True)
+    _TAKEN.clear()
 
 
 def _register_models() -> None:
@@ -72,14 +76,14 @@ def _register_models() -> None:
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    from transformers.models.auto.tokenization_auto import (
-        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
-        TOKENIZER_MAPPING_NAMES,
-    )
 
     from . import modeling_classification as classifiers
     from . import modeling_deepseekmoe as models
+    from .transformers_support import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+        TOKENIZER_MAPPING_NAMES,
+    )
 
     models.DeepseekMoePreTrainedModel.publisher = _publish
     models.DeepseekMoePreTrainedModel.preflight = _check_before_upload
@@ -142,14 +146,15 @@ def _carry_code(trainer_module: Any) -> None:
     """Add the callback that publishes the code to those that every Trainer has."""
     from .upload_callbacks import RemoteCodeCallback
 
-    if RemoteCodeCallback not in trainer_module.DEFAULT_CALLBACKS:
-        trainer_module.DEFAULT_CALLBACKS.append(RemoteCodeCallback)
+    callbacks = getattr(trainer_module, TRAINER_CALLBACKS)
+    if RemoteCodeCallback not in callbacks:
+        callbacks.append(RemoteCodeCallback)
 
 
 def _offer_experts(moe_module: Any) -> None:
     """Register the experts implementation for transformers' own models; `experts` registers itself when it is used."""
     if f"{__package__}.experts" not in sys.modules:
-        moe_module.ALL_EXPERTS_FUNCTIONS.register("deepseekmoe", _run_experts)
+        getattr(moe_module, EXPERTS_TABLE).register("deepseekmoe", _run_experts)
 
 
 def _run_experts(*args: Any, **kwargs: Any) -> Any:
@@ -158,8 +163,8 @@ def _run_experts(*args: Any, **kwargs: Any) -> Any:
     return experts_forward(*args, **kwargs)
 
 
-_WITH_TRAINER = _AfterImport("transformers.trainer", "DEFAULT_CALLBACKS", _carry_code)
-_WITH_EXPERTS = _AfterImport("transformers.integrations.moe", "ALL_EXPERTS_FUNCTIONS", _offer_experts)
+_WITH_TRAINER = _AfterImport(TRAINER_MODULE, TRAINER_CALLBACKS, _carry_code)
+_WITH_EXPERTS = _AfterImport(EXPERTS_MODULE, EXPERTS_TABLE, _offer_experts)
 
 
 def _publish(model: Any, repo_id: str, **kwargs: Any) -> str:

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from transformers.dynamic_module_utils import get_relative_import_files
-
 CODE_CHOICES = ("auto", "always", "never")
 NATIVE_TYPES = ("deepseek_v2", "deepseek_v3")  # which transformers has classes of its own for
 # The prefix of the class names of each model type.
@@ -64,6 +62,8 @@ def auto_map_of(model_type: str) -> dict[str, str]:
 def code_files() -> Mapping[str, Path]:
     """The files that travel, by name: those of the `auto_map`, and what they import from beside them, as transformers
     finds it."""
+    from .transformers_support import get_relative_import_files
+
     entry_points = {target.split(".")[0] for kind in _PREFIXES for target in auto_map_of(kind).values()}
     found: dict[str, Path] = {}
     for entry_point in entry_points:

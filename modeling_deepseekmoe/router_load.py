@@ -21,6 +21,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers.utils import logging
 
 from .balancing import LOSS_NAMES
+from .torch_support import in_backward_pass
 
 logger = logging.get_logger(__name__)
 
@@ -192,7 +193,7 @@ def counts_as_training(model: nn.Module) -> bool:
     recomputation of a model that is checkpointed as a whole (then a graph task is running)."""
     if not (model.training and torch.is_grad_enabled()):
         return False
-    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+    return torch.compiler.is_compiling() or not in_backward_pass()
 
 
 def count_tokens(expert_ids: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None) -> torch.Tensor:

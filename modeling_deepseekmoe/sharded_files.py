@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.dynamic_module_utils import custom_object_save
+
+from .transformers_support import custom_object_save, revert_weight_conversion
 
 INDEX_NAME = "model.safetensors.index.json"
 UNFINISHED = ".unfinished"

@@ -6,22 +6,27 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
-from transformers.distributed import load_optimizer_distributed, save_optimizer_distributed
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .selected_experts import SelectedExperts
 from .sharded_files import is_sharded, save_sharded
+from .torch_support import set_group_timeout
+from .transformers_support import (
+    PREFIX_CHECKPOINT_DIR,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+    TRAINING_ARGS_NAME,
+    SaveStrategy,
+    load_optimizer_distributed,
+    save_optimizer_distributed,
+)
 
 OPTIMIZER_FOLDER = "optimizer"
 
@@ -134,12 +139,14 @@ class ShardedTrainer(Trainer):
         sharded = getattr(self.model, "is_distributed_loading_by_transformers", False)
         return bool(self._own_checkpoints and sharded and isinstance(self.model, PreTrainedModel))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # an older checkpoint is incomplete from now on
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save the model as Trainer does; one that is sharded, with [`save_sharded`]. All ranks must call it then."""
+        folder = Path(output_dir or self.args.output_dir)
+        if folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}":
+            if self.args.should_save:
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # an older checkpoint is incomplete from now on
+            self.accelerator.wait_for_everyone()
+        super().save_model(output_dir, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self._sharded_at_loading:
@@ -181,9 +188,11 @@ class ShardedTrainer(Trainer):
         state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         # Another layout of the ranks divides the same parameters into other groups, of the same learning rates.
         groups = len(self._plain_optimizer.param_groups)
-        if len(state.get("base_lrs", range(groups))) != groups:
-            state = {name: value for name, value in state.items() if name not in ("base_lrs", "_last_lr")}
-            if "lr_lambdas" in state:
+        earlier = len(state.get("base_lrs", range(groups)))
+        if earlier != groups:
+            of_groups = {name for name, value in state.items() if isinstance(value, list) and len(value) == earlier}
+            state = {name: value for name, value in state.items() if name not in of_groups}
+            if "lr_lambdas" in of_groups:
                 state["lr_lambdas"] = [None] * groups
         self.lr_scheduler.load_state_dict(state)
         return None
@@ -211,7 +220,7 @@ def set_timeout(model: nn.Module, seconds: float) -> None:
     meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
     groups = {group for mesh in meshes for group in mesh.get_all_groups()}
     for group in {*groups, dist.group.WORLD} if groups else ():
-        _set_pg_timeout(timedelta(seconds=seconds), group)
+        set_group_timeout(group, seconds)
 
 
 @contextmanager

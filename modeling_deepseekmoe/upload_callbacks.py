@@ -6,11 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.modeling_utils import unwrap_model
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
-from transformers.training_args import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .remote_code import PublishedModel, attach_code, carries_code, check_place_for_code
+from .transformers_support import unwrap_model
 
 if TYPE_CHECKING:
     from transformers import Trainer

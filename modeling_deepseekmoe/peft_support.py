@@ -1,0 +1,95 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What the package takes from PEFT beyond its documented interface.
+
+No other file uses a private name of PEFT, or imports from its inner modules. `tests/test_canaries.py` states what is
+relied on for each.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import Linear as _Linear
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+
+def use_own_layers(config: LoraConfig, create_layer: Callable[..., nn.Module | None]) -> None:
+    """Let PEFT make its layers with `create_layer`, or, where that returns `None`, as it does without."""
+    config._register_custom_module({nn.Module: create_layer})
+
+
+def parallel_style_of(layer: nn.Module) -> str | None:
+    """How transformers spreads a layer over ranks, as PEFT has noted it there."""
+    return getattr(layer, "_hf_tp_plan", None)
+
+
+def spread_ourselves(layer: nn.Module) -> None:
+    """Keep PEFT from spreading the adapter of a layer over ranks: it would see nothing but the layer's note."""
+    layer._hf_tp_plan = None
+
+
+def mesh_of(layer: nn.Module) -> Any:
+    """The ranks over which transformers has spread a layer, as PEFT has noted them there."""
+    return layer._hf_device_mesh
+
+
+class LinearLora(_Linear):
+    """PEFT's LoRA of a linear layer, with the sizes of the whole layer, and not those of this rank's part."""
+
+    def _get_in_out_features(self, module: nn.Linear) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+
+class CombiningLoraModel(LoraModel):
+    """PEFT's LoraModel, in which a subclass may say how adapters of a layer are combined by `svd`."""
+
+    def combine_by_svd(
+        self, layer: nn.Module, adapters: list[str], weights: list[float], rank: int, adapter_name: str
+    ) -> bool:
+        """Write the weighted combination of a layer's adapters, as near as this rank allows, into another adapter.
+
+        Args:
+            layer: a LoRA layer.
+            adapters, weights: what is combined.
+            rank: of the new adapter.
+            adapter_name: of the new adapter.
+
+        Returns:
+            Whether it was done; PEFT does it otherwise.
+        """
+        return False
+
+    def _svd_generalized_task_arithmetic_weighted_adapter(
+        self,
+        combination_type: str,
+        adapters: list[str],
+        weights: list[float],
+        new_rank: int,
+        target: nn.Module,
+        target_lora_A: torch.Tensor,
+        target_lora_B: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        adapter_name = next((name for name, layer in target.lora_A.items() if layer.weight is target_lora_A), None)
+        if adapter_name is not None and self.combine_by_svd(target, adapters, weights, new_rank, adapter_name):
+            return target_lora_A.data, target_lora_B.data
+        return super()._svd_generalized_task_arithmetic_weighted_adapter(
+            combination_type, adapters, weights, new_rank, target, target_lora_A, target_lora_B, *args, **kwargs
+        )
+
+
+__all__ = [
+    "CombiningLoraModel",
+    "LinearLora",
+    "ParamWrapper",
+    "get_pattern_key",
+    "mesh_of",
+    "parallel_style_of",
+    "spread_ourselves",
+    "use_own_layers",
+]

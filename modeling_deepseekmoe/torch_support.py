@@ -1,0 +1,38 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What the package takes from torch beyond its documented interface: three things that have no public form.
+
+No other file uses a private name of torch. `tests/test_canaries.py` states what is relied on for each.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import distributed_c10d
+
+
+def in_backward_pass() -> bool:
+    """Whether autograd runs a backward pass now: what a checkpointed layer computes again, it computes in one."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Float32Buffers(nn.Module):
+    """A module whose own buffers stay in float32, whatever `to`, `half` or `bfloat16` make of the model around it."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Float32Buffers":
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(*args, **kwargs)
+        for name, buffer in dict(self.named_buffers(recurse=False)).items():
+            if before[name].dtype == torch.float32 != buffer.dtype:
+                kept = buffer if before[name].is_meta else before[name]
+                setattr(self, name, kept.to(buffer.device, torch.float32))
+        return self
+
+
+def set_group_timeout(group: Any, seconds: float) -> None:
+    """Let the ranks of a process group wait for each other that long, in seconds."""
+    distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+__all__ = ["Float32Buffers", "in_backward_pass", "set_group_timeout"]
