@@ -75,12 +75,12 @@ class Layer:
 
     def __init__(self, shape: Shape, device: str) -> None:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        config = DeepseekV3Config(
+        self.config_of = lambda way: DeepseekV3Config(
             hidden_size=shape.hidden, moe_intermediate_size=shape.width, n_routed_experts=shape.experts,
-            num_local_experts=shape.experts, num_experts_per_tok=shape.top_k,
+            num_local_experts=shape.experts, num_experts_per_tok=shape.top_k, experts_implementation=way,
         )  # fmt: skip
         with torch.device(device):
-            self.module = DeepseekV3Experts(config).to(dtype)
+            self.module = DeepseekV3Experts(self.config_of(None)).to(dtype)
         with torch.no_grad():
             for parameter in self.module.parameters():
                 parameter.normal_(std=0.02)
@@ -96,7 +96,7 @@ class Layer:
 
     def run(self, way: str, kind: str, inputs: tuple[torch.Tensor, ...]) -> tuple[float, list[torch.Tensor]]:
         """Seconds, and the results: the output, or the gradients."""
-        self.module.config._experts_implementation = way
+        self.module.config = self.config_of(way)
         self.module.requires_grad_(kind == "full")
         hidden, _, weights = inputs
         grad = hidden.detach()

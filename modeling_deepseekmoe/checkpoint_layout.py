@@ -7,6 +7,7 @@ stacked parameters, `...mlp.experts.gate_up_proj` (E, 2I, D) and `...mlp.experts
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ MODEL_TYPES = ("deepseekmoe", "deepseek", "deepseek_v2", "deepseek_v3")
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _EXPERT_NAME = re.compile(r"^(layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+_GATE_WEIGHT = ".mlp.gate.weight"
 _LAYER_NAME = re.compile(r"^layers\.(\d+)\.")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -58,17 +60,42 @@ def register_checkpoint_layout() -> None:
         register_checkpoint_conversion_mapping(model_type, stacking, overwrite=True)
 
 
-def read_shapes(files: Iterable[str]) -> Shapes:
-    """Names and shapes of all tensors in some checkpoint files; no weight is read (a pickled one is mapped)."""
-    shapes: Shapes = {}
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            shapes |= shapes_of(torch.load(file, map_location="meta", weights_only=True, mmap=True))
-            continue
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
-                shapes[name] = tuple(handle.get_slice(name).get_shape())
-    return shapes
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint or a state dict says of its tensors before any is read.
+
+    Attributes:
+        shapes: of all tensors, by name.
+        gates (`dict[str, torch.dtype]`): dtypes of the gates' weights, by name without `model.`.
+    """
+
+    shapes: Shapes = field(default_factory=dict)
+    gates: dict[str, torch.dtype] = field(default_factory=dict)
+
+    @classmethod
+    def of_files(cls, files: Iterable[str]) -> "Stored":
+        """That of some checkpoint files; no weight is read (a pickled one is mapped)."""
+        stored = cls()
+        for file in files:
+            if not str(file).endswith(".safetensors"):
+                part = cls.of_state_dict(torch.load(file, map_location="meta", weights_only=True, mmap=True))
+                stored.shapes.update(part.shapes)
+                stored.gates.update(part.gates)
+                continue
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
+                    tensor = handle.get_slice(name)
+                    stored.shapes[name] = tuple(tensor.get_shape())
+                    if name.endswith(_GATE_WEIGHT):
+                        stored.gates[name.removeprefix("model.")] = tensor[:0].dtype
+        return stored
+
+    @classmethod
+    def of_state_dict(cls, state_dict: Mapping[str, torch.Tensor]) -> "Stored":
+        """That of a state dict."""
+        gates = {name: tensor for name, tensor in state_dict.items() if name.endswith(_GATE_WEIGHT)}
+        dtypes = {name.removeprefix("model."): tensor.dtype for name, tensor in gates.items()}
+        return cls({name: tuple(tensor.shape) for name, tensor in state_dict.items()}, dtypes)
 
 
 def mtp_layers(config: DeepseekMoeConfig) -> range:
@@ -190,19 +217,13 @@ def stack_expert_tensors(
         state_dict[f"{prefix}{stack}"] = stacked
 
 
-def shapes_of(state_dict: Mapping[str, torch.Tensor]) -> Shapes:
-    """Names and shapes of a state dict."""
-    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-
-
 __all__ = [
     "MODEL_TYPES",
     "PROJECTIONS",
     "STACKS",
+    "Stored",
     "check_checkpoint",
     "mtp_layers",
-    "read_shapes",
     "register_checkpoint_layout",
-    "shapes_of",
     "stack_expert_tensors",
 ]

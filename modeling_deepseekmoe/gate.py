@@ -7,11 +7,14 @@ Shape letters: T tokens, D hidden, E routed experts.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .routing import RoutingPlan, route
 from .torch_support import Float32Buffers
 from .transformers_support import maybe_autocast
+
+logger = logging.get_logger(__name__)
 
 
 class DeepseekMoeGate(Float32Buffers):
@@ -26,6 +29,26 @@ class DeepseekMoeGate(Float32Buffers):
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
         else:
             self.e_score_correction_bias = None
+
+    def keep_precision(self, stored: torch.dtype | None) -> None:
+        """Before a checkpoint is read: let the weight become float32 where the dtype of the model would round what is
+        stored, and products are in float32 (`router_dtype`), so that a checkpoint chooses the same experts in every
+        dtype. A weight that is sharded already is rounded, with a warning.
+
+        Args:
+            stored (`torch.dtype`, *optional*): of the weight in the checkpoint; `None` where it is not there.
+        """
+        dtype = self.weight.dtype
+        if self.config.router_dtype != "float32" or stored is None or torch.promote_types(stored, dtype) == dtype:
+            return
+        if hasattr(self.weight, "device_mesh"):  # a DTensor
+            logger.warning_once(
+                f"The gates' weights are stored as {stored} and are rounded to {dtype}, because the model is sharded "
+                "while it is loaded: some tokens may choose other experts. Load it with dtype=torch.float32, and "
+                "train with bf16=True."
+            )
+            return
+        self.weight = nn.Parameter(self.weight.float(), self.weight.requires_grad)
 
     def forward(
         self,

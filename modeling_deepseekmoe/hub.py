@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from modeling_deepseekmoe.conversion.checkpoint import listed
 
+from .library_support import is_left_out
 from .model_card import CARD_NAME, CardFacts, is_hand_written, make_card
 from .preflight import find_candidate
 from .push_plan import PushPlan, plan_push
@@ -82,7 +83,7 @@ def upload(
                 free_memory=False,
                 **branch,
             )
-        ignored = [addition.path_in_repo for addition in additions if addition._should_ignore]
+        ignored = [addition.path_in_repo for addition in additions if is_left_out(addition)]
         if ignored:
             raise ValueError(f"{plan.repo_id} ignores {listed(ignored)}: change its .gitignore.")
         plan.check_unchanged()

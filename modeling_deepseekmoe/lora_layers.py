@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
+from peft.tuners.lora import Linear
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -43,7 +44,7 @@ from .parallel_adapters import (
     refuse_merging,
     run_on_ranks,
 )
-from .peft_support import LinearLora, ParamWrapper, get_pattern_key, parallel_style_of, spread_ourselves
+from .peft_support import ParamWrapper, get_pattern_key, parallel_style_of, spread_ourselves
 
 
 class DirectLora(ParamWrapper):
@@ -368,7 +369,7 @@ def create_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwa
     if style == LATENT_PROJECTION:
         if type(target) is not nn.Linear:
             raise ValueError(f"LoRA on {name}, a {type(target).__name__}, is not allowed under tensor parallelism.")
-        layer = layer or LinearLora(target, adapter_name, config=config, **kwargs)
+        layer = layer or Linear(target, adapter_name, config=config, **kwargs)
         hook_latent_projection(target, layer)
     return layer
 

@@ -20,11 +20,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 
 from .balancing import auxiliary_losses
 from .checkpoint_layout import (
+    Stored,
     check_checkpoint,
     mtp_layers,
-    read_shapes,
     register_checkpoint_layout,
-    shapes_of,
     stack_expert_tensors,
 )
 from .configuration_deepseekmoe import DeepseekMoeConfig
@@ -243,7 +242,6 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         "attentions": [OutputRecorder(attention, index=1) for attention in ATTENTION_CLASSES.values()],
         "router_logits": OutputRecorder(DeepseekMoeGate, index=0),
     }
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
 
     def __init__(self, config: DeepseekMoeConfig, *args: Any, **kwargs: Any) -> None:
         config.check_fields()
@@ -291,14 +289,18 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """Check names and shapes first: transformers would stack whatever experts it finds."""
-        shapes = None
+        stored = None
         if state_dict is not None:
-            shapes = shapes_of(state_dict)
+            stored = Stored.of_state_dict(state_dict)
         elif checkpoint_files and not any(str(file).endswith(".gguf") for file in checkpoint_files):
-            shapes = read_shapes(checkpoint_files)
-        if shapes is not None:
+            stored = Stored.of_files(checkpoint_files)
+        if stored is not None:
             as_stored = load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes
-            check_checkpoint(model.config, shapes, shapes_of(model.state_dict()) if as_stored else {})
+            expected = Stored.of_state_dict(model.state_dict()).shapes if as_stored else {}
+            check_checkpoint(model.config, stored.shapes, expected)
+            for name, module in model.named_modules():
+                if isinstance(module, DeepseekMoeGate):
+                    module.keep_precision(stored.gates.get(f"{name}.weight".removeprefix("model.")))
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
@@ -442,9 +444,6 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__(config)
@@ -452,6 +451,10 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        # The head by tensor, by stage and by FSDP group, beside what the config has for the decoder.
+        self.tp_plan["lm_head"] = "colwise_gather_output"
+        self.pp_plan["lm_head"] = (["hidden_states"], ["logits"])
+        self.fsdp_plan["lm_head"] = "keep_full_weight"
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, keep_auxiliary_loss(value, self) if name == "forward" else value)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_deepseekmoe import ROUTER_IMPLEMENTATIONS
+from .library_support import replace_forward
 from .routing import route
 from .transformers_support import DeepseekV2TopkRouter, DeepseekV3TopkRouter
 
@@ -41,9 +42,7 @@ def route_native_gates(model: nn.Module, implementation: str = "auto") -> int:
             "DeepSeek-V2 or V3 classes."
         )
     for gate in gates:
-        # accelerate's hook, which moves tensors between devices, keeps what it calls under another name.
-        name = "_old_forward" if hasattr(gate, "_hf_hook") else "forward"
-        setattr(gate, name, partial(forwards[type(gate)], gate, implementation))
+        replace_forward(gate, partial(forwards[type(gate)], gate, implementation))
     return len(gates)
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import Linear
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .experts import IMPLEMENTATION
-from .peft_support import LinearLora, mesh_of, spread_ourselves
-from .transformers_support import experts_implementation_of
+from .peft_support import mesh_of, spread_ourselves
 
 LATENT_PROJECTION = "mla_kv_a_proj"  # its style in the plans
 _Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -85,17 +85,23 @@ def run_on_ranks(experts: nn.Module, compute: _Experts, *inputs: torch.Tensor) -
     Raises:
         ValueError: for another experts implementation.
     """
-    implementation = experts_implementation_of(experts.config)
-    if implementation != IMPLEMENTATION:
-        raise ValueError(
-            f"experts_implementation={implementation!r} is not allowed for adapters on experts that are spread over "
-            f"ranks: it must be {IMPLEMENTATION!r}."
-        )
-    experts.computes_with = compute
+    called = []
+
+    def compute_here(*arguments: torch.Tensor) -> torch.Tensor:
+        called.append(True)
+        return compute(*arguments)
+
+    experts.computes_with = compute_here
     try:
-        return experts(*inputs)
+        output = experts(*inputs)
     finally:
         del experts.computes_with
+    if not called:  # another implementation than this package's has computed, without the adapters
+        raise ValueError(
+            "Another experts implementation is not allowed for adapters on experts that are spread over ranks: it "
+            f"must be experts_implementation={IMPLEMENTATION!r}."
+        )
+    return output
 
 
 def _is_spread_by_tensor(weight: torch.Tensor) -> bool:
@@ -155,7 +161,7 @@ def refuse_dropout(weight: torch.Tensor, probability: float, experts: nn.Module 
         )
 
 
-class ShardedLinearLora(LinearLora):
+class ShardedLinearLora(Linear):
     """LoRA on an `nn.Linear` whose weight is sharded, by tensor or by FSDP, over ranks that each hold the whole
     adapter. PEFT's own takes its sizes from the shard, but for FSDP without replicas."""
 
@@ -166,6 +172,7 @@ class ShardedLinearLora(LinearLora):
             ValueError: for dropout where several ranks share a batch.
         """
         refuse_dropout(self.base_layer.weight, config.lora_dropout)
+        self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
         spread_ourselves(self.base_layer)
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 

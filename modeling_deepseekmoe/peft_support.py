@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Linear as _Linear
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -35,13 +34,6 @@ def spread_ourselves(layer: nn.Module) -> None:
 def mesh_of(layer: nn.Module) -> Any:
     """The ranks over which transformers has spread a layer, as PEFT has noted them there."""
     return layer._hf_device_mesh
-
-
-class LinearLora(_Linear):
-    """PEFT's LoRA of a linear layer, with the sizes of the whole layer, and not those of this rank's part."""
-
-    def _get_in_out_features(self, module: nn.Linear) -> tuple[int, int]:
-        return module.in_features, module.out_features
 
 
 class CombiningLoraModel(LoraModel):
@@ -85,7 +77,6 @@ class CombiningLoraModel(LoraModel):
 
 __all__ = [
     "CombiningLoraModel",
-    "LinearLora",
     "ParamWrapper",
     "get_pattern_key",
     "mesh_of",

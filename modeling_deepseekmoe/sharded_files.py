@@ -107,8 +107,7 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
 def _saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What a checkpoint holds, under the model's own names: tied parameters once."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    left_out = tied | set(model._keys_to_ignore_on_save or ())
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -158,11 +158,6 @@ def gating_of(experts: nn.Module | type[nn.Module]) -> Any:
     return getattr(experts, "_apply_gate", None)
 
 
-def experts_implementation_of(config: Any) -> str | None:
-    """The experts implementation that a model with this config computes with."""
-    return config._experts_implementation
-
-
 def plain_gating() -> Any:
     """The gating of all classes of experts that have none of their own: `act_fn(gate) * up`."""
 
@@ -181,7 +176,6 @@ __all__ = [
     "TRAINER_CALLBACKS",
     "TRAINER_MODULE",
     "cache_name",
-    "experts_implementation_of",
     "gating_of",
     "plain_gating",
     "takes_cache",

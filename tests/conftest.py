@@ -84,7 +84,7 @@ def fresh_state() -> None:
     """The same random numbers in every test, and nothing of another one: no compiled code, no warning that was given
     already, no model that is watched for updates of its bias."""
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     logging.get_logger("modeling_deepseekmoe").warning_once.cache_clear()
     router_load._watched.clear()
 
