@@ -256,3 +256,42 @@ def test_load_state_dict_reports_missing_and_wrong_experts(v1: Golden) -> None:
         RuntimeError, match=r"size mismatch for .*experts\.5\.up_proj\.weight: \(3, 3\), not \(24, 64\)"
     ):
         model.load_state_dict(tensors)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["float32 gates", "bfloat16 gates"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["v2-lite", "v3-noaux"])
+def test_one_checkpoint_gives_one_routing(name: str, dtype: torch.dtype, stored: torch.dtype, tmp_path: Path) -> None:
+    """In every dtype: the logits of a gate are the product, in float32, with what the file holds, and so they are in
+    transformers 5.24's own classes."""
+    tensors = {
+        key: value if key.endswith("bias") else value.to(stored if key.endswith("gate.weight") else torch.bfloat16)
+        for key, value in Golden(name).tensors.items()
+    }
+    folder = write(tmp_path / "stored", Golden(name).config, tensors)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert model.dtype == dtype
+    hidden = torch.randn(64, model.config.hidden_size).to(dtype)
+    for layer in model.config.moe_layers:
+        weight = tensors[f"model.layers.{layer}.mlp.gate.weight"]
+        logits, _ = model.model.layers[layer].mlp.gate(hidden)
+        assert torch.equal(logits, torch.nn.functional.linear(hidden.float(), weight.float()))
+        gate = model.model.layers[layer].mlp.gate.weight
+        assert gate.dtype == (dtype if torch.promote_types(dtype, stored) == dtype else torch.float32)
+    if dtype == torch.bfloat16:
+        model.save_pretrained(tmp_path / "again")
+        for key, value in read(tmp_path / "again").items():
+            assert value.dtype == tensors[key].dtype and torch.equal(value, tensors[key]), key
+    modeling_deepseekmoe.register()
+    native = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    theirs = [module for key, module in native.named_modules() if key.endswith("mlp.gate")]
+    if stored == dtype or theirs[0].weight.dtype == torch.float32:  # before 5.24 these round
+        for gate, layer in zip(theirs, model.config.moe_layers, strict=True):
+            _, _, ids = gate(hidden)
+            _, plan = model.model.layers[layer].mlp.gate(hidden)
+            assert torch.equal(ids.sort().values, plan.expert_ids.sort().values)
+
+
+def test_gates_that_compute_in_the_dtype_of_the_model_are_cast_to_it(v1: Golden) -> None:
+    model = AutoModelForCausalLM.from_pretrained(v1.folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

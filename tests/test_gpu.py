@@ -317,3 +317,12 @@ def test_experts_in_one_compiled_graph() -> None:
         arguments = (inputs.experts, inputs.hidden, inputs.ids, inputs.weights)
         assert choose_way(inputs.experts, inputs.hidden, inputs.ids.numel()) == ("triton", "")
         assert torch.equal(compiled(*arguments), run_experts(*arguments))
+
+
+def test_an_offloaded_cache_gives_the_same_text(golden: Golden) -> None:
+    model = golden.model(device_map="cuda")
+    model.generation_config.eos_token_id = None
+    prompt = golden.expected["input_ids"][:1, :9].to("cuda")
+    arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    offloaded = model.generate(prompt, cache_implementation="offloaded", **arguments)
+    assert torch.equal(offloaded, model.generate(prompt, use_cache=False, **arguments))
