@@ -7,8 +7,9 @@ from typing import Any
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .registration import register
+from .remote_code import CODE_VERSION
 
-__version__ = "0.8.0"
+__version__ = CODE_VERSION
 
 # Imported when first used: the model classes alone take as long as the whole of `import torch`.
 _LAZY = {

@@ -65,6 +65,20 @@ def load_model(model: str, tokenizer: str | None, dtype: str, device_map: str) -
     )
 
 
+def refuse_beside(context: typer.Context, option: str, *allowed: str) -> None:
+    """Raise a `ValueError` if anything was given beside an option that it has no meaning for.
+
+    Args:
+        context: of the command.
+        option: as it is written.
+        allowed: parameters of the command that may be given.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    if odd := sorted(given - set(allowed)):
+        raise ValueError(f"{', '.join(odd)}: not allowed with {option}, for which they mean nothing.")
+
+
 @contextmanager
 def bytes_bar(total: int) -> Iterator[Any]:
     """A progress bar on stderr: bytes, speed, time left."""
@@ -90,4 +104,5 @@ __all__ = [
     "check_file",
     "exit_codes",
     "load_model",
+    "refuse_beside",
 ]

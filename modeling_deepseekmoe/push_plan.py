@@ -56,6 +56,11 @@ class PushPlan:
     is_complete: bool
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing would change."""
+        return not self.files and not self.deleted
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every file."""
         return {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in self.files.items()}
@@ -82,7 +87,7 @@ class PushPlan:
     def to_text(self) -> str:
         """The plan for a reader."""
         sizes = self.sizes
-        width = max(map(len, sizes))
+        width = max(map(len, sizes), default=0)
         where = f"{self.repo_id}, branch {self.revision}" + ("" if self.exists else " (new)")
         lines = [f"{self.kind} for {where}", *(f"  {check}" for check in self.checks)]
         lines += [f"uploads {len(sizes)} files, {gigabytes(sum(sizes.values()))}:"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+CODE_VERSION = "0.9.0"  # of the package, and of the copies of these files on the Hub
 CODE_CHOICES = ("auto", "always", "never")
 NATIVE_TYPES = ("deepseek_v2", "deepseek_v3")  # which transformers has classes of its own for
 # The prefix of the class names of each model type.
@@ -60,17 +61,21 @@ def auto_map_of(model_type: str) -> dict[str, str]:
 
 @cache
 def code_files() -> Mapping[str, Path]:
-    """The files that travel, by name: those of the `auto_map`, and what they import from beside them, as transformers
-    finds it."""
+    """The files that travel, by name: those of the `auto_map`, and what they import from beside them."""
+    return MappingProxyType(code_files_from(Path(__file__).parent))
+
+
+def code_files_from(folder: Path) -> dict[str, Path]:
+    """[`code_files`] of another folder that holds them, perhaps among others."""
     from .transformers_support import get_relative_import_files
 
     entry_points = {target.split(".")[0] for kind in _PREFIXES for target in auto_map_of(kind).values()}
     found: dict[str, Path] = {}
     for entry_point in entry_points:
-        file = Path(__file__).with_name(f"{entry_point}.py")
+        file = folder / f"{entry_point}.py"
         for path in (file, *map(Path, get_relative_import_files(file))):
             found[path.name] = path
-    return MappingProxyType(dict(sorted(found.items())))
+    return dict(sorted(found.items()))
 
 
 def without(content: dict[str, Any], name: str) -> dict[str, Any]:
@@ -203,6 +208,7 @@ class PublishedModel(CarriesCode):
 __all__ = [
     "CODE_CHOICES",
     "CODE_MARK",
+    "CODE_VERSION",
     "NATIVE_TYPES",
     "CarriesCode",
     "PublishedModel",
@@ -213,6 +219,7 @@ __all__ = [
     "carries_code",
     "check_place_for_code",
     "code_files",
+    "code_files_from",
     "without",
     "without_local_code",
 ]

@@ -323,6 +323,11 @@ def test_an_offloaded_cache_gives_the_same_text(golden: Golden) -> None:
     model = golden.model(device_map="cuda")
     model.generation_config.eos_token_id = None
     prompt = golden.expected["input_ids"][:1, :9].to("cuda")
-    arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    arguments = {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     offloaded = model.generate(prompt, cache_implementation="offloaded", **arguments)
     assert torch.equal(offloaded, model.generate(prompt, use_cache=False, **arguments))

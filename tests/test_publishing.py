@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from markdown_it import MarkdownIt
 from test_cli import run
 from tolerances import SAME_COMPUTATION
 
-from modeling_deepseekmoe.remote_code import code_files
+from modeling_deepseekmoe.remote_code import CODE_VERSION, code_files
+from modeling_deepseekmoe.transformers_support import cache_name
 
-SCRIPTS = Path(__file__).parent / "scripts"
+SCRIPTS, DATA = Path(__file__).parent / "scripts", Path(__file__).parent / "data"
 # What the code that travels must do without. (The first two are no dependencies of transformers either.)
 ABSENT = ("triton", "peft", "accelerate", "modeling_deepseekmoe", "__editable__")
-CARRIED = ("ours", "v1", "classifier", "trained")
+CARRIED = ("ours", "v1", "v2-code", "v3-code", "classifier", "trained")
 CODE = set(code_files())
 
 
@@ -291,3 +293,54 @@ for repo, succeeds in (("alice/again", True), ("bob/theirs", False), ("alice/our
 def test_help() -> None:
     code, output = run("push", "--help")
     assert code == 0 and "--overwrite-card" in output and "--dry-run" in output
+
+
+LOAD_OLD = """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("alice/old", trust_remote_code=True).eval()
+ids = torch.arange(2, 14)[None]
+settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+texts = [model.generate(ids, use_cache=cached, **settings) for cached in (True, False)]
+print("equal", torch.equal(*texts), texts[0].shape[1], type(model).__module__.split(".")[0])
+"""
+PUSH_OLD = """
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+from modeling_deepseekmoe import hub, push_plan
+from modeling_deepseekmoe.model_card import CardFacts
+folder = Path(sys.argv[1])
+push_plan.code_files = lambda: {path.name: path for path in folder.iterdir()}
+hub.upload(hub.plan_push(sys.argv[2], "alice/old", facts=CardFacts(license="mit")))
+"""
+
+
+def test_a_repository_of_0_8_0_becomes_right_by_its_code_alone(published: Published) -> None:
+    """Its code knows one name of the cache alone. One commit brings this version's, and nothing else."""
+    with ZipFile(DATA / "code-0.8.0.zip") as archive:
+        archive.extractall(published.folder / "old")
+        old_code = set(archive.namelist())
+    published.python("-c", PUSH_OLD, published.folder / "old", DATA / "golden" / "v1-mha", HF_TOKEN=WRITER)
+    before = published.server.files("alice/old")
+    assert {name for name in before if name.endswith(".py")} == old_code
+    was_right = cache_name() != "cache"
+    said = published.python("-c", LOAD_OLD, package=False, home="bare")
+    assert f"equal {was_right} 20 transformers_modules" in said
+
+    def push_code(*options: str) -> str:
+        command = "from modeling_deepseekmoe.cli import main; main()"
+        return published.python("-c", command, "push", "--code-only", "alice/old", *options, HF_TOKEN=WRITER)
+
+    replaces = f"replaces the code of 0.8.0 by that of {CODE_VERSION}"
+    assert replaces in push_code("--dry-run")
+    assert published.server.files("alice/old") == before
+    assert replaces in push_code()
+    after = published.server.files("alice/old")
+    assert {name for name in after if after[name] != before.get(name)} <= CODE and after.keys() == before.keys() | CODE
+    assert all(after[name] == code_files()[name].read_bytes() for name in CODE)
+    titles = [commit["title"] for commit in published.server.history("alice/old")]
+    assert titles == [f"Upload code of modeling-deepseekmoe {CODE_VERSION}", "Upload model", "initial commit"]
+    assert f"the code is that of {CODE_VERSION} already" in push_code()
+    assert len(published.server.history("alice/old")) == len(titles)
+    assert "equal True 20 transformers_modules" in published.python("-c", LOAD_OLD, package=False, home="bare")

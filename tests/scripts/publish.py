@@ -18,6 +18,7 @@ from modeling_deepseekmoe import (
     DeepseekMoeConfig,
     DeepseekMoeForCausalLM,
     DeepseekMoeForSequenceClassification,
+    DeepseekV2ForCausalLM,
     DeepseekV3ForCausalLM,
     LoadBalancingCallback,
     ModelCardCallback,
@@ -88,7 +89,7 @@ def note(name: str, model: nn.Module) -> None:
     model = model.eval()
     found = {"logits": model(input_ids=IDS).logits.contiguous()}
     if model.can_generate():
-        found["generated"] = model.generate(IDS[:1], max_new_tokens=8, do_sample=False)
+        found["generated"] = model.generate(IDS[:1], max_new_tokens=8, do_sample=False, use_cache=False)
     save_file(found, FOLDER / f"{name}.safetensors")
 
 
@@ -116,6 +117,11 @@ def main() -> None:
     v3 = DeepseekV3ForCausalLM.from_pretrained(GOLDEN / "v3-noaux")
     v3.push_to_hub("alice/v3", license="mit", max_shard_size="300KB")
     note("v3", v3)
+    v3.push_to_hub("alice/v3-code", license="mit", code="always")
+    note("v3-code", v3)
+    v2 = DeepseekV2ForCausalLM.from_pretrained(GOLDEN / "v2-lite")
+    v2.push_to_hub("alice/v2-code", license="mit", code="always")
+    note("v2-code", v2)
 
     classifier = DeepseekMoeForSequenceClassification(DeepseekMoeConfig(**SIZES, num_labels=3))
     classifier.save_pretrained(FOLDER / "saved", push_to_hub=True, repo_id="alice/classifier")
