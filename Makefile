@@ -8,14 +8,23 @@ ARGS ?=
 JOBS ?= 2
 IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-slow test-gpu test-oldest lint kernels format benchmark clean
+# What a version of transformers, PEFT or the Hub's client can have a part in; the rest is tested with the newest alone:
+# files, plans, routing and kernels know nothing of them, and torch, which compiles, is the same.
+OF_VERSIONS = $(addprefix tests/test_, $(addsuffix .py, canaries generation golden modeling checkpoints registration \
+	configuration experts lora lora_adapters adapters esft trainer trl callbacks bias_update router_load upcycling hub \
+	code_update publishing))
+NOT_OF_VERSIONS = not compiled and not quantised
+
+.PHONY: help demo test test-slow test-gpu test-oldest test-previous test-newest lint kernels format benchmark clean
 
 help:
 	@echo "make demo [ARGS=--quick]  upcycle, fine-tune, save, reload and use a real model"
 	@echo "make test                 lint, types, kernels and the tests, with coverage"
 	@echo "make test-slow            tests that take minutes or several processes"
 	@echo "make test-gpu             tests that need a GPU"
-	@echo "make test-oldest          the tests with the oldest supported transformers and peft"
+	@echo "make test-oldest          what versions have a part in, with the oldest supported transformers and peft"
+	@echo "make test-previous        the same with the newest transformers but one"
+	@echo "make test-newest          the same with whatever pip finds today: an environment that is made anew"
 	@echo "make lint | format        ruff and mypy | ruff's formatter"
 	@echo "make kernels              compile the kernels for four GPUs, without one, and show their registers"
 	@echo "make benchmark            compare with transformers and PEFT, and measure the rest (more than an hour)"
@@ -32,13 +41,20 @@ test-slow: $(VENV)/.installed
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-# Without the tests that handle files and processes alone, those of plans, of routing and of kernels, in which no version
-# of transformers has a part, and without those of torch.compile: torch is the same. The Hub's client is an older one too.
-test-oldest: .venv-oldest/.installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(IN_PARALLEL) \
-		--ignore tests/test_conversion_files.py --ignore tests/test_conversion_resume.py --ignore tests/test_planning.py \
-		--ignore tests/test_routing.py --ignore tests/test_routing_triton.py --ignore tests/test_experts_triton.py \
-		-k "not compiled" $(ARGS)
+test-oldest test-previous: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(IN_PARALLEL) -k "$(NOT_OF_VERSIONS)" $(OF_VERSIONS) $(ARGS)
+
+# Nothing is held back but torch, whose newest builds are gigabytes. Not part of CI: what pip finds changes every day.
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	grep '^torch==' constraints.txt > .venv-newest/torch.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-newest/torch.txt torch
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-newest/torch.txt \
+		--editable '.[dev]'
+	.venv-newest/bin/python -m pip list --disable-pip-version-check | \
+		grep -iE '^(torch|triton|transformers|tokenizers|peft|accelerate|safetensors|huggingface.hub|trl|datasets) '
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(IN_PARALLEL) -k "$(NOT_OF_VERSIONS)" $(OF_VERSIONS) $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -72,12 +88,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,demo]'
 	touch $@
 
-.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt torch
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+.venv-oldest/.installed .venv-previous/.installed: .venv-%/.installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt torch
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt \
 		--editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf .venv .venv-oldest .venv-previous .venv-newest build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -268,6 +268,20 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
             requested_experts = IMPLEMENTATION
         return super().get_correct_experts_implementation(requested_experts)
 
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter as transformers does; see its `PeftAdapterMixin.add_adapter`.
+
+        Raises:
+            ValueError: among others where transformers wants another PEFT; the message says what works without it.
+        """
+        try:
+            super().add_adapter(*args, **kwargs)
+        except ValueError as error:
+            if "version of PEFT" not in str(error):
+                raise
+            advice = "Call peft.get_peft_model(model, config) instead, which works with the PEFT that is installed."
+            raise ValueError(f"model.add_adapter is not allowed: {error}. {advice}") from error
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

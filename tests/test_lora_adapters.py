@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, Golden
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
@@ -332,3 +332,23 @@ def test_names_that_do_not_fit_a_mixed_batch() -> None:
         ours.base_model.model.model.layers[1].mlp.experts(
             torch.randn(18, 32), torch.zeros(18, 1, dtype=torch.long), torch.ones(18, 1), adapter_names=["default"] * 4
         )
+
+
+def test_adding_an_adapter_by_transformers_own_way_works_or_says_what_does(v1: Golden) -> None:
+    """transformers 5.24 wants a PEFT that was not released with it."""
+    from importlib.metadata import version
+
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    model = v1.model()
+    config = LoraConfig(target_modules=["q_proj"])
+    wanted, installed = (
+        [int(part) for part in number.split(".")[:2]] for number in (MIN_PEFT_VERSION, version("peft"))
+    )
+    if wanted <= installed:
+        model.add_adapter(config)
+        assert model.active_adapters() == ["default"]
+    else:
+        with pytest.raises(ValueError, match=r"use a version >= .*Call peft\.get_peft_model\(model, config\) instead"):
+            model.add_adapter(config)
+    assert get_peft_model(v1.model(), config).peft_config["default"].r == config.r
