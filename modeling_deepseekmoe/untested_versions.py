@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+INSTALLED = transformers.__version__
 OLDEST_TESTED, NEWEST_TESTED = (5, 17), (5, 24)
 SWITCH = "DEEPSEEKMOE_CHECK_GENERATION"
 # Differences of logits, in parts of the largest one. A cache that is not used makes them as large as the logits.
@@ -23,7 +24,7 @@ _LOW_PRECISION = 0.25  # a token may be routed otherwise
 _checked: list[str] = []
 
 
-def newer_than_tested(version: str = transformers.__version__) -> bool:
+def newer_than_tested(version: str) -> bool:
     """Whether a version of transformers is newer than those that the tests ran with; patches do not count."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return numbers is not None and (int(numbers[1]), int(numbers[2])) > NEWEST_TESTED
@@ -31,10 +32,10 @@ def newer_than_tested(version: str = transformers.__version__) -> bool:
 
 def warn_of_untested_version() -> None:
     """Say once that transformers is newer than those that the tests ran with, where it is."""
-    if newer_than_tested(transformers.__version__):
+    if newer_than_tested(INSTALLED):
         newest = ".".join(map(str, NEWEST_TESTED))
         logger.warning_once(
-            f"modeling-deepseekmoe was tested with transformers up to {newest}, and {transformers.__version__} is "
+            f"modeling-deepseekmoe was tested with transformers up to {newest}, and {INSTALLED} is "
             "installed. Look for a newer modeling-deepseekmoe, or install "
             f"'transformers<{NEWEST_TESTED[0]}.{NEWEST_TESTED[1] + 1}'."
         )
@@ -50,9 +51,9 @@ def check_cached_generation(model: Any) -> None:
     Args:
         model: a language model. It generates two tokens and runs once more over ten.
     """
-    if _checked or not newer_than_tested(transformers.__version__) or os.environ.get(SWITCH, "1") == "0":
+    if _checked or not newer_than_tested(INSTALLED) or os.environ.get(SWITCH, "1") == "0":
         return
-    _checked.append(transformers.__version__)
+    _checked.append(INSTALLED)
     prompt = torch.arange(1, 10, device=model.device)[None] % model.config.vocab_size
     settings = transformers.GenerationConfig(
         max_new_tokens=2, min_new_tokens=2, num_beams=1, do_sample=False, use_cache=True,
@@ -63,7 +64,7 @@ def check_cached_generation(model: Any) -> None:
     difference = (generated.logits[1].float() - whole).abs().max() / whole.abs().max()
     if not difference <= _TOLERANCES.get(model.dtype, _LOW_PRECISION):
         logger.warning(
-            f"GENERATION IS WRONG. With transformers {transformers.__version__}, for which this model's code was not "
+            f"GENERATION IS WRONG. With transformers {INSTALLED}, for which this model's code was not "
             f"tested, logits that are computed with a cache differ from those without one by {difference:.0%} of the "
             "largest. Do not use what it generates. Pass use_cache=False, which is slow, or install "
             f"'transformers<{NEWEST_TESTED[0]}.{NEWEST_TESTED[1] + 1}' or a newer modeling-deepseekmoe."
@@ -71,6 +72,7 @@ def check_cached_generation(model: Any) -> None:
 
 
 __all__ = [
+    "INSTALLED",
     "NEWEST_TESTED",
     "OLDEST_TESTED",
     "SWITCH",
