@@ -15,7 +15,7 @@ OF_VERSIONS = $(addprefix tests/test_, $(addsuffix .py, canaries generation gold
 	code_update publishing))
 NOT_OF_VERSIONS = not compiled and not quantised
 
-.PHONY: help demo test test-slow test-gpu test-oldest test-previous test-newest lint kernels format benchmark clean
+.PHONY: help demo test test-slow test-gpu test-oldest test-previous test-newest environments lint kernels format benchmark clean
 
 help:
 	@echo "make demo [ARGS=--quick]  upcycle, fine-tune, save, reload and use a real model"
@@ -49,11 +49,11 @@ test-newest:
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	grep '^torch==' constraints.txt > .venv-newest/torch.txt
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-newest/torch.txt torch
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-newest/torch.txt \
-		--editable '.[dev]'
+	.venv-newest/$(PIP_INSTALL) --constraint .venv-newest/torch.txt torch
+	.venv-newest/$(PIP_INSTALL) --constraint .venv-newest/torch.txt --editable '.[dev]'
 	.venv-newest/bin/python -m pip list --disable-pip-version-check | \
 		grep -iE '^(torch|triton|transformers|tokenizers|peft|accelerate|safetensors|huggingface.hub|trl|datasets) '
+	.venv-newest/bin/python -m pytest --noconftest tests/test_canaries.py  # they run where the package cannot be imported
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(IN_PARALLEL) -k "$(NOT_OF_VERSIONS)" $(OF_VERSIONS) $(ARGS)
 
 lint: $(VENV)/.installed
@@ -81,19 +81,30 @@ benchmark: $(VENV)/.installed
 
 # torch comes first and alone, so that the constraint decides its version before anything else asks for one. Which
 # build pip takes, for a GPU or for the CPU, is for pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL).
-$(VENV)/.installed: pyproject.toml constraints.txt
+PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
+
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,demo]'
+	$(VENV)/$(PIP_INSTALL) --constraint constraints.txt torch
 	touch $@
 
-.venv-oldest/.installed .venv-previous/.installed: .venv-%/.installed: pyproject.toml constraints-%.txt
-	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt torch
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt \
-		--editable '.[dev]'
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(VENV)/$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev,demo]'
 	touch $@
+
+.venv-oldest/.torch .venv-previous/.torch: .venv-%/.torch: constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/$(PIP_INSTALL) --constraint constraints-$*.txt torch
+	touch $@
+
+.venv-oldest/.installed .venv-previous/.installed: .venv-%/.installed: .venv-%/.torch pyproject.toml
+	.venv-$*/$(PIP_INSTALL) --constraint constraints-$*.txt --editable '.[dev]'
+	touch $@
+
+# For CI: the longest part of three installations, which keeps one core busy, two at a time.
+environments:
+	$(MAKE) --jobs $(JOBS) $(VENV)/.torch .venv-oldest/.torch .venv-previous/.torch
 
 clean:
 	rm -rf .venv .venv-oldest .venv-previous .venv-newest build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
