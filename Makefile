@@ -9,11 +9,11 @@ JOBS ?= 2
 IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # What a version of transformers, PEFT or the Hub's client can have a part in; the rest is tested with the newest alone:
-# files, plans, routing and kernels know nothing of them, and torch, which compiles, is the same.
+# conversion, plans, routing and kernels know nothing of them, and torch, which compiles, is the same.
 OF_VERSIONS = $(addprefix tests/test_, $(addsuffix .py, canaries generation golden modeling checkpoints registration \
-	configuration experts lora lora_adapters adapters esft trainer trl callbacks bias_update router_load upcycling hub \
-	code_update publishing))
-NOT_OF_VERSIONS = not compiled and not quantised
+	configuration experts lora lora_adapters adapters adapter_training esft trainer trl callbacks bias_update router_load \
+	upcycling sharded_files untested_versions hub code_update publishing))
+NOT_OF_VERSIONS = not compiled
 
 .PHONY: help demo test test-slow test-gpu test-oldest test-previous test-newest environments lint kernels format benchmark clean
 

@@ -15,7 +15,7 @@ def push(
     folder: Annotated[str, typer.Argument(help="Folder of a checkpoint, a LoRA adapter, or trained experts.")],
     repo_id: Annotated[str | None, typer.Argument(help="Repository: user/name.")] = None,
     code_only: Annotated[
-        bool, typer.Option("--code-only", help="Give a published model this version's code, and nothing else.")
+        bool, typer.Option("--code-only", help="Give a published model this version's code alone.")
     ] = False,
     license: Annotated[str | None, typer.Option(help="Of the model, as apache-2.0, mit or other.")] = None,
     license_name: Annotated[str | None, typer.Option(help="With --license other.")] = None,

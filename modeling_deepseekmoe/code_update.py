@@ -17,8 +17,13 @@ from .registration import CONFIG_CLASSES
 from .remote_code import CODE_MARK, CODE_VERSION, as_json, auto_map_among, code_files, code_files_from
 from .repository import Remote, client, explained, full_repo_id, look
 
-# SHA-256 of all files of a version that does not name itself in them.
-_UNNAMED = {"896b55bca88d75dedb715a5cafa136e75d8fb354e66573d7c558b76f0ac0c721": "0.8.0"}
+# SHA-256 of the files of every released version (`digest_of`), and of those without the classes for other heads, which
+# a model that is fine-tuned without the package does not carry on. The present one is added when the next one begins.
+RELEASED = {
+    "896b55bca88d75dedb715a5cafa136e75d8fb354e66573d7c558b76f0ac0c721": "0.8.0",
+    "1b4b902cf952cc346f7767405ea911824bd53724ce7e779d35395e01ff6d6513": "0.8.0",
+}
+_HEADS = "modeling_classification.py"
 _NAMED = re.compile(r'^CODE_VERSION = "([^"]+)"', re.MULTILINE)
 
 
@@ -30,15 +35,15 @@ def plan_code_update(
     Args:
         repo_id: `user/name` of a model that was published with its code.
         revision: branch.
-        replace_content: replace code too of which it cannot be told what it is.
+        replace_content: replace code too that is of no released version: changed, older than 0.8.0, or newer.
         token: of the Hub; the stored one when absent.
 
     Returns:
         The [`PushPlan`], whose notes name the version that is replaced; it has no files if the code is this version's.
 
     Raises:
-        ValueError: for a repository without the family's code, with code that somebody may have changed, or with a
-            config that this version does not read.
+        ValueError: for a repository without the family's code, with code of no released version, or with a config that
+            this version does not read.
         OSError: if the Hub refuses or cannot be reached.
     """
     api = client(token)
@@ -46,7 +51,8 @@ def plan_code_update(
     remote = look(api, repo_id, revision)
     raw = remote.configs.get("model", {})
     # Trainer's checkpoints in a folder of their own have the code there, too.
-    folders = [name.removesuffix(CODE_MARK) for name in remote.files if f"/{name}".endswith(f"/{CODE_MARK}")]
+    marks = [name.removesuffix(CODE_MARK) for name in remote.files if f"/{name}".endswith(f"/{CODE_MARK}")]
+    folders = [folder for folder in marks if f"{folder}modeling_deepseekmoe.py" in remote.files]
     if not folders or not _config_classes(raw):
         found = f"its {CONFIG_NAME} has model_type={raw.get('model_type')!r}" if remote.exists else "it does not exist"
         raise ValueError(
@@ -59,24 +65,28 @@ def plan_code_update(
     notes = []
     for folder in folders:
         there = _code_of(api, repo_id, remote, folder)
-        version = version_of(there)
+        version, said = version_of(there), version_in(there)
         if version is None and not replace_content:
             raise ValueError(
-                f"repo_id={repo_id!r} is not allowed: {folder}{CODE_MARK} and the code beside it are of a version "
-                "before 0.8.0, or somebody has changed them. Replace them all the same (--replace)."
+                f"repo_id={repo_id!r} is not allowed: {folder}{CODE_MARK} and the code beside it are of no released "
+                f"version up to {CODE_VERSION}{f', though they name {said}' if said else ''}: they are older than "
+                "0.8.0, or newer, or somebody has changed them. Replace them all the same (--replace)."
             )
         new = {folder + name: path for name, path in code_files().items() if there.get(name) != path.read_bytes()}
         old = [folder + name for name in there.keys() - code_files().keys()]
         files |= new
         deleted += old
+        what = version or f"no released version{f', which names {said},' if said else ''}"
         where = f" in {folder}" if folder else ""
         notes.append(
-            f"replaces the code of {version or 'a version that it does not name'}{where} by that of {CODE_VERSION}"
+            f"replaces the code of {what}{where} by that of {CODE_VERSION}"
             if new or old
             else f"the code{where} is that of {CODE_VERSION} already"
         )
-    auto_map = auto_map_among({*remote.files, *code_files()}, raw["model_type"], raw.get("auto_map"))
-    if auto_map != raw.get("auto_map"):
+    own = code_files() if "" in folders else {}
+    named = raw.get("auto_map") if isinstance(raw.get("auto_map"), dict) else None
+    auto_map = auto_map_among({*remote.files, *own}, raw["model_type"], named)
+    if own and auto_map != raw.get("auto_map"):
         files[CONFIG_NAME] = as_json({**raw, "auto_map": auto_map})
         notes.append(f"{CONFIG_NAME} names the code")
     return PushPlan(
@@ -97,18 +107,33 @@ def plan_code_update(
 
 
 def version_of(files: Mapping[str, bytes]) -> str | None:
-    """The version of this package that the code of a repository is of, if it can be told.
+    """The released version of this package, or the present one, that the code of a repository is exactly.
 
     Args:
         files: contents by name.
+
+    Returns:
+        The version; `None` for other code.
     """
+    present = {name: path.read_bytes() for name, path in code_files().items()}
+    for own in (present, {name: content for name, content in present.items() if name != _HEADS}):
+        if files == own:
+            return CODE_VERSION
+    return RELEASED.get(digest_of(files))
+
+
+def version_in(files: Mapping[str, bytes]) -> str | None:
+    """The version that the code of a repository names, whatever else was done to it; `None` before 0.9.0."""
     named = _NAMED.search(files.get(CODE_MARK, b"").decode("utf-8", errors="replace"))
-    if named:
-        return named[1]
+    return named[1] if named else None
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """The SHA-256 of files with their names, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(name.encode() + b"\0" + files[name] + b"\0")
-    return _UNNAMED.get(digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _config_classes(raw: dict[str, Any]) -> list[Any]:
@@ -123,10 +148,11 @@ def _code_of(api: HfApi, repo_id: str, remote: Remote, folder: str) -> dict[str,
         for name in scripts:
             path = Path(api.hf_hub_download(repo_id, name, revision=remote.head))
             Path(copy, path.name).write_bytes(path.read_bytes())
-        for name in ("modeling_deepseekmoe.py", "configuration_deepseekmoe.py"):
-            if folder + name not in scripts:
-                raise ValueError(f"repo_id={repo_id!r} is not allowed: {folder}{name} is missing there.")
-        return {name: path.read_bytes() for name, path in code_files_from(Path(copy)).items()}
+        try:
+            found = code_files_from(Path(copy))
+        except FileNotFoundError:  # somebody has taken a file away: those that have the names of the code
+            found = {name: Path(copy, name) for name in code_files() if Path(copy, name).is_file()}
+        return {name: path.read_bytes() for name, path in found.items()}
 
 
-__all__ = ["plan_code_update", "version_of"]
+__all__ = ["RELEASED", "digest_of", "plan_code_update", "version_in", "version_of"]

@@ -74,11 +74,14 @@ class ExpertLoraModel(CombiningLoraModel):
             config.target_parameters = self.combined_targets
         with _without_target_parameters([other for other in self.peft_config.values() if other is not config]):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         for parent_name, parent in list(self.model.named_modules()):
             for child_name, child in list(parent.named_children()):
                 if isinstance(child, ExpertLora) and not isinstance(parent, ExpertLora):
                     child.order_chain(parent, child_name)
                     getattr(parent, child_name).complete(f"{parent_name}.{child_name}", self.peft_config)
+        for parameter, is_trained in trained:  # completing one adapter switches all of a layer to it
+            parameter.requires_grad_(is_trained)
 
     def add_weighted_adapter(
         self,

@@ -9,7 +9,7 @@ Shape letters: B batch, S sequence, T = B * S tokens, D hidden, E routed experts
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ from .transformers_support import (
     use_experts_implementation,
     zeros_,
 )
-from .untested_versions import check_cached_generation
+from .untested_versions import check_cached_generation, refuse_prompt_learning
 
 ATTENTION_CLASSES: dict[str, type[nn.Module]] = {"mha": LlamaAttention, "mla": DeepseekV3Attention}
 CACHE = cache_name()  # how transformers' layers, masks and outputs call it
@@ -236,7 +236,6 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": DeepseekMoeDecoderLayer,
         "attentions": [OutputRecorder(attention, index=1) for attention in ATTENTION_CLASSES.values()],
@@ -279,7 +278,7 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         except ValueError as error:
             if "version of PEFT" not in str(error):
                 raise
-            advice = "Call peft.get_peft_model(model, config) instead, which works with the PEFT that is installed."
+            advice = "Call peft.get_peft_model(model, config) instead: with LoRA it works with the installed PEFT."
             raise ValueError(f"model.add_adapter is not allowed: {error}. {advice}") from error
 
     @torch.no_grad()
@@ -474,10 +473,12 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         super().__setattr__(name, keep_auxiliary_loss(value, self) if name == "forward" else value)
 
     @partial(takes_cache, name=CACHE)
+    @wraps(GenerationMixin.generate, assigned=())
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens; see transformers' `GenerationMixin.generate`. A cache may be given under both of its names.
         With a version of transformers that is not tested yet, the first call of a process checks the use of caches."""
-        check_cached_generation(self)
+        refuse_prompt_learning(self)
+        check_cached_generation(self, *args, *kwargs.values())
         return super().generate(*args, **kwargs)
 
     @takes_cache

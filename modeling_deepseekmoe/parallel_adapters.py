@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .experts import IMPLEMENTATION
 from .peft_support import mesh_of, spread_ourselves
+from .transformers_support import experts_implementation_of
 
 LATENT_PROJECTION = "mla_kv_a_proj"  # its style in the plans
 _Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -85,23 +86,17 @@ def run_on_ranks(experts: nn.Module, compute: _Experts, *inputs: torch.Tensor) -
     Raises:
         ValueError: for another experts implementation.
     """
-    called = []
-
-    def compute_here(*arguments: torch.Tensor) -> torch.Tensor:
-        called.append(True)
-        return compute(*arguments)
-
-    experts.computes_with = compute_here
+    implementation = experts_implementation_of(experts.config)
+    if implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"experts_implementation={implementation!r} is not allowed for adapters on experts that are spread over "
+            f"ranks: it must be {IMPLEMENTATION!r}."
+        )
+    experts.computes_with = compute
     try:
-        output = experts(*inputs)
+        return experts(*inputs)
     finally:
         del experts.computes_with
-    if not called:  # another implementation than this package's has computed, without the adapters
-        raise ValueError(
-            "Another experts implementation is not allowed for adapters on experts that are spread over ranks: it "
-            f"must be experts_implementation={IMPLEMENTATION!r}."
-        )
-    return output
 
 
 def _is_spread_by_tensor(weight: torch.Tensor) -> bool:

@@ -66,13 +66,20 @@ def code_files() -> Mapping[str, Path]:
 
 
 def code_files_from(folder: Path) -> dict[str, Path]:
-    """[`code_files`] of another folder that holds them, perhaps among others."""
+    """[`code_files`] of another folder that holds them, perhaps among others; what was fine-tuned elsewhere may be
+    without the entry points for other heads.
+
+    Raises:
+        FileNotFoundError: if a file is missing that another one imports.
+    """
     from .transformers_support import get_relative_import_files
 
     entry_points = {target.split(".")[0] for kind in _PREFIXES for target in auto_map_of(kind).values()}
     found: dict[str, Path] = {}
     for entry_point in entry_points:
         file = folder / f"{entry_point}.py"
+        if not file.is_file():
+            continue
         for path in (file, *map(Path, get_relative_import_files(file))):
             found[path.name] = path
     return dict(sorted(found.items()))

@@ -142,9 +142,10 @@ class ShardedTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save the model as Trainer does; one that is sharded, with [`save_sharded`]. All ranks must call it then."""
         folder = Path(output_dir or self.args.output_dir)
-        if folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}":
+        # Training begins every checkpoint with this. One of the same step that is there is incomplete from now on.
+        if self.is_in_train and folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}":
             if self.args.should_save:
-                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # an older checkpoint is incomplete from now on
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, *args, **kwargs)
 
@@ -242,7 +243,7 @@ def load_in_place(model: PreTrainedModel, folder: str | Path) -> None:
     A second model of the same parts is in memory meanwhile. Before training begins, gradients and the optimizer's
     state, which need more, are not.
     """
-    dtypes = {parameter.dtype for parameter in model.parameters()}
+    dtypes = {parameter.dtype for parameter in model.parameters() if isinstance(parameter, DTensor)}
     other = type(model).from_pretrained(
         folder,
         distributed_config=model.config.distributed_config,

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import distributed_c10d
 
 
 def in_backward_pass() -> bool:
@@ -24,7 +23,7 @@ class Float32Buffers(nn.Module):
         before = dict(self.named_buffers(recurse=False))
         super()._apply(*args, **kwargs)
         for name, buffer in dict(self.named_buffers(recurse=False)).items():
-            if before[name].dtype == torch.float32 != buffer.dtype:
+            if buffer.is_floating_point() and buffer.dtype != torch.float32:
                 kept = buffer if before[name].is_meta else before[name]
                 setattr(self, name, kept.to(buffer.device, torch.float32))
         return self
@@ -32,6 +31,8 @@ class Float32Buffers(nn.Module):
 
 def set_group_timeout(group: Any, seconds: float) -> None:
     """Let the ranks of a process group wait for each other that long, in seconds."""
+    from torch.distributed import distributed_c10d  # some builds of torch are without it
+
     distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 

@@ -144,7 +144,13 @@ def takes_cache(forward: Callable[..., Any], name: str = "past_key_values") -> C
 
     if name in signature.parameters:
         parameters[place] = parameters[place].replace(name=cache_name())
-        vars(wrapper)["__signature__"] = signature.replace(parameters=parameters)
+
+        @functools.wraps(forward)
+        def described() -> None:
+            """Never called. On the wrapper itself, accelerate's hooks would copy the signature, with its self."""
+
+        vars(described)["__signature__"] = signature.replace(parameters=parameters)
+        vars(wrapper)["__wrapped__"] = described
         wrapper.__annotations__ = {
             cache_name() if key == name else key: kind for key, kind in forward.__annotations__.items()
         }
@@ -156,6 +162,11 @@ def gating_of(experts: nn.Module | type[nn.Module]) -> Any:
     """What makes the second product's input (S, I) of the first product (S, 2I), in a module of experts or in its
     class; `None` for experts that transformers does not exchange."""
     return getattr(experts, "_apply_gate", None)
+
+
+def experts_implementation_of(config: Any) -> str | None:
+    """The experts implementation that a model with this config computes with."""
+    return config._experts_implementation
 
 
 def plain_gating() -> Any:
@@ -176,6 +187,7 @@ __all__ = [
     "TRAINER_CALLBACKS",
     "TRAINER_MODULE",
     "cache_name",
+    "experts_implementation_of",
     "gating_of",
     "plain_gating",
     "takes_cache",

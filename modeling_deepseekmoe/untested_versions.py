@@ -7,11 +7,14 @@ without an error. The next release cannot be tested before it is there, but it c
 
 import os
 import re
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import transformers
 from transformers.utils import logging
+
+from .transformers_support import cache_name
 
 logger = logging.get_logger(__name__)
 
@@ -24,9 +27,9 @@ _LOW_PRECISION = 0.25  # a token may be routed otherwise
 _checked: list[str] = []
 
 
-def newer_than_tested(version: str) -> bool:
+def newer_than_tested(installed: str) -> bool:
     """Whether a version of transformers is newer than those that the tests ran with; patches do not count."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
     return numbers is not None and (int(numbers[1]), int(numbers[2])) > NEWEST_TESTED
 
 
@@ -41,33 +44,68 @@ def warn_of_untested_version() -> None:
         )
 
 
-@torch.no_grad()
-def check_cached_generation(model: Any) -> None:
-    """Compare the second step of `generate`, with its cache, with a pass over the whole text, and warn if they differ:
-    once in a process, and only where transformers is newer than tested.
+def check_cached_generation(model: Any, *inputs: Any) -> None:
+    """Compare the second step of a short `generate`, with its cache, with a pass over the whole text, and warn if they
+    differ: once in a process, and only where transformers is newer than tested.
 
     The environment variable `DEEPSEEKMOE_CHECK_GENERATION=0` switches it off.
 
     Args:
-        model: a language model. It generates two tokens and runs once more over ten.
+        model: a language model. It generates two tokens and runs once more over ten, in evaluation mode and with the
+            settings that are transformers' defaults.
+        inputs: what the user generates from: a tensor among it says on which device.
     """
     if _checked or not newer_than_tested(INSTALLED) or os.environ.get(SWITCH, "1") == "0":
         return
     _checked.append(INSTALLED)
-    prompt = torch.arange(1, 10, device=model.device)[None] % model.config.vocab_size
+    device = next((it.device for it in inputs if isinstance(it, torch.Tensor)), model.device)
+    training, settings = model.training, model.generation_config
+    try:
+        model.eval()
+        model.generation_config = transformers.GenerationConfig()
+        difference = _difference_of_cached_logits(model, device)
+    except Exception as error:  # the user's own call will show it, if it is of consequence
+        logger.warning(
+            f"How transformers {INSTALLED} uses caches could not be checked: {type(error).__name__}: {error}"
+        )
+        return
+    finally:
+        model.generation_config = settings
+        model.train(training)
+    if not difference <= _TOLERANCES.get(model.dtype, _LOW_PRECISION):
+        logger.warning(
+            f"GENERATION IS WRONG. With transformers {INSTALLED}, for which this model's code was not tested, logits "
+            f"that are computed with a cache differ from those without one by {difference:.0%} of the largest. Do not "
+            "use what it generates. Pass use_cache=False, which is slow, or install "
+            f"'transformers<{NEWEST_TESTED[0]}.{NEWEST_TESTED[1] + 1}' or a newer modeling-deepseekmoe."
+        )
+
+
+@torch.no_grad()
+def _difference_of_cached_logits(model: Any, device: torch.device) -> float:
+    """The largest, as a part of the largest logit."""
+    prompt = torch.arange(1, 10, device=device)[None] % model.config.vocab_size
     settings = transformers.GenerationConfig(
-        max_new_tokens=2, min_new_tokens=2, num_beams=1, do_sample=False, use_cache=True,
-        output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+        max_new_tokens=2, min_new_tokens=2, do_sample=False, use_cache=True, output_logits=True,
+        return_dict_in_generate=True, pad_token_id=0,
     )  # fmt: skip
     generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
     whole = model(generated.sequences[:, :-1], use_cache=False).logits[:, -1].float()
-    difference = (generated.logits[1].float() - whole).abs().max() / whole.abs().max()
-    if not difference <= _TOLERANCES.get(model.dtype, _LOW_PRECISION):
-        logger.warning(
-            f"GENERATION IS WRONG. With transformers {INSTALLED}, for which this model's code was not "
-            f"tested, logits that are computed with a cache differ from those without one by {difference:.0%} of the "
-            "largest. Do not use what it generates. Pass use_cache=False, which is slow, or install "
-            f"'transformers<{NEWEST_TESTED[0]}.{NEWEST_TESTED[1] + 1}' or a newer modeling-deepseekmoe."
+    return float((generated.logits[1].float() - whole).abs().max() / whole.abs().max())
+
+
+def refuse_prompt_learning(model: Any) -> None:
+    """Raise a `ValueError` where PEFT prepares the inputs of `generate` for prompts that it has learned, and knows the
+    cache under its first name alone: prompt and prefix tuning, with transformers 5.24 and PEFT before 0.22."""
+    peft_model = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    learned = getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False)
+    if peft_model is model or not learned or cache_name() != "cache":
+        return
+    numbers = re.match(r"(\d+)\.(\d+)", version("peft"))
+    if numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 22):
+        raise ValueError(
+            f"generate is not allowed for prompt learning with transformers {INSTALLED} and peft {version('peft')}, "
+            "which looks for the cache under another name and would generate wrong text: install 'transformers<5.24'."
         )
 
 
@@ -78,5 +116,6 @@ __all__ = [
     "SWITCH",
     "check_cached_generation",
     "newer_than_tested",
+    "refuse_prompt_learning",
     "warn_of_untested_version",
 ]

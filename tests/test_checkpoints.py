@@ -295,3 +295,21 @@ def test_one_checkpoint_gives_one_routing(name: str, dtype: torch.dtype, stored:
 def test_gates_that_compute_in_the_dtype_of_the_model_are_cast_to_it(v1: Golden) -> None:
     model = AutoModelForCausalLM.from_pretrained(v1.folder, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_gates_that_are_sharded_already_are_rounded_with_a_warning(v3: Golden, warnings_of_package: list[str]) -> None:
+    gate = v3.model(dtype=torch.bfloat16).model.layers[1].mlp.gate.bfloat16()
+    gate.weight.device_mesh = "of a DTensor"
+    gate.keep_precision(torch.float32)
+    gate.keep_precision(torch.float32)
+    assert gate.weight.dtype == torch.bfloat16 and len(warnings_of_package) == 1
+    assert "stored as torch.float32 and are rounded to torch.bfloat16" in warnings_of_package[0]
+    gate.keep_precision(torch.bfloat16)
+    assert len(warnings_of_package) == 1
+
+
+def test_a_bias_that_was_assigned_in_bfloat16_becomes_float32_again(v3: Golden) -> None:
+    model = v3.model()
+    state = {key: value.bfloat16() for key, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert model.to(torch.bfloat16).model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32

@@ -1,9 +1,11 @@
 """generate(): every mode, on a multi-head and on a latent-attention model."""
 
+import copy
 import inspect
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import GOLDEN_NAMES, Golden
 from tolerances import CACHED_LOGITS
 from transformers import (
@@ -220,6 +222,9 @@ def test_both_names_of_the_cache(model: torch.nn.Module, name: str) -> None:
         with pytest.raises(ValueError, match="only one of them is allowed"):
             called(rest, None, None, filled(), cache=filled())
         assert cache_name() in inspect.signature(called.forward).parameters
+        hooked = copy.deepcopy(called)
+        add_hook_to_module(hooked, ModelHook())
+        assert [*inspect.signature(hooked.forward).parameters] == [*inspect.signature(called.forward).parameters]
     texts = [generate(model, **{key: DynamicCache(config=model.config)}) for key in ("cache", "past_key_values")]
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], generate(model, use_cache=False))
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -336,8 +337,6 @@ def test_names_that_do_not_fit_a_mixed_batch() -> None:
 
 def test_adding_an_adapter_by_transformers_own_way_works_or_says_what_does(v1: Golden) -> None:
     """transformers 5.24 wants a PEFT that was not released with it."""
-    from importlib.metadata import version
-
     from transformers.integrations.peft import MIN_PEFT_VERSION
 
     model = v1.model()
@@ -352,3 +351,15 @@ def test_adding_an_adapter_by_transformers_own_way_works_or_says_what_does(v1: G
         with pytest.raises(ValueError, match=r"use a version >= .*Call peft\.get_peft_model\(model, config\) instead"):
             model.add_adapter(config)
     assert get_peft_model(v1.model(), config).peft_config["default"].r == config.r
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_another_adapter_leaves_what_is_trained_of_the_first_one_as_it_was(trained: bool) -> None:
+    """Also where it is of one projection alone, and the layers of the other are completed."""
+    model = optimize_expert_lora(direct(make(), r=2))
+    first = [parameter for name, parameter in model.named_parameters() if ".default." in name]
+    for parameter in first:
+        parameter.requires_grad_(trained)
+    model.add_adapter("other", expert_lora_config(model, r=2, projections="gate_up"))
+    found = {parameter.requires_grad for parameter in first}
+    assert found == {trained} or (version("peft").startswith("0.20.") and found == {True})  # which thaws all

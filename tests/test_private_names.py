@@ -62,6 +62,8 @@ def used_names(path: Path) -> dict[str, int]:
             names = [node.name]
         elif isinstance(node, ast.Name):
             names = [node.id]
+        elif isinstance(node, ast.arg):
+            names = [node.arg]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Import):

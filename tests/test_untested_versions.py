@@ -10,6 +10,7 @@ from conftest import Golden
 from transformers import DynamicCache
 
 from modeling_deepseekmoe import untested_versions
+from modeling_deepseekmoe.transformers_support import cache_name
 from modeling_deepseekmoe.untested_versions import NEWEST_TESTED, SWITCH, newer_than_tested, warn_of_untested_version
 
 NEWEST = ".".join(map(str, NEWEST_TESTED))
@@ -77,7 +78,6 @@ def test_the_first_generation_is_checked_once(
 ) -> None:
     model = golden.model(dtype=dtype)
     forwards = count_forwards(model)
-    forwards = count_forwards(model)
     model.generate(PROMPT, max_new_tokens=3, do_sample=False, eos_token_id=-1)
     assert len(forwards) == 3 + 3  # two steps and a pass over all of it
     model.generate(PROMPT, max_new_tokens=3, do_sample=False, eos_token_id=-1)
@@ -112,7 +112,6 @@ def test_the_check_can_be_switched_off(golden: Golden, monkeypatch: pytest.Monke
     monkeypatch.setenv(SWITCH, "0")
     model = golden.model()
     forwards = count_forwards(model)
-    forwards = count_forwards(model)
     model.generate(PROMPT, max_new_tokens=3, do_sample=False, eos_token_id=-1)
     assert len(forwards) == 3
 
@@ -122,6 +121,60 @@ def test_tested_versions_are_not_checked(golden: Golden, monkeypatch: pytest.Mon
     monkeypatch.setattr(untested_versions, "_checked", [])
     model = golden.model()
     forwards = count_forwards(model)
-    forwards = count_forwards(model)
     model.generate(PROMPT, max_new_tokens=3, do_sample=False, eos_token_id=-1)
     assert len(forwards) == 3 and untested_versions._checked == []
+
+
+@pytest.mark.usefixtures("untested")
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_return_sequences": 3, "do_sample": True}, {"stop_strings": ["x"]}, {"max_time": 5.0}, {"num_beams": 3},
+     {"cache_implementation": "static"}],
+    ids=lambda settings: next(iter(settings)),
+)  # fmt: skip
+def test_the_check_does_not_depend_on_the_settings_of_the_model(
+    settings: dict, golden: Golden, warnings_of_package: list[str]
+) -> None:
+    model = golden.model().train()
+    model.config.attention_dropout = 0.9
+    for key, value in settings.items():
+        setattr(model.generation_config, key, value)
+    before = model.generation_config
+    untested_versions.check_cached_generation(model, PROMPT)
+    assert warnings_of_package == [] and untested_versions._checked == ["5.99.1"]
+    assert model.training and model.generation_config is before
+
+
+@pytest.mark.usefixtures("untested")
+def test_a_check_that_fails_says_so_and_lets_the_call_go_on(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, warnings_of_package: list[str]
+) -> None:
+    def fail(*args: object) -> float:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(untested_versions, "_difference_of_cached_logits", fail)
+    model = golden.model()
+    assert model.generate(PROMPT, max_new_tokens=3, do_sample=False, eos_token_id=-1).shape == (1, 7)
+    assert len(warnings_of_package) == 1
+    assert "could not be checked: RuntimeError: no such thing" in warnings_of_package[0]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_learned_prompts_generate_what_they_do_without_a_cache_or_not_at_all(kind: str) -> None:
+    """PEFT before 0.22 looks for the cache under its first name."""
+    from importlib.metadata import version
+
+    from packaging.version import Version
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    make = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}[kind]
+    model = get_peft_model(Golden("v1-mha").model(), make(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    arguments = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    if cache_name() == "cache" and Version(version("peft")) < Version("0.22"):
+        with pytest.raises(ValueError, match="not allowed for prompt learning with transformers"):
+            model.generate(input_ids=PROMPT, eos_token_id=-1, **arguments)
+        return
+    text = PROMPT
+    for _ in range(4):
+        text = torch.cat([text, model(input_ids=text).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model.generate(input_ids=PROMPT, eos_token_id=-1, **arguments), text)
