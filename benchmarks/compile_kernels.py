@@ -162,12 +162,17 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
     ptx = kernel.asm["ptx"]
     architecture = re.search(r"\.target (\w+)", ptx).group(1)
     programs = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    assembler = programs / ("ptxas-blackwell" if architecture.startswith("sm_10") else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx, encoding="utf-8")
-        command = [assembler, "-v", f"--gpu-name={architecture}", file, "-o", file.with_suffix(".cubin")]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = ["-v", f"--gpu-name={architecture}", file, "-o", file.with_suffix(".cubin")]
+        # Which of the two knows the architecture and the version of the language depends on the version of Triton.
+        for assembler in (programs / "ptxas", programs / "ptxas-blackwell"):
+            result = subprocess.run([assembler, *command], capture_output=True, text=True)
+            if result.returncode == 0:
+                break
+        result.check_returncode()
+        report = result.stderr
     registers = int(re.search(r"Used (\d+) registers", report).group(1))
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
     spills = int(stores) + int(loads)
