@@ -75,8 +75,9 @@ def refuse_beside(context: typer.Context, option: str, *allowed: str) -> None:
     """
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-    if odd := sorted(given - set(allowed)):
-        raise ValueError(f"{', '.join(odd)}: not allowed with {option}, for which they mean nothing.")
+    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}  # an argument's is its own
+    if odd := sorted(names[name] for name in given - set(allowed)):
+        raise ValueError(f"{', '.join(odd)} not allowed with {option}.")
 
 
 @contextmanager

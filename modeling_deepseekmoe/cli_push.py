@@ -44,7 +44,8 @@ def push(
 ) -> None:
     """Check a folder and publish it on the Hub, with a model card and, where it is needed, the model's code.
 
-    With --code-only the repository is the only argument: deepseekmoe push --code-only user/name.
+    With --code-only the repository is the only argument: deepseekmoe push --code-only user/name. It takes the options
+    --revision, --message, --dry-run, --json, and --replace, which lets it replace code that somebody changed.
     """
     from itertools import chain
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME
+from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, listed
 
 from .push_plan import PushPlan
 from .registration import CONFIG_CLASSES
@@ -53,11 +53,23 @@ def plan_code_update(
     # Trainer's checkpoints in a folder of their own have the code there, too.
     marks = [name.removesuffix(CODE_MARK) for name in remote.files if f"/{name}".endswith(f"/{CODE_MARK}")]
     folders = [folder for folder in marks if f"{folder}modeling_deepseekmoe.py" in remote.files]
-    if not folders or not _config_classes(raw):
-        found = f"its {CONFIG_NAME} has model_type={raw.get('model_type')!r}" if remote.exists else "it does not exist"
+    if not remote.exists:
         raise ValueError(
-            f"repo_id={repo_id!r} is not allowed: the repository holds no code of this family ({found}, and "
-            f"{CODE_MARK} is {'' if folders else 'not '}there). Push the checkpoint itself."
+            f"repo_id={repo_id!r} is not allowed: there is no such repository, or the token may not see it."
+        )
+    with explained(repo_id):
+        branches = {branch.name for branch in api.list_repo_refs(repo_id).branches}
+    if not revision.startswith("refs/") and revision not in branches:
+        raise ValueError(
+            f"revision={revision!r} is not allowed: {repo_id} has the branches {listed(sorted(branches))}."
+        )
+    if not folders or not _config_classes(raw):
+        advice = (
+            "Only models of type deepseekmoe and deepseek need code; to add it, push the checkpoint (--code always)."
+        )
+        raise ValueError(
+            f"repo_id={repo_id!r} is not allowed: there is no code of this family (model_type of its {CONFIG_NAME}: "
+            f"{raw.get('model_type')}). {advice}"
         )
     _config_classes(raw)[0].from_dict(dict(raw)).check_fields()
     files: dict[str, Path | bytes] = {}
@@ -66,14 +78,15 @@ def plan_code_update(
     for folder in folders:
         there = _code_of(api, repo_id, remote, folder)
         version, said = version_of(there), version_in(there)
+        new = {folder + name: path for name, path in code_files().items() if there.get(name) != path.read_bytes()}
+        old = [folder + name for name in there.keys() - code_files().keys()]
         if version is None and not replace_content:
             raise ValueError(
                 f"repo_id={repo_id!r} is not allowed: {folder}{CODE_MARK} and the code beside it are of no released "
                 f"version up to {CODE_VERSION}{f', though they name {said}' if said else ''}: they are older than "
-                "0.8.0, or newer, or somebody has changed them. Replace them all the same (--replace)."
+                "0.8.0, or newer, or somebody has changed them. Replace them all the same (--replace). From "
+                f"{CODE_VERSION} differ {listed(sorted([*new, *old]))}."
             )
-        new = {folder + name: path for name, path in code_files().items() if there.get(name) != path.read_bytes()}
-        old = [folder + name for name in there.keys() - code_files().keys()]
         files |= new
         deleted += old
         what = version or f"no released version{f', which names {said},' if said else ''}"

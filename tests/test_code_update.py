@@ -105,11 +105,13 @@ def test_a_config_that_does_not_name_the_code_names_it(hub: HubServer) -> None:
 
 @pytest.mark.parametrize("name", ["v1-mha", "v3-noaux"])
 def test_repositories_without_the_code_are_refused(name: str, hub: HubServer) -> None:
-    with pytest.raises(ValueError, match=r"holds no code of this family \(it does not exist"):
+    with pytest.raises(ValueError, match=r"there is no such repository, or the token may not see it"):
         plan_code_update("alice/model")
     publish(name, code="never")
-    with pytest.raises(ValueError, match=r"remote_code.py is not there\)\. Push the checkpoint itself"):
+    with pytest.raises(ValueError, match=r"there is no code of this family .*push the checkpoint \(--code always\)"):
         plan_code_update("alice/model")
+    with pytest.raises(ValueError, match=r"revision='nope' is not allowed: alice/model has the branches main"):
+        plan_code_update("alice/model", revision="nope")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,9 @@ def test_code_of_no_released_version_is_replaced_on_demand_alone(
     publish()
     change("mine.py", b"x = 1\n")
     change(path, content)
-    with pytest.raises(ValueError, match=rf"of no released version up to {CODE_VERSION}{says}: .* \(--replace\)"):
+    with pytest.raises(
+        ValueError, match=rf"of no released version up to {CODE_VERSION}{says}: .* \(--replace\).* differ {path}"
+    ):
         plan_code_update("alice/model")
     plan = plan_code_update("alice/model", replace_content=True)
     assert plan.notes[0].startswith("replaces the code of no released version") and path in plan.files
@@ -159,9 +163,9 @@ def test_command_line(hub: HubServer, released: dict[str, bytes]) -> None:
     for name, content in released.items():
         change(name, content)
     code, output = run("push", "--code-only", "alice/model", "--license", "mit", "--private")
-    assert code == 2 and "license, private: not allowed with --code-only" in output
+    assert code == 2 and "--license, --private not allowed with --code-only" in output
     code, output = run("push", "--code-only", "alice/model", "alice/other")
-    assert code == 2 and "repo_id: not allowed with --code-only" in output
+    assert code == 2 and "not allowed with --code-only" in output
     code, output = run("push", "alice/model")
     assert code == 2 and "REPO_ID is missing: deepseekmoe push FOLDER user/name" in output
     code, output = run("push", "--code-only", "alice/model", "--dry-run", "--json")
