@@ -9,7 +9,7 @@ Shape letters: B batch, S sequence, T = B * S tokens, D hidden, E routed experts
 """
 
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -473,7 +473,6 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         super().__setattr__(name, keep_auxiliary_loss(value, self) if name == "forward" else value)
 
     @partial(takes_cache, name=CACHE)
-    @wraps(GenerationMixin.generate, assigned=())
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens; see transformers' `GenerationMixin.generate`. A cache may be given under both of its names.
         With a version of transformers that is not tested yet, the first call of a process checks the use of caches."""
