@@ -3,7 +3,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,7 +54,7 @@ def push(
     from modeling_deepseekmoe.conversion.verifying import bytes_to_read
 
     from .code_update import plan_code_update
-    from .hub import plan_push, upload
+    from .hub import plan_push
     from .model_card import CardFacts
     from .preflight import PreflightError, find_kind
     from .report import require_matplotlib
@@ -65,9 +65,7 @@ def push(
             refuse_beside(context, "--code-only", "folder", "code_only", "revision", "replace", "message", "dry_run",
                           "as_json")  # fmt: skip
             plan = plan_code_update(folder, revision=revision, replace_content=replace)
-            typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else plan.to_text())
-            if not dry_run and not plan.is_empty:
-                typer.echo(upload(plan, commit_message=message), err=as_json)
+            _carry_out(plan, message, dry_run or plan.is_empty, as_json)
             return
         if repo_id is None:
             raise ValueError("REPO_ID is missing: deepseekmoe push FOLDER user/name.")
@@ -103,9 +101,16 @@ def push(
                 )
         except PreflightError as error:
             raise FailedCheck(str(error)) from error
-        typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else plan.to_text())
-        if not dry_run:
-            typer.echo(upload(plan, commit_message=message), err=as_json)
+        _carry_out(plan, message, dry_run, as_json)
+
+
+def _carry_out(plan: Any, message: str | None, dry_run: bool, as_json: bool) -> None:
+    """Print a plan, and upload what it holds."""
+    from .hub import upload
+
+    typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else plan.to_text())
+    if not dry_run:
+        typer.echo(upload(plan, commit_message=message), err=as_json)
 
 
 __all__ = ["push"]
