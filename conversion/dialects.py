@@ -63,9 +63,7 @@ def translate(config: DeepseekMoeConfig, dialect: str) -> DeepseekMoeConfig:
     content = {name: value for name, value in config.to_dict().items() if name not in ("auto_map", "model_type")}
     content |= {name: getattr(config, name) for name in fields & content.keys()}
     content |= _gate_fields(config, dialect)
-    if config.architectures:
-        prefix = _CLASSES[dialect].__name__.removesuffix("Config")
-        content["architectures"] = [prefix + head_of(name) for name in config.architectures]
+    content["architectures"] = architectures_of(dialect, config.architectures)
     if dialect != "deepseek_v3" and "expert" not in config.loss_alphas:
         content["aux_loss_alpha"] = 0.0  # the third generation ignores what its files say
     if dialect != "deepseekmoe":
@@ -79,6 +77,13 @@ def translate(config: DeepseekMoeConfig, dialect: str) -> DeepseekMoeConfig:
     if dialect != config.model_type:
         _check_released_code(config, dialect)
     return translated
+
+
+def architectures_of(dialect: str, architectures: list[str] | None) -> list[str]:
+    """The field `architectures` of a dialect's `config.json`, with the heads that another one names; a language model
+    where none is named, since readers such as llama.cpp's converter look there first."""
+    prefix = _CLASSES[dialect].__name__.removesuffix("Config")
+    return [prefix + head_of(name) for name in architectures or ["ForCausalLM"]]
 
 
 def check_dialect(dialect: str) -> None:

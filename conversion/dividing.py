@@ -20,7 +20,7 @@ import torch
 from modeling_deepseekmoe import DeepseekConfig, DeepseekMoeConfig
 
 from .checkpoint import TensorSource
-from .dialects import DEEPSEEK_ROPE_TYPES
+from .dialects import DEEPSEEK_ROPE_TYPES, architectures_of
 from .streaming import Cast, Constant, Copied, Part, row_blocks, values
 from .tensor_table import Entry, Matrix, entries, locate
 
@@ -143,6 +143,7 @@ def upcycled_config(dense: Any, plan: UpcyclingPlan) -> DeepseekMoeConfig:
         num_experts_per_tok=plan.num_shards,
         norm_topk_prob=True,
         routed_scaling_factor=float(plan.num_shards) if plan.dialect == "deepseekmoe" else 1.0,
+        architectures=architectures_of(plan.dialect, None),
     )
 
 

@@ -6,25 +6,30 @@ have the structure of transformers' DeepSeek-V3: `experts`, called with (hidden 
 beside them a bias named `e_score_correction_bias`. There the counting is switched on with [`track_router_load`].
 """
 
+import functools
 import math
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .modeling_deepseekmoe import DeepseekMoeModel
 from .router_load import RouterLoad, RouterLoadCounter, count_tokens, counts_as_training
 from .sharded_files import whole_tensor
 from .torch_support import in_backward_pass
 
+logger = logging.get_logger(__name__)
+
 UPDATES = ("sign", "centered_sign", "proportional")
 BIAS_NAME = "e_score_correction_bias"
+_TRACKER = "router_load_tracker"  # attribute of a decoder
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,15 @@ class BiasedGate:
         owner: the module that holds the bias.
         router: the module whose parameters are the gate.
         experts: the module that receives the choices.
+        saved: whether a file that is saved of the model holds the bias. That of an adapter does only where PEFT trains
+            the gate as a whole copy.
     """
 
     name: str
     owner: nn.Module
     router: nn.Module
     experts: nn.Module
+    saved: bool = True
 
     @property
     def bias(self) -> torch.Tensor:
@@ -57,6 +65,18 @@ class BiasedGate:
         """Whether the gate has parameters and none of them is trained, so that its bias is left alone too."""
         trained = [parameter.requires_grad for parameter in self.router.parameters() if parameter is not self.bias]
         return bool(trained) and not any(trained)
+
+    @property
+    def is_kept(self) -> str | None:
+        """Why the bias is left as it is, if it is."""
+        if self.frozen:
+            return "frozen (no parameter of theirs is trained)"
+        if not self.saved:
+            return (
+                "adapted by PEFT, whose files do not hold the bias (modules_to_save=['gate'], or train_router=True of "
+                "expert_lora_config, trains and saves the whole gates)"
+            )
+        return None
 
     @torch.no_grad()
     def add(self, step: torch.Tensor) -> None:
@@ -84,6 +104,7 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
         ValueError: if a bias has no experts beside it, or if biases differ in size.
     """
     gates, owners = [], set()
+    adapted, names = _has_adapters(model), {module: name for name, module in model.named_modules()}
     for name, block in model.named_modules():
         experts = getattr(block, "experts", None)
         if not isinstance(experts, nn.Module):
@@ -93,7 +114,8 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
             if isinstance(getattr(module, BIAS_NAME, None), torch.Tensor):
                 owner = _owner_of_bias(module)
                 router = next((child for child in beside if owner in child.modules()), None)
-                gates.append(BiasedGate(name, owner, router or getattr(block, "gate", block), experts))
+                saved = not adapted or ".modules_to_save." in names[owner]
+                gates.append(BiasedGate(name, owner, router or getattr(block, "gate", block), experts, saved))
                 owners.add(owner)
                 break
     for name, module in model.named_modules():
@@ -103,6 +125,14 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
     if len({gate.bias.numel() for gate in gates}) > 1:
         raise ValueError(f"{type(model).__name__}: gates with different numbers of experts are not supported.")
     return gates
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    if "peft" not in sys.modules:  # which takes a second to import
+        return False
+    from .peft_support import has_adapters
+
+    return has_adapters(model)
 
 
 def _owner_of_bias(module: nn.Module) -> nn.Module:
@@ -169,8 +199,9 @@ def update_router_bias(
     """Update the bias of a model's gates from the tokens of the whole global batch; call it after `optimizer.step()`.
 
     The counts of all micro-batches since the last call are summed over the ranks, so that every rank makes the same
-    update. Only forward passes in training mode and with gradients count, padding never does, and gates of which
-    nothing is trained keep their bias.
+    update. Only forward passes in training mode and with gradients count, padding never does. Gates of which nothing
+    is trained keep their bias, and so do those that PEFT adapts, unless it trains whole copies: the file of the adapter
+    would not hold it. A line in the log says so once.
 
     Args:
         model: a model of this package, or another one after [`track_router_load`]; wrapped or not.
@@ -195,10 +226,20 @@ def update_router_bias(
         )
     load = take_router_load(model, process_group=process_group)
     for gate, step in zip(gates, bias_step(load.tokens_per_expert, update_rate, update), strict=True):
-        if not gate.frozen:
+        if gate.is_kept is None:
             gate.add(step)
+    tell_kept(gates)
     counter.steps_without_update = 0
     return load
+
+
+def tell_kept(gates: list[BiasedGate]) -> None:
+    """Say once how many gates keep their bias, and why."""
+    reasons = [gate.is_kept for gate in gates]
+    for reason in dict.fromkeys(filter(None, reasons)):
+        logger.warning_once(
+            f"{reasons.count(reason)} of {len(gates)} gates are {reason}: their balancing bias is left as it is."
+        )
 
 
 def require_biased_gates(model: nn.Module) -> list[BiasedGate]:
@@ -248,8 +289,8 @@ def router_load_counter(model: nn.Module) -> RouterLoadCounter:
     for module in model.modules():
         if isinstance(module, DeepseekMoeModel):
             return module.router_load
-        if module in _TRACKERS:
-            return _TRACKERS[module].counter
+        if _TRACKER in vars(module):
+            return vars(module)[_TRACKER].counter
     raise ValueError(
         f"{type(model).__name__} does not count its tokens itself: call track_router_load(model) before training."
     )
@@ -258,7 +299,8 @@ def router_load_counter(model: nn.Module) -> RouterLoadCounter:
 # ------------------------------------------------------------------------------------------- models of other packages
 class _Tracker:
     """Hooks that count the choices of a model which does not do so itself: one on its decoder, which every wrapper
-    calls with the batch, and one on the experts of every block."""
+    calls with the batch, and one on the experts of every block. They are methods, so that a deep copy of the model has
+    a tracker of its own."""
 
     def __init__(self, model: nn.Module) -> None:
         gates = require_biased_gates(model)
@@ -272,8 +314,9 @@ class _Tracker:
         decoder = model if pretrained is None else pretrained.base_model
         self.handles = [decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
         for idx, gate in enumerate(gates):
-            hook = self._counting_hook(idx, gate.name)
+            hook = functools.partial(self._count, idx, gate.name)
             self.handles.append(gate.experts.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+        setattr(decoder, _TRACKER, self)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -285,35 +328,27 @@ class _Tracker:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self.token_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
-    def _counting_hook(self, idx: int, name: str) -> Any:
-        @torch.compiler.disable
-        def hook(experts: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            # Under checkpointing this runs again in the backward pass, while a graph task is running.
-            if not self.counting or in_backward_pass():
-                return
-            expert_ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
-            if not isinstance(expert_ids, torch.Tensor) or expert_ids.is_floating_point() or expert_ids.ndim != 2:
-                raise ValueError(
-                    f"{name}.experts was not called with (hidden states, expert ids, weights): its tokens cannot be "
-                    "counted."
-                )
-            mask = self.token_mask
-            if mask is not None and mask.numel() != len(expert_ids):
-                raise ValueError(
-                    f"attention_mask of shape {tuple(mask.shape)} is not allowed: {name} routes {len(expert_ids)} "
-                    "tokens."
-                )
-            counts = count_tokens(expert_ids.long(), self.counter.num_experts, mask)
-            load = self.counter.begin(counts.device)
-            load.tokens_per_expert[idx] += counts.to(load.tokens_per_expert.device)
-            if idx == 0:
-                load.micro_batches += 1
-                load.tokens += len(expert_ids) if mask is None else (mask != 0).sum().to(load.tokens.device)
-
-        return hook
-
-
-_TRACKERS: WeakKeyDictionary[nn.Module, _Tracker] = WeakKeyDictionary()
+    @torch.compiler.disable
+    def _count(self, idx: int, name: str, experts: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # Under checkpointing this runs again in the backward pass, while a graph task is running.
+        if not self.counting or in_backward_pass():
+            return
+        expert_ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+        if not isinstance(expert_ids, torch.Tensor) or expert_ids.is_floating_point() or expert_ids.ndim != 2:
+            raise ValueError(
+                f"{name}.experts was not called with (hidden states, expert ids, weights): its tokens cannot be counted."
+            )
+        mask = self.token_mask
+        if mask is not None and mask.numel() != len(expert_ids):
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)} is not allowed: {name} routes {len(expert_ids)} tokens."
+            )
+        counts = count_tokens(expert_ids.long(), self.counter.num_experts, mask)
+        load = self.counter.begin(counts.device)
+        load.tokens_per_expert[idx] += counts.to(load.tokens_per_expert.device)
+        if idx == 0:
+            load.micro_batches += 1
+            load.tokens += len(expert_ids) if mask is None else (mask != 0).sum().to(load.tokens.device)
 
 
 def track_router_load(model: nn.Module) -> RouterLoadCounter:
@@ -333,7 +368,7 @@ def track_router_load(model: nn.Module) -> RouterLoadCounter:
     """
     if not any(isinstance(module, DeepseekMoeModel) for module in model.modules()):
         untrack_router_load(model)
-        _TRACKERS[model] = _Tracker(model)
+        _Tracker(model)
     counter = router_load_counter(model)
     counter.load = None
     return counter
@@ -341,9 +376,9 @@ def track_router_load(model: nn.Module) -> RouterLoadCounter:
 
 def untrack_router_load(model: nn.Module) -> None:
     """Remove the hooks of [`track_router_load`]; models of this package go on counting."""
-    tracker = _TRACKERS.pop(model, None)
-    if tracker is not None:
-        tracker.remove()
+    for module in model.modules():
+        if _TRACKER in vars(module):
+            vars(module).pop(_TRACKER).remove()
 
 
 __all__ = [

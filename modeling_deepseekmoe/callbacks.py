@@ -12,6 +12,7 @@ from .bias_update import (
     require_biased_gates,
     router_load_counter,
     take_router_load,
+    tell_kept,
     track_router_load,
     untrack_router_load,
     update_router_bias,
@@ -24,8 +25,8 @@ logger = logging.get_logger(__name__)
 
 class RouterStatsCallback(TrainerCallback):
     """Logs what the gates do in training: `router/max_violation_global`, `router/max_violation_batch`,
-    `router/dead_experts`, `router/entropy`, `router/drop_rate`, `router/bias_norm`, `aux_loss` and `aux_loss/<name>`,
-    see [`RouterStats`]. For models that have no balancing bias; [`LoadBalancingCallback`] logs the same.
+    `router/dead_experts`, `router/entropy`, `router/drop_rate`, `router/bias_norm`, `aux_loss` and `aux_loss/<name>`
+    (`aux_loss_not_trained` where no gradient reached them), see [`RouterStats`]. For models that have no balancing bias; [`LoadBalancingCallback`] logs the same.
 
     The values cover the optimizer steps since the last log, all ranks together. They are in `state.log_history` and
     on the console. Trainer runs its reporters (TensorBoard, W&B, ...) before the callbacks of the user; to have the
@@ -60,11 +61,6 @@ class RouterStatsCallback(TrainerCallback):
             )
         track_router_load(model)
         self.stats = RouterStats(model)
-        if args.label_smoothing_factor:
-            logger.warning(
-                f"label_smoothing_factor={args.label_smoothing_factor}: Trainer computes the loss without the model, "
-                "so that its auxiliary losses are logged and not trained."
-            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,7 +99,8 @@ class LoadBalancingCallback(RouterStatsCallback):
 
     `Trainer(..., callbacks=[LoadBalancingCallback()])` is all there is to do. It works on `noaux_tc` models of this
     package and on transformers' own with the gate of DeepSeek-V3. The bias is saved with the model and resumes with
-    it. Gates of which nothing is trained keep their bias, and so do all in a step that the gradient scaler skipped.
+    it. Gates of which nothing is trained keep their bias, and so do gates that PEFT adapts without a copy, whose bias
+    no file would hold (the log says so once), and all in a step that the gradient scaler skipped.
 
     Args:
         update_rate (`float`): gamma (0.001 in arXiv 2408.15664 and V3).
@@ -139,12 +136,7 @@ class LoadBalancingCallback(RouterStatsCallback):
         """Begin to count; say so if there is nothing to update."""
         gates = require_biased_gates(kwargs["model"])
         super().on_train_begin(args, state, control, **kwargs)
-        frozen = sum(gate.frozen for gate in gates)
-        if frozen:
-            logger.warning(
-                f"{frozen} of {len(gates)} gates are frozen (no parameter of theirs is trained): their balancing bias "
-                "is left as it is."
-            )
+        tell_kept(gates)
 
     def _take(self, state: TrainerState, model: nn.Module, optimizer: Any) -> RouterLoad:
         over = self.freeze_after is not None and state.global_step > self.freeze_after

@@ -6,7 +6,8 @@ stacked parameters, `...mlp.experts.gate_up_proj` (E, 2I, D) and `...mlp.experts
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +104,32 @@ def mtp_layers(config: DeepseekMoeConfig) -> range:
     return range(config.num_hidden_layers, config.num_hidden_layers + (config.num_nextn_predict_layers or 0))
 
 
+@contextmanager
+def config_of_what_is_saved(model: Any) -> Iterator[None]:
+    """While a model is saved: its config says what the files will hold, which is no multi-token-prediction layers.
+
+    Raises:
+        ValueError: if the model's layers are not those of its config, which nobody could load.
+    """
+    config, layers = model.config, getattr(model.base_model, "layers", ())
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"num_hidden_layers={config.num_hidden_layers} is not allowed for this model, which has {len(layers)} "
+            f"layers: set model.config.num_hidden_layers = {len(layers)} before it is saved."
+        )
+    if model.base_model.moe_layers != config.moe_layers:
+        raise ValueError(
+            f"first_k_dense_replace={config.first_k_dense_replace}, moe_layer_freq={config.moe_layer_freq} is not "
+            f"allowed for this model: by these fields its layers with experts are {config.moe_layers}, and they are "
+            f"{model.base_model.moe_layers}."
+        )
+    promised, config.num_nextn_predict_layers = config.num_nextn_predict_layers, 0
+    try:
+        yield
+    finally:
+        config.num_nextn_predict_layers = promised
+
+
 def check_checkpoint(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, ...]], expected: Shapes) -> None:
     """Check a checkpoint's names and shapes before anything is read from it.
 
@@ -134,7 +161,8 @@ def _report_mtp_tensors(config: DeepseekMoeConfig, found: Mapping[str, tuple[int
     if ignored:
         logger.warning(
             f"{len(ignored)} tensors of the multi-token-prediction layer(s) "
-            f"{', '.join(map(str, layers))} are in the checkpoint and are not loaded: the model predicts one token."
+            f"{', '.join(map(str, layers))} are in the checkpoint and are not loaded: the model predicts one token, and "
+            "is saved without them (num_nextn_predict_layers=0)."
         )
 
 
@@ -195,7 +223,7 @@ def stack_expert_tensors(
     for stack, projections in STACKS.items():
         names = {
             f"{prefix}{expert}.{projection}.weight": (expert, rows[projection])
-            for expert in range(module.num_experts)
+            for expert in range(len(module.gate_up_proj))
             for projection in projections
         }
         found = [name for name in names if name in state_dict]
@@ -223,6 +251,7 @@ __all__ = [
     "STACKS",
     "Stored",
     "check_checkpoint",
+    "config_of_what_is_saved",
     "mtp_layers",
     "register_checkpoint_layout",
     "stack_expert_tensors",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 from transformers import PreTrainedConfig
 
 from .parallel_plans import PIPELINE_PLAN, expert_parallel_size, tensor_parallel_plan
-from .remote_code import CarriesCode, as_json, auto_map_among, without, without_local_code
+from .remote_code import CarriesCode, NoCode, as_json, auto_map_among, without, without_local_code
 from .untested_versions import warn_of_untested_version
 
 ATTENTION_TYPES = ("mha", "mla")
@@ -114,6 +114,7 @@ class DeepseekMoeConfig(CarriesCode, PreTrainedConfig):
         "num_local_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
     }
+    auto_map: ClassVar[Any] = NoCode()
     base_model_pp_plan: ClassVar[dict[str, Any] | None] = PIPELINE_PLAN
 
     # What the official code of a generation can compute; a dialect narrows these.

@@ -21,7 +21,8 @@ class OfficialConfig(DeepseekMoeConfig):
     """What the dialects share: their `config.json` keeps to the names that the official code reads."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`DeepseekMoeConfig.to_dict`], with `rope_theta` and `rope_scaling` for the rotary embedding."""
+        """As [`DeepseekMoeConfig.to_dict`], with `rope_theta` and `rope_scaling` for the rotary embedding; and for the
+        default theta with YaRN, `rope_parameters` in place of the first."""
         output = super().to_dict()
         _rename_rope_parameters(output, self.default_theta)
         return output
@@ -40,14 +41,17 @@ class OfficialConfig(DeepseekMoeConfig):
 
 def _rename_rope_parameters(output: dict[str, Any], default_theta: float) -> None:
     """Replace transformers' `rope_parameters` by the official `rope_theta` and `rope_scaling`, in place."""
-    rope_parameters = dict(output.pop("rope_parameters", None) or {})
+    given = output.pop("rope_parameters", None)
+    rope_parameters = dict(given or {})
     rope_type = rope_parameters.pop("rope_type", "default")
     rope_theta = rope_parameters.pop("rope_theta", default_theta)
     rope_parameters.pop("type", None)
     output["rope_scaling"] = None if rope_type == "default" else {**rope_parameters, "type": rope_type}
     # Trainer reads the file as a bare PreTrainedConfig when it resumes, and fails on YaRN's rope_scaling beside a
-    # rope_theta. The default of the official classes is therefore left out there: every reader falls back to it.
-    if rope_type != "yarn" or rope_theta != default_theta:
+    # rope_theta. The default, to which the official code falls back, stands in transformers' own field there.
+    if rope_type == "yarn" and rope_theta == default_theta:
+        output["rope_parameters"] = given
+    else:
         output["rope_theta"] = rope_theta
 
 

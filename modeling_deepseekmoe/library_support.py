@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What the package takes from accelerate and from the Hub's client beyond their documented interfaces: a name each.
+"""What the package takes from accelerate, the Hub's client and TRL beyond their documented interfaces: a name each.
 
 `tests/test_canaries.py` states what is relied on for each.
 """
@@ -9,6 +9,9 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd
 from torch import nn
+
+# Where TRL's trainers load a model, a reference or a teacher that is given by its path.
+TRL_MODULE, TRL_LOADER = "trl.trainer.utils", "create_model_from_path"
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -22,4 +25,4 @@ def is_left_out(addition: CommitOperationAdd) -> bool:
     return bool(addition._should_ignore)
 
 
-__all__ = ["is_left_out", "replace_forward"]
+__all__ = ["TRL_LOADER", "TRL_MODULE", "is_left_out", "replace_forward"]

@@ -54,6 +54,7 @@ class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DeepseekMoeSequenceClassifierOutput:
         """Classify sequences; arguments as for [`DeepseekMoeModel`]; `labels` (B,) are classes, or targets of a
@@ -68,6 +69,7 @@ class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)

@@ -13,23 +13,22 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, GradientCheckpointingLayer, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
-from .balancing import auxiliary_losses
 from .checkpoint_layout import (
     Stored,
     check_checkpoint,
+    config_of_what_is_saved,
     mtp_layers,
     register_checkpoint_layout,
-    stack_expert_tensors,
 )
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .experts import IMPLEMENTATION
 from .gate import DeepseekMoeGate
+from .moe import DeepseekMoeBlock, DeepseekMoeExperts, is_moe_block, moe_layers_of
 from .parallel_plans import expert_parallel_plan
 from .remote_code import PublishedModel
 from .replaced_forward import keep_auxiliary_loss
@@ -40,15 +39,11 @@ from .router_load import (
     RoutingRecord,
     counts_as_training,
     load_of_records,
-    remind_of_updates,
-    sum_of_entropies,
+    remind_while_training,
     sum_of_losses,
     token_mask_of,
 )
-from .routing import RoutingPlan, affinities
-from .token_dropping import drop_tokens
 from .transformers_support import (
-    ACT2FN,
     CACHE_NAMES,
     DeepseekV3Attention,
     DeepseekV3MLP,
@@ -65,7 +60,6 @@ from .transformers_support import (
     merge_with_config_defaults,
     normal_,
     takes_cache,
-    use_experts_implementation,
     zeros_,
 )
 from .untested_versions import check_cached_generation, refuse_prompt_learning
@@ -87,107 +81,6 @@ class DeepseekMoeModelOutput(MoeModelOutputWithPast):
     """
 
     aux_loss: torch.Tensor | None = None
-
-
-@use_experts_implementation
-class DeepseekMoeExperts(nn.Module):
-    """The routed experts, stacked: `gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I). This forward is the `"eager"`
-    implementation; the default is `experts_implementation="deepseekmoe"`, in `experts`."""
-
-    def __init__(self, config: DeepseekMoeConfig) -> None:
-        super().__init__()
-        self.num_experts = config.n_routed_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.register_load_state_dict_pre_hook(stack_expert_tensors)
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Sum of the chosen experts' outputs, weighted.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape (T, D)).
-            top_k_index (`torch.LongTensor` of shape (T, K)): expert ids; the id E stands for an expert that another
-                rank of an expert-parallel group holds, and is passed over.
-            top_k_weights (`torch.Tensor` of shape (T, K)).
-
-        Returns:
-            `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
-        """
-        output = torch.zeros_like(hidden_states)
-        expert_ids, weights = top_k_index.flatten(), top_k_weights.flatten().unsqueeze(-1)
-        order = expert_ids.argsort(stable=True)
-        counts = torch.bincount(expert_ids, minlength=self.num_experts + 1).tolist()
-        # unbind() once, since indexing a stacked parameter E times makes E gradients of the whole stack.
-        experts = zip(order.split(counts), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=False)
-        for slots, gate_up_proj, down_proj in experts:
-            if len(slots) == 0:
-                continue
-            tokens = slots // top_k_index.shape[-1]
-            gate, up = F.linear(hidden_states[tokens], gate_up_proj).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, down_proj) * weights[slots]
-            output.index_add_(0, tokens, expert_output.to(output.dtype))
-        return output
-
-
-class DeepseekMoeBlock(nn.Module):
-    """Routed experts plus shared experts (arXiv 2401.06066, eq. 9, without the residual)."""
-
-    def __init__(self, config: DeepseekMoeConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.gate = DeepseekMoeGate(config)
-        self.experts = DeepseekMoeExperts(config)
-        self.shared_experts = (
-            DeepseekV3MLP(config, config.shared_intermediate_size) if config.shared_intermediate_size else None
-        )
-
-    def forward(
-        self, hidden_states: torch.Tensor, context: RoutingContext = NO_RECORD
-    ) -> tuple[torch.Tensor, RoutingRecord | None]:
-        """Apply the block.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape (B, S, D)).
-            context ([`RoutingContext`]): padding, and what is wanted beside the output.
-
-        Returns:
-            The output (B, S, D), and the [`RoutingRecord`] if the context asks for it.
-        """
-        tokens, mask = hidden_states.flatten(0, 1), context.token_mask
-        mask = None if mask is None else mask.flatten()
-        router_logits, plan = self.gate(tokens, mask, len(hidden_states) or 1, context.record)
-        weights, dropped, entropy = plan.weights, None, None
-        capacity_factor = self.config.token_drop_capacity_factor
-        if self.training and capacity_factor is not None:
-            weights, dropped = self._drop_tokens(router_logits, plan, capacity_factor, mask, context.protected)
-        output = self.experts(tokens, plan.expert_ids, weights).view_as(hidden_states)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden_states)
-        if not context.record:
-            return output, None
-        if context.measure_entropy:
-            entropy = sum_of_entropies(affinities(router_logits.detach(), self.config.scoring_func), mask)
-        logits = router_logits.view(*hidden_states.shape[:2], -1)
-        losses = auxiliary_losses(self.config, logits, plan, context.token_mask)
-        return output, RoutingRecord(losses, plan.tokens_per_expert, dropped, entropy)
-
-    def _drop_tokens(
-        self,
-        router_logits: torch.Tensor,
-        plan: RoutingPlan,
-        capacity_factor: float,
-        token_mask: torch.Tensor | None,
-        protected: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if protected is not None:
-            protected = protected.repeat_interleave(len(plan.expert_ids) // len(protected))
-        scores, devices = affinities(router_logits.detach(), self.config.scoring_func), self.config.device_groups[0]
-        return drop_tokens(plan, scores, devices, capacity_factor, token_mask=token_mask, protected=protected)
 
 
 class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
@@ -216,7 +109,7 @@ class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + attention_output
         residual, hidden_states, record = hidden_states, self.post_attention_layernorm(hidden_states), None
-        if isinstance(self.mlp, DeepseekMoeBlock):
+        if is_moe_block(self.mlp):
             hidden_states, record = self.mlp(hidden_states, routing)
         else:
             hidden_states = self.mlp(hidden_states)
@@ -298,12 +191,14 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         state_dict: dict[str, torch.Tensor] | None,
         checkpoint_files: list[str] | None,
         load_config: Any,
-        *args: Any,
-        **kwargs: Any,
+        expected_keys: list[str] | None = None,
     ) -> Any:
-        """Check names and shapes first: transformers would stack whatever experts it finds."""
+        """Check names and shapes first: transformers would stack whatever experts it finds. Where it says itself what
+        it expects, these are the tensors of an adapter alone."""
         stored = None
-        if state_dict is not None:
+        if expected_keys is not None:
+            pass
+        elif state_dict is not None:
             stored = Stored.of_state_dict(state_dict)
         elif checkpoint_files and not any(str(file).endswith(".gguf") for file in checkpoint_files):
             stored = Stored.of_files(checkpoint_files)
@@ -315,8 +210,18 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
                 if isinstance(module, DeepseekMoeGate):
                     module.keep_precision(stored.gates.get(f"{name}.weight".removeprefix("model.")))
         return PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+            model, state_dict, checkpoint_files, load_config, expected_keys
         )
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model as transformers does; see its `PreTrainedModel.save_pretrained`. The config in the folder
+        says what the files hold: no multi-token-prediction layers.
+
+        Raises:
+            ValueError: among others where layers were taken out, put in or exchanged, and the config says otherwise.
+        """
+        with config_of_what_is_saved(self):
+            super().save_pretrained(*args, **kwargs)
 
     def _loss_with_auxiliary(
         self, loss: torch.Tensor, aux_loss: torch.Tensor | None, items: torch.Tensor, **kwargs: Any
@@ -351,9 +256,16 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.router_load = RouterLoadCounter(config.moe_layers, config.n_routed_experts or 0)
-        if config.moe_layers and config.topk_method == "noaux_tc":
-            remind_of_updates(self)
+        self._remind_while_training()
         self.post_init()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._remind_while_training()  # a copy is another model
+
+    def _remind_while_training(self) -> None:
+        if self.moe_layers:
+            remind_while_training(self, balanced_by_bias=self.config.topk_method == "noaux_tc")
 
     @takes_cache
     @merge_with_config_defaults
@@ -405,7 +317,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         routing = self._routing_context(token_mask, inputs_embeds, kwargs.get("output_router_logits"))
         hidden_states, records = inputs_embeds, {}
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer_idx, decoder_layer in enumerate(self.layers):
+        # Not all of them while transformers lets the first layers draft for the whole model.
+        for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             outputs = decoder_layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -419,16 +332,21 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             hidden_states, *record = outputs if isinstance(outputs, tuple) else (outputs,)
             if record:
                 records[layer_idx] = RoutingRecord(*record)
+        aux_loss = sum_of_losses(records, hidden_states.device) if routing.record else None
         if records and counts_as_training(self):
-            load = load_of_records(
-                records, self.config.moe_layers, routing.token_mask, inputs_embeds.shape[:2].numel()
-            )
-            self.router_load.add(load)
+            layers = self.moe_layers
+            load = load_of_records(records, layers, routing.token_mask, inputs_embeds.shape[:2].numel())
+            self.router_load.add(load, layers)
+            if self.config.loss_alphas:
+                self.router_load.watch(aux_loss)
         return DeepseekMoeModelOutput(
-            last_hidden_state=self.norm(hidden_states),
-            aux_loss=sum_of_losses(records, hidden_states.device) if routing.record else None,
-            **{CACHE: past_key_values},
+            last_hidden_state=self.norm(hidden_states), aux_loss=aux_loss, **{CACHE: past_key_values}
         )
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Places of the layers with routed experts: those of the config, unless layers were taken out or put in."""
+        return moe_layers_of(self.layers, self.config)
 
     def _routing_context(
         self, token_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, output_router_logits: bool | None

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -19,6 +20,11 @@ from torch import nn
 def use_own_layers(config: LoraConfig, create_layer: Callable[..., nn.Module | None]) -> None:
     """Let PEFT make its layers with `create_layer`, or, where that returns `None`, as it does without."""
     config._register_custom_module({nn.Module: create_layer})
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model has adapters of PEFT, whoever put them in: what is saved of it is these alone."""
+    return any(isinstance(module, PeftModel | BaseTunerLayer) for module in model.modules())
 
 
 def parallel_style_of(layer: nn.Module) -> str | None:
@@ -79,6 +85,7 @@ __all__ = [
     "CombiningLoraModel",
     "ParamWrapper",
     "get_pattern_key",
+    "has_adapters",
     "mesh_of",
     "parallel_style_of",
     "spread_ourselves",

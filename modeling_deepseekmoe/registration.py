@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Registration with transformers' Auto classes."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,15 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
+from .library_support import TRL_LOADER, TRL_MODULE
 from .remote_code import NATIVE_TYPES
-from .transformers_support import EXPERTS_MODULE, EXPERTS_TABLE, TRAINER_CALLBACKS, TRAINER_MODULE
+from .transformers_support import (
+    EXPERTS_MODULE,
+    EXPERTS_TABLE,
+    TRAINER_CALLBACKS,
+    TRAINER_MODULE,
+    read_tokenizers_as_they_are,
+)
 
 CONFIG_CLASSES: tuple[type[DeepseekMoeConfig], ...] = (
     DeepseekMoeConfig,
@@ -46,6 +54,7 @@ def register(override_native: bool = False) -> None:
     if not override_native:
         _restore_native()
     _WITH_EXPERTS.arrange()
+    _WITH_TRL.arrange()
     # The model classes take seconds to import, and no Auto class needs them before a config of theirs exists.
     DeepseekMoeConfig.before_first_config = _register_models
 
@@ -79,11 +88,7 @@ def _register_models() -> None:
 
     from . import modeling_classification as classifiers
     from . import modeling_deepseekmoe as models
-    from .transformers_support import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
-        TOKENIZER_MAPPING_NAMES,
-    )
+    from .transformers_support import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     models.DeepseekMoePreTrainedModel.publisher = _publish
     models.DeepseekMoePreTrainedModel.preflight = _check_before_upload
@@ -99,14 +104,12 @@ def _register_models() -> None:
             auto_class.register(config_class, getattr(module, prefix + head), exist_ok=True)
         # Trainer's label smoothing shifts the labels only of models whose class name it finds here.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(config_class.model_type, f"{prefix}ForCausalLM")
-        # The first generation's tokenizer is byte-level under the name of Llama's, as those of V2 and V3, which
-        # transformers lists here itself: under that name it would lose its spaces.
-        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(config_class.model_type)
-        TOKENIZER_MAPPING_NAMES.setdefault(config_class.model_type, "TokenizersBackend")
+        if config_class.model_type not in NATIVE_TYPES:
+            read_tokenizers_as_they_are(config_class.model_type)
 
 
 class _AfterImport(MetaPathFinder):
-    """Does something with a module of transformers as soon as it is there: now, or when somebody imports it, which
+    """Does something with a module of another library as soon as it is there: now, or when somebody imports it, which
     takes a second that most processes can do without."""
 
     def __init__(self, name: str, attribute: str, action: Callable[[Any], None]) -> None:
@@ -163,6 +166,27 @@ def _run_experts(*args: Any, **kwargs: Any) -> Any:
     return experts_forward(*args, **kwargs)
 
 
+def _load_through_auto(trl_module: Any) -> None:
+    """Let TRL load models of the family by AutoModel. It would take the class of transformers that has the name in
+    `architectures`, which for V2 and V3 is transformers' own, whatever was registered."""
+    original = getattr(trl_module, TRL_LOADER)
+    if hasattr(original, "through_auto"):
+        return
+
+    @functools.wraps(original)
+    def load(model_id: str, architecture: Any = None, **kwargs: Any) -> Any:
+        if architecture is None:
+            config = AutoConfig.from_pretrained(model_id, trust_remote_code=kwargs.get("trust_remote_code", False))
+            architecture = transformers.AutoModelForCausalLM if isinstance(config, DeepseekMoeConfig) else None
+        return original(model_id, architecture, **kwargs)
+
+    vars(load)["through_auto"] = True
+    for name, module in list(sys.modules.items()):  # its trainers import the function by name
+        if name.startswith("trl.") and vars(module).get(TRL_LOADER) is original:
+            setattr(module, TRL_LOADER, load)
+
+
+_WITH_TRL = _AfterImport(TRL_MODULE, TRL_LOADER, _load_through_auto)
 _WITH_TRAINER = _AfterImport(TRAINER_MODULE, TRAINER_CALLBACKS, _carry_code)
 _WITH_EXPERTS = _AfterImport(EXPERTS_MODULE, EXPERTS_TABLE, _offer_experts)
 

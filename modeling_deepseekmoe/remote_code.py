@@ -165,6 +165,14 @@ def _write(file: Path, content: bytes) -> None:
     os.replace(unfinished.name, file)
 
 
+class NoCode:
+    """A class's `auto_map` until an instance has one: empty. Trainers of other libraries read it without asking whether
+    it is there, and transformers writes into what it finds."""
+
+    def __get__(self, config: Any, owner: Any) -> dict[str, Any]:
+        return {}
+
+
 class CarriesCode:
     """What is published with the code of the family, where transformers does not know its model type."""
 
@@ -218,6 +226,7 @@ __all__ = [
     "CODE_VERSION",
     "NATIVE_TYPES",
     "CarriesCode",
+    "NoCode",
     "PublishedModel",
     "as_json",
     "attach_code",

@@ -45,9 +45,13 @@ def keep_auxiliary_loss(forward: Any, model: nn.Module) -> Any:
     @functools.wraps(function)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         model_losses: list[torch.Tensor | None] = []
-        handle = self.model.register_forward_hook(
-            lambda module, inputs, output: model_losses.append(getattr(output, "aux_loss", None))
-        )
+
+        def keep(decoder: nn.Module, inputs: Any, output: Any) -> None:
+            model_losses.append(getattr(output, "aux_loss", None))
+            if getattr(output, "router_logits", None) == ():  # no MoE layers: Mixtral's loss wants some or `None`
+                output.router_logits = None
+
+        handle = self.model.register_forward_hook(keep)
         try:
             outputs = function(self, *args, **kwargs)
         finally:

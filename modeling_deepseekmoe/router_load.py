@@ -79,6 +79,10 @@ class RouterLoad:
             0 where it was not measured.
         losses (`torch.FloatTensor` of shape (5,)): sum over micro-batches and layers of the auxiliary losses in the
             order of `LOSS_NAMES`.
+        losses_watched (`torch.LongTensor` of shape ()): micro-batches of which is known whether something trained
+            these losses.
+        loss_weight (`torch.FloatTensor` of shape ()): sum over these of the size of the gradient of what was trained
+            by the auxiliary loss; 0 where nothing trained it.
     """
 
     tokens_per_expert: torch.Tensor
@@ -87,6 +91,8 @@ class RouterLoad:
     dropped: torch.Tensor
     entropy: torch.Tensor
     losses: torch.Tensor
+    losses_watched: torch.Tensor
+    loss_weight: torch.Tensor
 
     @classmethod
     def zeros(cls, num_layers: int, num_experts: int, device: torch.device | str | None = None) -> "RouterLoad":
@@ -102,6 +108,8 @@ class RouterLoad:
             dropped=zeros(num_layers),
             entropy=zeros(num_layers, dtype=torch.float32),
             losses=zeros(len(LOSS_NAMES), dtype=torch.float32),
+            losses_watched=zeros(),
+            loss_weight=zeros(dtype=torch.float32),
         )
 
     def add_(self, other: "RouterLoad") -> None:
@@ -130,11 +138,12 @@ class RouterLoadCounter:
     """Adds up the records of a model's blocks until somebody takes them.
 
     Attributes:
-        layers (`tuple[int, ...]`): indices of the MoE layers.
-        num_experts (`int`): E.
+        layers (`tuple[int, ...]`): indices of the MoE layers, those of the latest training step.
+        num_experts (`int`): E, of the latest training step.
         measure_entropy (`bool`): whether blocks are asked for the entropy too.
         load ([`RouterLoad`], *optional*): what was counted since the last `take`; `None` if nothing was.
         trained (`bool`): whether a training forward ran since the last optimizer step.
+        watched (`bool`): whether it has auxiliary losses and is known to train them or not.
         steps_without_update (`int`): optimizer steps after such forwards since the bias was updated last.
     """
 
@@ -144,6 +153,7 @@ class RouterLoadCounter:
         self.measure_entropy = False
         self.load: RouterLoad | None = None
         self.trained = False
+        self.watched = False
         self.steps_without_update = 0
 
     def begin(self, device: torch.device | str | None = None) -> RouterLoad:
@@ -152,10 +162,27 @@ class RouterLoadCounter:
             self.load = RouterLoad.zeros(len(self.layers), self.num_experts, device)
         return self.load
 
-    def add(self, load: RouterLoad) -> None:
-        """Add the load of one micro-batch."""
+    def add(self, load: RouterLoad, layers: tuple[int, ...]) -> None:
+        """Add the load of one micro-batch. What was counted while there were other layers or experts is forgotten."""
+        num_experts = load.tokens_per_expert.shape[1]
+        if (layers, num_experts) != (self.layers, self.num_experts):
+            self.layers, self.num_experts, self.load = layers, num_experts, None
         self.begin(load.tokens_per_expert.device).add_(load)
         self.trained = True
+
+    def watch(self, aux_loss: torch.Tensor) -> None:
+        """Note in the backward pass whether a gradient reaches the auxiliary loss of the micro-batch that was added
+        last: whether whoever made the loss put it in. Not known inside `torch.compile`."""
+        if self.load is None or torch.compiler.is_compiling():
+            return
+        self.load.losses_watched += 1
+        self.watched = True
+        if aux_loss.requires_grad:
+            aux_loss.register_hook(self._weigh)
+
+    def _weigh(self, gradient: torch.Tensor) -> None:
+        if self.load is not None:
+            self.load.loss_weight += gradient.detach().abs().to(self.load.loss_weight)
 
     def take(self, device: torch.device | str | None = None) -> RouterLoad:
         """Return what was counted and begin again; zeros on `device` if nothing was."""
@@ -261,21 +288,28 @@ def load_of_records(
         dropped=stacked("dropped", nothing.dropped[0]),
         entropy=stacked("entropy", nothing.entropy[0]),
         losses=stacked("losses", nothing.losses).sum(dim=0),
+        losses_watched=nothing.losses_watched,
+        loss_weight=nothing.loss_weight,
     )
 
 
-# ------------------------------------------------------------------------------------- the reminder to update the bias
-_watched: WeakSet[nn.Module] = WeakSet()
+# ------------------------------------------------------------------------------------------ reminders while training
+_of_updates: WeakSet[nn.Module] = WeakSet()
+_of_losses: WeakSet[nn.Module] = WeakSet()
 
 
-def remind_of_updates(model: nn.Module) -> None:
-    """Warn, once, if `model` trains for 50 optimizer steps while nothing updates the bias of its gates.
+def remind_while_training(model: nn.Module, balanced_by_bias: bool) -> None:
+    """Warn, once, if `model` trains for 50 optimizer steps while nothing updates the bias of its gates, and if nothing
+    trains its auxiliary losses in the first step.
 
     Args:
-        model: a module with a [`RouterLoadCounter`] as `router_load`.
+        model: a decoder with a [`RouterLoadCounter`] as `router_load`.
+        balanced_by_bias: whether its gates have a bias.
     """
     _count_optimizer_steps()
-    _watched.add(model)
+    _of_losses.add(model)
+    if balanced_by_bias:
+        _of_updates.add(model)
 
 
 @cache
@@ -284,20 +318,33 @@ def _count_optimizer_steps() -> None:
 
 
 def _count_optimizer_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-    for model in list(_watched):
+    # Another model's optimizer, or a second one of this model, comes without a forward pass.
+    for model in [model for model in _of_losses if model.router_load.watched and _has_gradients(model)]:
+        _of_losses.discard(model)
+        load: RouterLoad | None = model.router_load.load
+        if load is not None and load.losses_watched and not load.loss_weight:
+            logger.warning(
+                f"The auxiliary losses of {type(model).__name__}, {model.config.loss_alphas}, are computed and NOT "
+                "trained: whoever made the loss of the first step left out outputs.aux_loss (no labels given to the "
+                "model, label smoothing, a loss function of your own, a trainer that takes the logits alone). Add "
+                "outputs.aux_loss to that loss, or set these fields of model.config to 0."
+            )
+    for model in [model for model in _of_updates if model.router_load.trained and _gates_train(model)]:
         counter: RouterLoadCounter = model.router_load
-        if not counter.trained or not _gates_train(model):
-            continue  # another model's optimizer, a second one of this model, or routing that is to stay as it is
         counter.trained = False
         counter.steps_without_update += 1
         if counter.steps_without_update >= STEPS_UNTIL_WARNING:
-            _watched.discard(model)
+            _of_updates.discard(model)
             logger.warning(
                 f"{type(model).__name__} has trained for {STEPS_UNTIL_WARNING} steps, and nothing updates the bias of "
                 "its gates (topk_method='noaux_tc'): nothing balances its experts. Add "
                 "callbacks=[LoadBalancingCallback()] to the Trainer, or call update_router_bias(model) after every "
                 "optimizer.step(); both are in the package modeling_deepseekmoe."
             )
+
+
+def _has_gradients(model: nn.Module) -> bool:
+    return any(parameter.grad is not None for parameter in model.parameters())
 
 
 def _gates_train(model: nn.Module) -> bool:
@@ -313,7 +360,7 @@ __all__ = [
     "count_tokens",
     "counts_as_training",
     "load_of_records",
-    "remind_of_updates",
+    "remind_while_training",
     "sum_of_entropies",
     "sum_of_losses",
     "token_mask_of",

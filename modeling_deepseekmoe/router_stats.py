@@ -57,7 +57,8 @@ class RouterStats:
             `max_violation_global` (of the load of all steps), `max_violation_batch` (mean over the steps),
             `dead_experts` (share of experts without a token), `entropy` (nats, mean over the tokens; absent for models
             of other packages), `drop_rate` (share of choices that were dropped), `bias_norm` (L2; absent without a
-            bias); and `losses`, the auxiliary losses that are switched on by name, mean over the micro-batches.
+            bias); `losses`, the auxiliary losses that are switched on by name, mean over the micro-batches; and
+            `losses_trained`, false if it is known that no gradient reached them: whoever made the loss left them out.
 
         Raises:
             ValueError: if no step was added.
@@ -86,11 +87,12 @@ class RouterStats:
             output["bias_norm"] = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
         losses = (load.losses / load.micro_batches.clamp(min=1)).tolist()
         output["losses"] = {name: loss for name, loss in zip(LOSS_NAMES, losses, strict=True) if loss}
+        output["losses_trained"] = not load.losses_watched or bool(load.loss_weight)
         return output
 
     def summary(self) -> dict[str, float]:
         """What a trainer logs: means over the layers under `router/...`, and the auxiliary losses, `aux_loss` for
-        their sum and `aux_loss/...` for each one, where there are any.
+        their sum and `aux_loss/...` for each one, where there are any; `aux_loss_not_trained` where none is trained.
 
         Raises:
             ValueError: if no step was added.
@@ -101,8 +103,9 @@ class RouterStats:
             if name in values:
                 output[f"router/{name}"] = sum(values[name]) / len(values[name])
         if values["losses"]:
-            output["aux_loss"] = sum(values["losses"].values())
-            output |= {f"aux_loss/{name}": loss for name, loss in values["losses"].items()}
+            title = "aux_loss" if values["losses_trained"] else "aux_loss_not_trained"
+            output[title] = sum(values["losses"].values())
+            output |= {f"{title}/{name}": loss for name, loss in values["losses"].items()}
         return output
 
 

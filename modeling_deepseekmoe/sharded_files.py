@@ -2,6 +2,7 @@
 """Checkpoints of models that no process holds as a whole: every rank writes some of the files."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .checkpoint_layout import config_of_what_is_saved
+from .configuration_deepseekmoe import DeepseekMoeConfig
 from .transformers_support import custom_object_save, revert_weight_conversion
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -48,14 +51,20 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
         Bytes of all weights.
 
     Raises:
-        ValueError: for a model that is no `PreTrainedModel`, or a size that is none.
+        ValueError: for a model that is no `PreTrainedModel`, or whose layers are not those of its config, or a size
+            that is none.
         OSError: if a rank does not see the folder that the first one made.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is not allowed: save_sharded takes a PreTrainedModel.")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("A model of DeepSpeed ZeRO-3 is not allowed: call the trainer's save_model.")
-    folder, state = Path(folder), _saved_state(model)
+    with config_of_what_is_saved(model) if isinstance(model.config, DeepseekMoeConfig) else nullcontext():
+        return _write_sharded(model, Path(folder), max_shard_size)
+
+
+def _write_sharded(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> int:
+    state = _saved_state(model)
     rank, ranks = _rank_and_ranks()
     split = split_state_dict_into_shards_factory(
         state,

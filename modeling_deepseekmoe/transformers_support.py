@@ -157,6 +157,18 @@ def takes_cache(forward: Callable[..., Any], name: str = "past_key_values") -> C
     return wrapper
 
 
+# --------------------------------------------------------------------------------------------------------- tokenizers
+def read_tokenizers_as_they_are(model_type: str) -> None:
+    """Let AutoTokenizer read the `tokenizer.json` of this model type as it stands, and not by the class that
+    `tokenizer_config.json` names: DeepSeek's are byte-level under the name of Llama's, and would lose their spaces.
+
+    Since 5.22 transformers looks into the file itself, and nothing is to be done. Before, it goes by a table of model
+    types. A tokenizer with code of its own in the folder keeps that in every version.
+    """
+    if "deepseek_v3" in __getattr__("MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS"):
+        __getattr__("TOKENIZER_MAPPING_NAMES").setdefault(model_type, "TokenizersBackend")
+
+
 # ------------------------------------------------------------------------------------------------------------- experts
 def gating_of(experts: nn.Module | type[nn.Module]) -> Any:
     """What makes the second product's input (S, I) of the first product (S, 2I), in a module of experts or in its
@@ -190,5 +202,6 @@ __all__ = [
     "experts_implementation_of",
     "gating_of",
     "plain_gating",
+    "read_tokenizers_as_they_are",
     "takes_cache",
 ]

@@ -86,7 +86,8 @@ def fresh_state() -> None:
     torch.manual_seed(0)
     torch.compiler.reset()
     logging.get_logger("modeling_deepseekmoe").warning_once.cache_clear()
-    router_load._watched.clear()
+    router_load._of_updates.clear()
+    router_load._of_losses.clear()
 
 
 @pytest.fixture

@@ -1,0 +1,137 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The MoE block: the gate, the stacked routed experts, and the shared experts beside them.
+
+Shape letters: B batch, S sequence, T = B * S tokens, D hidden, E routed experts, K chosen experts, I expert width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .balancing import auxiliary_losses
+from .checkpoint_layout import stack_expert_tensors
+from .configuration_deepseekmoe import DeepseekMoeConfig
+from .gate import DeepseekMoeGate
+from .router_load import NO_RECORD, RoutingContext, RoutingRecord, sum_of_entropies
+from .routing import RoutingPlan, affinities
+from .token_dropping import drop_tokens
+from .transformers_support import ACT2FN, DeepseekV3MLP, use_experts_implementation
+
+
+@use_experts_implementation
+class DeepseekMoeExperts(nn.Module):
+    """The routed experts, stacked: `gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I). This forward is the `"eager"`
+    implementation; the default is `experts_implementation="deepseekmoe"`, in `experts`."""
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.register_load_state_dict_pre_hook(stack_expert_tensors)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of the chosen experts' outputs, weighted.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape (T, D)).
+            top_k_index (`torch.LongTensor` of shape (T, K)): expert ids; the id E stands for an expert that another
+                rank of an expert-parallel group holds, and is passed over.
+            top_k_weights (`torch.Tensor` of shape (T, K)).
+
+        Returns:
+            `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
+        """
+        output = torch.zeros_like(hidden_states)
+        expert_ids, weights = top_k_index.flatten(), top_k_weights.flatten().unsqueeze(-1)
+        order = expert_ids.argsort(stable=True)
+        counts = torch.bincount(expert_ids, minlength=self.num_experts + 1).tolist()
+        # unbind() once, since indexing a stacked parameter E times makes E gradients of the whole stack.
+        experts = zip(order.split(counts), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=False)
+        for slots, gate_up_proj, down_proj in experts:
+            if len(slots) == 0:
+                continue
+            tokens = slots // top_k_index.shape[-1]
+            gate, up = F.linear(hidden_states[tokens], gate_up_proj).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, down_proj) * weights[slots]
+            output.index_add_(0, tokens, expert_output.to(output.dtype))
+        return output
+
+
+class DeepseekMoeBlock(nn.Module):
+    """Routed experts plus shared experts (arXiv 2401.06066, eq. 9, without the residual)."""
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = DeepseekMoeGate(config)
+        self.experts = DeepseekMoeExperts(config)
+        self.shared_experts = (
+            DeepseekV3MLP(config, config.shared_intermediate_size) if config.shared_intermediate_size else None
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, context: RoutingContext = NO_RECORD
+    ) -> tuple[torch.Tensor, RoutingRecord | None]:
+        """Apply the block.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape (B, S, D)).
+            context ([`RoutingContext`]): padding, and what is wanted beside the output.
+
+        Returns:
+            The output (B, S, D), and the [`RoutingRecord`] if the context asks for it.
+        """
+        tokens, mask = hidden_states.flatten(0, 1), context.token_mask
+        mask = None if mask is None else mask.flatten()
+        router_logits, plan = self.gate(tokens, mask, len(hidden_states) or 1, context.record)
+        weights, dropped, entropy = plan.weights, None, None
+        capacity_factor = self.config.token_drop_capacity_factor
+        if self.training and capacity_factor is not None:
+            weights, dropped = self._drop_tokens(router_logits, plan, capacity_factor, mask, context.protected)
+        output = self.experts(tokens, plan.expert_ids, weights).view_as(hidden_states)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        if not context.record:
+            return output, None
+        if context.measure_entropy:
+            entropy = sum_of_entropies(affinities(router_logits.detach(), self.config.scoring_func), mask)
+        logits = router_logits.view(*hidden_states.shape[:2], -1)
+        losses = auxiliary_losses(self.config, logits, plan, context.token_mask)
+        return output, RoutingRecord(losses, plan.tokens_per_expert, dropped, entropy)
+
+    def _drop_tokens(
+        self,
+        router_logits: torch.Tensor,
+        plan: RoutingPlan,
+        capacity_factor: float,
+        token_mask: torch.Tensor | None,
+        protected: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if protected is not None:
+            protected = protected.repeat_interleave(len(plan.expert_ids) // len(protected))
+        scores, devices = affinities(router_logits.detach(), self.config.scoring_func), self.config.device_groups[0]
+        return drop_tokens(plan, scores, devices, capacity_factor, token_mask=token_mask, protected=protected)
+
+
+def is_moe_block(module: nn.Module) -> bool:
+    """Whether a layer's `mlp` is a MoE block, perhaps inside a wrapper: PEFT's copies, FSDP, compiled modules."""
+    return hasattr(module, "experts")
+
+
+def moe_layers_of(layers: nn.ModuleList, config: DeepseekMoeConfig) -> tuple[int, ...]:
+    """Places (from 0) of the decoder layers with routed experts, whatever was done to the list. What is no decoder
+    layer stands for one that another pipeline stage holds, and counts by the config."""
+    return tuple(
+        idx
+        for idx, layer in enumerate(layers)
+        if (is_moe_block(layer.mlp) if hasattr(layer, "mlp") else config.is_moe_layer(idx))
+    )
+
+
+__all__ = ["DeepseekMoeBlock", "DeepseekMoeExperts", "is_moe_block", "moe_layers_of"]
