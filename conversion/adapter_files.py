@@ -3,8 +3,8 @@
 
 Two layouts are read. PEFT's own for stacked experts (`target_parameters`) nests one layer for each adapted parameter,
 `experts.base_layer.lora_A.weight` inside and `experts.lora_A.weight` outside, with `lora_A` expert-major (E * r, in)
-and `lora_B` rank-major (out, r * E). The per-expert layout has one pair for every linear map,
-`experts.3.gate_proj.lora_A.weight` (r, in) and `lora_B` (out, r).
+and `lora_B` rank-major (out, r * E); PEFT before 0.19 wrote (E * r, out) and (in, r * E), which is read too. The
+per-expert layout has one pair for every linear map, `experts.3.gate_proj.lora_A.weight` (r, in) and `lora_B` (out, r).
 """
 
 import math
@@ -19,14 +19,15 @@ from peft import LoraConfig, PeftConfig
 from modeling_deepseekmoe.checkpoint_layout import STACKS
 from modeling_deepseekmoe.folders import read_tensors
 from modeling_deepseekmoe.lora_layers import rank_and_alpha
+from modeling_deepseekmoe.lora_options import OTHER_COMPUTATIONS
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "velora_config", "arrow_config",
-                "alora_invocation_tokens", "monteclora_config", "use_bdlora", "kasa_config", "use_qalora")  # fmt: skip
+_UNSUPPORTED = (*OTHER_COMPUTATIONS, "layer_replication")
 # Other ways to begin change the base's weights, so that the saved factors are not what is added to them.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _FACTOR = re.compile(r"^(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\.lora_(?P<factor>[AB])\.weight$")
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<id>\d+)\.(?P<projection>gate_proj|up_proj|down_proj)$")
 
 
@@ -70,14 +71,18 @@ class Adapter:
         updates: by the name of the base's weight (`model.layers.1.mlp.experts.gate_up_proj` or
             `...q_proj.weight`), what the adapter adds to it.
         replacements: by name, weights that were trained as whole copies, and those that PEFT saves beside an adapted
-            head or embedding.
-        sources: by the names of the replacements, those of the tensors in the adapter's file.
+            head or embedding, resized or not.
+        rows: by name, rows of an embedding that were trained, `trainable_token_indices`: their numbers and values.
+        sources: by the names of the replacements and rows, those of the tensors in the adapter's file.
+        others: all tensors of the file but the factors, under the names that they have there.
     """
 
     config: LoraConfig
     updates: dict[str, LowRank]
     replacements: dict[str, torch.Tensor]
+    rows: dict[str, tuple[list[int], torch.Tensor]]
     sources: dict[str, str]
+    others: dict[str, torch.Tensor]
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -107,8 +112,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         )
     tensors = read_tensors(folder / WEIGHTS_NAME)
     factors: dict[tuple[str, int], dict[str, str]] = {}
-    replacements: dict[str, torch.Tensor] = {}
-    sources: dict[str, str] = {}
+    others: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         plain = name.removeprefix(PREFIX)
         match = _FACTOR.match(plain)
@@ -118,19 +122,72 @@ def read_adapter(folder: str | Path) -> Adapter:
         elif "lora_" in plain:
             raise ValueError(f"Adapter tensor {name} is not supported: only lora_A and lora_B of weights are.")
         else:
-            target = plain.replace(".base_layer", "")
-            if target in replacements:
-                raise ValueError(f"Adapter tensors {sources[target]} and {name} are for the same weight.")
-            replacements[target], sources[target] = tensor, name
+            others[name] = tensor
+    replacements, rows, sources = _trained_copies(others, config)
     updates = {}
+    transposed = _are_transposed(factors, tensors, config)
     for (module, depth), names in factors.items():
         if names.keys() != {"A", "B"}:
             raise ValueError(
                 f"Adapter tensor {next(iter(names.values()))} has no partner: lora_A and lora_B go together."
             )
         target = _target_of(module, depth, {level for name, level in factors if name == module}, config)
-        updates[target] = _low_rank(target, tensors[names["A"]], tensors[names["B"]], names, config)
-    return Adapter(config, updates, replacements, sources)
+        pair = tensors[names["A"]], tensors[names["B"]]
+        updates[target] = _low_rank(target, *pair, names, config, transposed and is_stack(target))
+    return Adapter(config, updates, replacements, rows, sources, others)
+
+
+def _trained_copies(
+    others: dict[str, torch.Tensor], config: LoraConfig
+) -> tuple[dict[str, torch.Tensor], dict[str, tuple[list[int], torch.Tensor]], dict[str, str]]:
+    """The replacements, rows and sources of an [`Adapter`]. PEFT saves embeddings whose size has changed under the
+    names that its wrappers give them: the trained copy (twice), the original, the rows."""
+    replacements: dict[str, torch.Tensor] = {}
+    rows: dict[str, tuple[list[int], torch.Tensor]] = {}
+    sources: dict[str, str] = {}
+    for name, tensor in others.items():
+        plain = name.removeprefix(PREFIX)
+        if plain.endswith(_TOKENS):
+            module = plain.removesuffix(_TOKENS)
+            indices = config.trainable_token_indices or []
+            if isinstance(indices, dict):
+                indices = next((own for key, own in indices.items() if f".{module}".endswith(f".{key}")), [])
+            if len(indices) != len(tensor):
+                raise ValueError(
+                    f"Adapter tensor {name} has {len(tensor)} rows: its config names {len(indices)} tokens."
+                )
+            rows[f"{module}.weight"], sources[f"{module}.weight"] = (list(indices), tensor), name
+            continue
+        if ".original_module." in plain:
+            continue  # what the trained copy beside it replaces
+        target = plain.replace(".base_layer", "").replace(".modules_to_save", "").replace(".token_adapter", "")
+        if target in replacements and not torch.equal(replacements[target], tensor):
+            raise ValueError(f"Adapter tensors {sources[target]} and {name} are for the same weight, and differ.")
+        replacements[target] = tensor
+        sources.setdefault(target, name)
+    return replacements, rows, sources
+
+
+def _are_transposed(
+    factors: dict[tuple[str, int], dict[str, str]], tensors: dict[str, torch.Tensor], config: LoraConfig
+) -> bool:
+    """Whether the factors of stacks are as PEFT before 0.19 wrote them, which took their second axis for the input:
+    `lora_A` (E * r, 2I) and `lora_B` (D, r * E) of gate_up. Where both projections are there the shapes tell; else the
+    version that the config names."""
+    shapes: dict[str, dict[str, int]] = {}
+    for (module, depth), names in factors.items():
+        if module.endswith(".experts") and names.keys() == {"A", "B"}:
+            levels = {level for name, level in factors if name == module}
+            stack = _target_of(module, depth, levels, config).rpartition(".")[2]
+            shapes.setdefault(module, {})[stack] = (tensors[names["A"]].shape[-1], tensors[names["B"]].shape[0])
+    for found in shapes.values():
+        if found.keys() == set(STACKS):
+            (gate_up_a, gate_up_b), (down_a, down_b) = found["gate_up_proj"], found["down_proj"]
+            now, before = (down_b, 2 * down_a), (2 * down_b, down_a)
+            if now != before and (gate_up_a, gate_up_b) in (now, before):
+                return (gate_up_a, gate_up_b) == before
+    numbers = re.match(r"0\.(\d+)\.", getattr(config, "peft_version", None) or "")
+    return bool(shapes) and numbers is not None and int(numbers[1]) < 19
 
 
 def _target_of(module: str, depth: int, depths: Iterable[int], config: LoraConfig) -> str:
@@ -150,7 +207,12 @@ def _target_of(module: str, depth: int, depths: Iterable[int], config: LoraConfi
 
 
 def _low_rank(
-    target: str, weight_a: torch.Tensor, weight_b: torch.Tensor, names: dict[str, str], config: LoraConfig
+    target: str,
+    weight_a: torch.Tensor,
+    weight_b: torch.Tensor,
+    names: dict[str, str],
+    config: LoraConfig,
+    transposed: bool,
 ) -> LowRank:
     as_parameter = any(f".{target}".endswith(f".{name}") for name in config.target_parameters or ())
     key = target if as_parameter else target.removesuffix(".weight")  # what PEFT matches the patterns with
@@ -173,6 +235,8 @@ def _low_rank(
     if is_stack(target):
         weight_a = weight_a.unflatten(0, (-1, rank))
         weight_b = weight_b.unflatten(1, (rank, -1)).permute(2, 0, 1)
+        if transposed:
+            weight_a, weight_b = weight_b.transpose(1, 2), weight_a.transpose(1, 2)
     return LowRank(weight_a, weight_b, scaling, tuple(names.values()))
 
 

@@ -64,7 +64,7 @@ def export_adapter(adapter: str | Path, destination: str | Path, layout: str, nu
     per_expert = layout == "per-expert"
     updates = _to_per_expert(content.updates) if per_expert else _to_peft(content.updates, num_experts)
     config = _config(content, updates, layout)
-    tensors = {content.sources[name]: tensor.contiguous() for name, tensor in content.replacements.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in content.others.items()}
     for target, update in updates.items():
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in _tensors(target, update, updates)}
     with unfinished_folder(destination) as unfinished:

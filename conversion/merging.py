@@ -121,20 +121,27 @@ def _plan(adapter: Path, shapes: Shapes) -> tuple[dict[str, _Change], int]:
     if (adapter / ESFT_WEIGHTS_NAME).is_file():
         replacements = read_esft(adapter)
         sources = {name: name for name in replacements}
+        rows, number = {}, len(replacements)
     else:
         content = read_adapter(adapter)
         updates, replacements, sources = content.updates, content.replacements, content.sources
+        rows, number = content.rows, 2 * len(content.updates) + len(content.others)
     for target, tensor in replacements.items():
         name, place = _locate(target, shapes)
         _check_shape(name, place, tuple(tensor.shape), sources[target], shapes)
         changes.setdefault(name, _Change()).replacements.append((place, tensor))
+    for name, (indices, tensor) in rows.items():
+        if name in shapes and max(indices) >= shapes[name][0]:
+            raise ValueError(_mismatch(sources[name], f"token {max(indices)}", name, shapes))
+        _check_shape(name, indices, tuple(tensor.shape), sources[name], shapes)
+        changes.setdefault(name, _Change()).replacements.append((indices, tensor))
     for target, update in updates.items():
         for name, place, part in _parts(target, update, shapes):
             _check_shape(name, place, part.shape, update.sources[0], shapes)
             changes.setdefault(name, _Change()).sums.append((place, part))
     if not changes:
         raise ValueError(f"{adapter} is not allowed as an adapter: it holds no tensors.")
-    return changes, 2 * len(updates) + len(replacements)
+    return changes, number
 
 
 def _check_tied(base: Path, changes: dict[str, _Change]) -> None:
@@ -198,6 +205,11 @@ def _mismatch(source: str, found: str, name: str, shapes: Shapes) -> str:
             hint = " Is its head tied to the embedding?"
         elif f"model.{name}" in shapes:
             hint = f" It has model.{name}: the adapter is of a model without a head."
+    elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        hint = (
+            " The adapter was trained after resize_token_embeddings: load the base, resize it in the same way, "
+            "save_pretrained it, and merge into that folder."
+        )
     return f"Adapter tensor {source} is for {found}, which is not allowed: the base has {base}.{hint}"
 
 

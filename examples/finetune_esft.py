@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import modeling_deepseekmoe
-from modeling_deepseekmoe import ExpertSelection, prepare_esft, save_esft, score_experts, select_experts
+from modeling_deepseekmoe import (
+    ExpertSelection,
+    load_tokenizer,
+    prepare_esft,
+    save_esft,
+    score_experts,
+    select_experts,
+)
 from modeling_deepseekmoe.demo import TokenBlocks, reference_blocks, sample_blocks
 from modeling_deepseekmoe.esft import selection_table
 from modeling_deepseekmoe.evaluation import perplexity
@@ -34,7 +41,7 @@ def main(
     """Score, select, train, and save what was trained."""
     check_destination(output)
     modeling_deepseekmoe.register(override_native=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     base = AutoModelForCausalLM.from_pretrained(model)
     total = base.num_parameters()
     train_blocks, test_blocks = reference_blocks(tokenizer, block_size)

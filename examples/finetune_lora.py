@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import modeling_deepseekmoe
-from modeling_deepseekmoe import expert_lora_config
+from modeling_deepseekmoe import expert_lora_config, load_tokenizer
 from modeling_deepseekmoe.demo import TokenBlocks, reference_blocks, sample_blocks
 from modeling_deepseekmoe.evaluation import perplexity
 
@@ -33,7 +33,7 @@ def main(
 ) -> None:
     """Train, save the adapter and say what it gained."""
     modeling_deepseekmoe.register(override_native=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     base = AutoModelForCausalLM.from_pretrained(model)
     train_blocks, test_blocks = reference_blocks(tokenizer, block_size)
     batches = sample_blocks(test_blocks, held_out).split(8)

@@ -16,10 +16,10 @@ from typing import Annotated
 import torch
 import typer
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator, set_seed
+from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator, set_seed
 
 import modeling_deepseekmoe
-from modeling_deepseekmoe import ShardedTrainer, expert_lora_config, sharding_of_launch
+from modeling_deepseekmoe import ShardedTrainer, expert_lora_config, load_tokenizer, sharding_of_launch
 from modeling_deepseekmoe.demo import TokenBlocks, reference_blocks
 
 
@@ -53,7 +53,7 @@ def main(
         use_cpu=not torch.accelerator.is_available(),  # processes without a GPU do not find each other otherwise
     )
     modeling_deepseekmoe.register(override_native=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     dtype = torch.bfloat16 if bf16 else torch.float32
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, distributed_config=sharding)
     set_seed(arguments.seed)  # the adapters begin with the same values in every process

@@ -14,11 +14,11 @@ from typing import Annotated
 import torch
 import typer
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 import modeling_deepseekmoe
-from modeling_deepseekmoe import expert_lora_config
+from modeling_deepseekmoe import expert_lora_config, load_tokenizer
 
 
 def conversations() -> list[dict[str, list[dict[str, str]]]]:
@@ -44,7 +44,7 @@ def main(
 ) -> None:
     """Train and save the adapter."""
     modeling_deepseekmoe.register(override_native=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     base = AutoModelForCausalLM.from_pretrained(model)
     arguments = SFTConfig(
         output_dir=str(output),

@@ -16,10 +16,16 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator
 
 import modeling_deepseekmoe
-from modeling_deepseekmoe import LoadBalancingCallback, RouterStatsCallback, ShardedTrainer, sharding_of_launch
+from modeling_deepseekmoe import (
+    LoadBalancingCallback,
+    RouterStatsCallback,
+    ShardedTrainer,
+    load_tokenizer,
+    sharding_of_launch,
+)
 from modeling_deepseekmoe.demo import TokenBlocks, reference_blocks
 
 
@@ -53,7 +59,7 @@ def main(
         use_cpu=not torch.accelerator.is_available(),  # processes without a GPU do not find each other otherwise
     )
     modeling_deepseekmoe.register(override_native=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     # In float32, which the optimizer needs; bf16=True computes in bfloat16.
     trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, distributed_config=sharding)
     biased = trained.config.topk_method == "noaux_tc"

@@ -200,7 +200,7 @@ def update_router_bias(
 
     The counts of all micro-batches since the last call are summed over the ranks, so that every rank makes the same
     update. Only forward passes in training mode and with gradients count, padding never does. Gates of which nothing
-    is trained keep their bias, and so do those that PEFT adapts, unless it trains whole copies: the file of the adapter
+    is trained keep their bias, and so do those that PEFT adapts, unless it trains whole copies: the adapter's file
     would not hold it. A line in the log says so once.
 
     Args:
@@ -336,7 +336,7 @@ class _Tracker:
         expert_ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
         if not isinstance(expert_ids, torch.Tensor) or expert_ids.is_floating_point() or expert_ids.ndim != 2:
             raise ValueError(
-                f"{name}.experts was not called with (hidden states, expert ids, weights): its tokens cannot be counted."
+                f"{name}.experts was not called with (hidden states, expert ids, weights), which are to be counted."
             )
         mask = self.token_mask
         if mask is not None and mask.numel() != len(expert_ids):

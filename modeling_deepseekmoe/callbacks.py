@@ -17,6 +17,7 @@ from .bias_update import (
     untrack_router_load,
     update_router_bias,
 )
+from .official_names import read_official_names
 from .router_load import RouterLoad
 from .router_stats import RouterStats
 
@@ -26,7 +27,8 @@ logger = logging.get_logger(__name__)
 class RouterStatsCallback(TrainerCallback):
     """Logs what the gates do in training: `router/max_violation_global`, `router/max_violation_batch`,
     `router/dead_experts`, `router/entropy`, `router/drop_rate`, `router/bias_norm`, `aux_loss` and `aux_loss/<name>`
-    (`aux_loss_not_trained` where no gradient reached them), see [`RouterStats`]. For models that have no balancing bias; [`LoadBalancingCallback`] logs the same.
+    (`aux_loss_not_trained` where no gradient reached them), see [`RouterStats`]. For models that have no balancing
+    bias; [`LoadBalancingCallback`] logs the same.
 
     The values cover the optimizer steps since the last log, all ranks together. They are in `state.log_history` and
     on the console. Trainer runs its reporters (TensorBoard, W&B, ...) before the callbacks of the user; to have the
@@ -44,6 +46,13 @@ class RouterStatsCallback(TrainerCallback):
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let Trainer resume transformers' own models with their experts, which it would lose."""
+        if kwargs.get("model") is not None:
+            read_official_names(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,6 +136,7 @@ class LoadBalancingCallback(RouterStatsCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the model as soon as there is one."""
+        super().on_init_end(args, state, control, **kwargs)
         if kwargs.get("model") is not None:
             require_biased_gates(kwargs["model"])
 

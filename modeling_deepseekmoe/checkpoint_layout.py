@@ -161,8 +161,8 @@ def _report_mtp_tensors(config: DeepseekMoeConfig, found: Mapping[str, tuple[int
     if ignored:
         logger.warning(
             f"{len(ignored)} tensors of the multi-token-prediction layer(s) "
-            f"{', '.join(map(str, layers))} are in the checkpoint and are not loaded: the model predicts one token, and "
-            "is saved without them (num_nextn_predict_layers=0)."
+            f"{', '.join(map(str, layers))} are in the checkpoint and are not loaded: the model predicts one token, "
+            "and is saved without them (num_nextn_predict_layers=0)."
         )
 
 
@@ -245,6 +245,32 @@ def stack_expert_tensors(
         state_dict[f"{prefix}{stack}"] = stacked
 
 
+def report_lost_adapters(module: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    """Say which tensors of an adapter have no place in a decoder (a `load_state_dict` pre-hook): PEFT would drop them
+    without a word.
+
+    Raises:
+        ValueError: for adapters of single experts, which are stacked here.
+    """
+    given = [name for name in state_dict if ".lora_" in name and name.startswith(prefix)]
+    if not given:
+        return
+    own = {prefix + name for name, _ in module.named_parameters()}
+    lost = [name for name in given if name not in own]
+    if any(re.search(r"\.experts\.\d+\.", name) for name in lost):
+        raise ValueError(
+            f"{len(lost)} tensors of the adapter, {lost[0]} among them, are not allowed: they belong to single "
+            "experts, and this model stacks them. `deepseekmoe export-adapter ADAPTER OUT --layout peft "
+            "--num-experts E` writes the same adapter for stacked experts."
+        )
+    if lost:
+        logger.warning(
+            f"{len(lost)} of {len(given)} tensors of the adapter have no place in the model and are NOT loaded: "
+            f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}. Of an adapter in the per-expert layout PEFT "
+            "leaves out the shared experts: `deepseekmoe export-adapter ADAPTER OUT --layout peft` writes all of it."
+        )
+
+
 __all__ = [
     "MODEL_TYPES",
     "PROJECTIONS",
@@ -254,5 +280,6 @@ __all__ = [
     "config_of_what_is_saved",
     "mtp_layers",
     "register_checkpoint_layout",
+    "report_lost_adapters",
     "stack_expert_tensors",
 ]

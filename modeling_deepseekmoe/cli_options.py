@@ -53,15 +53,16 @@ def check_file(path: Path) -> None:
 
 def load_model(model: str, tokenizer: str | None, dtype: str, device_map: str) -> tuple[Any, Any]:
     """A checkpoint of any generation with this package's classes, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from .registration import register
+    from .tokenization import load_tokenizer
 
     check_dtype(dtype)
     register(override_native=True)
     return (
         AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device_map),
-        AutoTokenizer.from_pretrained(tokenizer or model),
+        load_tokenizer(tokenizer or model),
     )
 
 

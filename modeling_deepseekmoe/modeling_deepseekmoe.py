@@ -23,6 +23,7 @@ from .checkpoint_layout import (
     config_of_what_is_saved,
     mtp_layers,
     register_checkpoint_layout,
+    report_lost_adapters,
 )
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
@@ -209,9 +210,7 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
             for name, module in model.named_modules():
                 if isinstance(module, DeepseekMoeGate):
                     module.keep_precision(stored.gates.get(f"{name}.weight".removeprefix("model.")))
-        return PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, expected_keys
-        )
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the model as transformers does; see its `PreTrainedModel.save_pretrained`. The config in the folder
@@ -256,6 +255,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.router_load = RouterLoadCounter(config.moe_layers, config.n_routed_experts or 0)
+        self.register_load_state_dict_pre_hook(report_lost_adapters)
         self._remind_while_training()
         self.post_init()
 

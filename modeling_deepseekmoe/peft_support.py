@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -25,6 +25,11 @@ def use_own_layers(config: LoraConfig, create_layer: Callable[..., nn.Module | N
 def has_adapters(model: nn.Module) -> bool:
     """Whether a model has adapters of PEFT, whoever put them in: what is saved of it is these alone."""
     return any(isinstance(module, PeftModel | BaseTunerLayer) for module in model.modules())
+
+
+def adapts_module(config: LoraConfig, name: str) -> bool:
+    """Whether PEFT adapts a module of this name, by the target, exclusion and layer fields of a config."""
+    return bool(check_target_module_exists(config, name))
 
 
 def parallel_style_of(layer: nn.Module) -> str | None:
@@ -84,6 +89,7 @@ class CombiningLoraModel(LoraModel):
 __all__ = [
     "CombiningLoraModel",
     "ParamWrapper",
+    "adapts_module",
     "get_pattern_key",
     "has_adapters",
     "mesh_of",

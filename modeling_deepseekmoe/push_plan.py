@@ -18,6 +18,7 @@ from .preflight import Candidate, check_candidate, check_secrets, find_candidate
 from .remote_code import CODE_MARK, NATIVE_TYPES, as_json, auto_map_among, carries_code, code_files
 from .repository import CONFIG_NAMES, Remote, check_content, check_metadata, client, explained, full_repo_id, look
 from .routing_report import RoutingReport
+from .tokenization import SETTINGS_NAME, TOKENIZER_NAME, unheeded_flags
 
 logger = logging.get_logger(__name__)
 
@@ -150,8 +151,9 @@ def plan_push(
     facts = told.completed(candidate, (card,) if replace_content else (card, remote.card))
     files: dict[str, Path | bytes] = dict(candidate.files)
     notes = [] if ask_hub else ["the Hub was not asked: the repository is taken for a new one"]
+    notes += _name_tokenizer(candidate, files)
     if candidate.kind == "model":
-        notes += [*_add_code(candidate, files, code), *_name_tokenizer(candidate, files)]
+        notes += _add_code(candidate, files, code)
     elif api and not _is_on_hub(api, facts.base_model):
         notes.append(f"the base model {facts.base_model} is not on the Hub, or not for this token")
     if candidate.kind == "adapter" and candidate.raw.get("base_model_name_or_path") != facts.base_model:
@@ -237,23 +239,29 @@ def _add_code(candidate: Candidate, files: dict[str, Path | bytes], code: str) -
 
 
 def _name_tokenizer(candidate: Candidate, files: dict[str, Path | bytes]) -> list[str]:
-    """The first generation's tokenizer is byte-level, and was released under the name of Llama's, as which it loses
-    its spaces. transformers knows that of V2 and V3, and this package of all; others must read it in the file."""
-    settings, tokenizer = (candidate.files.get(name) for name in ("tokenizer_config.json", "tokenizer.json"))
-    if settings is None or tokenizer is None:
-        return []
-    content = parse_json(settings)
-    if not isinstance(content, dict) or content.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        return []
-    if candidate.raw["model_type"] in NATIVE_TYPES or "ByteLevel" not in str(_pre_tokenizer(tokenizer)):
-        return []
-    files[settings.name] = as_json({**content, "tokenizer_class": "PreTrainedTokenizerFast"})
-    return [f"{settings.name} names PreTrainedTokenizerFast instead of {content['tokenizer_class']}: it is byte-level"]
+    """Name a class that every version of transformers reads the tokenizer with, and say what readers would not see.
 
-
-def _pre_tokenizer(tokenizer: Path) -> Any:
-    content = parse_json(tokenizer)
-    return content.get("pre_tokenizer") if isinstance(content, dict) else None
+    transformers 5 saves tokenizers under the name of a class that transformers 4 does not have. The first generation's
+    was released under the name of Llama's, as which a byte-level tokenizer loses its spaces."""
+    settings, tokenizer = (candidate.files.get(name) for name in (SETTINGS_NAME, TOKENIZER_NAME))
+    content, read = (parse_json(file) if file else None for file in (settings, tokenizer))
+    if settings is None or not isinstance(content, dict) or not isinstance(read, dict):
+        return []
+    notes = []
+    for flag in unheeded_flags(content, read):
+        notes.append(
+            f"{SETTINGS_NAME} says {flag}=true, which transformers 5 ignores beside this {TOKENIZER_NAME}: "
+            "modeling_deepseekmoe.load_tokenizer(folder).save_pretrained(folder) writes it where all look"
+        )
+    named, reason = content.get("tokenizer_class"), None
+    if named == "TokenizersBackend":
+        reason = "which transformers 4 reads too"
+    elif named in ("LlamaTokenizer", "LlamaTokenizerFast") and candidate.raw.get("model_type") not in NATIVE_TYPES:
+        reason = "it is byte-level" if "ByteLevel" in str(read.get("pre_tokenizer")) else None
+    if reason:
+        files[SETTINGS_NAME] = as_json({**content, "tokenizer_class": "PreTrainedTokenizerFast"})
+        notes.append(f"{SETTINGS_NAME} names PreTrainedTokenizerFast instead of {named}: {reason}")
+    return notes
 
 
 def _keep_card(files: dict[str, Path | bytes], remote: Remote, card: str, license_required: bool) -> list[str]:

@@ -166,8 +166,8 @@ def _write(file: Path, content: bytes) -> None:
 
 
 class NoCode:
-    """A class's `auto_map` until an instance has one: empty. Trainers of other libraries read it without asking whether
-    it is there, and transformers writes into what it finds."""
+    """A class's `auto_map` until an instance has one: empty. Trainers of other libraries read it without asking if it
+    is there, and transformers writes into what it finds, so that it is another one each time."""
 
     def __get__(self, config: Any, owner: Any) -> dict[str, Any]:
         return {}

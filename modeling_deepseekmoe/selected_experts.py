@@ -16,14 +16,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.utils import logging
 
 from .bias_update import BIAS_NAME
 from .checkpoint_layout import PROJECTIONS, STACKS
 from .esft import ExpertSelection
 from .experts import find_experts, refuse_offloaded, run_experts, why_unsupported
 from .folders import check_destination, read_tensors, unfinished_folder
+from .official_names import read_official_names
 from .parallel_adapters import LocalPart
+from .peft_support import has_adapters
 from .sharded_files import whole_tensor
+
+logger = logging.get_logger(__name__)
 
 WEIGHTS_NAME, SELECTION_NAME = "esft.safetensors", "esft.json"
 
@@ -36,6 +41,11 @@ class SelectedExperts(nn.Module):
     ) -> torch.Tensor:
         """Sum of the chosen experts' outputs, weighted; (T, D), (T, K) and (T, K) become (T, D)."""
         refuse_offloaded(self)
+        if self.training and torch.is_grad_enabled() and not self.selected_down_proj.requires_grad:
+            logger.warning_once(
+                "Experts that prepare_esft selected are frozen: something after it, perhaps get_peft_model, switched "
+                "off their gradients, and they are NOT trained."
+            )
         # Two passes, in each of which the experts of the other one are elsewhere.
         place = self.place_of_expert[top_k_index]
         frozen_ids = top_k_index.masked_fill(place < len(self.selected_ids), self.gate_up_proj.shape[0])
@@ -90,21 +100,32 @@ def prepare_esft(model: nn.Module, experts: str | Path | Mapping[int, Sequence[i
             with adapters.
     """
     selection = ExpertSelection.of(experts).checked(model)
+    _refuse_adapters(model)
+    if any(isinstance(module, SelectedExperts) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is prepared already, which is not allowed: call merge_esft first.")
+    selection.check_others(model)
     blocks = {layer: block for layer, block in find_experts(model).items() if selection.experts.get(layer)}
     for name, module in blocks.values():
         reason = why_unsupported(module)
-        if model.get_submodule(name) is not module:
-            reason = "it has an adapter; merge or unload that first"
         if LocalPart.of(module) is not None:
             reason = "it is spread by expert or by tensor; FSDP is the sharding that ESFT takes"
         if reason is not None:
             raise ValueError(f"{name} ({type(module).__name__}) is not allowed for full-weight ESFT: {reason}.")
+    read_official_names(model)
     for name, parameter in model.named_parameters():
         shared, routed = ".shared_expert" in name, ".experts." in name
         trained = selection.shared_experts if shared else selection.non_expert_modules and not routed
         parameter.requires_grad_(trained)
     for layer, (_, module) in blocks.items():
         _install(module, sorted(selection.experts[layer]))
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    if has_adapters(model):
+        raise ValueError(
+            f"{type(model).__name__} has adapters of PEFT, which is not allowed for full-weight ESFT: one would freeze "
+            "the other. Merge or unload them first, or use LoRA, expert_lora_config(model, experts=...)."
+        )
 
 
 def _install(experts: nn.Module, ids: list[int]) -> None:
@@ -132,14 +153,20 @@ def _select_from_state(module: nn.Module, state_dict: dict[str, torch.Tensor], p
 
 def merge_esft(model: nn.Module) -> None:
     """Put the trained experts back into their stacks, in place: the model has its ordinary modules and parameters
-    again, frozen as they are."""
-    for _, module in find_experts(model).values():
-        if isinstance(module, SelectedExperts):
-            module.write_back()
-            module.esft_hook.remove()
-            for name in ("esft_hook", "selected_ids", "place_of_expert", *(f"selected_{key}" for key in STACKS)):
-                delattr(module, name)
-            module.__class__ = module.plain_class
+    again, frozen as they are.
+
+    Raises:
+        ValueError: if nothing is prepared.
+    """
+    prepared = [module for module in model.modules() if isinstance(module, SelectedExperts)]
+    if not prepared:
+        raise ValueError(f"{type(model).__name__} is not prepared for ESFT: there is nothing to merge.")
+    for module in prepared:
+        module.write_back()
+        module.esft_hook.remove()
+        for name in ("esft_hook", "selected_ids", "place_of_expert", *(f"selected_{key}" for key in STACKS)):
+            delattr(module, name)
+        module.__class__ = module.plain_class
 
 
 def save_esft(model: nn.Module, folder: str | Path, is_main_process: bool = True) -> int:
@@ -161,6 +188,7 @@ def save_esft(model: nn.Module, folder: str | Path, is_main_process: bool = True
     blocks = {layer: block for layer, block in find_experts(model).items() if isinstance(block[1], SelectedExperts)}
     if not blocks:
         raise ValueError(f"{type(model).__name__} is not prepared for ESFT: call prepare_esft first.")
+    _refuse_adapters(model)
     others = {
         name: parameter
         for name, parameter in model.named_parameters()

@@ -1,0 +1,148 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What every option of `peft.LoraConfig` does on stacked experts: honoured, or refused by name.
+
+PEFT looks at some of its options for modules alone, and passes parameters by, which the experts are. Those that choose
+where adapters go are applied here to the names that the config gets; those that PEFT would ignore on parameters, or
+find out about when half of the model is wrapped, are refused before. The table is in docs/lora_options.md.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from .peft_support import adapts_module, get_pattern_key
+
+# Other computations than x A B: no expert has them, and neither `merge` nor `export-adapter` takes such an adapter.
+OTHER_COMPUTATIONS = {
+    "use_dora": "its magnitudes need the norms of every expert's merged weight in every step, and plain PEFT could "
+    "not read the adapter. Use use_rslora, or a higher rank",
+    "use_qalora": "only PEFT's layers for GPTQ weights know it",
+    "lora_bias": "one bias for all experts could not be merged into any",
+    "fan_in_fan_out": "no weight here is stored as (in, out)",
+    "alora_invocation_tokens": "the experts see no positions",
+    "use_bdlora": "the experts have no such variant",
+    "arrow_config": "the experts have no such variant",
+    "monteclora_config": "the experts have no such variant",
+    "velora_config": "the experts have no such variant",
+    "kasa_config": "it would change the base's weights",
+}
+_REFUSED = {
+    **OTHER_COMPUTATIONS,
+    **dict.fromkeys(
+        ("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        "it serves a way to begin (init_lora_weights) that the experts do not have",
+    ),
+    "megatron_config": "there are no layers of Megatron here",
+    "target_parameters": "name experts by `projections` and `experts`, everything else by `target_modules`",
+}
+# The options that choose places beside the names themselves.
+PLACES = ("layers_to_transform", "layers_pattern", "exclude_modules")
+_STARTS = (True, False, "gaussian")
+_BIASES = ("none", "all")
+
+
+def check_options(init_lora_weights: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what would have no effect on experts, or another one than its name says.
+
+    Args:
+        init_lora_weights: the field of that name.
+        options: further fields of `peft.LoraConfig`; those that are empty count as absent.
+
+    Raises:
+        ValueError: naming the field, the value and why it is not allowed.
+    """
+    if not any(init_lora_weights is start or init_lora_weights == start == "gaussian" for start in _STARTS):
+        raise ValueError(
+            f"init_lora_weights={init_lora_weights!r} is not allowed: it must be True, False or 'gaussian'."
+        )
+    variants = {field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")}
+    for name, value in options.items():
+        if value and (name in _REFUSED or name in variants):
+            raise ValueError(f"{name}={value!r} is not allowed: {_REFUSED.get(name, 'it is not known on experts')}.")
+    if options.get("bias", "none") not in _BIASES:
+        raise ValueError(
+            f"bias={options['bias']!r} is not allowed: it must be 'none' or 'all'. PEFT before 0.21 trains those of "
+            "'lora_only' and does not save them."
+        )
+    if str(options.get("peft_type") or "LORA") not in ("LORA", "PeftType.LORA"):
+        raise ValueError(f"peft_type={options['peft_type']!r} is not allowed: it must be 'LORA'.")
+
+
+def chosen_parameters(names: Iterable[str], options: Mapping[str, Any], modules_to_save: Iterable[str]) -> list[str]:
+    """Of some parameters those that `layers_to_transform`, `layers_pattern` and `exclude_modules` leave, as PEFT takes
+    these fields for modules.
+
+    Args:
+        names: full names of parameters, `model.layers.1.mlp.experts.down_proj`.
+        options: fields of `peft.LoraConfig`.
+        modules_to_save: trained as whole copies, so that nothing in them is adapted.
+    """
+    given, modules_to_save, kept = {name: options.get(name) for name in PLACES}, list(modules_to_save), []
+    if not any(value is not None for value in given.values()) and not modules_to_save:
+        return list(names)
+    for name in names:
+        config = LoraConfig(target_modules=[name.rpartition(".")[0]], modules_to_save=modules_to_save, **given)
+        named = LoraConfig(target_modules=[name], exclude_modules=given["exclude_modules"])
+        if adapts_module(config, name.rpartition(".")[0]) and adapts_module(named, name):
+            kept.append(name)
+    return kept
+
+
+def completed_pattern(
+    field: str, pattern: Mapping[str, Any] | None, parameters: Iterable[str], modules: Iterable[str]
+) -> dict[str, Any]:
+    """A `rank_pattern` or `alpha_pattern` whose keys also match the parameters of the modules that they name. PEFT
+    matches them with the ends of whole names: `mlp.experts` alone would match nothing, and be ignored.
+
+    Args:
+        field: the name of the field.
+        pattern: keys, regular expressions, and their values.
+        parameters: full names of the adapted parameters.
+        modules: full names of the adapted modules.
+
+    Raises:
+        ValueError: for a key that matches nothing that is adapted.
+    """
+    parameters, modules = list(parameters), list(modules)
+    result: dict[str, Any] = {}
+    for key, value in (pattern or {}).items():
+        longer = rf"({key})\.(weight|gate_up_proj|down_proj)"
+        direct = any(_matches(key, name) for name in (*parameters, *modules))
+        inside = any(_matches(longer, name) for name in parameters)
+        if not direct and not inside:
+            raise ValueError(
+                f"{field}: {key!r} is not allowed: nothing that is adapted has a name that ends so. There are "
+                f"{', '.join(sorted({re.sub(r'[.][0-9]+[.]', '.*.', name) for name in (*parameters, *modules)}))}."
+            )
+        result |= ({key: value} if direct else {}) | ({longer: value} if inside else {})
+    return result
+
+
+def _matches(key: str, name: str) -> bool:
+    return get_pattern_key([key], name) == key
+
+
+def check_copies(model: nn.Module, copies: Iterable[str], adapted: Iterable[str]) -> None:
+    """Refuse `modules_to_save` that name nothing, or something inside which adapters are wanted.
+
+    Raises:
+        ValueError: naming it.
+    """
+    names, adapted = [name for name, _ in model.named_modules()], list(adapted)
+    for copy in copies:
+        found = [name for name in names if name.endswith(copy)]
+        if not found:
+            raise ValueError(f"modules_to_save: {copy!r} is not allowed: no module of the model has that name.")
+        inside = next((name for name in adapted for module in found if f"{name}.".startswith(f"{module}.")), None)
+        if inside is not None:
+            raise ValueError(
+                f"modules_to_save: {copy!r} is not allowed: a whole copy of it would be trained, and {inside}, which "
+                "lies in it, is adapted. Leave one of them out."
+            )
+
+
+__all__ = ["OTHER_COMPUTATIONS", "PLACES", "check_copies", "check_options", "chosen_parameters", "completed_pattern"]

@@ -1,0 +1,71 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Tokenizers that do what their `tokenizer_config.json` says.
+
+transformers 4 put the token for the beginning of a text in front of it where `add_bos_token` is true, as in DeepSeek's
+tokenizers. transformers 5 ignores the field where there is a `tokenizer.json`, and goes by the post-processor in that
+file, which DeepSeek's have without this token: models then see texts that begin as none did in their training.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+SETTINGS_NAME, TOKENIZER_NAME = "tokenizer_config.json", "tokenizer.json"
+_FLAGS = {"add_bos_token": "bos_token", "add_eos_token": "eos_token"}
+_OF_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+
+
+def load_tokenizer(name_or_folder: str | Path, **kwargs: Any) -> Any:
+    """Load a tokenizer as AutoTokenizer does, with the first and last tokens that its settings ask for.
+
+    What is saved of it has them in `tokenizer.json`, where every version of transformers finds them.
+
+    Args:
+        name_or_folder: a folder or a repository of the Hub.
+        kwargs: those of `AutoTokenizer.from_pretrained`; `add_bos_token` and `add_eos_token` among them win.
+
+    Raises:
+        ValueError, OSError: as AutoTokenizer does.
+    """
+    of_hub = {key: value for key, value in kwargs.items() if key in _OF_HUB}
+    settings, tokenizer = (_content(name_or_folder, name, of_hub) for name in (SETTINGS_NAME, TOKENIZER_NAME))
+    flags = {}
+    if unheeded_flags(settings, tokenizer):
+        flags = {flag: settings.get(flag) is True or _adds(settings, tokenizer, flag) for flag in _FLAGS}
+    return AutoTokenizer.from_pretrained(name_or_folder, **{**flags, **kwargs})
+
+
+def unheeded_flags(settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> list[str]:
+    """Of `add_bos_token` and `add_eos_token` those that are switched on and that transformers 5 ignores.
+
+    Args:
+        settings: content of `tokenizer_config.json`.
+        tokenizer: content of `tokenizer.json`; empty where there is none.
+    """
+    if not tokenizer or "auto_map" in settings:  # read by a class that looks at the settings
+        return []
+    return [flag for flag in _FLAGS if settings.get(flag) is True and not _adds(settings, tokenizer, flag)]
+
+
+def _adds(settings: Mapping[str, Any], tokenizer: Mapping[str, Any], flag: str) -> bool:
+    """Whether the post-processor knows the token."""
+    token = settings.get(_FLAGS[flag])
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return bool(text) and json.dumps(text) in json.dumps(tokenizer.get("post_processor"))
+
+
+def _content(name_or_folder: str | Path, name: str, of_hub: dict[str, Any]) -> dict[str, Any]:
+    """A JSON file beside others; empty where there is none."""
+    try:
+        path = cached_file(str(name_or_folder), name, **of_hub)
+    except OSError:
+        return {}  # AutoTokenizer says what is wrong, if it is
+    content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    return content if isinstance(content, dict) else {}
+
+
+__all__ = ["SETTINGS_NAME", "TOKENIZER_NAME", "load_tokenizer", "unheeded_flags"]
