@@ -174,7 +174,7 @@ def _are_transposed(
     """Whether the factors of stacks are as PEFT before 0.19 wrote them, which took their second axis for the input:
     `lora_A` (E * r, 2I) and `lora_B` (D, r * E) of gate_up. Where both projections are there the shapes tell; else the
     version that the config names."""
-    shapes: dict[str, dict[str, int]] = {}
+    shapes: dict[str, dict[str, tuple[int, int]]] = {}
     for (module, depth), names in factors.items():
         if module.endswith(".experts") and names.keys() == {"A", "B"}:
             levels = {level for name, level in factors if name == module}

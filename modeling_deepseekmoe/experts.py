@@ -6,7 +6,8 @@ Which way the experts are computed is chosen for every call ([`choose_way`]):
 - `"triton"`: fused kernels for all experts (`experts_triton`), on CUDA and ROCm;
 - `"loop"`: one expert after the other (`experts_loop`), on the CPU;
 - `"grouped"`: torch's grouped products (`grouped_products`), everywhere else, and for small experts on the CPU;
-- `"batched"`: each slot with its own copy of the weights, for few slots of small experts on the CPU, in inference.
+- `"batched"`: each slot with its own copy of the weights, for few slots of small experts on the CPU, in inference, and
+  in ONNX.
 
 Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert width, S = T * K slots (a token at one
 of its experts).
@@ -122,11 +123,13 @@ def run_experts(
         implementation = "triton" if way == "triton" else "eager"
         output = experts_op(rows, top_k_index, top_k_weights, gate_up, down, *arguments, keep, implementation)[0]
         return output.to(hidden_states.dtype)
-    stack_of = dict(zip(STACKS, (gate_up.to(dtype), down.to(dtype)), strict=True))
-    product = grouped_linear if way == "grouped" else _batched_linear
+    gate_up, down = gate_up.to(dtype), down.to(dtype)
+    if way == "batched":
+        return _run_batched(experts, hidden_states, top_k_index, top_k_weights, gate_up, down)
+    stack_of = dict(zip(STACKS, (gate_up, down), strict=True))
 
     def project(name: str, rows: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
-        return product(rows, stack_of[name], slots)
+        return grouped_linear(rows, stack_of[name], slots)
 
     return run_grouped(experts, hidden_states, top_k_index, top_k_weights, project, len(gate_up))
 
@@ -184,6 +187,8 @@ def choose_way(
     size = columns // 2 * hidden_size
     if gating_of(type(experts)) is not PLAIN_GATING or not _is_silu(experts.act_fn):
         return "grouped", "their activation is not silu(gate) * up"
+    if torch.onnx.is_in_onnx_export():
+        return "batched", "ONNX has no other way"
     if hidden_states.device.type == "cuda":
         reason = why_not_fused(hidden_states.device, compute_dtype(stack), num_experts)
         return ("grouped", reason) if reason else ("triton", "")
@@ -221,10 +226,27 @@ def _tell(kind: str, device_type: str, way: str, reason: str) -> None:
     log(f"{kind}: experts_implementation={IMPLEMENTATION!r} computes the way {way!r} on {device_type}{because}.")
 
 
-def _batched_linear(rows: torch.Tensor, weight: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
-    """One copy of its expert's weights for every row; experts that are elsewhere get any."""
-    expert_ids = slots.group_ids.clamp(max=len(weight) - 1)
-    return torch.bmm(weight.index_select(0, expert_ids), rows.to(weight.dtype).unsqueeze(-1)).squeeze(-1)
+def _run_batched(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+) -> torch.Tensor:
+    """One copy of its expert's weights for every slot; what experts that are elsewhere would add is left out."""
+    num_tokens, top_k = top_k_index.shape
+    ids = top_k_index.flatten()
+    elsewhere = (ids >= len(gate_up)).view(num_tokens, top_k, 1)
+    ids = ids.clamp(max=len(gate_up) - 1)
+
+    def project(rows: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(stack.index_select(0, ids), rows.to(stack.dtype).unsqueeze(-1)).squeeze(-1)
+
+    rows = hidden_states.unsqueeze(1).expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
+    rows = project(gating_of(experts)(project(rows, gate_up)), down).view(num_tokens, top_k, -1)
+    rows = rows.masked_fill(elsewhere, 0) * top_k_weights.unsqueeze(-1).masked_fill(elsewhere, 0)
+    return rows.sum(dim=1).to(hidden_states.dtype)
 
 
 def register_experts(override: bool = True) -> None:

@@ -29,7 +29,14 @@ from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .experts import IMPLEMENTATION
 from .gate import DeepseekMoeGate
-from .moe import DeepseekMoeBlock, DeepseekMoeExperts, is_moe_block, moe_layers_of
+from .moe import (
+    DeepseekMoeBlock,
+    DeepseekMoeExperts,
+    is_moe_block,
+    moe_layers_of,
+    tell_unquantised_experts,
+    tell_widened_experts,
+)
 from .parallel_plans import expert_parallel_plan
 from .remote_code import PublishedModel
 from .replaced_forward import keep_auxiliary_loss
@@ -210,7 +217,12 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
             for name, module in model.named_modules():
                 if isinstance(module, DeepseekMoeGate):
                     module.keep_precision(stored.gates.get(f"{name}.weight".removeprefix("model.")))
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        result = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+        if expected_keys is None and load_config.hf_quantizer is not None:
+            tell_unquantised_experts(model)
+        return result
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the model as transformers does; see its `PreTrainedModel.save_pretrained`. The config in the folder
@@ -337,6 +349,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             layers = self.moe_layers
             load = load_of_records(records, layers, routing.token_mask, inputs_embeds.shape[:2].numel())
             self.router_load.add(load, layers)
+            tell_widened_experts(self)
             if self.config.loss_alphas:
                 self.router_load.watch(aux_loss)
         return DeepseekMoeModelOutput(

@@ -7,6 +7,8 @@ Shape letters: B batch, S sequence, T = B * S tokens, D hidden, E routed experts
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .balancing import auxiliary_losses
 from .checkpoint_layout import stack_expert_tensors
@@ -16,6 +18,8 @@ from .router_load import NO_RECORD, RoutingContext, RoutingRecord, sum_of_entrop
 from .routing import RoutingPlan, affinities
 from .token_dropping import drop_tokens
 from .transformers_support import ACT2FN, DeepseekV3MLP, use_experts_implementation
+
+logger = logging.get_logger(__name__)
 
 
 @use_experts_implementation
@@ -46,7 +50,15 @@ class DeepseekMoeExperts(nn.Module):
 
         Returns:
             `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
+
+        Raises:
+            ValueError: under `torch.jit.trace`, which would keep the choices of the example for every input.
         """
+        if torch.jit.is_tracing():
+            raise ValueError(
+                "experts_implementation='eager' is not allowed under torch.jit.trace, which would record the experts "
+                "of the example alone: choose 'deepseekmoe', 'grouped_mm' or 'batched_mm'."
+            )
         output = torch.zeros_like(hidden_states)
         expert_ids, weights = top_k_index.flatten(), top_k_weights.flatten().unsqueeze(-1)
         order = expert_ids.argsort(stable=True)
@@ -134,4 +146,45 @@ def moe_layers_of(layers: nn.ModuleList, config: DeepseekMoeConfig) -> tuple[int
     )
 
 
-__all__ = ["DeepseekMoeBlock", "DeepseekMoeExperts", "is_moe_block", "moe_layers_of"]
+def tell_unquantised_experts(model: PreTrainedModel) -> None:
+    """Warn if a quantiser that was asked for has left out the routed experts, which most of them do: they look for
+    modules of type `nn.Linear`."""
+    stacks = [
+        stack for module in model.modules() if type(module) is DeepseekMoeExperts for stack in module.parameters()
+    ]
+    left = [stack for stack in stacks if stack.is_floating_point() and stack.element_size() > 1]
+    if left:
+        for module in model.modules():
+            if type(module) is DeepseekMoeExperts:
+                module.left_unquantised = left[0].dtype
+        logger.warning(
+            f"The routed experts are NOT quantised: {sum(stack.nbytes for stack in left) / 1e6:,.2f} of the "
+            f"{model.get_memory_footprint() / 1e6:,.2f} MB of this model are experts in {left[0].dtype}. The "
+            "quantiser takes modules of type nn.Linear, and the experts are stacked."
+        )
+
+
+def tell_widened_experts(decoder: nn.Module) -> None:
+    """Warn once if experts that a quantiser has left out have become float32: PEFT's `prepare_model_for_kbit_training`
+    does that to whatever is not quantised."""
+    if getattr(decoder.config, "quantization_config", None) is None or torch.compiler.is_compiling():
+        return
+    for module in decoder.modules():
+        before = getattr(module, "left_unquantised", torch.float32)
+        if before != torch.float32 and module.gate_up_proj.dtype == torch.float32:
+            logger.warning_once(
+                f"The routed experts were loaded in {before} and are float32 now, twice the memory: PEFT's "
+                "prepare_model_for_kbit_training widens what is not quantised. Leave it out: get_peft_model freezes "
+                "the base, and model.enable_input_require_grads() serves gradient checkpointing."
+            )
+            return
+
+
+__all__ = [
+    "DeepseekMoeBlock",
+    "DeepseekMoeExperts",
+    "is_moe_block",
+    "moe_layers_of",
+    "tell_unquantised_experts",
+    "tell_widened_experts",
+]

@@ -322,7 +322,8 @@ def _route_eager(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
     options = (score_function, num_groups, top_k_groups, group_score)
-    if logits.device.type == "cpu" and logits.numel() > _MANY_VALUES and not torch.compiler.is_compiling():
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # once, for inputs of any length
+    if logits.device.type == "cpu" and logits.numel() > _MANY_VALUES and not recorded:
         parts = logits.detach().split(max(_MANY_VALUES // logits.shape[1], 1))
         expert_ids = torch.cat([_choose(part, correction_bias, top_k, *options) for part in parts])
     else:
@@ -387,7 +388,7 @@ def _highest_in_groups(
     """Ids (T, K) of the highest values of (T, E) in each row's best groups, the highest first."""
     size = choice.shape[1] // num_groups
     grouped = choice.view(-1, num_groups, size)
-    few = choice.numel() <= _FEW_VALUES
+    few = choice.numel() <= _FEW_VALUES and not torch.onnx.is_in_onnx_export()
     if group_score == "max":
         group_scores = grouped.amax(dim=-1)
     elif few:
@@ -397,7 +398,7 @@ def _highest_in_groups(
         group_scores = (best + grouped.scatter(-1, where, float("-inf")).amax(dim=-1, keepdim=True)).squeeze(-1)
         group_scores.clamp_(max=torch.finfo(torch.float32).max)
     if few:
-        dropped = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, top_k_groups:]
+        dropped = _highest(group_scores, num_groups)[:, top_k_groups:]
         dropped = dropped.unsqueeze(-1).expand(-1, -1, size)
         return _highest(grouped.scatter(1, dropped, float("-inf")).flatten(1), top_k)
     # Fewer candidates, in the order of their ids, so that the first of equal ones is the lowest.
@@ -409,9 +410,9 @@ def _highest_in_groups(
 def _highest(values: torch.Tensor, count: int) -> torch.Tensor:
     """Positions (T, count) of the highest values of every row (T, width), the highest first, and of equal ones the one
     with the lower position."""
-    width = values.shape[-1]
+    width, onnx = values.shape[-1], torch.onnx.is_in_onnx_export()  # which has no stable sort
     few = values.numel() <= _FEW_VALUES or width <= 16
-    if few or values.device.type != "cpu" or values.dtype == torch.float64 or width > 2**13:
+    if (few or values.device.type != "cpu" or values.dtype == torch.float64 or width > 2**13) and not onnx:
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
     # A stable sort takes four times as long as `topk`, which leaves equal values in any order. In float64 there is
     # room between two float32 numbers: every value is lowered by its position times 2^-40 of its size, or of next to

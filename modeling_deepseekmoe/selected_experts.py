@@ -123,8 +123,8 @@ def prepare_esft(model: nn.Module, experts: str | Path | Mapping[int, Sequence[i
 def _refuse_adapters(model: nn.Module) -> None:
     if has_adapters(model):
         raise ValueError(
-            f"{type(model).__name__} has adapters of PEFT, which is not allowed for full-weight ESFT: one would freeze "
-            "the other. Merge or unload them first, or use LoRA, expert_lora_config(model, experts=...)."
+            f"{type(model).__name__} has adapters of PEFT, which is not allowed for full-weight ESFT: one would "
+            "freeze the other. Merge or unload them first, or use LoRA, expert_lora_config(model, experts=...)."
         )
 
 

@@ -21,8 +21,8 @@ CORE = ROOT / "modeling_deepseekmoe"
 STARRED = ("balancing", "checkpoint_layout", "configuration_deepseekmoe", "configuration_dialects", "experts",
            "experts_kernels", "experts_loop", "experts_operator", "experts_triton", "gate", "grouped_products",
            "modeling_classification", "modeling_deepseekmoe", "moe", "parallel_plans", "remote_code",
-           "replaced_forward", "router_load", "routing", "routing_kernels", "routing_triton", "token_dropping", "torch_support",
-           "transformers_support", "triton_support", "untested_versions")  # fmt: skip
+           "replaced_forward", "router_load", "routing", "routing_kernels", "routing_triton", "token_dropping",
+           "torch_support", "transformers_support", "triton_support", "untested_versions")  # fmt: skip
 FOREIGN = ("torch", "transformers", "safetensors")
 OPTIONAL = {"triton_support": "triton"}  # imported only if it is there: `test_publishing` runs without
 PUBLIC_MODULES = [
