@@ -57,6 +57,8 @@ def export_adapter(adapter: str | Path, destination: str | Path, layout: str, nu
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is not allowed: it must be 'per-expert' or 'peft'.")
+    if num_experts is not None and layout != "peft":
+        raise ValueError(f"num_experts={num_experts} is not allowed with layout={layout!r}: it is for 'peft'.")
     destination = check_destination(destination)
     content = read_adapter(local_folder(adapter))
     if not any(is_stack(name) or split_expert(name.removesuffix(".weight")) for name in content.updates):

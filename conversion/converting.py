@@ -166,7 +166,7 @@ def plan_conversion(
         notes.append(f"{len(mtp)} tensors of multi-token-prediction layers are left out")
     promised = found.config.num_nextn_predict_layers
     if promised and not mtp and found.source.tensors:
-        notes.append(f"num_nextn_predict_layers={promised}, and there are no tensors of such layers: written as 0")
+        notes.append(f"num_nextn_predict_layers={promised}, and there are no tensors of such layers")
     config, text = _translated_config(found, dialect, dtype, drop_mtp)
     if dialect != found.config.model_type and config.loss_alphas != found.config.loss_alphas:
         notes.append(f"balance losses in training: {found.config.loss_alphas} here, {config.loss_alphas} there")
@@ -292,10 +292,10 @@ def _translated_config(
         raw = json.loads(translate(config, dialect).to_json_string())
         raw |= {name: found.raw[name] for name in ("quantization_config",) if name in found.raw}
     promised = raw.get("num_nextn_predict_layers", config.num_nextn_predict_layers)
-    lacking = bool(found.source.tensors) and not found.has_mtp
-    if promised and (drop_mtp or lacking or dialect not in ("deepseekmoe", "deepseek_v3")):
+    if promised and (drop_mtp or dialect not in ("deepseekmoe", "deepseek_v3")):
         raw["num_nextn_predict_layers"] = 0
-    raw["architectures"] = architectures_of(dialect, raw.get("architectures"))
+    if not raw.get("architectures"):
+        raw["architectures"] = architectures_of(dialect, None)
     if dtype == "fp8":
         raw["quantization_config"] = raw.get("quantization_config") or _FP8_CONFIG
     elif dtype != "keep":

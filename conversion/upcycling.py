@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import DeepseekMoeConfig
@@ -24,6 +25,8 @@ from .streamed_model import greedy_text, logits_of, streamed_model
 from .streaming import Cast, Output, Part, outputs
 from .tensor_table import Matrix, entries
 from .writing import FolderPlan, make_shards, write_folder
+
+logger = logging.get_logger(__name__)
 
 STORED_DTYPES = ("keep", "float32", "bfloat16", "float16")
 _CHECKED_TOKENS = (2, 48)  # random ones, sequences and their length
@@ -197,6 +200,8 @@ def upcycle_model(dense: PreTrainedModel, plan: UpcyclingPlan, *, noise: bool = 
     Raises:
         ValueError: for an architecture or a plan that cannot be upcycled exactly.
     """
+    if plan.noise and not noise:
+        logger.warning_once(f"plan.noise={plan.noise} is not applied, so that the model is exact: pass noise=True.")
     config = upcycled_config(dense.config, plan)
     source = StateDict(dense.state_dict())
     tensors = upcycled_tensors(config, dense_matrices(dense.config, config, source), plan, None, noise=noise)

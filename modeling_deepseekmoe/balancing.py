@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .configuration_deepseekmoe import LOSS_FIELDS, DeepseekMoeConfig
+from .configuration_checks import LOSS_FIELDS
+from .configuration_deepseekmoe import DeepseekMoeConfig
 from .routing import RoutingPlan, route
 
 # The order of the losses wherever they stand in one vector.

@@ -9,7 +9,6 @@ beside them a bias named `e_score_correction_bias`. There the counting is switch
 import functools
 import math
 import re
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .library_support import has_adapters
 from .modeling_deepseekmoe import DeepseekMoeModel
 from .router_load import RouterLoad, RouterLoadCounter, count_tokens, counts_as_training
 from .sharded_files import whole_tensor
@@ -104,7 +104,7 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
         ValueError: if a bias has no experts beside it, or if biases differ in size.
     """
     gates, owners = [], set()
-    adapted, names = _has_adapters(model), {module: name for name, module in model.named_modules()}
+    adapted, names = has_adapters(model), {module: name for name, module in model.named_modules()}
     for name, block in model.named_modules():
         experts = getattr(block, "experts", None)
         if not isinstance(experts, nn.Module):
@@ -125,14 +125,6 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
     if len({gate.bias.numel() for gate in gates}) > 1:
         raise ValueError(f"{type(model).__name__}: gates with different numbers of experts are not supported.")
     return gates
-
-
-def _has_adapters(model: nn.Module) -> bool:
-    if "peft" not in sys.modules:  # which takes a second to import
-        return False
-    from .peft_support import has_adapters
-
-    return has_adapters(model)
 
 
 def _owner_of_bias(module: nn.Module) -> nn.Module:
@@ -263,16 +255,19 @@ def take_router_load(model: nn.Module, *, process_group: Any = None) -> RouterLo
         process_group: the data-parallel ranks; `None` for all.
 
     Raises:
-        ValueError: if nothing was counted.
+        ValueError: if nothing was counted. With several ranks it is a warning, since others may have counted.
     """
     counter = router_load_counter(model)
     distributed = dist.is_available() and dist.is_initialized()
-    if counter.load is None and not distributed:
-        raise ValueError(
+    if counter.load is None:
+        problem = (
             f"{type(model).__name__}: no token was routed in training since the counts were taken last. Only forward "
             "passes in training mode and with gradients count, and only one may take the counts: one callback, or "
             "one call, for every optimizer step."
         )
+        if not distributed:
+            raise ValueError(problem)
+        logger.warning_once(f"{problem} This rank counts nothing here; others may.")
     device = next(model.parameters()).device
     # Of all ranks, those of transformers' tensor parallelism are given the same tokens.
     sizes = [module.tp_size or 1 for module in model.modules() if isinstance(module, PreTrainedModel)]

@@ -19,6 +19,7 @@ from .cli_options import (
     Split,
     Subset,
     Tokenizer,
+    allow_only,
     bytes_bar,
     check_dtype,
     check_file,
@@ -43,6 +44,7 @@ def _options() -> None:
 
 @app.command()
 def inspect(
+    context: typer.Context,
     name_or_folder: Annotated[str, typer.Argument(help="A preset's name, or a checkpoint folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Also read every weight, as `deepseekmoe verify`.")] = False,
@@ -75,6 +77,7 @@ def inspect(
             )
             typer.echo(json.dumps([plan.to_dict() for plan in plans], indent=2) if as_json else plan_table(plans))
             return
+        allow_only(context, "without --gpus", "name_or_folder", "as_json", "check", "lora_rank")
         report = inspect_model(name_or_folder, lora_rank=lora_rank)
         typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
         if check:
@@ -132,6 +135,7 @@ def convert(
 
 @app.command()
 def verify(
+    context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     other: Annotated[
         str | None, typer.Argument(help="Another one to compare with, of any layout, dtype and dialect.")
@@ -150,6 +154,8 @@ def verify(
     with exit_codes():
         if logits and other is None:
             raise ValueError("--logits is not allowed without another checkpoint to compare with.")
+        if not logits:
+            allow_only(context, "without --logits", "checkpoint", "other", "write_manifest")
         try:
             with bytes_bar(bytes_to_read(checkpoint, other)) as bar:
                 result = run(
@@ -309,7 +315,7 @@ def esft_select(
     split: Split = "train",
     subset: Subset = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to look at.")] = 131072,
-    block_size: Annotated[int, typer.Option(help="Tokens in a sample.")] = 4096,
+    block_size: Annotated[int, typer.Option(help="Tokens in a sample; at most the model's context.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = 1,
     tokenizer: Tokenizer = None,
     dtype: Dtype = "auto",
@@ -328,6 +334,7 @@ def esft_select(
             if path is not None:
                 check_file(path)
         loaded, own_tokenizer = load_model(model, tokenizer, dtype, device_map)
+        block_size = min(block_size, loaded.config.max_position_embeddings)
         texts = read_texts(data, split=split, column=column, subset=subset)
         batches = token_batches(
             texts, own_tokenizer, max_tokens=max_tokens, block_size=block_size, batch_size=batch_size

@@ -66,19 +66,19 @@ def load_model(model: str, tokenizer: str | None, dtype: str, device_map: str) -
     )
 
 
-def refuse_beside(context: typer.Context, option: str, *allowed: str) -> None:
-    """Raise a `ValueError` if anything was given beside an option that it has no meaning for.
+def allow_only(context: typer.Context, case: str, *allowed: str) -> None:
+    """Raise a `ValueError` if anything was given that has no meaning in a case.
 
     Args:
         context: of the command.
-        option: as it is written.
+        case: `"with --option"`, or `"without --option"`.
         allowed: parameters of the command that may be given.
     """
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
     names = {parameter.name: parameter.opts[0] for parameter in context.command.params}  # an argument's is its own
     if odd := sorted(names[name] for name in given - set(allowed)):
-        raise ValueError(f"{', '.join(odd)} not allowed with {option}.")
+        raise ValueError(f"{', '.join(odd)} not allowed {case}.")
 
 
 @contextmanager
@@ -101,10 +101,10 @@ __all__ = [
     "Split",
     "Subset",
     "Tokenizer",
+    "allow_only",
     "bytes_bar",
     "check_dtype",
     "check_file",
     "exit_codes",
     "load_model",
-    "refuse_beside",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Column, FailedCheck, bytes_bar, exit_codes, load_model, refuse_beside
+from .cli_options import Column, FailedCheck, allow_only, bytes_bar, exit_codes, load_model
 
 
 def push(
@@ -62,7 +62,7 @@ def push(
 
     with exit_codes():
         if code_only:
-            refuse_beside(context, "--code-only", "folder", "code_only", "revision", "replace", "message", "dry_run",
+            allow_only(context, "with --code-only", "folder", "code_only", "revision", "replace", "message", "dry_run",
                           "as_json")  # fmt: skip
             plan = plan_code_update(folder, revision=revision, replace_content=replace)
             _carry_out(plan, message, dry_run or plan.is_empty, as_json)
@@ -70,6 +70,8 @@ def push(
         if repo_id is None:
             raise ValueError("REPO_ID is missing: deepseekmoe push FOLDER user/name.")
         is_model = find_kind(folder) == "model"
+        if data is None:
+            allow_only(context, "without --data", *(set(context.params) - {"column", "max_tokens"}))
         routing = None
         if data is not None:
             require_matplotlib()

@@ -81,6 +81,11 @@ class DeepseekConfig(OfficialConfig):
         """Always 1: the first generation has no scaling factor."""
         return 1.0
 
+    def _check_routing(self) -> None:
+        super()._check_routing()
+        if self.routed_scaling_factor != 1.0:
+            self._say("routed_scaling_factor", "the first generation has none; model_type 'deepseekmoe' has one")
+
     def _check_attention(self) -> None:
         super()._check_attention()
         if self.head_dim != self._default_head_dim():
@@ -111,6 +116,11 @@ class DeepseekV2Config(OfficialConfig):
     qk_rope_head_dim: OptionalInt = 64
     v_head_dim: OptionalInt = 128
     max_position_embeddings: int = 2048
+
+    def _check_routing(self) -> None:
+        super()._check_routing()
+        if self.gate_normalizes and self.routed_scaling_factor != 1.0:
+            self._say("routed_scaling_factor", "with norm_topk_prob=true the second generation does not scale")
 
     @property
     def gate_scaling_factor(self) -> float:

@@ -243,8 +243,9 @@ def _run_batched(
     def project(rows: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
         return torch.bmm(stack.index_select(0, ids), rows.to(stack.dtype).unsqueeze(-1)).squeeze(-1)
 
-    rows = hidden_states.unsqueeze(1).expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
-    rows = project(gating_of(experts)(project(rows, gate_up)), down).view(num_tokens, top_k, -1)
+    width = hidden_states.shape[-1]
+    rows = hidden_states.unsqueeze(1).expand(-1, top_k, -1).reshape(num_tokens * top_k, width)
+    rows = project(gating_of(experts)(project(rows, gate_up)), down).view(num_tokens, top_k, width)
     rows = rows.masked_fill(elsewhere, 0) * top_k_weights.unsqueeze(-1).masked_fill(elsewhere, 0)
     return rows.sum(dim=1).to(hidden_states.dtype)
 

@@ -174,7 +174,8 @@ def push_model(
             license_required=False,
             token=token,
         )
-        for note in (*plan.notes, *(f"{name} is removed from the repository" for name in plan.deleted)):
+        checked = (check.removeprefix("note: ") for check in plan.checks if check.startswith("note: "))
+        for note in (*checked, *plan.notes, *(f"{name} is removed from the repository" for name in plan.deleted)):
             logger.warning(f"{repo_id}: {note}")
         return upload(
             plan,

@@ -57,6 +57,11 @@ def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
     offload = fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
     if offload and processes == 1:
         raise ValueError("fsdp_offload_params=true is not allowed for one process: it takes at least two.")
+    if processes == 1 and max(tp_size, ep_size) > 1:
+        raise ValueError(
+            f"tp_size={tp_size}, ep_size={ep_size} is not allowed for one process: start several with accelerate "
+            "launch or torchrun."
+        )
     if processes == 1 or not (fsdp or parallel or tp_size > 1 or ep_size > 1):
         return None
     replicas, rest = sizes["dp_replicate"], processes // tp_size // sizes["dp_replicate"]

@@ -4,6 +4,7 @@
 `tests/test_canaries.py` states what is relied on for each.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,16 @@ from torch import nn
 
 # Where TRL's trainers load a model, a reference or a teacher that is given by its path.
 TRL_MODULE, TRL_LOADER = "trl.trainer.utils", "create_model_from_path"
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model has adapters of PEFT, whoever put them in: what is saved of it is these alone. PEFT, which takes
+    a second to import, is not imported for it."""
+    if "peft" not in sys.modules:
+        return False
+    from .peft_support import is_of_adapter
+
+    return any(map(is_of_adapter, model.modules()))
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -25,4 +36,4 @@ def is_left_out(addition: CommitOperationAdd) -> bool:
     return bool(addition._should_ignore)
 
 
-__all__ = ["TRL_LOADER", "TRL_MODULE", "is_left_out", "replace_forward"]
+__all__ = ["TRL_LOADER", "TRL_MODULE", "has_adapters", "is_left_out", "replace_forward"]

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers.utils import logging
 
 from .lora_layers import ExpertLora, create_layer
 from .peft_support import CombiningLoraModel, use_own_layers
+
+logger = logging.get_logger(__name__)
 
 _COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
@@ -36,7 +39,11 @@ class ExpertLoraConfig(LoraConfig):
         """What is saved: the fields of a LoraConfig."""
         fields = super().to_dict()
         del fields["experts"]
-        if self.target_parameters:
+        if self.target_parameters and self.lora_dropout:
+            logger.warning_once(
+                f"lora_dropout={self.lora_dropout} is saved as 0, since plain PEFT refuses it for experts: to train a "
+                f"loaded adapter on, call optimize_expert_lora(model, lora_dropout={self.lora_dropout})."
+            )
             fields["lora_dropout"] = 0.0
         return fields
 
@@ -106,8 +113,9 @@ class ExpertLoraModel(CombiningLoraModel):
             raise ValueError(f"adapters={adapters!r} is not allowed: there are {sorted(self.peft_config)}.")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} is not allowed: there is an adapter of that name.")
-        if kwargs.get("svd_clamp") is not None:
-            raise ValueError("svd_clamp is not allowed on stacked experts.")
+        for option in ("svd_clamp", "svd_driver"):
+            if kwargs.get(option) is not None:
+                raise ValueError(f"{option}={kwargs[option]!r} is not allowed on stacked experts.")
         first, configs = self.peft_config[adapters[0]], [self.peft_config[name] for name in adapters]
         self.combined_targets = sorted(set().union(*(config.target_parameters or () for config in configs)))
         # PEFT copies the first config. Its scaling must be 1, which with `lora_alpha` equal to the rank it is without

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .configuration_deepseekmoe import ROUTER_IMPLEMENTATIONS
+from .configuration_checks import ROUTER_IMPLEMENTATIONS
 from .library_support import replace_forward
 from .routing import route
 from .transformers_support import DeepseekV2TopkRouter, DeepseekV3TopkRouter

@@ -22,9 +22,9 @@ def use_own_layers(config: LoraConfig, create_layer: Callable[..., nn.Module | N
     config._register_custom_module({nn.Module: create_layer})
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether a model has adapters of PEFT, whoever put them in: what is saved of it is these alone."""
-    return any(isinstance(module, PeftModel | BaseTunerLayer) for module in model.modules())
+def is_of_adapter(module: nn.Module) -> bool:
+    """Whether a module is PEFT's own: a model with an adapter, or a layer of one."""
+    return isinstance(module, PeftModel | BaseTunerLayer)
 
 
 def adapts_module(config: LoraConfig, name: str) -> bool:
@@ -91,7 +91,7 @@ __all__ = [
     "ParamWrapper",
     "adapts_module",
     "get_pattern_key",
-    "has_adapters",
+    "is_of_adapter",
     "mesh_of",
     "parallel_style_of",
     "spread_ourselves",

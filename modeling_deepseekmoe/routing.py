@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import softplus
 from transformers.utils import logging
 
-from .configuration_deepseekmoe import ROUTER_IMPLEMENTATIONS
+from .configuration_checks import ROUTER_IMPLEMENTATIONS
 from .routing_triton import group_by_expert_triton, route_triton, why_not_triton
 from .triton_support import INTERPRETED
 

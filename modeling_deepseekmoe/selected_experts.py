@@ -23,9 +23,9 @@ from .checkpoint_layout import PROJECTIONS, STACKS
 from .esft import ExpertSelection
 from .experts import find_experts, refuse_offloaded, run_experts, why_unsupported
 from .folders import check_destination, read_tensors, unfinished_folder
+from .library_support import has_adapters
 from .official_names import read_official_names
 from .parallel_adapters import LocalPart
-from .peft_support import has_adapters
 from .sharded_files import whole_tensor
 
 logger = logging.get_logger(__name__)

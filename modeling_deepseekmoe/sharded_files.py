@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint_layout import config_of_what_is_saved
 from .configuration_deepseekmoe import DeepseekMoeConfig
+from .library_support import has_adapters
 from .transformers_support import custom_object_save, revert_weight_conversion
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -57,6 +58,10 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is not allowed: save_sharded takes a PreTrainedModel.")
+    if has_adapters(model):
+        raise ValueError(
+            f"{type(model).__name__} has adapters of PEFT, which is not allowed: save_pretrained saves them."
+        )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("A model of DeepSpeed ZeRO-3 is not allowed: call the trainer's save_model.")
     with config_of_what_is_saved(model) if isinstance(model.config, DeepseekMoeConfig) else nullcontext():

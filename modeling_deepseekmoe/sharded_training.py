@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
+from .library_support import has_adapters
 from .selected_experts import SelectedExperts
 from .sharded_files import is_sharded, save_sharded
 from .torch_support import set_group_timeout
@@ -137,7 +138,8 @@ class ShardedTrainer(Trainer):
     def _sharded_at_loading(self) -> bool:
         """Whether the weights are not whole anywhere. Adapters are, and so their files are PEFT's own."""
         sharded = getattr(self.model, "is_distributed_loading_by_transformers", False)
-        return bool(self._own_checkpoints and sharded and isinstance(self.model, PreTrainedModel))
+        whole = isinstance(self.model, PreTrainedModel) and not has_adapters(self.model)
+        return bool(self._own_checkpoints and sharded and whole)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save the model as Trainer does; one that is sharded, with [`save_sharded`]. All ranks must call it then."""
@@ -155,8 +157,9 @@ class ShardedTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         save_sharded(self.model, folder)
         if self.args.should_save:
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
         return None
 

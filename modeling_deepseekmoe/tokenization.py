@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
 
 SETTINGS_NAME, TOKENIZER_NAME = "tokenizer_config.json", "tokenizer.json"
 _FLAGS = {"add_bos_token": "bos_token", "add_eos_token": "eos_token"}
@@ -60,11 +60,12 @@ def _adds(settings: Mapping[str, Any], tokenizer: Mapping[str, Any], flag: str) 
 
 def _content(name_or_folder: str | Path, name: str, of_hub: dict[str, Any]) -> dict[str, Any]:
     """A JSON file beside others; empty where there is none."""
+    folder = Path(name_or_folder, of_hub.get("subfolder") or "")
     try:
-        path = cached_file(str(name_or_folder), name, **of_hub)
+        file = folder / name if folder.is_dir() else Path(hf_hub_download(str(name_or_folder), name, **of_hub))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         return {}  # AutoTokenizer says what is wrong, if it is
-    content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     return content if isinstance(content, dict) else {}
 
 

@@ -17,7 +17,7 @@ from modeling_deepseekmoe import (
     take_router_load,
 )
 from modeling_deepseekmoe.balancing import LOSS_NAMES
-from modeling_deepseekmoe.configuration_deepseekmoe import LOSS_FIELDS
+from modeling_deepseekmoe.configuration_checks import LOSS_FIELDS
 from modeling_deepseekmoe.routing import affinities
 
 ALPHA = 0.01

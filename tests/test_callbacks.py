@@ -238,11 +238,6 @@ def test_two_callbacks_that_count(tiny_model: Callable, tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_label_smoothing_is_reported(tiny_model: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train(tiny_model(**V3_LIKE), tmp_path, LoadBalancingCallback(), max_steps=1, label_smoothing_factor=0.1)
-    assert "label_smoothing_factor=0.1" in caplog.text and "not trained" in caplog.text
-
-
 def test_native_models_keep_no_hook(tmp_path: Path) -> None:
     model = native_model()
     train(model, tmp_path, LoadBalancingCallback(), max_steps=1)

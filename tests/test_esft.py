@@ -272,7 +272,7 @@ def test_saving_what_was_trained_and_applying_it_to_the_base(tmp_path: Path) -> 
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert not any("selected" in name for name, _ in model.named_parameters())
     prepare_esft(model, SELECTION)  # once more, after merging
-    with pytest.raises(ValueError, match="some of its experts are trained apart; call merge_esft first"):
+    with pytest.raises(ValueError, match="call merge_esft first"):
         prepare_esft(model, SELECTION)
     with pytest.raises(ValueError, match=r"destination=.* must not exist, or be an empty folder"):
         save_esft(model, tmp_path / "esft")
@@ -380,16 +380,30 @@ def test_a_trained_bias_is_saved_with_everything_else(tmp_path: Path) -> None:
     assert_same(logits(base), logits(model.eval()))
 
 
-def test_adapters_and_selected_experts_do_not_mix() -> None:
-    from peft import get_peft_model
+def test_adapters_and_selected_experts_do_not_mix(warnings_of_package: list[str], tmp_path: Path) -> None:
+    """Each freezes what it does not know, in either order, and on other layers than the other one's too."""
+    from peft import LoraConfig, get_peft_model
 
+    lora, other = LoraConfig(r=2, target_modules=["q_proj"]), {2: [0]}
     prepared = make()
     prepare_esft(prepared, SELECTION)
-    with pytest.raises(ValueError, match="some of its experts are trained apart; call merge_esft first"):
+    with pytest.raises(ValueError, match="call merge_esft first"):
         expert_lora_config(prepared)
-    adapted = get_peft_model(make(), expert_lora_config(make(), r=2))
-    with pytest.raises(ValueError, match="it has an adapter; merge or unload that first"):
-        prepare_esft(adapted.get_base_model(), SELECTION)
+    with pytest.raises(ValueError, match="is prepared already, which is not allowed: call merge_esft first"):
+        prepare_esft(prepared, other)
+    for config in (lora, expert_lora_config(make(), r=2)):
+        adapted = get_peft_model(make(), config)
+        with pytest.raises(ValueError, match="has adapters of PEFT, which is not allowed for full-weight ESFT"):
+            prepare_esft(adapted.get_base_model(), SELECTION)
+        assert any(parameter.requires_grad for name, parameter in adapted.named_parameters() if "lora_" in name)
+    mixed = get_peft_model(prepared, lora).train()
+    mixed(torch.randint(3, 96, (1, 5)))
+    assert "frozen: something after it, perhaps get_peft_model" in warnings_of_package[-1]
+    with pytest.raises(ValueError, match="has adapters of PEFT"):
+        save_esft(mixed.get_base_model(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="not prepared for ESFT: there is nothing to merge"):
+        merge_esft(make())
 
 
 class Rows(torch.utils.data.Dataset):

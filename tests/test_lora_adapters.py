@@ -178,7 +178,7 @@ def test_weighted_sums_with_rslora_first() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             adapted.add_weighted_adapter(adapters, [1.0] * len(adapters), name, combination_type="cat")
-    with pytest.raises(ValueError, match="svd_clamp is not allowed"):
+    with pytest.raises(ValueError, match=r"svd_clamp=0\.9 is not allowed"):
         adapted.add_weighted_adapter(["default"], [1.0], "c", combination_type="svd", svd_clamp=0.9)
     assert all(torch.equal(layer.lora_A["b"].weight, kept) for layer, kept in zip(layers, before, strict=True))
 

@@ -18,11 +18,12 @@ from modeling_deepseekmoe.remote_code import code_files
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "modeling_deepseekmoe"
 # These travel to the Hub beside the weights and must work where the package is not installed.
-STARRED = ("balancing", "checkpoint_layout", "configuration_deepseekmoe", "configuration_dialects", "experts",
-           "experts_kernels", "experts_loop", "experts_operator", "experts_triton", "gate", "grouped_products",
-           "modeling_classification", "modeling_deepseekmoe", "moe", "parallel_plans", "remote_code",
-           "replaced_forward", "router_load", "routing", "routing_kernels", "routing_triton", "token_dropping",
-           "torch_support", "transformers_support", "triton_support", "untested_versions")  # fmt: skip
+STARRED = ("balancing", "checkpoint_layout", "configuration_checks", "configuration_deepseekmoe",
+           "configuration_dialects", "experts", "experts_kernels", "experts_loop", "experts_operator",
+           "experts_triton", "gate", "grouped_products", "modeling_classification", "modeling_deepseekmoe", "moe",
+           "parallel_plans", "remote_code", "replaced_forward", "router_load", "routing", "routing_kernels",
+           "routing_triton", "token_dropping", "torch_support", "transformers_support", "triton_support",
+           "untested_versions")  # fmt: skip
 FOREIGN = ("torch", "transformers", "safetensors")
 OPTIONAL = {"triton_support": "triton"}  # imported only if it is there: `test_publishing` runs without
 PUBLIC_MODULES = [

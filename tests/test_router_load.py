@@ -255,6 +255,7 @@ def test_statistics_against_a_loop(tiny_model: Callable) -> None:
             shares = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
             entropies[layer] += -(shares * shares.log()).sum(-1)[part.flatten().bool()].sum().item()
         losses.append(outputs.aux_loss.item())
+        outputs.aux_loss.backward()
         loads.append(take_router_load(model))
         stats.add(loads[-1])
     values, summary = stats.to_dict(), stats.summary()

@@ -76,13 +76,18 @@ def test_files_of_a_sharded_model(tiny_model: Make, mesh: DeviceMesh, tmp_path: 
     set_timeout(model, 60)
     with pytest.raises(ValueError, match=r"is not allowed as a trained copy .* it is sharded"):
         expert_lora_config(model, train_router=True)
-    with pytest.raises(ValueError, match="Merging is not allowed into sharded weights"):
-        get_peft_model(model, expert_lora_config(model, target_modules=("self_attn",))).merge_adapter()
     with pytest.raises(ValueError, match="load_esft is not allowed for a sharded model"):
         load_esft(model, tmp_path)
     model.lm_head.weight.ds_id = 1
     with pytest.raises(ValueError, match="ZeRO-3 is not allowed"):
         save_sharded(model, tmp_path / "none")
+    del model.lm_head.weight.ds_id
+    adapted = get_peft_model(model, expert_lora_config(model, target_modules=("self_attn",)))
+    with pytest.raises(ValueError, match="Merging is not allowed into sharded weights"):
+        adapted.merge_adapter()
+    with pytest.raises(ValueError, match="has adapters of PEFT, which is not allowed: save_pretrained saves them"):
+        save_sharded(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="save_sharded takes a PreTrainedModel"):
         save_sharded(nn.Linear(2, 2), tmp_path / "none")
 
