@@ -97,15 +97,15 @@ def expert_lora_config(
     copies = [*_as_list(modules_to_save), *(_gates(model, blocks) if train_router else [])]
     _refuse_sharded_copies(model, [*copies, *_embeddings(kwargs.get("trainable_token_indices"))])
     wanted = [name for name, layer in experts_of.items() if layers is None or layer in layers]
-    adapted = chosen_parameters(wanted, kwargs, copies)
+    check_copies(model, copies, [*wanted, *(name for names in weights.values() for name in names)])
+    adapted = chosen_parameters(wanted, kwargs)
     if not adapted or (layers is not None and adapted != wanted):
         given = {name: kwargs[name] for name in PLACES if kwargs.get(name) is not None}
         lost = next(name for name in wanted if name not in adapted)
         raise ValueError(f"{given} is not allowed: it excludes {lost}, and " + (
             f"no layer of {sorted(blocks)} is left." if layers is None else "`experts` selects some of these experts."
         ))  # fmt: skip
-    others = chosen_parameters([name for names in weights.values() for name in names], kwargs, copies)
-    check_copies(model, copies, [*adapted, *others])
+    others = chosen_parameters([name for names in weights.values() for name in names], kwargs)
     for field in ("rank_pattern", "alpha_pattern"):
         names = [name for names in modules.values() for name in names]
         kwargs[field] = completed_pattern(field, kwargs.get(field), [*adapted, *others], names)

@@ -72,24 +72,28 @@ def check_options(init_lora_weights: Any, options: Mapping[str, Any]) -> None:
         raise ValueError(f"peft_type={options['peft_type']!r} is not allowed: it must be 'LORA'.")
 
 
-def chosen_parameters(names: Iterable[str], options: Mapping[str, Any], modules_to_save: Iterable[str]) -> list[str]:
+def chosen_parameters(names: Iterable[str], options: Mapping[str, Any]) -> list[str]:
     """Of some parameters those that `layers_to_transform`, `layers_pattern` and `exclude_modules` leave, as PEFT takes
     these fields for modules.
 
     Args:
         names: full names of parameters, `model.layers.1.mlp.experts.down_proj`.
         options: fields of `peft.LoraConfig`.
-        modules_to_save: trained as whole copies, so that nothing in them is adapted.
     """
-    given, modules_to_save, kept = {name: options.get(name) for name in PLACES}, list(modules_to_save), []
-    if not any(value is not None for value in given.values()) and not modules_to_save:
+    given, kept = {name: options.get(name) for name in PLACES}, []
+    if all(value is None for value in given.values()):
         return list(names)
     for name in names:
-        config = LoraConfig(target_modules=[name.rpartition(".")[0]], modules_to_save=modules_to_save, **given)
-        named = LoraConfig(target_modules=[name], exclude_modules=given["exclude_modules"])
-        if adapts_module(config, name.rpartition(".")[0]) and adapts_module(named, name):
+        module = name.rpartition(".")[0]
+        config = LoraConfig(target_modules=[module.rpartition(".")[2]], **given)  # a whole name goes by no layers
+        if adapts_module(config, module) and not _excludes(given["exclude_modules"], name):
             kept.append(name)
     return kept
+
+
+def _excludes(exclude_modules: Any, name: str) -> bool:
+    """Whether a parameter is excluded by its own name."""
+    return not adapts_module(LoraConfig(target_modules=[name], exclude_modules=exclude_modules), name)
 
 
 def completed_pattern(
