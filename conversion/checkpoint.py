@@ -4,7 +4,7 @@
 import json
 import math
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TEMPLATE_FOLDERS = ("additional_chat_templates",)
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _LISTED_NAMES = 8
 
@@ -281,25 +282,32 @@ def check_inside(file: Path, folder: Path) -> None:
         raise ValueError(f"{file.name} is a link to {target}, which is not allowed: it must lie in the folder.")
 
 
-def small_files(folder: Path, code: bool) -> Iterator[Path]:
-    """The files of a checkpoint beside weights and config, sorted: tokenizer, generation config, chat template, texts.
+def small_files(folder: Path, code: bool) -> dict[str, Path]:
+    """The files of a checkpoint beside weights and config, by their names in it, sorted: tokenizer, generation config,
+    chat templates, texts.
 
     Args:
         folder: the checkpoint.
-        code: whether to include Python files, which `auto_map` in the config names.
+        code: whether to include Python files that `auto_map` in the config may name. Those that the tokenizer's
+            settings name are always there.
 
     Raises:
-        ValueError: for a link to another place.
+        ValueError: for a link to another place, or tokenizer settings that are no JSON.
     """
-    for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.name.startswith(".") or file.name in (CONFIG_NAME, MANIFEST_NAME):
+    files = [file for file in folder.iterdir() if file.is_file()]
+    files += [file for name in TEMPLATE_FOLDERS for file in (folder / name).glob("*.jinja") if file.is_file()]
+    settings = parse_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    named = json.dumps(settings.get("auto_map")) if isinstance(settings, dict) else ""
+    found = {}
+    for file in sorted(files):
+        if file.name.startswith(".") or file.name in (CONFIG_NAME, MANIFEST_NAME):
             continue
-        if file.name.endswith((*FOREIGN_WEIGHTS, ".safetensors", ".index.json")) or (
-            file.suffix == ".py" and not code
-        ):
+        own_code = file.suffix == ".py" and not code and f'"{file.stem}.' not in named
+        if own_code or file.name.endswith((*FOREIGN_WEIGHTS, ".safetensors", ".index.json")):
             continue
         check_inside(file, folder)
-        yield file
+        found[file.relative_to(folder).as_posix()] = file
+    return found
 
 
 def file_identity(file: Path) -> list[object]:
@@ -320,6 +328,7 @@ __all__ = [
     "DTYPE_NAMES",
     "INDEX_NAME",
     "MANIFEST_NAME",
+    "TEMPLATE_FOLDERS",
     "WEIGHTS_NAME",
     "Checkpoint",
     "StateDict",

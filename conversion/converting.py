@@ -71,7 +71,7 @@ class ConversionPlan:
             "tensors": sum(len(shard.outputs) for shard in self.folder.shards),
             "tensors_by_dtype": self._by_dtype(),
             "files": {shard.name: shard.nbytes for shard in self.folder.shards},
-            "other_files": sorted([*self.folder.texts, *(file.name for file in self.folder.copies)]),
+            "other_files": sorted([*self.folder.texts, *self.folder.copies]),
             "bytes": self.folder.nbytes,
             "notes": list(self.notes),
         }
@@ -171,7 +171,7 @@ def plan_conversion(
     if dialect != found.config.model_type and config.loss_alphas != found.config.loss_alphas:
         notes.append(f"balance losses in training: {found.config.loss_alphas} here, {config.loss_alphas} there")
     tensors = list(_tensors(found, config, layout, dtype, drop_mtp))
-    copies = () if folder is None else tuple(small_files(folder, code=dialect == found.config.model_type))
+    copies = {} if folder is None else small_files(folder, code=dialect == found.config.model_type)
     origin = {
         "version": modeling_deepseekmoe.__version__,
         "dtype": dtype,

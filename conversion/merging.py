@@ -4,6 +4,7 @@
 No model is built, and no file is read whole: beside the adapter one weight of the base at a time is in memory.
 """
 
+import filecmp
 import json
 import shutil
 from collections.abc import Callable
@@ -16,11 +17,11 @@ import torch
 from modeling_deepseekmoe.checkpoint_layout import STACKS
 from modeling_deepseekmoe.experts import LAYER
 from modeling_deepseekmoe.folders import FOREIGN_WEIGHTS, check_destination, local_folder, opened, unfinished_folder
+from modeling_deepseekmoe.selected_experts import SELECTION_NAME, read_esft
 from modeling_deepseekmoe.selected_experts import WEIGHTS_NAME as ESFT_WEIGHTS_NAME
-from modeling_deepseekmoe.selected_experts import read_esft
 
-from .adapter_files import LowRank, is_stack, per_expert_parts, read_adapter, split_expert
-from .checkpoint import MANIFEST_NAME, read_header, weight_files
+from .adapter_files import CONFIG_NAME, WEIGHTS_NAME, LowRank, is_stack, per_expert_parts, read_adapter, split_expert
+from .checkpoint import MANIFEST_NAME, TEMPLATE_FOLDERS, read_header, weight_files
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ROUNDING = 1e-6  # relative error of what is computed in float32
@@ -110,7 +111,28 @@ def merge_adapter(
         for file in base.iterdir():
             if file.is_file() and not file.name.endswith((*FOREIGN_WEIGHTS, ".safetensors", MANIFEST_NAME)):
                 shutil.copyfile(file, unfinished / file.name)
+        for name in TEMPLATE_FOLDERS:
+            if (base / name).is_dir():
+                shutil.copytree(base / name, unfinished / name)
+        _report_left_out(base, adapter, report)
     return MergeReport(len(changes), tensors, dict(sorted(errors.items())))
+
+
+def _report_left_out(base: Path, adapter: Path, report: Callable[[str], None]) -> None:
+    """What of the adapter's folder is not in the result, and whether its base has another name."""
+    ours = (CONFIG_NAME, WEIGHTS_NAME, ESFT_WEIGHTS_NAME, SELECTION_NAME, "README.md", "training_args.bin")
+    others = [file for file in adapter.iterdir() if file.is_file() and file.name not in ours]
+    differ = [file.name for file in others if not _same_file(file, base / file.name)]
+    if differ:
+        report(f"{', '.join(sorted(differ))} of the adapter: not taken, the base's files stay. Copy what is wanted.")
+    if (adapter / CONFIG_NAME).is_file():
+        named = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if named and Path(named).name != base.resolve().name and named.split("/")[-1] not in str(base.resolve()):
+            report(f"The adapter names {named} as its base, and this is {base}.")
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    return second.is_file() and filecmp.cmp(first, second, shallow=False)
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan

@@ -143,7 +143,7 @@ def upcycle(
         }
         text = config.to_json_string().encode()
         folder_plan = FolderPlan(
-            make_shards(tensors, max_shard_size), {CONFIG_NAME: text}, tuple(small_files(folder, code=False)), origin
+            make_shards(tensors, max_shard_size), {CONFIG_NAME: text}, small_files(folder, code=False), origin
         )
         write_folder(folder_plan, checkpoint, path, resume=resume, report=report, progress=progress)
     return check

@@ -24,7 +24,7 @@ from .checkpoint import (
     parse_json,
 )
 from .description import Description, describe
-from .dialects import forward_fields
+from .dialects import architectures_of, forward_fields
 from .streaming import row_blocks, value_blocks, values
 from .tensor_table import Matrix
 from .unfinished_work import write_small
@@ -118,7 +118,7 @@ def verify(
         manifest = "checked"
     digest = hashlib.sha256("".join(hashes[name]["sha256"] for name in sorted(hashes)).encode()).hexdigest()
     result = VerificationReport(
-        len(hashes), _size(found), digest, manifest, notes=tuple(_index_notes(path, _size(found)))
+        len(hashes), _size(found), digest, manifest, notes=(*_index_notes(path, _size(found)), *_config_notes(found))
     )
     if other is not None and not problems:
         report(f"Comparing with {other}")
@@ -204,6 +204,21 @@ def _index_notes(folder: Path, size: int) -> Iterator[str]:
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total is not None and total != size:
             yield f"the index gives a total_size of {total}, and the tensors have {size} bytes"
+
+
+def _config_notes(found: Description) -> Iterator[str]:
+    """What other readers would look for in vain, or pass over."""
+    config, promised = found.config, found.config.num_nextn_predict_layers
+    if promised and not found.has_mtp:
+        yield (
+            f"num_nextn_predict_layers={promised}, and there are no tensors of such layers: write 0 into "
+            f"{CONFIG_NAME}, since readers that predict several tokens look for them"
+        )
+    if not found.raw.get("architectures"):
+        names = json.dumps(architectures_of(config.model_type, None))
+        yield f'{CONFIG_NAME} lacks a field that converters look at first: add "architectures": {names}'
+    if config.model_type == "deepseek" and config.gate_normalizes:
+        yield "llama.cpp ignores norm_topk_prob for model_type 'deepseek': what it computes is another model"
 
 
 # --------------------------------------------------------------------------------------------------- two checkpoints

@@ -57,13 +57,13 @@ class FolderPlan:
     Attributes:
         shards: the weight files.
         texts: other files by name, with what they hold; the config among them.
-        copies: files to copy.
+        copies: files to copy, by their names in the folder.
         origin: whatever else decides on the content (the source's files, the options), for the fingerprint.
     """
 
     shards: tuple[Shard, ...]
     texts: dict[str, bytes]
-    copies: tuple[Path, ...] = ()
+    copies: Mapping[str, Path] = field(default_factory=dict)
     origin: Mapping[str, object] = field(default_factory=dict)
 
     @cached_property
@@ -79,7 +79,11 @@ class FolderPlan:
     def nbytes(self) -> int:
         """Size of the whole folder."""
         small = sum(len(text) for text in (*self.texts.values(), self.index or b""))
-        return sum(shard.nbytes for shard in self.shards) + small + sum(file.stat().st_size for file in self.copies)
+        return (
+            sum(shard.nbytes for shard in self.shards)
+            + small
+            + sum(file.stat().st_size for file in self.copies.values())
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,9 +93,9 @@ class FolderPlan:
             digest.update(shard.name.encode() + shard.header)
         for name, text in sorted(self.texts.items()):
             digest.update(name.encode() + text)
-        for file in self.copies:
+        for name, file in self.copies.items():
             with file.open("rb") as handle:
-                digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
+                digest.update(name.encode() + hashlib.file_digest(handle, "sha256").digest())
         return digest.hexdigest()
 
 
@@ -174,9 +178,10 @@ def write_folder(
     _check_space(path, plan)
     with claimed(path, plan.fingerprint, resume) as (folder, trusted):
         _write_shards(plan, source, folder, trusted, report, progress)
-        for file in plan.copies:
-            shutil.copyfile(file, folder / (file.name + PARTIAL))
-            finish(folder / (file.name + PARTIAL), folder / file.name)
+        for name, file in plan.copies.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / (name + PARTIAL))
+            finish(folder / (name + PARTIAL), folder / name)
         for name, text in sorted(plan.texts.items()):
             write_small(folder / name, text)
         if plan.index is not None:
@@ -240,15 +245,16 @@ def _is_written(path: Path, shard: Shard) -> bool:
 def _is_complete(path: Path, plan: FolderPlan, source: TensorSource, report: Callable[[str], None]) -> bool:
     """Whether a folder holds the plan's files and nothing else, compared byte by byte."""
     texts = dict(plan.texts) if plan.index is None else {**plan.texts, INDEX_NAME: plan.index}
-    names = {*texts, *(shard.name for shard in plan.shards), *(file.name for file in plan.copies)}
-    if not path.is_dir() or {file.name for file in path.iterdir()} != names:
+    names = {*texts, *(shard.name for shard in plan.shards), *plan.copies}
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
+    if not path.is_dir() or there != names:
         return False
     if not all(_is_written(path / shard.name, shard) for shard in plan.shards):
         return False
     report(f"Comparing {path} with what would be written")
     return (
         all((path / name).read_bytes() == text for name, text in texts.items())
-        and all(filecmp.cmp(file, path / file.name, shallow=False) for file in plan.copies)
+        and all(filecmp.cmp(file, path / name, shallow=False) for name, file in plan.copies.items())
         and all(_holds(path / shard.name, shard, source) for shard in plan.shards)
     )
 

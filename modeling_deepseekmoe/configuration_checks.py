@@ -40,6 +40,12 @@ class ChecksFields:
         self._check_kinds()
         self._derive_head_dims()
         self._check_attention()
+        if self.n_routed_experts and not self.moe_layers:
+            self._say(
+                "n_routed_experts",
+                f"none of the {self.num_hidden_layers} layers has experts (first_k_dense_replace="
+                f"{self.first_k_dense_replace}, moe_layer_freq={self.moe_layer_freq})",
+            )
         if self.n_routed_experts:
             self._check_routing()
             self._check_balancing()

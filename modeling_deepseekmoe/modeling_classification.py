@@ -22,16 +22,18 @@ from .transformers_support import TransformersKwargs, Unpack, can_return_tuple, 
 
 @dataclass
 class DeepseekMoeSequenceClassifierOutput(SequenceClassifierOutputWithPast):
-    """Output of the sequence classifier, with the decoder's `aux_loss`."""
+    """Output of the sequence classifier, with the decoder's `aux_loss` and, where asked for, `router_logits`."""
 
     aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class DeepseekMoeTokenClassifierOutput(TokenClassifierOutput):
-    """Output of the token classifier, with the decoder's `aux_loss`."""
+    """Output of the token classifier, with the decoder's `aux_loss` and, where asked for, `router_logits`."""
 
     aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
@@ -90,6 +92,7 @@ class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
             **{CACHE: getattr(outputs, CACHE)},
         )
 
@@ -114,12 +117,13 @@ class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
 
 
 class DeepseekMoeForTokenClassification(DeepseekMoePreTrainedModel):
-    """The decoder with a classification head on every token."""
+    """The decoder with a classification head on every token, behind a dropout of `config.classifier_dropout` (0)."""
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = DeepseekMoeModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -145,7 +149,7 @@ class DeepseekMoeForTokenClassification(DeepseekMoePreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.score(outputs.last_hidden_state)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config, **kwargs)
@@ -156,6 +160,7 @@ class DeepseekMoeForTokenClassification(DeepseekMoePreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
         )
 
 

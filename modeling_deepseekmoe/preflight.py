@@ -45,7 +45,6 @@ _SECRETS = {
 }
 _BLOCK = 2**22
 _OVERLAP = 256  # of the blocks in which a file is searched, longer than any secret's recognisable part
-_FOLDERS = ("additional_chat_templates",)
 
 
 class PreflightError(RuntimeError):
@@ -123,7 +122,7 @@ def find_candidate(folder: str | Path, with_training_state: bool = False) -> Can
     files: dict[str, Path] = {}
     left_out: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name in _FOLDERS:
+        if path.is_dir() and path.name in checkpoint.TEMPLATE_FOLDERS:
             files |= {f"{path.name}/{file.name}": file for file in sorted(path.glob("*.jinja")) if file.is_file()}
             continue
         reason = None if path.name in weights else _reason_to_leave_out(path, with_training_state)

@@ -64,7 +64,7 @@ def _content(name_or_folder: str | Path, name: str, of_hub: dict[str, Any]) -> d
     try:
         file = folder / name if folder.is_dir() else Path(hf_hub_download(str(name_or_folder), name, **of_hub))
         content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
+    except (OSError, ValueError):  # no such file, or no such name, or no JSON
         return {}  # AutoTokenizer says what is wrong, if it is
     return content if isinstance(content, dict) else {}
 

@@ -1,19 +1,30 @@
 """The callbacks in transformers' Trainer: updates, logs, resuming, other models, bad input."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import V3_LIKE
+from conftest import TINY, V3_LIKE
 from safetensors.torch import load_file
 from test_bias_update import biases
 from test_router_load import native_model, reference_counts
 from test_trainer import Rows, StopAt, arguments, losses, reference_text
+from tolerances import assert_same
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from modeling_deepseekmoe import LoadBalancingCallback, RouterStatsCallback, bias_step
+import modeling_deepseekmoe
+from modeling_deepseekmoe import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LoadBalancingCallback,
+    RouterStatsCallback,
+    bias_step,
+    prepare_esft,
+    update_router_bias,
+)
 from modeling_deepseekmoe.bias_update import find_biased_gates
 
 rows = reference_text(32, 24)
@@ -229,6 +240,101 @@ def test_lora_leaves_the_bias_of_a_frozen_gate(
     assert "2 of 2 gates are frozen" in caplog.text
     assert not any(bias.any() for bias in biases(model))
     assert trainer.state.log_history[0]["router/max_violation_batch"] > 0
+
+
+@pytest.mark.parametrize("kind", ["ours", "native"])
+@pytest.mark.parametrize("how", ["all-linear", "parameter", "by hand", "copy"])
+def test_no_bias_moves_that_an_adapter_does_not_hold(
+    tiny_model: Callable, tmp_path: Path, kind: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is trained, saved and loaded again is what was trained."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def make() -> nn.Module:
+        return (
+            native_model()
+            if kind == "native"
+            else DeepseekV3ForCausalLM(DeepseekV3Config(**{**TINY, **V3_LIKE}, first_k_dense_replace=1))
+        )
+
+    targets = {
+        "all-linear": {"target_modules": "all-linear"},
+        "parameter": {"target_modules": ["o_proj"], "target_parameters": ["mlp.gate.weight"]},
+        "by hand": {"target_modules": ["o_proj"]},
+        "copy": {"target_modules": ["o_proj"], "modules_to_save": ["gate"]},
+    }[how]
+    torch.manual_seed(0)
+    model = get_peft_model(make(), LoraConfig(r=2, task_type="CAUSAL_LM", **targets))
+    if how == "by hand":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name.endswith("gate.weight"))
+    train(model, tmp_path / "out", LoadBalancingCallback(update_rate=0.05), max_steps=3, learning_rate=0.0)
+    moved = any(bias.abs().max() > 0.04 for bias in biases(model))
+    assert moved is (how == "copy")
+    assert ("2 of 2 gates are adapted by PEFT, whose files do not hold the bias" in caplog.text) is not moved
+    model.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(make(), tmp_path / "adapter")
+    if how != "by hand":  # PEFT does not save what it does not know
+        assert_same(again.eval()(data[0]["input_ids"][None]).logits, model.eval()(data[0]["input_ids"][None]).logits)
+    assert all(map(torch.equal, biases(again), biases(model)))
+
+
+def test_gates_of_a_merged_model_move_again(tiny_model: Callable) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(**V3_LIKE), LoraConfig(r=2, target_modules=["o_proj"])).merge_and_unload()
+    model.train().requires_grad_(True)
+    model(data[0]["input_ids"][None], labels=data[0]["labels"][None]).loss.backward()
+    update_router_bias(model)
+    assert any(bias.any() for bias in biases(model))
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral"])
+def test_native_models_resume_with_their_experts(name: str, best: bool, tmp_path: Path) -> None:
+    """A plain `load_state_dict` of what `save_pretrained` writes, which is what Trainer does, finds no experts."""
+    modeling_deepseekmoe.register()
+    sizes = {key: TINY[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "intermediate_size", "initializer_range")}  # fmt: skip
+    latent = {key: V3_LIKE[key] for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
+    extra = {
+        "deepseek_v2": {**latent, "n_routed_experts": 8, "moe_intermediate_size": 16, "q_lora_rank": None,
+                        "num_experts_per_tok": 3, "n_shared_experts": 1, "first_k_dense_replace": 1},
+        "deepseek_v3": {**latent, "n_routed_experts": 8, "moe_intermediate_size": 16, "q_lora_rank": None,
+                        "num_experts_per_tok": 3, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 4,
+                        "topk_group": 2},
+        "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 8},
+        "mixtral": {"num_local_experts": 8, "num_key_value_heads": 2},
+    }[name]  # fmt: skip
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**{**sizes, **extra}))
+
+    callback = LoadBalancingCallback if name == "deepseek_v3" else None
+
+    def run(model: nn.Module, resume: bool) -> dict[str, torch.Tensor]:
+        if callback is None:
+            prepare_esft(model, {1: [0, 5], 2: [1, 2, 3]})
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01,
+                    "lr_scheduler_type": "constant"}  # fmt: skip
+        if best:  # of the first step, which the second one then makes worse
+            settings |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2,
+                         "metric_for_best_model": "eval_loss", "greater_is_better": True}  # fmt: skip
+        trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=data, eval_dataset=data,
+                          callbacks=[callback()] if callback else [])  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return {key: value.clone() for key, value in model.state_dict().items()}
+
+    whole = run(make(), resume=False)
+    if best:
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2").state_dict()
+        assert all(torch.equal(saved[key], value) for key, value in whole.items())
+        return
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = run(make(), resume=True)
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
 def test_two_callbacks_that_count(tiny_model: Callable, tmp_path: Path) -> None:
