@@ -11,8 +11,9 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # What a version of transformers, PEFT or the Hub's client can have a part in; the rest is tested with the newest alone:
 # conversion, plans, routing and kernels know nothing of them, and torch, which compiles, is the same.
 OF_VERSIONS = $(addprefix tests/test_, $(addsuffix .py, canaries generation golden modeling checkpoints registration \
-	configuration experts lora lora_adapters adapters adapter_training esft trainer trl callbacks bias_update router_load \
-	upcycling sharded_files untested_versions hub code_update publishing))
+	configuration experts lora lora_adapters lora_options adapters adapter_training foreign_adapters esft trainer trl \
+	trl_trainers callbacks bias_update router_load copies depth quantisers tokenization upcycling sharded_files \
+	untested_versions hub code_update publishing))
 # Nor quantised caches, whose library compiles itself for a minute when it is first used.
 NOT_OF_VERSIONS = not compiled and not quantised
 

@@ -4,6 +4,7 @@ Fails first, and says what breaks, when a release of one of them has changed som
 alone, and not about this package.
 """
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel, Trainer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from modeling_deepseekmoe import peft_support, torch_support, transformers_support
+from modeling_deepseekmoe import library_support, peft_support, torch_support, transformers_support
 
 MODEL = ("modeling_deepseekmoe",)
 V3 = dict(
@@ -285,6 +286,9 @@ def test_stacked_experts_are_saved_one_by_one() -> None:
 @relies_on("transformers", breaks="Tokenizers of V1 would lose their spaces; labels be shifted twice.")
 def test_tables_of_the_auto_classes() -> None:
     assert isinstance(transformers_support.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS, set)
+    by_type = "deepseek_v3" in transformers_support.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    looks_inside = "ByteLevel" in inspect.getsource(inspect.getmodule(transformers.AutoTokenizer))
+    assert by_type is not looks_inside  # since 5.22
     assert transformers_support.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["deepseek_v3"] == "DeepseekV3ForCausalLM"
     assert transformers_support.TOKENIZER_MAPPING_NAMES["chatlm"] == "TokenizersBackend"
     transformers.AutoConfig.register("deepseek_v3", DeepseekV3Config, exist_ok=True)
@@ -427,7 +431,43 @@ def test_patterns_of_a_config() -> None:
     assert peft_support.get_pattern_key(["c"], "x.a.b") == "x.a.b"
 
 
-# ----------------------------------------------------------------------------------------------- accelerate, the Hub
+@relies_on("peft", breaks="The balancing bias would move where no file holds it, and be lost.")
+def test_what_is_of_an_adapter() -> None:
+    base = native()
+    assert not any(map(peft_support.is_of_adapter, base.modules()))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["o_proj"]))
+    assert peft_support.is_of_adapter(model) and peft_support.is_of_adapter(base.model.layers[1].self_attn.o_proj)
+    assert not any(map(peft_support.is_of_adapter, model.unload().modules()))
+
+
+@relies_on("peft", breaks="layers_to_transform and exclude_modules would be ignored on experts.")
+def test_where_a_config_puts_adapters() -> None:
+    config = LoraConfig(target_modules=["experts"], layers_to_transform=[2], exclude_modules=["2.other.experts"])
+    names = ("model.layers.2.mlp.experts", "model.layers.1.mlp.experts", "model.layers.2.other.experts")
+    assert [peft_support.adapts_module(config, name) for name in names] == [True, False, False]
+
+
+# ------------------------------------------------------------------------------------------ accelerate, the Hub, TRL
+@relies_on("trl", breaks="TRL would train transformers' own classes for paths of V2 and V3.")
+def test_trl_loads_paths_through_one_function() -> None:
+    from trl.trainer import dpo_trainer, grpo_trainer, sft_trainer
+
+    module = importlib.import_module(library_support.TRL_MODULE)
+    load = getattr(module, library_support.TRL_LOADER)
+    assert parameters(load)[:2] == ["model_id", "architecture"]
+    for user in (sft_trainer, dpo_trainer, grpo_trainer):
+        assert getattr(user, library_support.TRL_LOADER) is load
+
+
+@relies_on("transformers", breaks="Adapters would be refused as incomplete checkpoints.")
+def test_tensors_of_an_adapter_are_loaded_with_their_names() -> None:
+    from transformers.integrations import PeftAdapterMixin
+
+    source = inspect.getsource(PeftAdapterMixin.load_adapter)
+    assert re.search(r"_load_pretrained_model\([^)]*expected_keys=", source, re.DOTALL)
+    assert "expected_keys" not in inspect.getsource(PreTrainedModel.from_pretrained)
+
+
 @relies_on("accelerate", "_old_forward", files=("library_support",),
            breaks="route_native_gates would lose the hooks of models on several devices.")  # fmt: skip
 def test_hooks_keep_what_they_call_under_another_name() -> None:

@@ -18,7 +18,9 @@ from modeling_deepseekmoe.conversion.verifying import bytes_to_read
 def test_a_sound_checkpoint(golden: Golden) -> None:
     sizes: list[int] = []
     report = verify(golden.folder, progress=sizes.append)
-    assert report.tensors == len(golden.tensors) and report.manifest is None and not report.notes
+    assert report.tensors == len(golden.tensors) and report.manifest is None
+    notes = {"v1-gqa-norm": "llama.cpp ignores norm_topk_prob", "v3-noaux": "num_nextn_predict_layers=1"}
+    assert [note[:24] for note in report.notes] == [text[:24] for name, text in notes.items() if name == golden.name]
     assert report.nbytes == sum(sizes) == sum(tensor.nbytes for tensor in golden.tensors.values())
     assert re.fullmatch("[0-9a-f]{64}", report.digest)
     sizes.clear()
