@@ -22,6 +22,8 @@ from .repository import Remote, client, explained, full_repo_id, look
 RELEASED = {
     "896b55bca88d75dedb715a5cafa136e75d8fb354e66573d7c558b76f0ac0c721": "0.8.0",
     "1b4b902cf952cc346f7767405ea911824bd53724ce7e779d35395e01ff6d6513": "0.8.0",
+    "4ebe33620178b91b77e1941ec0c11db07c11ab9823ebdcf5d38704a9e95395ec": "0.9.0",
+    "d7a9c679925973f48ff28af12543b3a44a46dfbcb416c9b9afac7a1c56058f07": "0.9.0",
 }
 _HEADS = "modeling_classification.py"
 _NAMED = re.compile(r'^CODE_VERSION = "([^"]+)"', re.MULTILINE)
