@@ -7,6 +7,7 @@ and `lora_B` rank-major (out, r * E); PEFT before 0.19 wrote (E * r, out) and (i
 per-expert layout has one pair for every linear map, `experts.3.gate_proj.lora_A.weight` (r, in) and `lora_B` (out, r).
 """
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -125,7 +126,8 @@ def read_adapter(folder: str | Path) -> Adapter:
             others[name] = tensor
     replacements, rows, sources = _trained_copies(others, config)
     updates = {}
-    transposed = _are_transposed(factors, tensors, config)
+    raw = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))  # PEFT fills in its own version
+    transposed = _are_transposed(factors, tensors, config, raw.get("peft_version"))
     for (module, depth), names in factors.items():
         if names.keys() != {"A", "B"}:
             raise ValueError(
@@ -169,11 +171,14 @@ def _trained_copies(
 
 
 def _are_transposed(
-    factors: dict[tuple[str, int], dict[str, str]], tensors: dict[str, torch.Tensor], config: LoraConfig
+    factors: dict[tuple[str, int], dict[str, str]],
+    tensors: dict[str, torch.Tensor],
+    config: LoraConfig,
+    version: str | None,
 ) -> bool:
     """Whether the factors of stacks are as PEFT before 0.19 wrote them, which took their second axis for the input:
     `lora_A` (E * r, 2I) and `lora_B` (D, r * E) of gate_up. Where both projections are there the shapes tell; else the
-    version that the config names."""
+    version in the file, which those before 0.18 lack."""
     shapes: dict[str, dict[str, tuple[int, int]]] = {}
     for (module, depth), names in factors.items():
         if module.endswith(".experts") and names.keys() == {"A", "B"}:
@@ -186,7 +191,7 @@ def _are_transposed(
             now, before = (down_b, 2 * down_a), (2 * down_b, down_a)
             if now != before and (gate_up_a, gate_up_b) in (now, before):
                 return (gate_up_a, gate_up_b) == before
-    numbers = re.match(r"0\.(\d+)\.", getattr(config, "peft_version", None) or "")
+    numbers = re.match(r"0\.(\d+)\.", version or "0.17.")
     return bool(shapes) and numbers is not None and int(numbers[1]) < 19
 
 

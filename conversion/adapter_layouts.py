@@ -175,6 +175,7 @@ def _config(content: Adapter, updates: dict[str, LowRank], layout: str) -> LoraC
             raise ValueError(f"Adapter: {target} has another rank or scaling than its neighbours: {layout!r} has one.")
     return replace(
         config,
+        peft_version=None,  # the installed one: what is written is its layout
         rank_pattern={key: rank for key, rank in ranks.items() if rank != config.r},
         alpha_pattern={key: alpha for key, alpha in alphas.items() if not math.isclose(alpha, config.lora_alpha)},
         target_modules=_module_targets(modules, updates),

@@ -169,8 +169,9 @@ def _plan(adapter: Path, shapes: Shapes) -> tuple[dict[str, _Change], int]:
 def _check_tied(base: Path, changes: dict[str, _Change]) -> None:
     config = base / "config.json"
     tied = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("tie_word_embeddings")
-    for name in changes:
-        if tied and name.endswith(("embed_tokens.weight", "lm_head.weight")):
+    for name, change in changes.items():
+        whole = change.sums or any(not isinstance(place, list) for place, _ in change.replacements)
+        if tied and whole and name.endswith(("embed_tokens.weight", "lm_head.weight")):
             raise ValueError(
                 f"An adapter of {name} is not allowed for a base with tie_word_embeddings=true: embedding and head "
                 "are one weight there, and a merged checkpoint cannot change one of them alone."

@@ -107,7 +107,8 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
     adapted, names = has_adapters(model), {module: name for name, module in model.named_modules()}
     for name, block in model.named_modules():
         experts = getattr(block, "experts", None)
-        if not isinstance(experts, nn.Module):
+        is_wrapper = "original_module" in dict(block.named_children())  # PEFT's, which shows what is in it
+        if not isinstance(experts, nn.Module) or is_wrapper or ".original_module" in name:
             continue
         beside = [child for child in block.children() if child is not experts]
         for module in (block, *(module for child in beside for module in child.modules())):

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
+from .torch_support import without_wrappers
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +105,21 @@ def mtp_layers(config: DeepseekMoeConfig) -> range:
     return range(config.num_hidden_layers, config.num_hidden_layers + (config.num_nextn_predict_layers or 0))
 
 
+def check_number_of_layers(decoder: Any) -> None:
+    """Before a training step: that no layer would be left out, and say once what saving will ask for.
+
+    Raises:
+        ValueError: if there are more layers than the config has, which would not be trained.
+    """
+    there, wanted = len(decoder.layers), decoder.config.num_hidden_layers
+    problem = f"num_hidden_layers={wanted} is not that of this model, which has {there} layers"
+    advice = f"set model.config.num_hidden_layers = {there}"
+    if there > wanted:
+        raise ValueError(f"{problem}, of which the last would not be trained: {advice}.")
+    if there < wanted:
+        logger.warning_once(f"{problem}: {advice} before it is saved.")
+
+
 @contextmanager
 def config_of_what_is_saved(model: Any) -> Iterator[None]:
     """While a model is saved: its config says what the files will hold, which is no multi-token-prediction layers.
@@ -111,18 +127,20 @@ def config_of_what_is_saved(model: Any) -> Iterator[None]:
     Raises:
         ValueError: if the model's layers are not those of its config, which nobody could load.
     """
-    config, layers = model.config, getattr(model.base_model, "layers", ())
-    if len(layers) != config.num_hidden_layers:
-        raise ValueError(
-            f"num_hidden_layers={config.num_hidden_layers} is not allowed for this model, which has {len(layers)} "
-            f"layers: set model.config.num_hidden_layers = {len(layers)} before it is saved."
-        )
-    if model.base_model.moe_layers != config.moe_layers:
-        raise ValueError(
-            f"first_k_dense_replace={config.first_k_dense_replace}, moe_layer_freq={config.moe_layer_freq} is not "
-            f"allowed for this model: by these fields its layers with experts are {config.moe_layers}, and they are "
-            f"{model.base_model.moe_layers}."
-        )
+    config = model.config
+    decoder = next((module for module in model.modules() if hasattr(module, "router_load")), None)
+    if decoder is not None and not getattr(model, "peft_config", None):  # of which the adapter alone is saved
+        there, by_config = decoder.moe_layers, config.moe_layers
+        if len(decoder.layers) != config.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_layers={config.num_hidden_layers} is not allowed for this model, which has "
+                f"{len(decoder.layers)} layers: set model.config.num_hidden_layers = {len(decoder.layers)}."
+            )
+        if there != by_config:
+            raise ValueError(
+                f"first_k_dense_replace={config.first_k_dense_replace}, moe_layer_freq={config.moe_layer_freq} is not "
+                f"allowed for this model: by these its layers with experts are {by_config}, and they are {there}."
+            )
     promised, config.num_nextn_predict_layers = config.num_nextn_predict_layers, 0
     try:
         yield
@@ -255,9 +273,11 @@ def report_lost_adapters(module: nn.Module, state_dict: Mapping[str, torch.Tenso
     given = [name for name in state_dict if ".lora_" in name and name.startswith(prefix)]
     if not given:
         return
-    own = {prefix + name for name, _ in module.named_parameters()}
-    lost = [name for name in given if name not in own]
-    if any(".experts." in name for name in lost):
+    own = {prefix + without_wrappers(name) for name, _ in module.named_parameters()}
+    lost = [name for name in given if without_wrappers(name) not in own]
+    # PEFT may have put those of single experts together, for stacks to which the adapter's config adds nothing.
+    adapts_experts = any(".experts." in name and ".lora_" in name for name in own)
+    if not adapts_experts and any(".experts." in name for name in lost):
         raise ValueError(
             f"{len(lost)} tensors of the adapter, {lost[0]} among them, are not allowed: they belong to single "
             "experts, and this model stacks them. `deepseekmoe export-adapter ADAPTER OUT --layout peft "
@@ -266,8 +286,9 @@ def report_lost_adapters(module: nn.Module, state_dict: Mapping[str, torch.Tenso
     if lost:
         logger.warning(
             f"{len(lost)} of {len(given)} tensors of the adapter have no place in the model and are NOT loaded: "
-            f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}. Of an adapter in the per-expert layout PEFT "
-            "leaves out the shared experts: `deepseekmoe export-adapter ADAPTER OUT --layout peft` writes all of it."
+            f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}. It has no such layers or targets; or the "
+            "adapter is in the per-expert layout, of which PEFT leaves out the shared experts: `deepseekmoe "
+            "export-adapter ADAPTER OUT --layout peft` writes all of it."
         )
 
 
@@ -277,6 +298,7 @@ __all__ = [
     "STACKS",
     "Stored",
     "check_checkpoint",
+    "check_number_of_layers",
     "config_of_what_is_saved",
     "mtp_layers",
     "register_checkpoint_layout",

@@ -178,7 +178,8 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
         given: dict[str, Any] = {}
         for alias in [name for name in kwargs if name in self.attribute_map]:
             field, value = self.attribute_map[alias], kwargs.pop(alias)
-            if given.setdefault(field, value) != value:
+            own = getattr(self, field)
+            if given.setdefault(field, value if own == getattr(type(self), field) else own) != value:
                 raise ValueError(
                     f"{type(self).__name__}: {alias}={value!r} is not allowed: {field} has the value {given[field]!r} "
                     "under another name."
@@ -202,7 +203,11 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
         """As in transformers, except that overrides of fields are applied before the checks, not after."""
         fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"} | set(cls.attribute_map)
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        overridden = {cls.attribute_map.get(name, name) for name in overrides}
+        kept = {
+            name: value for name, value in config_dict.items() if cls.attribute_map.get(name, name) not in overridden
+        }
+        return super().from_dict({**kept, **overrides}, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ derived values
     def is_moe_layer(self, layer_idx: int) -> bool:

@@ -19,7 +19,7 @@ from .esft import ExpertSelection
 from .experts import find_experts, why_unsupported
 from .lora_layers import DirectLora, ExpertLora, layer_class_of
 from .lora_model import ExpertLoraConfig, ExpertLoraModel
-from .lora_options import PLACES, check_copies, check_options, chosen_parameters, completed_pattern
+from .lora_options import PLACES, check_copies, check_layers, check_options, chosen_parameters, completed_pattern
 from .peft_support import ParamWrapper
 
 _PARAMETERS = {"gate_up": "gate_up_proj", "down": "down_proj"}
@@ -97,7 +97,9 @@ def expert_lora_config(
     copies = [*_as_list(modules_to_save), *(_gates(model, blocks) if train_router else [])]
     _refuse_sharded_copies(model, [*copies, *_embeddings(kwargs.get("trainable_token_indices"))])
     wanted = [name for name, layer in experts_of.items() if layers is None or layer in layers]
-    check_copies(model, copies, [*wanted, *(name for names in weights.values() for name in names)])
+    linear = [name for names in modules.values() for name in names]
+    check_copies(model, copies, [*wanted, *linear, *(name for names in weights.values() for name in names)])
+    check_layers(kwargs.get("layers_to_transform"), [name for name, _ in model.named_modules()])
     adapted = chosen_parameters(wanted, kwargs)
     if not adapted or (layers is not None and adapted != wanted):
         given = {name: kwargs[name] for name in PLACES if kwargs.get(name) is not None}
@@ -107,8 +109,7 @@ def expert_lora_config(
         ))  # fmt: skip
     others = chosen_parameters([name for names in weights.values() for name in names], kwargs)
     for field in ("rank_pattern", "alpha_pattern"):
-        names = [name for names in modules.values() for name in names]
-        kwargs[field] = completed_pattern(field, kwargs.get(field), [*adapted, *others], names)
+        kwargs[field] = completed_pattern(field, kwargs.get(field), [*adapted, *others], linear)
     ends: dict[str, list[str]] = {}
     for name in sorted(experts_of, key=lambda name: name.rsplit(".", 1)[0]):
         ends.setdefault(".".join(name.split(".")[-3:]), []).append(name)

@@ -8,13 +8,13 @@ find out about when half of the model is wrapped, are refused before. The table 
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig
 from torch import nn
 
-from .peft_support import adapts_module, get_pattern_key
+from .experts import LAYER
+from .peft_support import adapts_module, get_pattern_key, variant_fields
 
 # Other computations than x A B: no expert has them, and neither `merge` nor `export-adapter` takes such an adapter.
 OTHER_COMPUTATIONS = {
@@ -59,9 +59,8 @@ def check_options(init_lora_weights: Any, options: Mapping[str, Any]) -> None:
         raise ValueError(
             f"init_lora_weights={init_lora_weights!r} is not allowed: it must be True, False or 'gaussian'."
         )
-    variants = {field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")}
     for name, value in options.items():
-        if value and (name in _REFUSED or name in variants):
+        if value and (name in _REFUSED or name in variant_fields()):
             raise ValueError(f"{name}={value!r} is not allowed: {_REFUSED.get(name, 'it is not known on experts')}.")
     if options.get("bias", "none") not in _BIASES:
         raise ValueError(
@@ -130,6 +129,22 @@ def _matches(key: str, name: str) -> bool:
     return get_pattern_key([key], name) == key
 
 
+def check_layers(layers_to_transform: Any, names: Iterable[str]) -> None:
+    """Refuse a `layers_to_transform` that names no layer, or one that is not there.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if layers_to_transform is None:
+        return
+    wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform)
+    there = {int(match[1]) for name in names if (match := LAYER.search(f"{name}."))}
+    if not wanted or not there.issuperset(wanted):
+        raise ValueError(
+            f"layers_to_transform={layers_to_transform!r} is not allowed: the layers are {min(there)} to {max(there)}."
+        )
+
+
 def check_copies(model: nn.Module, copies: Iterable[str], adapted: Iterable[str]) -> None:
     """Refuse `modules_to_save` that name nothing, or something inside which adapters are wanted.
 
@@ -149,4 +164,12 @@ def check_copies(model: nn.Module, copies: Iterable[str], adapted: Iterable[str]
             )
 
 
-__all__ = ["OTHER_COMPUTATIONS", "PLACES", "check_copies", "check_options", "chosen_parameters", "completed_pattern"]
+__all__ = [
+    "OTHER_COMPUTATIONS",
+    "PLACES",
+    "check_copies",
+    "check_layers",
+    "check_options",
+    "chosen_parameters",
+    "completed_pattern",
+]

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from .checkpoint_layout import (
     Stored,
     check_checkpoint,
+    check_number_of_layers,
     config_of_what_is_saved,
     mtp_layers,
     register_checkpoint_layout,
@@ -220,7 +221,8 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         result = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
-        if expected_keys is None and load_config.hf_quantizer is not None:
+        quantizer = None if expected_keys is not None else load_config.hf_quantizer
+        if quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False):
             tell_unquantised_experts(model)
         return result
 
@@ -327,6 +329,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             position_ids=position_ids,
             **{CACHE: past_key_values},
         )
+        if self.training:
+            check_number_of_layers(self)
         routing = self._routing_context(token_mask, inputs_embeds, kwargs.get("output_router_logits"))
         hidden_states, records = inputs_embeds, {}
         position_embeddings = self.rotary_emb(hidden_states, position_ids)

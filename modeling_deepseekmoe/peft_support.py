@@ -6,6 +6,7 @@ relied on for each.
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ def is_of_adapter(module: nn.Module) -> bool:
 def adapts_module(config: LoraConfig, name: str) -> bool:
     """Whether PEFT adapts a module of this name, by the target, exclusion and layer fields of a config."""
     return bool(check_target_module_exists(config, name))
+
+
+def variant_fields() -> set[str]:
+    """The fields of a LoraConfig that ask for another computation than x A B, which PEFT marks."""
+    return {field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")}
 
 
 def parallel_style_of(layer: nn.Module) -> str | None:
@@ -96,4 +102,5 @@ __all__ = [
     "parallel_style_of",
     "spread_ourselves",
     "use_own_layers",
+    "variant_fields",
 ]

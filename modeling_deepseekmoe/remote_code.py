@@ -167,10 +167,23 @@ def _write(file: Path, content: bytes) -> None:
 
 class NoCode:
     """A class's `auto_map` until an instance has one: empty. Trainers of other libraries read it without asking if it
-    is there, and transformers writes into what it finds, so that it is another one each time."""
+    is there, and transformers writes into what it finds, which makes it the instance's own."""
 
     def __get__(self, config: Any, owner: Any) -> dict[str, Any]:
-        return {}
+        return _Unwritten(config)
+
+
+class _Unwritten(dict):
+    """An empty `auto_map` that becomes its config's with the first entry."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self._config = config
+
+    def __setitem__(self, name: str, target: Any) -> None:
+        super().__setitem__(name, target)
+        if self._config is not None:
+            self._config.auto_map = dict(self)
 
 
 class CarriesCode:

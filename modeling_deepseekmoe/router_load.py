@@ -143,7 +143,8 @@ class RouterLoadCounter:
         measure_entropy (`bool`): whether blocks are asked for the entropy too.
         load ([`RouterLoad`], *optional*): what was counted since the last `take`; `None` if nothing was.
         trained (`bool`): whether a training forward ran since the last optimizer step.
-        watched (`bool`): whether it has auxiliary losses and is known to train them or not.
+        watched (`bool`): whether it has auxiliary losses, and it is seen if something trains them.
+        reached (`bool`): whether a backward pass has come to them, with a gradient of any size.
         steps_without_update (`int`): optimizer steps after such forwards since the bias was updated last.
     """
 
@@ -154,6 +155,7 @@ class RouterLoadCounter:
         self.load: RouterLoad | None = None
         self.trained = False
         self.watched = False
+        self.reached = False
         self.steps_without_update = 0
 
     def begin(self, device: torch.device | str | None = None) -> RouterLoad:
@@ -172,15 +174,16 @@ class RouterLoadCounter:
 
     def watch(self, aux_loss: torch.Tensor) -> None:
         """Note in the backward pass whether a gradient reaches the auxiliary loss of the micro-batch that was added
-        last: whether whoever made the loss put it in. Not known inside `torch.compile`."""
-        if self.load is None or torch.compiler.is_compiling():
+        last: whether whoever made the loss put it in. Not known inside `torch.compile`, and nothing to know where it
+        depends on nothing that is trained."""
+        if self.load is None or torch.compiler.is_compiling() or not aux_loss.requires_grad:
             return
         self.load.losses_watched += 1
         self.watched = True
-        if aux_loss.requires_grad:
-            aux_loss.register_hook(self._weigh)
+        aux_loss.register_hook(self._weigh)
 
     def _weigh(self, gradient: torch.Tensor) -> None:
+        self.reached = True
         if self.load is not None:
             self.load.loss_weight += gradient.detach().abs().to(self.load.loss_weight)
 
@@ -318,11 +321,12 @@ def _count_optimizer_steps() -> None:
 
 
 def _count_optimizer_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-    # Another model's optimizer, or a second one of this model, comes without a forward pass.
-    for model in [model for model in _of_losses if model.router_load.watched and _has_gradients(model)]:
+    # Another model's optimizer, or a second one of this model, comes without a forward pass; one that steps inside the
+    # backward pass, before that has come to the losses.
+    watched = [] if in_backward_pass() else [model for model in _of_losses if model.router_load.watched]
+    for model in [model for model in watched if _has_gradients(model)]:
         _of_losses.discard(model)
-        load: RouterLoad | None = model.router_load.load
-        if load is not None and load.losses_watched and not load.loss_weight:
+        if not model.router_load.reached:
             logger.warning(
                 f"The auxiliary losses of {type(model).__name__}, {model.config.loss_alphas}, are computed and NOT "
                 "trained: whoever made the loss of the first step left out outputs.aux_loss (no labels given to the "

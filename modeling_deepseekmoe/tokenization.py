@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Tokenizers that do what their `tokenizer_config.json` says.
+"""Tokenizers with the first and last tokens that their `tokenizer_config.json` switches on.
 
 transformers 4 put the token for the beginning of a text in front of it where `add_bos_token` is true, as in DeepSeek's
 tokenizers. transformers 5 ignores the field where there is a `tokenizer.json`, and goes by the post-processor in that

@@ -1,9 +1,10 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What the package takes from torch beyond its documented interface: three things that have no public form.
+"""What the package takes from torch beyond its documented interface: four things that have no public form.
 
 No other file uses a private name of torch. `tests/test_canaries.py` states what is relied on for each.
 """
 
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,12 @@ class Float32Buffers(nn.Module):
         return self
 
 
+def without_wrappers(name: str) -> str:
+    """The name of a parameter without those of the modules that torch wraps around others: for checkpointing, FSDP1,
+    `torch.compile`. State dicts have names without them."""
+    return re.sub(r"(^|\.)(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)(?=\.)", "", name).lstrip(".")
+
+
 def set_group_timeout(group: Any, seconds: float) -> None:
     """Let the ranks of a process group wait for each other that long, in seconds."""
     from torch.distributed import distributed_c10d  # some builds of torch are without it
@@ -36,4 +43,4 @@ def set_group_timeout(group: Any, seconds: float) -> None:
     distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-__all__ = ["Float32Buffers", "in_backward_pass", "set_group_timeout"]
+__all__ = ["Float32Buffers", "in_backward_pass", "set_group_timeout", "without_wrappers"]

@@ -35,12 +35,16 @@ def test_round_trip_through_json(golden: Golden) -> None:
 
 
 def test_aliases(tiny_config: Callable[..., DeepseekMoeConfig]) -> None:
-    config = tiny_config(router_aux_loss_coef=0.5, num_experts=16)
+    config = DeepseekMoeConfig(router_aux_loss_coef=0.5, num_experts=16)
     assert (config.aux_loss_alpha, config.n_routed_experts, config.num_local_experts) == (0.5, 16, 16)
+    for given, override in (("num_local_experts", "num_experts"), ("num_experts", "n_routed_experts")):
+        assert DeepseekMoeConfig.from_dict({given: 8}, **{override: 16}).n_routed_experts == 16
+    with pytest.raises(ValueError, match="num_experts=16 is not allowed: n_routed_experts has the value 8 under"):
+        tiny_config(num_experts=16)
     config.router_aux_loss_coef = 0.25
     assert config.aux_loss_alpha == 0.25
     with pytest.raises(ValueError, match="n_routed_experts=2"):
-        tiny_config(num_local_experts=2)
+        DeepseekMoeConfig(num_local_experts=2)
 
 
 @pytest.mark.parametrize(

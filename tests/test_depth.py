@@ -15,7 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseekmoe import (
+    DeepseekMoeConfig,
     DeepseekMoeForCausalLM,
+    DeepseekMoeModel,
+    DeepseekMoePreTrainedModel,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     LoadBalancingCallback,
@@ -74,9 +77,18 @@ def test_cut_layers_are_saved_and_loaded(tiny_model: Make, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("save", [lambda model, folder: model.save_pretrained(folder), save_sharded])
-def test_a_model_is_not_saved_under_another_models_config(tiny_model: Make, save: Callable, tmp_path: Path) -> None:
+def test_a_model_is_not_saved_under_another_models_config(
+    tiny_model: Make, save: Callable, tmp_path: Path, warnings_of_package: list[str]
+) -> None:
     model = tiny_model(num_hidden_layers=4)
+    model.model.layers.append(copy.deepcopy(model.model.layers[-1]))
+    with pytest.raises(
+        ValueError, match=r"which has 5 layers, of which the last would not be trained: set model.config"
+    ):
+        model(IDS, labels=IDS)
     model.model.layers = model.model.layers[:3]
+    model(IDS, labels=IDS)
+    assert "has 3 layers: set model.config.num_hidden_layers = 3 before it is saved" in warnings_of_package[-1]
     with pytest.raises(ValueError, match=r"num_hidden_layers=4 .* set model.config.num_hidden_layers = 3"):
         save(model, tmp_path / "out")
     keep(model, [1, 2])
@@ -123,12 +135,34 @@ def test_a_block_inside_a_wrapper(tiny_model: Make) -> None:
     """As PEFT's copies are, which pass on what they are given."""
     from peft import LoraConfig, get_peft_model
 
-    model = tiny_model()
+    model = tiny_model(**V3_LIKE)
     expected = model(IDS, labels=IDS).loss
+    take_router_load(model)
     lora = LoraConfig(target_modules=["o_proj"], modules_to_save=["mlp"], task_type="CAUSAL_LM")
     adapted = get_peft_model(model, lora).train()
     assert_same(adapted(IDS, labels=IDS).loss, expected)
     assert take_router_load(adapted).tokens_per_expert.sum() > 0
+    adapted(IDS, labels=IDS).loss.backward()
+    update_router_bias(adapted)
+    moved = [name for name, bias in adapted.named_buffers() if name.endswith("correction_bias") and bias.any()]
+    assert len(moved) == 2 and all(".modules_to_save.default.gate." in name for name in moved)
+
+
+class Reward(DeepseekMoePreTrainedModel):
+    """A head of somebody's own."""
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__(config)
+        self.backbone = DeepseekMoeModel(config)
+        self.post_init()
+
+
+def test_a_model_with_its_decoder_elsewhere(tiny_config: Callable, tmp_path: Path) -> None:
+    model = Reward(tiny_config())
+    model.save_pretrained(tmp_path / "saved")
+    model.backbone.layers = model.backbone.layers[:2]
+    with pytest.raises(ValueError, match=r"set model\.config\.num_hidden_layers = 2"):
+        model.save_pretrained(tmp_path / "cut")
 
 
 # --------------------------------------------------------------------------------------------- what a config promises

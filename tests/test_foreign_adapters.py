@@ -32,8 +32,10 @@ CONFIGS = {
     "deepseek": lambda: DeepseekConfig(**SIZES),
     "deepseekmoe": lambda: DeepseekMoeConfig(**SIZES),
     "deepseek_v2": lambda: DeepseekV2Config(**{**SIZES, **MLA}, q_lora_rank=None),
+    "square": lambda: DeepseekConfig(**{**SIZES, "moe_intermediate_size": 48}),  # of which sizes tell nothing
     "deepseek_v3": lambda: DeepseekV3Config(**{**SIZES, **V3_LIKE}, num_nextn_predict_layers=0),
 }
+KINDS = [kind for kind in CONFIGS if kind != "square"]
 INPUTS = torch.randint(3, 180, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
@@ -58,7 +60,7 @@ def with_noise(adapted: nn.Module) -> nn.Module:
 
 # -------------------------------------------------------------------------------------- the API of transformers itself
 @pytest.mark.parametrize("what", ["experts", "attention"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_ways_to_load_an_adapter(kind: str, what: str, tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "adapter"
     make(kind).save_pretrained(base)
@@ -116,13 +118,14 @@ def write_transposed(folder: Path, model: nn.Module, version: str | None, stacks
     return deltas
 
 
-@pytest.mark.parametrize("kind", ["deepseek", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["deepseek", "deepseek_v3", "square"])
 @pytest.mark.parametrize(
     ("version", "stacks"),
     [
         ("0.18.1", ("gate_up_proj", "down_proj")),
         (None, ("gate_up_proj", "down_proj")),
         ("0.18.0", ("down_proj",)),
+        (None, ("down_proj",)),
         ("0.18.1", ("gate_up_proj",)),
     ],
 )
@@ -142,6 +145,8 @@ def test_stacks_as_peft_018_wrote_them(
     export_adapter(tmp_path / "single", tmp_path / "new", "peft")
     adapted = PeftModel.from_pretrained(make(kind), tmp_path / "new")
     assert_same(logits(optimize_expert_lora(adapted)), expected)
+    merge_adapter(tmp_path / "base", tmp_path / "new", tmp_path / "merged again")
+    assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged again")), expected)
 
 
 def test_the_layout_of_today_is_told_from_it_by_its_shapes(tmp_path: Path) -> None:
@@ -156,7 +161,7 @@ def test_the_layout_of_today_is_told_from_it_by_its_shapes(tmp_path: Path) -> No
     assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_adapters_of_single_experts(kind: str, tmp_path: Path, warnings_of_package: list[str]) -> None:
     """PEFT reads those of V2 and V3, but for the shared experts; of the others it would drop all, without a word."""
     model = make(kind)
@@ -176,6 +181,25 @@ def test_adapters_of_single_experts(kind: str, tmp_path: Path, warnings_of_packa
     again = optimize_expert_lora(PeftModel.from_pretrained(make(kind), tmp_path / "again"))
     assert_same(logits(again), logits(adapted))
     assert not any("NOT loaded" in text for text in warnings_of_package)
+
+
+def test_tensors_that_have_a_place_and_tensors_that_have_none(
+    tmp_path: Path, warnings_of_package: list[str], tiny_model: Callable
+) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    deep, flat = tiny_model(num_hidden_layers=3), tiny_model(num_hidden_layers=2)
+    adapted = get_peft_model(deep, expert_lora_config(deep, r=2, target_modules=("o_proj",)))
+    adapted.save_pretrained(tmp_path)
+    state = {name: tensor for name, tensor in adapted.state_dict().items() if "lora_" in name}
+    apply_activation_checkpointing(deep, check_fn=lambda module: type(module).__name__ == "DeepseekMoeDecoderLayer")
+    adapted.load_state_dict(state, strict=False)
+    assert not any("NOT loaded" in text for text in warnings_of_package)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["target_modules"] = ["o_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    PeftModel.from_pretrained(flat, tmp_path)
+    assert "6 of 14 tensors" in warnings_of_package[-1] and "no such layers or targets" in warnings_of_package[-1]
 
 
 # ------------------------------------------------------------------------------ embeddings, heads and their rows
@@ -208,6 +232,19 @@ def test_merging_what_was_trained_beside(resized: int | None, fields: dict, tmp_
     export_adapter(tmp_path / "adapter", tmp_path / "single", "per-expert")
     merge_adapter(tmp_path / "base", tmp_path / "single", tmp_path / "merged as well")
     assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged as well")), expected)
+
+
+def test_rows_of_a_tied_embedding(tmp_path: Path, tiny_model: Callable) -> None:
+    """They are the head's too, for PEFT and in the file."""
+    model = tiny_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    adapted = with_noise(get_peft_model(model, expert_lora_config(model, r=2, trainable_token_indices=[9, 4])))
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = INPUTS % 96
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits, expected)
 
 
 def test_a_base_that_is_not_resized(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """One step of every trainer of TRL: whose class is trained, and whether the balance losses are."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -175,8 +176,10 @@ def test_a_config_has_an_auto_map_that_is_empty_and_its_own(kind: str, tmp_path:
     config_class, fields, _ = KINDS[kind]
     config = config_class(**fields)
     assert config.auto_map == {} and "auto_map" not in config.to_dict()
-    config.auto_map["AutoModel"] = "x.Y"
-    assert config.auto_map == {} and config_class(**fields).auto_map == {}
+    config.auto_map["AutoConfig"] = "x.Y"  # as transformers does for code of one's own
+    config.auto_map["AutoModel"] = "x.Z"
+    assert config.auto_map == {"AutoConfig": "x.Y", "AutoModel": "x.Z"} and config_class(**fields).auto_map == {}
+    assert config_class.auto_map == {}
     config.auto_map = {"AutoModel": "someone/else--x.Y"}
     config.save_pretrained(tmp_path)
     assert type(config).from_pretrained(tmp_path).auto_map == {"AutoModel": "someone/else--x.Y"}
@@ -195,6 +198,22 @@ def test_a_member_of_the_family_without_experts(tmp_path: Path) -> None:
     assert 4 < trainer.state.log_history[0]["loss"] < 8
 
 
+def test_code_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers names it in the config of what is saved."""
+    (tmp_path / "my_moe.py").write_text(
+        "from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM\n\n\n"
+        "class MyModel(DeepseekMoeForCausalLM):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_moe
+
+    my_moe.MyModel.register_for_auto_class("AutoModelForCausalLM")
+    model = my_moe.MyModel(DeepseekMoeConfig(**SIZES))
+    model.save_pretrained(tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["auto_map"] == {"AutoModelForCausalLM": "my_moe.MyModel"}
+
+
 # ------------------------------------------------------------------------- losses that are computed and not trained
 def train_step(model: nn.Module, loss_of: Callable[[Any], torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
     loss_of(model(torch.arange(3, 12)[None])).backward()
@@ -207,13 +226,23 @@ def test_a_loop_of_ones_own(tiny_model: Callable, warnings_of_package: list[str]
     model = tiny_model(aux_loss_alpha=0.3)
     optimizer, stats = torch.optim.SGD(model.parameters(), lr=0.0), modeling_deepseekmoe.RouterStats(model)
     for _ in range(2):
-        train_step(model, lambda out: out.logits.float().square().mean() + trained * out.aux_loss, optimizer)
+        train_step(model, lambda out: out.logits.square().mean() + (out.aux_loss if trained else 0.0), optimizer)
         stats.add(modeling_deepseekmoe.take_router_load(model))
     assert stats.to_dict()["losses_trained"] is trained
     assert ("aux_loss/expert" in stats.summary()) is trained
     assert ("aux_loss_not_trained/expert" in stats.summary()) is not trained
     said = [text for text in warnings_of_package if "NOT trained" in text]
     assert len(said) == (not trained) and all("{'expert': 0.3}" in text for text in said)
+
+
+def test_optimizers_that_step_inside_the_backward_pass(tiny_model: Callable, warnings_of_package: list[str]) -> None:
+    """The gradient comes to the norm before it comes to the losses."""
+    model = tiny_model(aux_loss_alpha=0.3)
+    for parameter in model.parameters():
+        optimizer = torch.optim.SGD([parameter], lr=0.0)
+        parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    model(torch.arange(3, 12)[None], labels=torch.arange(3, 12)[None]).loss.backward()
+    assert not any("NOT trained" in text for text in warnings_of_package)
 
 
 @pytest.mark.parametrize("kind", ["labels", "no labels", "reentrant", "frozen gates", "no losses", "a copy"])
@@ -235,5 +264,6 @@ def test_what_reaches_the_losses(tiny_model: Callable, warnings_of_package: list
     load = modeling_deepseekmoe.take_router_load(model)
     said = any("NOT trained" in text for text in warnings_of_package)
     reached = {"labels": 1.0, "reentrant": 1.0}.get(kind, 0.0)
-    assert (float(load.loss_weight), int(load.losses_watched)) == (reached, int(kind != "no losses"))
+    watched = kind not in ("no losses", "frozen gates")  # which depend on nothing that is trained
+    assert (float(load.loss_weight), int(load.losses_watched)) == (reached, int(watched))
     assert said is (kind in ("no labels", "a copy"))  # where something is trained, and not by these
