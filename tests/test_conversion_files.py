@@ -217,7 +217,7 @@ def test_flipped_data_is_found_by_verify(folder: Path, tmp_path: Path) -> None:
     assert code == 1 and f"tensors that differ: {tensor.name}" in output
 
 
-def test_a_thousand_random_corruptions(v1: Golden, folder: Path, tmp_path: Path) -> None:
+def test_hundreds_of_random_corruptions(v1: Golden, folder: Path, tmp_path: Path) -> None:
     """Of a header or the index: an error, or the right result."""
     layouts, results = ("per-expert", "stacked"), {}
     for layout in layouts:
@@ -227,7 +227,7 @@ def test_a_thousand_random_corruptions(v1: Golden, folder: Path, tmp_path: Path)
     generator, outcomes = random.Random(0), {0: 0, 1: 0, 2: 0}
     headers = {file: 8 + int.from_bytes(file.read_bytes()[:8], "little") for file in folder.glob("*.safetensors")}
     targets = [*headers, folder / INDEX, folder / INDEX]
-    for number in range(1000):
+    for number in range(500):
         file = generator.choice(targets)
         content = file.read_bytes()
         end = headers.get(file, len(content))
@@ -261,7 +261,7 @@ def test_a_thousand_random_corruptions(v1: Golden, folder: Path, tmp_path: Path)
         assert not out.with_name(f"{out.name}.unfinished").exists() and file.read_bytes() == corrupted
         file.write_bytes(content)
     assert digests(folder) == before
-    assert outcomes[2] > 800 and outcomes[0] > 0  # some change the index's metadata or white space alone
+    assert outcomes[2] > 400 and outcomes[0] > 0  # some change the index's metadata or white space alone
 
 
 def test_headers_are_read_as_the_safetensors_library_reads_them(v3: Golden, tmp_path: Path) -> None:
