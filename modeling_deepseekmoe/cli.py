@@ -19,6 +19,7 @@ from .cli_options import (
     Split,
     Subset,
     Tokenizer,
+    TrustRemoteCode,
     allow_only,
     bytes_bar,
     check_dtype,
@@ -237,6 +238,7 @@ def report(
     block_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
     tokenizer: Tokenizer = None,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device_map: DeviceMap = "auto",
 ) -> None:
@@ -250,7 +252,7 @@ def report(
             require_matplotlib()
             check_file(output)
         result = make_report(
-            *load_model(model, tokenizer, dtype, device_map),
+            *load_model(model, tokenizer, dtype, device_map, trust_remote_code),
             read_texts(data, split=split, column=column, subset=subset),
             title=model,
             source=Path(data).name if Path(data).exists() else data,
@@ -318,6 +320,7 @@ def esft_select(
     block_size: Annotated[int, typer.Option(help="Tokens in a sample; at most the model's context.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = 1,
     tokenizer: Tokenizer = None,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device_map: DeviceMap = "auto",
 ) -> None:
@@ -333,7 +336,7 @@ def esft_select(
         for path in (out, scores):
             if path is not None:
                 check_file(path)
-        loaded, own_tokenizer = load_model(model, tokenizer, dtype, device_map)
+        loaded, own_tokenizer = load_model(model, tokenizer, dtype, device_map, trust_remote_code)
         block_size = min(block_size, loaded.config.max_position_embeddings)
         texts = read_texts(data, split=split, column=column, subset=subset)
         batches = token_batches(

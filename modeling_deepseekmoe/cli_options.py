@@ -15,6 +15,9 @@ Column = Annotated[str, typer.Option(help="Field of the rows that holds the text
 Split = Annotated[str, typer.Option(help="Split of a dataset.")]
 Subset = Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the tokenizer's folder carries.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceMap = Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")]
 # Options of the commands that write checkpoints.
@@ -51,7 +54,9 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path} is not allowed as a file to write: it is a folder.")
 
 
-def load_model(model: str, tokenizer: str | None, dtype: str, device_map: str) -> tuple[Any, Any]:
+def load_model(
+    model: str, tokenizer: str | None, dtype: str, device_map: str, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """A checkpoint of any generation with this package's classes, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
@@ -62,7 +67,7 @@ def load_model(model: str, tokenizer: str | None, dtype: str, device_map: str) -
     register(override_native=True)
     return (
         AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device_map),
-        load_tokenizer(tokenizer or model),
+        load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code),
     )
 
 
@@ -101,6 +106,7 @@ __all__ = [
     "Split",
     "Subset",
     "Tokenizer",
+    "TrustRemoteCode",
     "allow_only",
     "bytes_bar",
     "check_dtype",

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from .remote_code import PublishedModel, attach_code, carries_code, check_place_for_code
 from .transformers_support import unwrap_model
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+logger = logging.get_logger(__name__)
 
 
 class RemoteCodeCallback(TrainerCallback):
@@ -95,6 +98,10 @@ class ModelCardCallback(TrainerCallback):
         trainer.add_callback(self)
 
         def create_model_card(*args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
+            # Trainers give the model's and the dataset's name by themselves.
+            left_out = sorted(key for key in kwargs if not key.endswith("_name") and kwargs[key])
+            if left_out:
+                logger.warning(f"{', '.join(left_out)} is left out of the card: give it to {type(self).__name__}.")
             tags = [tags] if isinstance(tags, str) else list(tags or ())
             self._write_card([*(getattr(trainer.model, "model_tags", None) or ()), *tags])
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +182,19 @@ def test_files_beside_the_weights(v1: Golden, tiny_model: Callable, tmp_path: Pa
     assert (tmp_path / "merged" / "additional_chat_templates" / "tools.jinja").is_file()
     assert any("chat_template.jinja of the adapter" in line and "not taken" in line for line in lines)
     assert any("someone/else" in line and "other" in line for line in lines)
+
+
+def test_what_a_card_leaves_out(monkeypatch: pytest.MonkeyPatch, warnings_of_package: list[str]) -> None:
+    from modeling_deepseekmoe import ModelCardCallback
+
+    callback, written = ModelCardCallback(license="mit"), []
+    trainer = SimpleNamespace(model=SimpleNamespace(model_tags=["a"]), add_callback=lambda callback: None)
+    monkeypatch.setattr(callback, "_write_card", written.append)
+    callback.add_to(trainer)
+    trainer.create_model_card(model_name="x", dataset_name="y", tags="b")
+    assert written == [["a", "b"]] and not warnings_of_package
+    trainer.create_model_card(license="apache-2.0", dataset="z", tags=["c"])
+    assert written[1] == ["a", "c"] and "dataset, license is left out of the card" in warnings_of_package[0]
 
 
 def test_the_head_that_is_counted(tiny_config: Callable, tmp_path: Path) -> None:
