@@ -90,7 +90,8 @@ def verify(
     Args:
         folder: folder or hub id of a checkpoint of the family.
         other: another one, of any layout, dtype and dialect.
-        write_manifest: write the hashes to `tensors.sha256.json` in the folder, instead of checking them.
+        write_manifest: write the hashes to `tensors.sha256.json` in the folder, instead of checking them, where all
+            holds.
         logits: of a comparison, also run both models on random tokens, one layer in memory at a time.
         tolerance: largest absolute difference of the logits.
         report: receives a line at every step.
@@ -109,10 +110,7 @@ def verify(
     report(f"Reading {len(found.source.tensors):,} tensors of {path}")
     hashes = _read_all(found, problems, progress)
     manifest = None
-    if write_manifest and not problems:
-        _write_manifest(path / MANIFEST_NAME, hashes)
-        manifest = "written"
-    elif (path / MANIFEST_NAME).is_file() and not write_manifest:
+    if (path / MANIFEST_NAME).is_file() and not write_manifest:
         check_inside(path / MANIFEST_NAME, path)
         _check_manifest(path / MANIFEST_NAME, hashes, problems)
         manifest = "checked"
@@ -130,6 +128,9 @@ def verify(
             result = replace(result, max_logit_difference=_compare_logits(found, second, tolerance, problems))
     if problems:
         raise VerificationError("; ".join(problems))
+    if write_manifest:
+        _write_manifest(path / MANIFEST_NAME, hashes)
+        result = replace(result, manifest="written")
     return result
 
 

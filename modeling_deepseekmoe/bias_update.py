@@ -299,7 +299,12 @@ class _Tracker:
     a tracker of its own."""
 
     def __init__(self, model: nn.Module) -> None:
-        gates = require_biased_gates(model)
+        gates = find_biased_gates(model)
+        if not gates:
+            raise ValueError(
+                f"{type(model).__name__} is not allowed: tokens are counted in this package's models, and in others "
+                f"that have a gate with a balancing bias ({BIAS_NAME}). `deepseekmoe report` shows what gates do."
+            )
         layers = [re.search(r"\d+", gate.name) for gate in gates]
         self.counter = RouterLoadCounter(
             tuple(idx if match is None else int(match[0]) for idx, match in enumerate(layers)), gates[0].bias.numel()

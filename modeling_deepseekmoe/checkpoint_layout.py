@@ -263,6 +263,27 @@ def stack_expert_tensors(
         state_dict[f"{prefix}{stack}"] = stacked
 
 
+def refuse_single_experts(given: Iterable[str], own: Iterable[str]) -> None:
+    """Raise a `ValueError` where an adapter has factors for experts, and the model takes none there: PEFT knows how to
+    put those of single experts together for V2 and V3 alone.
+
+    Args:
+        given: names in the adapter.
+        own: names of the model's parameters, those of its adapters among them.
+    """
+
+    def of_experts(names: Iterable[str]) -> list[str]:
+        return [name for name in names if ".experts." in name and ".lora_" in name]
+
+    found = of_experts(given)
+    if found and not of_experts(own):
+        raise ValueError(
+            f"{len(found)} tensors of the adapter, {found[0]} among them, are not allowed: they belong to single "
+            "experts, and this model stacks them. `deepseekmoe export-adapter ADAPTER OUT --layout peft "
+            "--num-experts E` writes the same adapter for stacked experts."
+        )
+
+
 def report_lost_adapters(module: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, *args: Any) -> None:
     """Say which tensors of an adapter have no place in a decoder (a `load_state_dict` pre-hook): PEFT would drop them
     without a word.
@@ -274,15 +295,8 @@ def report_lost_adapters(module: nn.Module, state_dict: Mapping[str, torch.Tenso
     if not given:
         return
     own = {prefix + without_wrappers(name) for name, _ in module.named_parameters()}
+    refuse_single_experts(given, own)
     lost = [name for name in given if without_wrappers(name) not in own]
-    # PEFT may have put those of single experts together, for stacks to which the adapter's config adds nothing.
-    adapts_experts = any(".experts." in name and ".lora_" in name for name in own)
-    if not adapts_experts and any(".experts." in name for name in lost):
-        raise ValueError(
-            f"{len(lost)} tensors of the adapter, {lost[0]} among them, are not allowed: they belong to single "
-            "experts, and this model stacks them. `deepseekmoe export-adapter ADAPTER OUT --layout peft "
-            "--num-experts E` writes the same adapter for stacked experts."
-        )
     if lost:
         logger.warning(
             f"{len(lost)} of {len(given)} tensors of the adapter have no place in the model and are NOT loaded: "
@@ -301,6 +315,7 @@ __all__ = [
     "check_number_of_layers",
     "config_of_what_is_saved",
     "mtp_layers",
+    "refuse_single_experts",
     "register_checkpoint_layout",
     "report_lost_adapters",
     "stack_expert_tensors",

@@ -83,7 +83,7 @@ def allow_only(context: typer.Context, case: str, *allowed: str) -> None:
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
     names = {parameter.name: parameter.opts[0] for parameter in context.command.params}  # an argument's is its own
     if odd := sorted(names[name] for name in given - set(allowed)):
-        raise ValueError(f"{', '.join(odd)} not allowed {case}.")
+        raise ValueError(f"{', '.join(odd)}: not allowed {case}.")
 
 
 @contextmanager

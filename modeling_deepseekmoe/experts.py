@@ -119,7 +119,9 @@ def run_experts(
         for adapter in adapters:
             arguments += (None, None, 1.0, 0.0, None) if adapter is None else adapter
             differentiable += () if adapter is None else adapter[:2]
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+        # A trace is checked by a run without gradients, which must be the same.
+        with_gradients = torch.is_grad_enabled() or torch.jit.is_tracing()
+        keep = with_gradients and any(tensor.requires_grad for tensor in differentiable)
         implementation = "triton" if way == "triton" else "eager"
         output = experts_op(rows, top_k_index, top_k_weights, gate_up, down, *arguments, keep, implementation)[0]
         return output.to(hidden_states.dtype)
@@ -197,7 +199,8 @@ def choose_way(
     if size >= LOOP_FROM or torch.compiler.is_compiling():
         return "loop", ""
     reason = f"an expert of {hidden_size} x {columns // 2} is so small that the calls would take longer"
-    if not torch.is_grad_enabled() and num_slots * size < BATCHED_BELOW:
+    few = num_slots * size < BATCHED_BELOW and not torch.jit.is_tracing()
+    if not torch.is_grad_enabled() and few:
         return "batched", reason
     return "grouped", reason
 

@@ -114,7 +114,7 @@ def run_grouped(
     rows = hidden_states.index_select(0, slots.order // top_k)
     elsewhere = None
     # The products leave rows of any content there, in both passes. Only on the CPU is it free to look.
-    in_view = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    in_view = rows.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
     if not in_view or (len(rows) and slots.group_ids[-1] >= num_experts):
         elsewhere = (slots.group_ids >= num_experts).unsqueeze(-1)
     rows = _without(rows, elsewhere)

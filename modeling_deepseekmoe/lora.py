@@ -19,7 +19,16 @@ from .esft import ExpertSelection
 from .experts import find_experts, why_unsupported
 from .lora_layers import DirectLora, ExpertLora, layer_class_of
 from .lora_model import ExpertLoraConfig, ExpertLoraModel
-from .lora_options import PLACES, check_copies, check_layers, check_options, chosen_parameters, completed_pattern
+from .lora_options import (
+    PLACES,
+    check_copies,
+    check_exclusions,
+    check_layers,
+    check_options,
+    chosen_parameters,
+    completed_pattern,
+    excludes,
+)
 from .peft_support import ParamWrapper
 
 _PARAMETERS = {"gate_up": "gate_up_proj", "down": "down_proj"}
@@ -100,6 +109,7 @@ def expert_lora_config(
     linear = [name for names in modules.values() for name in names]
     check_copies(model, copies, [*wanted, *linear, *(name for names in weights.values() for name in names)])
     check_layers(kwargs.get("layers_to_transform"), [name for name, _ in model.named_modules()])
+    check_exclusions(kwargs.get("exclude_modules"), [name for name, _ in model.named_modules()], experts_of)
     adapted = chosen_parameters(wanted, kwargs)
     if not adapted or (layers is not None and adapted != wanted):
         given = {name: kwargs[name] for name in PLACES if kwargs.get(name) is not None}
@@ -108,6 +118,8 @@ def expert_lora_config(
             f"no layer of {sorted(blocks)} is left." if layers is None else "`experts` selects some of these experts."
         ))  # fmt: skip
     others = chosen_parameters([name for names in weights.values() for name in names], kwargs)
+    if not any(excludes(kwargs.get("exclude_modules"), name) for name in linear):
+        kwargs["exclude_modules"] = None  # done, and PEFT, which looks at modules alone, would say that it was not
     for field in ("rank_pattern", "alpha_pattern"):
         kwargs[field] = completed_pattern(field, kwargs.get(field), [*adapted, *others], linear)
     ends: dict[str, list[str]] = {}
@@ -195,7 +207,7 @@ def _linear_targets(model: nn.Module, targets: list[str]) -> tuple[dict[str, lis
             leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise ValueError(
                 f"target_modules: {target!r} is not allowed: no linear map has that name. There are "
-                f"{', '.join(leaves)}."
+                f"{', '.join(leaves)}; train_router=True trains the gates."
             )
         for name, end in found.items():
             # PEFT takes these, wherever they stand in a V2 or V3 model, for the old names of the routed experts.

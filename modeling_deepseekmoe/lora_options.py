@@ -85,14 +85,16 @@ def chosen_parameters(names: Iterable[str], options: Mapping[str, Any]) -> list[
     for name in names:
         module = name.rpartition(".")[0]
         config = LoraConfig(target_modules=[module.rpartition(".")[2]], **given)  # a whole name goes by no layers
-        if adapts_module(config, module) and not _excludes(given["exclude_modules"], name):
+        if adapts_module(config, module) and not excludes(given["exclude_modules"], name):
             kept.append(name)
     return kept
 
 
-def _excludes(exclude_modules: Any, name: str) -> bool:
-    """Whether a parameter is excluded by its own name."""
-    return not adapts_module(LoraConfig(target_modules=[name], exclude_modules=exclude_modules), name)
+def excludes(exclude_modules: Any, name: str) -> bool:
+    """Whether a module or a parameter is excluded by its own name."""
+    return bool(exclude_modules) and not adapts_module(
+        LoraConfig(target_modules=[name], exclude_modules=exclude_modules), name
+    )
 
 
 def completed_pattern(
@@ -145,6 +147,26 @@ def check_layers(layers_to_transform: Any, names: Iterable[str]) -> None:
         )
 
 
+def check_exclusions(exclude_modules: Any, modules: Iterable[str], parameters: Iterable[str]) -> None:
+    """Refuse names in `exclude_modules` that nothing in the model has, and regular expressions that are none.
+
+    Args:
+        exclude_modules: the field.
+        modules, parameters: full names.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+    names = [*modules, *parameters]
+    each = [exclude_modules] if isinstance(exclude_modules, str) else [[name] for name in exclude_modules or ()]
+    try:
+        idle = [entry for entry in each if not any(excludes(entry, name) for name in names if name)]
+    except re.error as error:
+        raise ValueError(f"exclude_modules={exclude_modules!r} is not allowed: {error}.") from error
+    if idle:
+        raise ValueError(f"exclude_modules: {idle[0]!r} is not allowed: nothing in the model has that name.")
+
+
 def check_copies(model: nn.Module, copies: Iterable[str], adapted: Iterable[str]) -> None:
     """Refuse `modules_to_save` that name nothing, or something inside which adapters are wanted.
 
@@ -168,8 +190,10 @@ __all__ = [
     "OTHER_COMPUTATIONS",
     "PLACES",
     "check_copies",
+    "check_exclusions",
     "check_layers",
     "check_options",
     "chosen_parameters",
     "completed_pattern",
+    "excludes",
 ]

@@ -23,6 +23,7 @@ from .checkpoint_layout import (
     check_number_of_layers,
     config_of_what_is_saved,
     mtp_layers,
+    refuse_single_experts,
     register_checkpoint_layout,
     report_lost_adapters,
 )
@@ -206,7 +207,8 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         it expects, these are the tensors of an adapter alone."""
         stored = None
         if expected_keys is not None:
-            pass
+            names = state_dict if state_dict is not None else Stored.of_files(checkpoint_files or ()).shapes
+            refuse_single_experts(names, expected_keys)
         elif state_dict is not None:
             stored = Stored.of_state_dict(state_dict)
         elif checkpoint_files and not any(str(file).endswith(".gguf") for file in checkpoint_files):

@@ -70,12 +70,7 @@ def _replace_auxiliary_loss(model: nn.Module, outputs: ModelOutput, model_loss: 
     trainer_loss = getattr(outputs, "aux_loss", None)
     trains = model.training and torch.is_grad_enabled() and bool(asked_for)
     if trainer_loss is None:
-        if trains:
-            logger.warning_once(
-                f"The trainer leaves out the auxiliary losses that the config of {type(model).__name__} asks for, "
-                f"{asked_for}: it takes a router_aux_loss_coef above 0, a tiny one if its own loss is not wanted."
-            )
-        return
+        return  # the model's decoder says so itself
     if not coefficient and trains:
         logger.warning_once(
             f"The trainer multiplies the auxiliary losses of {type(model).__name__}, {asked_for}, by a "

@@ -21,6 +21,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers.utils import logging
 
 from .balancing import LOSS_NAMES
+from .configuration_checks import LOSS_FIELDS
 from .torch_support import in_backward_pass
 
 logger = logging.get_logger(__name__)
@@ -328,10 +329,11 @@ def _count_optimizer_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, A
         _of_losses.discard(model)
         if not model.router_load.reached:
             logger.warning(
-                f"The auxiliary losses of {type(model).__name__}, {model.config.loss_alphas}, are computed and NOT "
-                "trained: whoever made the loss of the first step left out outputs.aux_loss (no labels given to the "
-                "model, label smoothing, a loss function of your own, a trainer that takes the logits alone). Add "
-                "outputs.aux_loss to that loss, or set these fields of model.config to 0."
+                f"The auxiliary losses of {type(model).__name__}, {fields_of_losses(model.config)}, are computed and "
+                "NOT trained: whoever made the loss of the first step left out outputs.aux_loss (no labels given to "
+                "the model, label smoothing, a loss function of your own, a trainer that takes the logits alone, "
+                "router_aux_loss_coef=0 in TRL). Where it can be told to, let it add outputs.aux_loss; else set these "
+                "fields of model.config to 0."
             )
     for model in [model for model in _of_updates if model.router_load.trained and _gates_train(model)]:
         counter: RouterLoadCounter = model.router_load
@@ -345,6 +347,11 @@ def _count_optimizer_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, A
                 "callbacks=[LoadBalancingCallback()] to the Trainer, or call update_router_bias(model) after every "
                 "optimizer.step(); both are in the package modeling_deepseekmoe."
             )
+
+
+def fields_of_losses(config: Any) -> dict[str, float]:
+    """The coefficients of the auxiliary losses that are switched on, by the config's fields."""
+    return {LOSS_FIELDS[name]: alpha for name, alpha in config.loss_alphas.items()}
 
 
 def _has_gradients(model: nn.Module) -> bool:

@@ -163,7 +163,7 @@ def test_command_line(hub: HubServer, released: dict[str, bytes]) -> None:
     for name, content in released.items():
         change(name, content)
     code, output = run("push", "--code-only", "alice/model", "--license", "mit", "--private")
-    assert code == 2 and "--license, --private not allowed with --code-only" in output
+    assert code == 2 and "--license, --private: not allowed with --code-only" in output
     code, output = run("push", "--code-only", "alice/model", "alice/other")
     assert code == 2 and "not allowed with --code-only" in output
     code, output = run("push", "alice/model")

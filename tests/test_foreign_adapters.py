@@ -172,6 +172,8 @@ def test_adapters_of_single_experts(kind: str, tmp_path: Path, warnings_of_packa
     if kind in ("deepseek", "deepseekmoe"):
         with pytest.raises(ValueError, match=r"belong to single experts, and this model stacks them\. `deepseekmoe"):
             PeftModel.from_pretrained(make(kind), tmp_path / "single")
+        with pytest.raises(ValueError, match="belong to single experts"):
+            make(kind).load_adapter(str(tmp_path / "single"))
     else:
         PeftModel.from_pretrained(make(kind), tmp_path / "single")
         assert "12 of " in warnings_of_package[-1] and "NOT loaded" in warnings_of_package[-1]

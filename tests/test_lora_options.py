@@ -101,6 +101,7 @@ def test_options_that_choose_places(kind: str, options: dict, experts: set, atte
     assert {layer for layer, names in found.items() if "up_proj" in names} == ffn & dense
 
 
+@pytest.mark.filterwarnings("error:.*exclude_modules")
 def test_an_excluded_projection_and_what_plain_peft_makes_of_the_file(tmp_path: Any) -> None:
     model = adapted(exclude_modules=["layers.2.mlp.experts.gate_up_proj"], layers_to_transform=[1, 2])
     parts = {name for name in ranks(model) if "experts" in name}
@@ -123,6 +124,8 @@ def test_an_excluded_projection_and_what_plain_peft_makes_of_the_file(tmp_path: 
         ({"layers_to_transform": [0]}, r"'layers_to_transform': \[0\]\} is not allowed: .* no layer of \[1, 2, 3\]"),
         ({"exclude_modules": ["experts"]}, "it excludes model.layers.1.mlp.experts.gate_up_proj, and no layer"),
         ({"layers_to_transform": [2], "experts": {1: [0]}}, "`experts` selects some of these experts"),
+        ({"exclude_modules": ["experts.gate_up_prj"]}, r"exclude_modules: \['experts.gate_up_prj'\] is not allowed"),
+        ({"exclude_modules": "*layers"}, r"exclude_modules='\*layers' is not allowed: nothing to repeat"),
         ({"rank_pattern": {"w1": 2}}, "rank_pattern: 'w1' is not allowed: nothing that is adapted has a name"),
         ({"alpha_pattern": {r"layers\.0\.mlp\.experts": 2}}, "alpha_pattern: .* is not allowed: nothing that"),
         ({"modules_to_save": ["lm_haed"]}, "modules_to_save: 'lm_haed' is not allowed: no module of the model"),

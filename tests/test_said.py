@@ -197,6 +197,14 @@ def test_what_a_card_leaves_out(monkeypatch: pytest.MonkeyPatch, warnings_of_pac
     assert written[1] == ["a", "c"] and "dataset, license is left out of the card" in warnings_of_package[0]
 
 
+def test_a_manifest_of_what_does_not_hold(tmp_path: Path) -> None:
+    convert(V1, tmp_path / "one")
+    result = CliRunner().invoke(
+        app, ["verify", str(tmp_path / "one"), str(GOLDEN_ROOT / "v1-gqa-norm"), "--write-manifest"]
+    )
+    assert result.exit_code == 1 and not (tmp_path / "one" / "tensors.sha256.json").exists()
+
+
 def test_the_head_that_is_counted(tiny_config: Callable, tmp_path: Path) -> None:
     model = DeepseekMoeForSequenceClassification(tiny_config(num_labels=3))
     model.save_pretrained(tmp_path)
@@ -209,13 +217,13 @@ def test_the_head_that_is_counted(tiny_config: Callable, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", V1, "--method", "nonsense", "--tokens", "5"], "--method, --tokens not allowed without --gpus"),
-        (["verify", V1, V1, "--tolerance", "1"], "--tolerance not allowed without --logits"),
+        (["inspect", V1, "--method", "nonsense", "--tokens", "5"], "--method, --tokens: not allowed without --gpus"),
+        (["verify", V1, V1, "--tolerance", "1"], "--tolerance: not allowed without --logits"),
         (
             ["export-adapter", V1, "out", "--layout", "per-expert", "--num-experts", "7"],
             "num_experts=7 is not allowed",
         ),
-        (["push", V1, "me/x", "--column", "y", "--dry-run"], "--column not allowed without --data"),
+        (["push", V1, "me/x", "--column", "y", "--dry-run"], "--column: not allowed without --data"),
     ],
 )
 def test_options_of_commands(arguments: list[str], message: str) -> None:

@@ -35,6 +35,15 @@ def test_a_trace_routes_every_input_for_itself(golden: Golden, implementation: s
             assert_same(traced(ids), model(ids))
 
 
+@BOTH_SIZES
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_that_checks_itself(v3: Golden) -> None:
+    """It runs once more without gradients, in which the experts are computed in another way."""
+    model = Logits(v3.model())
+    traced = torch.jit.trace(model, (OTHERS[0],))
+    assert_same(traced(OTHERS[1]), model(OTHERS[1]))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_of_eager_experts_is_refused(v3: Golden) -> None:
     with pytest.raises(ValueError, match=r"'eager' is not allowed under torch.jit.trace, .* choose 'deepseekmoe'"):

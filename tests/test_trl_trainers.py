@@ -231,7 +231,7 @@ def test_a_loop_of_ones_own(tiny_model: Callable, warnings_of_package: list[str]
     assert ("aux_loss/expert" in stats.summary()) is trained
     assert ("aux_loss_not_trained/expert" in stats.summary()) is not trained
     said = [text for text in warnings_of_package if "NOT trained" in text]
-    assert len(said) == (not trained) and all("{'expert': 0.3}" in text for text in said)
+    assert len(said) == (not trained) and all("{'aux_loss_alpha': 0.3}" in text for text in said)
 
 
 def test_optimizers_that_step_inside_the_backward_pass(tiny_model: Callable, warnings_of_package: list[str]) -> None:
