@@ -288,7 +288,7 @@ def test_bad_input(tiny_model: Callable) -> None:
         update_router_bias(tiny_model())
     with pytest.raises(ValueError, match=r"track_router_load\(model\)"):
         update_router_bias(native_model())
-    with pytest.raises(ValueError, match="no gate with a balancing bias"):
+    with pytest.raises(ValueError, match="in others that have a gate with a balancing bias"):
         track_router_load(nn.Linear(2, 2))
     odd = nn.Module()
     odd.router = nn.Module()
