@@ -15,8 +15,9 @@ OF_VERSIONS = $(addprefix tests/test_, $(addsuffix .py, canaries generation gold
 	trl_trainers callbacks bias_update router_load copies depth quantisers tokenization upcycling sharded_files \
 	untested_versions hub code_update publishing))
 # Nor quantised caches, whose library compiles itself for a minute when it is first used, nor what takes long and is of
-# publishing alone.
-NOT_OF_VERSIONS = not compiled and not quantised and not every_snippet and not token_is_nowhere and not by_its_code_alone
+# publishing or of several processes alone.
+NOT_OF_VERSIONS = not compiled and not quantised and not every_snippet and not token_is_nowhere \
+	and not by_its_code_alone and not two_processes
 
 .PHONY: help demo test test-slow test-gpu test-oldest test-previous test-newest environments lint kernels format benchmark clean
 

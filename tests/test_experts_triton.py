@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is on where there is no GPU")
 
 
-@settings(GENERATED, max_examples=50)
+@settings(GENERATED, max_examples=40)
 @given(cases(dtypes=(torch.float32, torch.float32, torch.bfloat16, torch.float16)))
 def test_kernels_equal_the_reference(case: Case) -> None:
     check_case(case, "triton")

@@ -29,7 +29,7 @@ V3_OPTIONS = {"score_function": "sigmoid", "num_groups": 4, "top_k_groups": 2, "
               "normalize": True, "scaling_factor": 2.5}  # fmt: skip
 
 
-@settings(GENERATED, max_examples=90)
+@settings(GENERATED, max_examples=70)
 @given(cases())
 def test_generated_cases_equal_the_reference(case: Case) -> None:
     check_route(case)
