@@ -10,7 +10,7 @@ import torch
 from modeling_deepseekmoe.configuration import Preset, list_presets, load_config, read_preset
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
-from .remote_code import auto_map_of
+from .remote_code import auto_classes_of
 
 PAPER_SEQUENCE_LENGTH = 4096
 BYTES_PER_ELEMENT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8_e4m3 (128 x 128 blocks)": 1 + 4 / 128**2}
@@ -177,9 +177,9 @@ def meta_parameters(config: DeepseekMoeConfig) -> dict[str, torch.nn.Parameter]:
     import transformers
 
     named = next(iter(config.architectures or ()), "")
-    auto_map = {target.partition(".")[2]: name for name, target in auto_map_of(config.model_type).items()}
+    auto_class = auto_classes_of(config.model_type).get(named, "AutoModelForCausalLM")
     with torch.device("meta"):
-        model = getattr(transformers, auto_map.get(named, "AutoModelForCausalLM")).from_config(config)
+        model = getattr(transformers, auto_class).from_config(config)
     model.tie_weights()
     return dict(model.named_parameters())
 

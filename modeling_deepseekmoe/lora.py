@@ -106,10 +106,11 @@ def expert_lora_config(
     copies = [*_as_list(modules_to_save), *(_gates(model, blocks) if train_router else [])]
     _refuse_sharded_copies(model, [*copies, *_embeddings(kwargs.get("trainable_token_indices"))])
     wanted = [name for name, layer in experts_of.items() if layers is None or layer in layers]
-    linear = [name for names in modules.values() for name in names]
-    check_copies(model, copies, [*wanted, *linear, *(name for names in weights.values() for name in names)])
-    check_layers(kwargs.get("layers_to_transform"), [name for name, _ in model.named_modules()])
-    check_exclusions(kwargs.get("exclude_modules"), [name for name, _ in model.named_modules()], experts_of)
+    linear, ffns = ([name for names in found.values() for name in names] for found in (modules, weights))
+    names = [name for name, _ in model.named_modules()]
+    check_copies(names, copies, [*wanted, *linear, *ffns])
+    check_layers(kwargs.get("layers_to_transform"), names)
+    check_exclusions(kwargs.get("exclude_modules"), names, experts_of)
     adapted = chosen_parameters(wanted, kwargs)
     if not adapted or (layers is not None and adapted != wanted):
         given = {name: kwargs[name] for name in PLACES if kwargs.get(name) is not None}
@@ -117,7 +118,7 @@ def expert_lora_config(
         raise ValueError(f"{given} is not allowed: it excludes {lost}, and " + (
             f"no layer of {sorted(blocks)} is left." if layers is None else "`experts` selects some of these experts."
         ))  # fmt: skip
-    others = chosen_parameters([name for names in weights.values() for name in names], kwargs)
+    others = chosen_parameters(ffns, kwargs)
     if not any(excludes(kwargs.get("exclude_modules"), name) for name in linear):
         kwargs["exclude_modules"] = None  # done, and PEFT, which looks at modules alone, would say that it was not
     for field in ("rank_pattern", "alpha_pattern"):

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import LoraConfig
-from torch import nn
 
 from .experts import LAYER
 from .peft_support import adapts_module, get_pattern_key, variant_fields
@@ -167,13 +166,18 @@ def check_exclusions(exclude_modules: Any, modules: Iterable[str], parameters: I
         raise ValueError(f"exclude_modules: {idle[0]!r} is not allowed: nothing in the model has that name.")
 
 
-def check_copies(model: nn.Module, copies: Iterable[str], adapted: Iterable[str]) -> None:
+def check_copies(modules: Iterable[str], copies: Iterable[str], adapted: Iterable[str]) -> None:
     """Refuse `modules_to_save` that name nothing, or something inside which adapters are wanted.
+
+    Args:
+        modules: full names of all modules.
+        copies: the field.
+        adapted: full names of what is to be adapted.
 
     Raises:
         ValueError: naming it.
     """
-    names, adapted = [name for name, _ in model.named_modules()], list(adapted)
+    names, adapted = list(modules), list(adapted)
     for copy in copies:
         found = [name for name in names if name.endswith(copy)]
         if not found:

@@ -149,14 +149,12 @@ def moe_layers_of(layers: nn.ModuleList, config: DeepseekMoeConfig) -> tuple[int
 def tell_unquantised_experts(model: PreTrainedModel) -> None:
     """Warn if a quantiser that was asked for has left out the routed experts, which most of them do: they look for
     modules of type `nn.Linear`."""
-    stacks = [
-        stack for module in model.modules() if type(module) is DeepseekMoeExperts for stack in module.parameters()
-    ]
+    blocks = [module for module in model.modules() if type(module) is DeepseekMoeExperts]
+    stacks = [stack for experts in blocks for stack in experts.parameters()]
     left = [stack for stack in stacks if stack.is_floating_point() and stack.element_size() > 1]
     if left:
-        for module in model.modules():
-            if type(module) is DeepseekMoeExperts:
-                module.left_unquantised = left[0].dtype
+        for experts in blocks:
+            experts.left_unquantised = left[0].dtype
         logger.warning(
             f"The routed experts are NOT quantised: {sum(stack.nbytes for stack in left) / 1e6:,.2f} of the "
             f"{model.get_memory_footprint() / 1e6:,.2f} MB of this model are experts in {left[0].dtype}. The "

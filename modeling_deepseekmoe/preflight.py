@@ -21,7 +21,7 @@ from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, INDEX_NAME, 
 from . import selected_experts
 from .esft import ExpertSelection
 from .folders import FOREIGN_WEIGHTS
-from .remote_code import auto_map_of
+from .remote_code import auto_classes_of
 
 _ADAPTER_NAMES = (adapter_files.CONFIG_NAME, adapter_files.WEIGHTS_NAME)
 _EXPERTS_NAMES = (selected_experts.SELECTION_NAME, selected_experts.WEIGHTS_NAME)
@@ -248,11 +248,11 @@ def auto_class_of(raw: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
         ValueError: for an architecture that its model type does not have.
     """
-    classes = {name: target.partition(".")[2] for name, target in auto_map_of(raw["model_type"]).items()}
-    architecture = (raw.get("architectures") or [classes["AutoModelForCausalLM"]])[0]
-    for name, own in classes.items():
-        if own == architecture and name != "AutoConfig":
-            return name, own
+    classes = auto_classes_of(raw["model_type"])
+    language_model = next(own for own, name in classes.items() if name == "AutoModelForCausalLM")
+    architecture = (raw.get("architectures") or [language_model])[0]
+    if architecture in classes:
+        return classes[architecture], architecture
     raise ValueError(
         f"{CONFIG_NAME}: architectures={[architecture]} is not allowed for model_type={raw['model_type']!r}."
     )

@@ -59,6 +59,11 @@ def auto_map_of(model_type: str) -> dict[str, str]:
     return {"AutoConfig": f"{config_module}.{prefix}Config", **classes}
 
 
+def auto_classes_of(model_type: str) -> dict[str, str]:
+    """For every model class of a type, by its name, the Auto class that loads it."""
+    return {target.partition(".")[2]: name for name, target in auto_map_of(model_type).items() if name != "AutoConfig"}
+
+
 @cache
 def code_files() -> Mapping[str, Path]:
     """The files that travel, by name: those of the `auto_map`, and what they import from beside them."""
@@ -243,6 +248,7 @@ __all__ = [
     "PublishedModel",
     "as_json",
     "attach_code",
+    "auto_classes_of",
     "auto_map_among",
     "auto_map_of",
     "carries_code",

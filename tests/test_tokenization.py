@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,10 @@ from transformers import AutoTokenizer
 import modeling_deepseekmoe
 from modeling_deepseekmoe import load_tokenizer
 from modeling_deepseekmoe.cli_options import load_model
-from modeling_deepseekmoe.push_plan import plan_push
+from modeling_deepseekmoe.push_plan import PushPlan, plan_push
 from modeling_deepseekmoe.tokenization import unheeded_flags
 
-BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noqa: RUF001
+BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noqa: RUF001 - DeepSeek writes them so
 TEXT = "hello do you"
 GOLDEN = {"deepseek": "v1-mha", "deepseek_v3": "v3-noaux"}
 
@@ -180,7 +179,9 @@ def test_what_is_published(kind: str, tmp_path: Path) -> None:
     """A class that transformers 4 knows too, and a word about what transformers 5 does not see."""
     from modeling_deepseekmoe.model_card import CardFacts
 
-    plan: Callable = lambda folder: plan_push(folder, "me/x", facts=CardFacts("mit"), ask_hub=False)  # noqa: E731
+    def plan(folder: Path) -> PushPlan:
+        return plan_push(folder, "me/x", facts=CardFacts("mit"), ask_hub=False)
+
     folder = write(tmp_path / "own", kind)
     notes = [note for note in plan(folder).notes if "tokenizer" in note]
     assert "says add_bos_token=true, which transformers 5 ignores" in notes[0] and "load_tokenizer(folder)" in notes[0]

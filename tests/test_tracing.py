@@ -12,6 +12,8 @@ from torch import nn
 from modeling_deepseekmoe import route
 from modeling_deepseekmoe.routing import _FEW_VALUES
 
+# What torch says of every number that a trace keeps; the tests look at what matters, the choices.
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 OTHERS = [torch.randint(3, 90, (1, 5), generator=torch.Generator().manual_seed(seed)) for seed in range(2, 6)]
 
 
@@ -25,7 +27,6 @@ class Logits(nn.Module):
 
 
 @BOTH_SIZES
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("implementation", ["deepseekmoe", "grouped_mm", "batched_mm"])
 def test_a_trace_routes_every_input_for_itself(golden: Golden, implementation: str) -> None:
     model = Logits(golden.model(experts_implementation=implementation))
@@ -36,7 +37,6 @@ def test_a_trace_routes_every_input_for_itself(golden: Golden, implementation: s
 
 
 @BOTH_SIZES
-@pytest.mark.filterwarnings("ignore")
 def test_a_trace_that_checks_itself(v3: Golden) -> None:
     """It runs once more without gradients, in which the experts are computed in another way."""
     model = Logits(v3.model())
@@ -44,13 +44,11 @@ def test_a_trace_that_checks_itself(v3: Golden) -> None:
     assert_same(traced(OTHERS[1]), model(OTHERS[1]))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_trace_of_eager_experts_is_refused(v3: Golden) -> None:
     with pytest.raises(ValueError, match=r"'eager' is not allowed under torch.jit.trace, .* choose 'deepseekmoe'"):
         torch.jit.trace(Logits(v3.model(experts_implementation="eager")), (OTHERS[0],), check_trace=False)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_trace_of_many_tokens_takes_fewer() -> None:
     """The CPU takes many values in parts, whose number a trace would keep."""
 
@@ -102,9 +100,9 @@ def test_the_choice_for_onnx_is_the_same(tokens: int, group_score: str, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_onnx_itself(name: str, tmp_path: Path) -> None:
+    """With the extra `onnx`, which is no part of `dev`."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model, file = Logits(Golden(name).model()), tmp_path / "model.onnx"
