@@ -10,10 +10,10 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # What a version of transformers, PEFT or the Hub's client can have a part in; the rest is tested with the newest alone:
 # conversion, plans, routing and kernels know nothing of them, and torch, which compiles, is the same.
-OF_VERSIONS = $(addprefix tests/test_, $(addsuffix .py, canaries generation golden modeling checkpoints registration \
-	configuration experts lora lora_adapters lora_options adapters adapter_training foreign_adapters esft trainer trl \
-	trl_trainers callbacks bias_update router_load copies depth quantisers tokenization upcycling sharded_files \
-	untested_versions hub code_update publishing))
+OF_VERSIONS = $(foreach name,canaries generation golden modeling checkpoints registration configuration experts lora \
+	lora_adapters lora_options adapters adapter_training foreign_adapters esft trainer trl trl_trainers callbacks \
+	bias_update router_load copies depth quantisers tokenization upcycling sharded_files untested_versions hub \
+	code_update publishing,$(wildcard tests/*/test_$(name).py))
 # Nor quantised caches, whose library compiles itself for a minute when it is first used, nor what takes long and is of
 # publishing or of several processes alone.
 NOT_OF_VERSIONS = not compiled and not quantised and not every_snippet and not token_is_nowhere \
@@ -34,7 +34,7 @@ help:
 	@echo "make benchmark            compare with transformers and PEFT, and measure the rest (more than an hour)"
 
 demo: $(VENV)/.installed
-	$(BIN)/deepseekmoe demo $(ARGS)
+	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) --cov --cov-fail-under=95 $(ARGS)
@@ -57,7 +57,7 @@ test-newest:
 	.venv-newest/$(PIP_INSTALL) --constraint .venv-newest/torch.txt --editable '.[dev]'
 	.venv-newest/bin/python -m pip list --disable-pip-version-check | \
 		grep -iE '^(torch|triton|transformers|tokenizers|peft|accelerate|safetensors|huggingface.hub|trl|datasets) '
-	.venv-newest/bin/python -m pytest --noconftest tests/test_canaries.py  # they run where the package cannot be imported
+	.venv-newest/bin/python -m pytest --noconftest tests/core/test_canaries.py  # they run where the package cannot be imported
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(IN_PARALLEL) -k "$(NOT_OF_VERSIONS)" $(OF_VERSIONS) $(ARGS)
 
 lint: $(VENV)/.installed

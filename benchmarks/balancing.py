@@ -32,9 +32,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, max_violation, take_router_load
-from modeling_deepseekmoe.bias_update import update_router_bias
-from modeling_deepseekmoe.evaluation import expert_load, perplexity
-from modeling_deepseekmoe.report import plot_curves
+from modeling_deepseekmoe.analysis.evaluation import expert_load, perplexity
+from modeling_deepseekmoe.analysis.plots import plot_curves
+from modeling_deepseekmoe.balancing.bias_update import update_router_bias
 
 RESULTS = Path(__file__).parent / "results"
 VOCAB_SIZE = 2048

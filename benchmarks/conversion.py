@@ -33,9 +33,11 @@ from modeling_deepseekmoe.conversion import verify
 from modeling_deepseekmoe.conversion.checkpoint import StoredTensor, TensorSource
 from modeling_deepseekmoe.conversion.streaming import outputs, parts_of
 from modeling_deepseekmoe.conversion.tensor_table import entries, locate
-from modeling_deepseekmoe.conversion.upcycling import save_dequantized
+from modeling_deepseekmoe.conversion.upcycling.upcycle import save_dequantized
 from modeling_deepseekmoe.conversion.writing import FolderPlan, make_shards, write_folder
-from modeling_deepseekmoe.demo import obtain_dense_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from demo_data import obtain_dense_model
 
 RESULTS = Path(__file__).parent / "results" / "conversion.json"
 SHARD = "2GB"

@@ -8,15 +8,19 @@ About six minutes on two cores.
 
 import json
 import platform
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
 
+from modeling_deepseekmoe.analysis.evaluation import perplexity
 from modeling_deepseekmoe.conversion import upcycle_model
-from modeling_deepseekmoe.demo import DemoSettings, obtain_dense_model, reference_blocks, sample_blocks
-from modeling_deepseekmoe.evaluation import perplexity
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from demo import DemoSettings
+from demo_data import obtain_dense_model, reference_blocks, sample_blocks
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = DemoSettings()

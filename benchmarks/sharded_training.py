@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, ShardedTrainer, expert_lora_config
-from modeling_deepseekmoe.inspection import meta_parameters
-from modeling_deepseekmoe.planning import Layout, plan_memory
+from modeling_deepseekmoe.analysis.inspection import meta_parameters
+from modeling_deepseekmoe.analysis.planning import Layout, plan_memory
 
 RESULTS = Path(__file__).parent / "results" / "sharded_training.json"
 CONFIG = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig
-from modeling_deepseekmoe.registration import CONFIG_CLASSES
+from modeling_deepseekmoe.configuration_dialects import CONFIG_CLASSES
 
 _PRESETS = resources.files(__name__) / "presets"
 

@@ -6,10 +6,17 @@ from typing import Any
 
 # Imported when first used, as in the package itself: a plan of a conversion needs no model class and no PEFT.
 _LAZY = {
-    "adapter_layouts": ("export_adapter",),
+    "adapters.layouts": ("export_adapter",),
     "converting": ("ConversionPlan", "convert", "plan_conversion"),
-    "merging": ("MergeReport", "MergingError", "merge_adapter"),
-    "upcycling": ("UpcyclingCheck", "UpcyclingError", "UpcyclingPlan", "upcycle", "upcycle_model", "verify_upcycling"),
+    "adapters.merging": ("MergeReport", "MergingError", "merge_adapter"),
+    "upcycling.upcycle": (
+        "UpcyclingCheck",
+        "UpcyclingError",
+        "UpcyclingPlan",
+        "upcycle",
+        "upcycle_model",
+        "verify_upcycling",
+    ),
     "verifying": ("VerificationError", "VerificationReport", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}

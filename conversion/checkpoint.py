@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from modeling_deepseekmoe.folders import FOREIGN_WEIGHTS
+from modeling_deepseekmoe.support.folders import FOREIGN_WEIGHTS
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 CONFIG_NAME, MANIFEST_NAME = "config.json", "tensors.sha256.json"

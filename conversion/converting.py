@@ -11,19 +11,25 @@ from typing import Any
 
 import torch
 
-import modeling_deepseekmoe
-from modeling_deepseekmoe import DeepseekMoeConfig
 from modeling_deepseekmoe.configuration import list_presets, load_preset
-from modeling_deepseekmoe.folders import local_folder
-from modeling_deepseekmoe.registration import without_model_classes
-
-from .block_fp8 import BLOCK
-from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, TensorSource, listed, read_index, small_files
-from .description import Description, as_config, planned, read_config, understand
-from .dialects import architectures_of, check_dialect, check_same, translate
-from .streaming import Constant, Output, Part, outputs, parts_of
-from .tensor_table import entries
-from .writing import FolderPlan, make_shards, write_folder
+from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig, without_model_classes
+from modeling_deepseekmoe.conversion.block_fp8 import BLOCK
+from modeling_deepseekmoe.conversion.checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Checkpoint,
+    TensorSource,
+    listed,
+    read_index,
+    small_files,
+)
+from modeling_deepseekmoe.conversion.description import Description, as_config, planned, read_config, understand
+from modeling_deepseekmoe.conversion.dialects import architectures_of, check_dialect, check_same, translate
+from modeling_deepseekmoe.conversion.streaming import Constant, Output, Part, outputs, parts_of
+from modeling_deepseekmoe.conversion.tensor_table import entries
+from modeling_deepseekmoe.conversion.writing import FolderPlan, make_shards, write_folder
+from modeling_deepseekmoe.remote_code import CODE_VERSION
+from modeling_deepseekmoe.support.folders import local_folder
 
 LAYOUTS = ("per-expert", "stacked")
 STORED_DTYPES = ("keep", "float32", "bfloat16", "float16", "fp8")
@@ -173,7 +179,7 @@ def plan_conversion(
     tensors = list(_tensors(found, config, layout, dtype, drop_mtp))
     copies = {} if folder is None else small_files(folder, code=dialect == found.config.model_type)
     origin = {
-        "version": modeling_deepseekmoe.__version__,
+        "version": CODE_VERSION,
         "dtype": dtype,
         "source": found.source.identity if isinstance(found.source, Checkpoint) else None,
     }

@@ -8,13 +8,27 @@ from typing import Any
 
 import torch
 
-from modeling_deepseekmoe import DeepseekMoeConfig
 from modeling_deepseekmoe.configuration import config_from_dict
-from modeling_deepseekmoe.registration import without_model_classes
-
-from .block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, scale_shape
-from .checkpoint import CONFIG_NAME, Checkpoint, StoredTensor, TensorSource, check_inside, parse_json
-from .tensor_table import Entry, Located, Matrix, entries, head_of, locate, stack_shape, stacks
+from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig, without_model_classes
+from modeling_deepseekmoe.conversion.block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, scale_shape
+from modeling_deepseekmoe.conversion.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    StoredTensor,
+    TensorSource,
+    check_inside,
+    parse_json,
+)
+from modeling_deepseekmoe.conversion.tensor_table import (
+    Entry,
+    Located,
+    Matrix,
+    entries,
+    head_of,
+    locate,
+    stack_shape,
+    stacks,
+)
 
 _LAYER = re.compile(r"^(?:model\.)?layers\.(\d{1,6})\.")
 # What is counted or listed as soon as a config is made; the largest models have a hundredth of it.

@@ -4,11 +4,10 @@
 import dataclasses
 from typing import Any
 
-from modeling_deepseekmoe import DeepseekMoeConfig
 from modeling_deepseekmoe.configuration import config_from_dict
-from modeling_deepseekmoe.registration import CONFIG_CLASSES, without_model_classes
-
-from .tensor_table import TABLES, head_of
+from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig, without_model_classes
+from modeling_deepseekmoe.configuration_dialects import CONFIG_CLASSES
+from modeling_deepseekmoe.conversion.tensor_table import TABLES, head_of
 
 DIALECTS = tuple(TABLES)
 # What the released code of the first generation computes.

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-import modeling_deepseekmoe
-
-from .description import Description
-from .streaming import outputs, parts_of
-from .tensor_table import head_of
+from modeling_deepseekmoe.conversion.description import Description
+from modeling_deepseekmoe.conversion.streaming import outputs, parts_of
+from modeling_deepseekmoe.conversion.tensor_table import head_of
+from modeling_deepseekmoe.support.models import model_class_named
 
 Reader = Callable[[str], torch.Tensor]
 
@@ -29,7 +28,7 @@ def streamed_model(config: PreTrainedConfig, architecture: str | None, read: Rea
         if architecture is None:
             model = AutoModelForCausalLM.from_config(deepcopy(config))
         else:
-            model = getattr(modeling_deepseekmoe, architecture)(deepcopy(config))
+            model = model_class_named(architecture)(deepcopy(config))
             model.set_experts_implementation("eager")  # takes experts of every width
     decoder = getattr(model, model.base_model_prefix, model)
     decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config)  # its buffers are in no checkpoint

@@ -12,9 +12,18 @@ from typing import Protocol
 
 import torch
 
-from .block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, block_scales, dequantize, quantize, scale_shape
-from .checkpoint import TensorSource
-from .tensor_table import Entry, Matrix, stack_shape, stacks
+from modeling_deepseekmoe.conversion.block_fp8 import (
+    BLOCK,
+    FP8,
+    SCALE_SUFFIX,
+    Block,
+    block_scales,
+    dequantize,
+    quantize,
+    scale_shape,
+)
+from modeling_deepseekmoe.conversion.checkpoint import TensorSource
+from modeling_deepseekmoe.conversion.tensor_table import Entry, Matrix, stack_shape, stacks
 
 BLOCK_BYTES = 2**24
 

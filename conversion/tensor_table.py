@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from modeling_deepseekmoe import DeepseekMoeConfig
 from modeling_deepseekmoe.checkpoint_layout import STACKS, mtp_layers
-
-from .block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, scale_shape
-from .checkpoint import StoredTensor, listed
+from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig
+from modeling_deepseekmoe.conversion.block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, scale_shape
+from modeling_deepseekmoe.conversion.checkpoint import StoredTensor, listed
 
 
 @dataclass(frozen=True)

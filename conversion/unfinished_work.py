@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from modeling_deepseekmoe.folders import check_destination
+from modeling_deepseekmoe.support.folders import check_destination
 
 PARTIAL = ".partial"
 _FOLDER, _MARK, _LOCK = "folder", "conversion.json", "lock"

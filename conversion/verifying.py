@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from modeling_deepseekmoe.folders import local_folder
-
-from .block_fp8 import FP8, block_scales, quantize
-from .checkpoint import (
+from modeling_deepseekmoe.conversion.block_fp8 import FP8, block_scales, quantize
+from modeling_deepseekmoe.conversion.checkpoint import (
     CONFIG_NAME,
     DTYPE_NAMES,
     INDEX_NAME,
@@ -23,11 +21,12 @@ from .checkpoint import (
     listed,
     parse_json,
 )
-from .description import Description, describe
-from .dialects import architectures_of, forward_fields
-from .streaming import row_blocks, value_blocks, values
-from .tensor_table import Matrix
-from .unfinished_work import write_small
+from modeling_deepseekmoe.conversion.description import Description, describe
+from modeling_deepseekmoe.conversion.dialects import architectures_of, forward_fields
+from modeling_deepseekmoe.conversion.streaming import row_blocks, value_blocks, values
+from modeling_deepseekmoe.conversion.tensor_table import Matrix
+from modeling_deepseekmoe.conversion.unfinished_work import write_small
+from modeling_deepseekmoe.support.folders import local_folder
 
 IDENTICAL, ROUNDED, DEQUANTIZED, QUANTIZED = "identical", "equal after rounding", "dequantised", "quantised"
 _BITS = {FP8: 8, torch.bfloat16: 16, torch.float16: 16, torch.float32: 32, torch.float64: 64}
@@ -351,7 +350,7 @@ def _ranges(here: Matrix, there: Matrix) -> Iterator[tuple[int, int]]:
 
 
 def _compare_logits(first: Description, second: Description, tolerance: float, problems: list[str]) -> float:
-    from .streamed_model import checkpoint_model, logits_of
+    from modeling_deepseekmoe.conversion.streamed_model import checkpoint_model, logits_of
 
     tokens = torch.randint(first.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     results = [logits_of(checkpoint_model(found), tokens) for found in (first, second)]

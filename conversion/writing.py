@@ -22,9 +22,18 @@ from typing import TypeVar
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from .checkpoint import DTYPE_NAMES, INDEX_NAME, TensorSource
-from .streaming import Output
-from .unfinished_work import PARTIAL, claimed, clean_up, finish, is_finished, unfinished_path, write_all, write_small
+from modeling_deepseekmoe.conversion.checkpoint import DTYPE_NAMES, INDEX_NAME, TensorSource
+from modeling_deepseekmoe.conversion.streaming import Output
+from modeling_deepseekmoe.conversion.unfinished_work import (
+    PARTIAL,
+    claimed,
+    clean_up,
+    finish,
+    is_finished,
+    unfinished_path,
+    write_all,
+    write_small,
+)
 
 _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]B)?\s*$", re.IGNORECASE)
 Result = TypeVar("Result")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from demo_data import TokenBlocks, reference_blocks, sample_blocks
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import modeling_deepseekmoe
@@ -21,10 +22,9 @@ from modeling_deepseekmoe import (
     score_experts,
     select_experts,
 )
-from modeling_deepseekmoe.demo import TokenBlocks, reference_blocks, sample_blocks
-from modeling_deepseekmoe.esft import selection_table
-from modeling_deepseekmoe.evaluation import perplexity
-from modeling_deepseekmoe.folders import check_destination
+from modeling_deepseekmoe.analysis.evaluation import perplexity
+from modeling_deepseekmoe.esft.scoring import selection_table
+from modeling_deepseekmoe.support.folders import check_destination
 
 
 def main(

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from demo_data import TokenBlocks, reference_blocks, sample_blocks
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import expert_lora_config, load_tokenizer
-from modeling_deepseekmoe.demo import TokenBlocks, reference_blocks, sample_blocks
-from modeling_deepseekmoe.evaluation import perplexity
+from modeling_deepseekmoe.analysis.evaluation import perplexity
 
 
 def main(

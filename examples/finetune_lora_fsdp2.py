@@ -15,12 +15,12 @@ from typing import Annotated
 
 import torch
 import typer
+from demo_data import TokenBlocks, reference_blocks
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator, set_seed
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import ShardedTrainer, expert_lora_config, load_tokenizer, sharding_of_launch
-from modeling_deepseekmoe.demo import TokenBlocks, reference_blocks
 
 
 def main(

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
+from demo_data import TokenBlocks, reference_blocks
 from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator
 
 import modeling_deepseekmoe
@@ -26,7 +27,6 @@ from modeling_deepseekmoe import (
     load_tokenizer,
     sharding_of_launch,
 )
-from modeling_deepseekmoe.demo import TokenBlocks, reference_blocks
 
 
 def main(

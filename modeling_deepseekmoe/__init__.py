@@ -6,14 +6,14 @@ from typing import Any
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
-from .registration import register
+from .integrations.registration import register
 from .remote_code import CODE_VERSION
 
 __version__ = CODE_VERSION
 
 # Imported when first used: the model classes alone take as long as the whole of `import torch`.
 _LAZY = {
-    "balancing": (
+    "auxiliary_losses": (
         "communication_balance_loss",
         "device_balance_loss",
         "expert_balance_loss",
@@ -21,13 +21,17 @@ _LAZY = {
         "router_z_loss",
         "sequence_balance_loss",
     ),
-    "bias_update": ("bias_step", "take_router_load", "track_router_load", "untrack_router_load", "update_router_bias"),
-    "callbacks": ("LoadBalancingCallback", "RouterStatsCallback"),
-    "esft": ("ExpertSelection", "score_experts", "select_experts"),
-    "inspection": ("ModelReport", "inspect_model"),
-    "lora": ("expert_lora_config", "optimize_expert_lora"),
-    "lora_model": ("ExpertLoraConfig",),
-    "launching": ("sharding_of_launch",),
+    "balancing.bias_update": ("bias_step", "update_router_bias"),
+    "balancing.tracking": ("take_router_load", "track_router_load", "untrack_router_load"),
+    "balancing.callbacks": ("LoadBalancingCallback", "RouterStatsCallback"),
+    "esft.files": ("load_esft", "save_esft"),
+    "esft.layer": ("merge_esft", "prepare_esft"),
+    "esft.scoring": ("score_experts", "select_experts"),
+    "esft.selection": ("ExpertSelection",),
+    "analysis.inspection": ("ModelReport", "inspect_model"),
+    "lora.config": ("ExpertLoraConfig", "expert_lora_config"),
+    "lora.model": ("optimize_expert_lora",),
+    "sharding.launch": ("sharding_of_launch",),
     "modeling_classification": (
         "DeepseekForSequenceClassification",
         "DeepseekForTokenClassification",
@@ -49,16 +53,15 @@ _LAZY = {
         "DeepseekV3ForCausalLM",
         "DeepseekV3Model",
     ),
-    "planning": ("MemoryPlan", "plan_training"),
+    "analysis.planning": ("MemoryPlan", "plan_training"),
     "router_load": ("RouterLoad",),
-    "router_stats": ("RouterStats",),
-    "native_gates": ("route_native_gates",),
+    "balancing.statistics": ("RouterStats",),
+    "integrations.native_gates": ("route_native_gates",),
     "routing": ("ExpertGroups", "RoutingPlan", "group_by_expert", "route"),
-    "tokenization": ("load_tokenizer",),
-    "upload_callbacks": ("ModelCardCallback",),
-    "sharded_files": ("save_sharded",),
-    "sharded_training": ("ShardedTrainer", "last_complete_checkpoint"),
-    "selected_experts": ("load_esft", "merge_esft", "prepare_esft", "save_esft"),
+    "support.tokenization": ("load_tokenizer",),
+    "hub.callbacks": ("ModelCardCallback",),
+    "sharding.files": ("save_sharded",),
+    "sharding.trainer": ("ShardedTrainer", "last_complete_checkpoint"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -4,7 +4,8 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -34,6 +35,17 @@ def _prepare_first_config() -> None:
     if hook is not None:
         hook()
         DeepseekMoeConfig.before_first_config = None
+
+
+@contextmanager
+def without_model_classes() -> Iterator[None]:
+    """Inside, make configs without importing the model classes, which takes seconds: for reading files alone. The
+    first config afterwards registers the classes, as always."""
+    hook, DeepseekMoeConfig.before_first_config = DeepseekMoeConfig.before_first_config, None
+    try:
+        yield
+    finally:
+        DeepseekMoeConfig.before_first_config = hook
 
 
 class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
@@ -289,4 +301,4 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
         file.write_bytes(as_json(content))
 
 
-__all__ = ["DeepseekMoeConfig"]
+__all__ = ["DeepseekMoeConfig", "without_model_classes"]

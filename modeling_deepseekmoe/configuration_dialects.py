@@ -178,4 +178,11 @@ class DeepseekV3Config(OfficialConfig):
         return alphas
 
 
-__all__ = ["DeepseekConfig", "DeepseekV2Config", "DeepseekV3Config", "OfficialConfig"]
+CONFIG_CLASSES: tuple[type[DeepseekMoeConfig], ...] = (
+    DeepseekMoeConfig,
+    DeepseekConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+)
+
+__all__ = ["CONFIG_CLASSES", "DeepseekConfig", "DeepseekV2Config", "DeepseekV3Config", "OfficialConfig"]

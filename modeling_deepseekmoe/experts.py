@@ -23,10 +23,10 @@ from torch import nn
 from transformers.utils import logging
 
 from .checkpoint_layout import STACKS
+from .experts_grouped import GroupedSlots, grouped_linear, run_grouped
 from .experts_loop import Adapter
 from .experts_operator import experts_op
 from .experts_triton import why_not_fused
-from .grouped_products import GroupedSlots, grouped_linear, run_grouped
 from .transformers_support import ALL_EXPERTS_FUNCTIONS, SiLUActivation, gating_of, plain_gating
 
 logger = logging.get_logger(__name__)

@@ -30,10 +30,10 @@ from .checkpoint_layout import (
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .experts import IMPLEMENTATION
-from .gate import DeepseekMoeGate
 from .moe import (
     DeepseekMoeBlock,
     DeepseekMoeExperts,
+    DeepseekMoeGate,
     is_moe_block,
     moe_layers_of,
     tell_unquantised_experts,
@@ -41,7 +41,6 @@ from .moe import (
 )
 from .parallel_plans import expert_parallel_plan
 from .remote_code import PublishedModel
-from .replaced_forward import keep_auxiliary_loss
 from .router_load import (
     NO_RECORD,
     RouterLoadCounter,
@@ -72,6 +71,7 @@ from .transformers_support import (
     takes_cache,
     zeros_,
 )
+from .trl_forward import keep_auxiliary_loss
 from .untested_versions import check_cached_generation, refuse_prompt_learning
 
 ATTENTION_CLASSES: dict[str, type[nn.Module]] = {"mha": LlamaAttention, "mla": DeepseekV3Attention}

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-CODE_VERSION = "0.10.0"  # of the package, and of the copies of these files on the Hub
+CODE_VERSION = "0.11.0"  # of the package, and of the copies of these files on the Hub
 CODE_CHOICES = ("auto", "always", "never")
 NATIVE_TYPES = ("deepseek_v2", "deepseek_v3")  # which transformers has classes of its own for
 # The prefix of the class names of each model type.
@@ -32,6 +32,8 @@ _AUTO_CLASSES = {
 }
 _CONFIG_NAME = "config.json"
 CODE_MARK = "remote_code.py"  # this file: where it lies, the others do
+# Files of the code up to 0.10.0 that have other names now.
+_FORMER_NAMES = ("balancing.py", "gate.py", "grouped_products.py", "replaced_forward.py")
 # Whether this is a copy that was loaded from the Hub: transformers carries such a one by itself.
 _IS_COPY = __name__.startswith("transformers_modules.")
 
@@ -90,6 +92,19 @@ def code_files_from(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def code_names_in(folder: str | Path) -> set[str]:
+    """The names of the family's code in a folder, of any released version; empty where there is none. A file of
+    somebody else that has such a name, and that the code does not import, is not among them."""
+    folder = Path(folder)
+    if not (folder / CODE_MARK).is_file():
+        return set()
+    try:
+        found = set(code_files_from(folder))
+    except FileNotFoundError:  # somebody has taken a file away
+        found = {path.name for path in folder.glob("*.py")} - set(_FORMER_NAMES)
+    return found & {*code_files(), *_FORMER_NAMES}
+
+
 def without(content: dict[str, Any], name: str) -> dict[str, Any]:
     """A dictionary without one of its keys."""
     return {key: value for key, value in content.items() if key != name}
@@ -125,11 +140,7 @@ def _list(targets: Any) -> list[str]:
 
 
 def check_place_for_code(folder: str | Path) -> None:
-    """That the code would not take the place of somebody's own files.
-
-    Raises:
-        ValueError: naming them.
-    """
+    """Raise a `ValueError` that names somebody's own files, of which the code would take the place."""
     folder = Path(folder)
     own = [name for name in code_files() if (folder / name).is_file()]
     if own and not (folder / CODE_MARK).is_file():
@@ -145,8 +156,11 @@ def attach_code(folder: str | Path) -> None:
     """
     folder = Path(folder)
     check_place_for_code(folder)
+    former = code_names_in(folder) - code_files().keys()
     for name, path in code_files().items():
         _write(folder / name, path.read_bytes())
+    for name in former:
+        (folder / name).unlink()
     config = folder / _CONFIG_NAME
     if config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
@@ -255,6 +269,7 @@ __all__ = [
     "check_place_for_code",
     "code_files",
     "code_files_from",
+    "code_names_in",
     "without",
     "without_local_code",
 ]

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers.utils import logging
 
-from .balancing import LOSS_NAMES
+from .auxiliary_losses import LOSS_NAMES
 from .configuration_checks import LOSS_FIELDS
 from .torch_support import in_backward_pass
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from paths import GOLDEN_ROOT
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -28,7 +30,6 @@ import modeling_deepseekmoe
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, experts, router_load
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
 
-GOLDEN_ROOT = Path(__file__).parent / "data" / "golden"
 GOLDEN_NAMES = sorted(path.name for path in GOLDEN_ROOT.iterdir() if path.is_dir())
 TRAINABLE_NAMES = [name for name in GOLDEN_NAMES if not name.startswith("v3")]
 EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "deepseekmoe")
@@ -227,7 +228,7 @@ def tiny_model(tiny_config: Callable[..., DeepseekMoeConfig]) -> Callable[..., D
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A dense checkpoint folder with a byte-level tokenizer."""
-    from test_upcycling import dense_model
+    from dense_models import dense_model
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

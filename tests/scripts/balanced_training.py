@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from conftest import TINY, V3_LIKE
 from ranks import leave
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, LoadBalancingCallback, update_router_bias
-from modeling_deepseekmoe.bias_update import find_biased_gates
+from modeling_deepseekmoe.balancing.gates import find_biased_gates
 
 STEPS, GLOBAL_BATCH, ACCUMULATE, RATE = 5, 8, 2, 0.01
 
@@ -60,7 +61,7 @@ def train_plainly(how: str, model: nn.Module, rows: torch.Tensor, rank: int, ran
 
 def train_with_trainer(model: nn.Module, rows: torch.Tensor, ranks: int) -> dict:
     """transformers' Trainer, which wraps the model in DDP where there are several ranks."""
-    from test_trainer import Rows
+    from training import Rows
 
     recorder, balancing = StepRecorder(), LoadBalancingCallback(RATE)
     arguments = TrainingArguments(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from ranks import leave
 
 import modeling_deepseekmoe

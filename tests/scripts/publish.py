@@ -25,8 +25,9 @@ from modeling_deepseekmoe import (
     expert_lora_config,
     optimize_expert_lora,
 )
-from modeling_deepseekmoe.hub import plan_push, push_model, upload
-from modeling_deepseekmoe.model_card import CardFacts
+from modeling_deepseekmoe.hub.card import CardFacts
+from modeling_deepseekmoe.hub.plan import plan_push
+from modeling_deepseekmoe.hub.push import push_model, upload
 
 FOLDER = Path(sys.argv[1])
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

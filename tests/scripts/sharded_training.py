@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 from transformers.distributed import DistributedConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from peft import get_peft_model
 from ranks import leave
-from test_trainer import Rows
+from training import Rows
 
 from modeling_deepseekmoe import (
     LoadBalancingCallback,
@@ -38,11 +39,11 @@ from modeling_deepseekmoe import (
     ShardedTrainer,
     expert_lora_config,
     prepare_esft,
-    sharded_files,
-    sharded_training,
 )
-from modeling_deepseekmoe.bias_update import find_biased_gates
+from modeling_deepseekmoe.balancing.gates import find_biased_gates
 from modeling_deepseekmoe.router_load import RouterLoad
+from modeling_deepseekmoe.sharding import files as sharded_files
+from modeling_deepseekmoe.sharding import trainer as sharded_training
 
 STEPS, GLOBAL_BATCH, ACCUMULATE = 5, 8, 2
 

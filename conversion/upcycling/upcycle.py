@@ -1,0 +1,302 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Upcycling: a dense Llama-family checkpoint becomes a DeepSeekMoE one, compared and written layer by layer."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig
+from modeling_deepseekmoe.conversion.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    StateDict,
+    TensorSource,
+    file_identity,
+    small_files,
+)
+from modeling_deepseekmoe.conversion.description import read_config
+from modeling_deepseekmoe.conversion.streamed_model import greedy_text, logits_of, streamed_model
+from modeling_deepseekmoe.conversion.streaming import Cast, Output, Part, outputs
+from modeling_deepseekmoe.conversion.tensor_table import Matrix, entries
+from modeling_deepseekmoe.conversion.upcycling.dividing import (
+    UpcyclingPlan,
+    dense_matrices,
+    upcycled_config,
+    upcycled_tensors,
+)
+from modeling_deepseekmoe.conversion.writing import FolderPlan, make_shards, write_folder
+from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekForCausalLM, DeepseekMoeForCausalLM
+from modeling_deepseekmoe.remote_code import CODE_VERSION
+from modeling_deepseekmoe.support.folders import check_destination, local_folder
+
+logger = logging.get_logger(__name__)
+
+STORED_DTYPES = ("keep", "float32", "bfloat16", "float16")
+_CHECKED_TOKENS = (2, 48)  # random ones, sequences and their length
+_PROMPT = 16
+
+
+class UpcyclingError(RuntimeError):
+    """The upcycled model does not compute what the dense model computes."""
+
+
+@dataclass(frozen=True)
+class UpcyclingCheck:
+    """What the comparison with the dense model found.
+
+    Attributes:
+        max_logit_difference: largest absolute difference of the logits.
+        tolerance: what is allowed.
+        same_text: whether the greedy continuations are equal.
+        new_tokens: their length in tokens.
+    """
+
+    max_logit_difference: float
+    tolerance: float
+    same_text: bool
+    new_tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the logits are within the tolerance and the continuations equal."""
+        return self.max_logit_difference <= self.tolerance and self.same_text
+
+    def __str__(self) -> str:
+        text = "the same" if self.same_text else "NOT the same"
+        return (
+            f"max |logit difference| {self.max_logit_difference:.2e} (allowed {self.tolerance:g}), "
+            f"greedy text of {self.new_tokens} tokens {text}"
+        )
+
+
+def upcycle(
+    source: str | Path,
+    destination: str | Path,
+    plan: UpcyclingPlan,
+    *,
+    dtype: str = "keep",
+    gguf_file: str | None = None,
+    tolerance: float = 1e-3,
+    check_tokens: int = 32,
+    max_shard_size: str | int = "5GB",
+    resume: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int], None] = lambda size: None,
+) -> UpcyclingCheck:
+    """Upcycle a checkpoint folder, after a check of the result against the dense model.
+
+    Everything is streamed: the check reads the weights of one layer at a time (in float32, with the values that will
+    be stored), and the writing one block. Tokenizer, generation config and other small files come along.
+    `destination` appears only when it is complete.
+
+    Args:
+        source: folder or hub id of a dense checkpoint (Llama, Mistral, Qwen2, SmolLM2) in safetensors files.
+        destination: folder to write; it must not exist or be empty.
+        plan: how the FFNs are divided.
+        dtype: what to store: `"keep"` (the source's dtype), `"float32"`, `"bfloat16"` or `"float16"`.
+        gguf_file: name of a GGUF file inside `source` (needs the `gguf` package), which is dequantised as a whole.
+        tolerance: largest allowed difference of the logits.
+        check_tokens: length of the greedy continuation that must be the same; each token reads the dense weights once.
+        max_shard_size: bytes or a text such as `"5GB"`.
+        resume: go on with what an interrupted run has left.
+        report: receives a line at every step.
+        progress: receives numbers of bytes that were written.
+
+    Returns:
+        [`UpcyclingCheck`].
+
+    Raises:
+        ValueError: for a source or a plan that cannot be upcycled, or a destination in use.
+        UpcyclingError: if the result does not equal the dense model. Nothing is written then.
+        OSError: for a file that is missing, or a disk that is full or cannot be written to.
+    """
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(STORED_DTYPES)}.")
+    path = check_destination(destination) if not resume else Path(destination).absolute()
+    with _dense_folder(source, gguf_file, report) as folder:
+        read_config(folder)  # there, readable, and no link to another place
+        try:
+            dense = AutoConfig.from_pretrained(folder)
+        except Exception as error:  # whatever a library makes of a field that is wrong
+            raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+        if getattr(dense, "quantization_config", None):  # of files; a model in memory may come from a GGUF file
+            raise ValueError("quantization_config is not allowed as a source: upcycle what was quantised.")
+        config = upcycled_config(dense, plan)
+        checkpoint = Checkpoint(folder)
+        matrices = dense_matrices(dense, config, checkpoint)
+        stored = None if dtype == "keep" else getattr(torch, dtype)
+        plain = matrices["model.embed_tokens.weight"].tensor.dtype
+        config.dtype = str(stored or plain).removeprefix("torch.")
+        report(f"Comparing the division of {dense.num_hidden_layers} FFNs with the dense model, layer by layer")
+        exact = upcycled_tensors(config, matrices, plan, stored, noise=False)
+        check = _check_streamed(dense, config, checkpoint, matrices, exact, tolerance, check_tokens)
+        report(f"Compared with the dense model: {check}")
+        if not check.passed:
+            raise UpcyclingError(
+                f"The upcycled model differs from the dense model: {check}.{_rounding_hint(plan, stored or plain)}"
+            )
+        noisy = upcycled_tensors(config, matrices, plan, stored, noise=True) if plan.noise else exact
+        tensors = list(outputs(entries(config), noisy, "per-expert", config.n_routed_experts))
+        origin = {
+            "version": CODE_VERSION,
+            "plan": asdict(plan),
+            "dtype": dtype,
+            # A GGUF file's tensors are written out anew for every run.
+            "source": _gguf_identity(Path(source), gguf_file) if gguf_file else checkpoint.identity,
+        }
+        text = config.to_json_string().encode()
+        folder_plan = FolderPlan(
+            make_shards(tensors, max_shard_size), {CONFIG_NAME: text}, small_files(folder, code=False), origin
+        )
+        write_folder(folder_plan, checkpoint, path, resume=resume, report=report, progress=progress)
+    return check
+
+
+@contextmanager
+def _dense_folder(source: str | Path, gguf_file: str | None, report: Callable[[str], None]) -> Iterator[Path]:
+    """The dense checkpoint in safetensors files; a GGUF file is written out as such, into a temporary folder."""
+    if gguf_file is None:
+        yield local_folder(source)
+        return
+    report(f"Dequantising {gguf_file}")
+    with tempfile.TemporaryDirectory() as folder:
+        save_dequantized(AutoModelForCausalLM.from_pretrained(source, dtype="auto", gguf_file=gguf_file), folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(folder)
+        yield Path(folder)
+
+
+def _gguf_identity(source: Path, gguf_file: str) -> list[object]:
+    file = source / gguf_file
+    return file_identity(file) if file.is_file() else [str(source), gguf_file]  # of the hub
+
+
+def save_dequantized(model: PreTrainedModel, folder: str | Path) -> None:
+    """Save a model that came from a GGUF file as an ordinary checkpoint, which transformers refuses to do."""
+    config = deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder)
+
+
+def _rounding_hint(plan: UpcyclingPlan, dtype: torch.dtype) -> str:
+    if plan.dialect != "deepseek" or dtype == torch.float32:
+        return ""
+    return (
+        f" Dialect 'deepseek' folds the factor num_shards={plan.num_shards} into the down projections: exact in "
+        f"{dtype} only for a power of two. Choose one, or dtype='float32'."
+    )
+
+
+def upcycle_model(dense: PreTrainedModel, plan: UpcyclingPlan, *, noise: bool = False) -> DeepseekMoeForCausalLM:
+    """The DeepSeekMoE of a dense model, in its dtype and on its device.
+
+    Args:
+        dense: the model.
+        plan: how the FFNs are divided.
+        noise: whether to apply the plan's noise, with which the models are no longer equal.
+
+    Raises:
+        ValueError: for an architecture or a plan that cannot be upcycled exactly.
+    """
+    if plan.noise and not noise:
+        logger.warning_once(f"plan.noise={plan.noise} is not applied, so that the model is exact: pass noise=True.")
+    config = upcycled_config(dense.config, plan)
+    source = StateDict(dense.state_dict())
+    tensors = upcycled_tensors(config, dense_matrices(dense.config, config, source), plan, None, noise=noise)
+    with torch.device("meta"):
+        model = (DeepseekForCausalLM if plan.dialect == "deepseek" else DeepseekMoeForCausalLM)(config)
+    state = {
+        output.name: output.read(source).to(dense.device)
+        for output in outputs(entries(config), tensors, "stacked", config.n_routed_experts)
+    }
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    # The rotary embedding's buffers are in no checkpoint: take those of a model that was not built on meta.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(dense.device)
+    model.generation_config = dense.generation_config
+    return model.eval()
+
+
+@torch.no_grad()
+def verify_upcycling(
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    *,
+    tolerance: float = 1e-3,
+    new_tokens: int = 32,
+) -> UpcyclingCheck:
+    """Compare the upcycled model with the dense model, both in evaluation mode.
+
+    The dense model continues the first sequence greedily; the other one would write the same text if its best token
+    after every prefix of that text is the next one, which takes a single pass.
+
+    Args:
+        dense, model: the two models, in the same dtype and on the same device.
+        input_ids (`torch.LongTensor` of shape (B, S)): tokens to compare the logits on; the first sequence is also
+            continued greedily by `new_tokens`.
+        tolerance: largest allowed absolute difference of the logits.
+    """
+    if dense.device.type != "meta":  # a streamed model's weights come and go
+        input_ids = input_ids.to(dense.device)
+    difference = (logits_of(dense, input_ids).float() - logits_of(model, input_ids).float()).abs().max()
+    prompt = input_ids[:1, : min(_PROMPT, input_ids.shape[1])]
+    text = greedy_text(dense, prompt, new_tokens)
+    best = logits_of(model, text[:, :-1])[:, prompt.shape[1] - 1 :].argmax(-1)
+    return UpcyclingCheck(float(difference), tolerance, torch.equal(best, text[:, prompt.shape[1] :]), new_tokens)
+
+
+def _check_streamed(
+    dense: Any,
+    config: DeepseekMoeConfig,
+    source: TensorSource,
+    matrices: Mapping[str, Matrix],
+    tensors: dict[str, tuple[Part, Part | None]],
+    tolerance: float,
+    new_tokens: int,
+) -> UpcyclingCheck:
+    """As [`verify_upcycling`], of models that are in no memory."""
+
+    def dense_weight(name: str) -> torch.Tensor:
+        matrix = matrices[name if name in matrices else "model.embed_tokens.weight"]
+        shape = matrix.shape if len(matrix.tensor.shape) == 2 else matrix.shape[1:]
+        return Output(name, shape, (Cast(matrix, torch.float32),)).read(source)
+
+    stacked = {output.name: output for output in outputs(entries(config), tensors, "stacked", config.n_routed_experts)}
+
+    def weight(name: str) -> torch.Tensor:
+        return stacked[name if name in stacked else "model.embed_tokens.weight"].read(source).float()
+
+    tokens = torch.randint(config.vocab_size, _CHECKED_TOKENS, generator=torch.Generator().manual_seed(0))
+    return verify_upcycling(
+        streamed_model(dense, None, dense_weight),
+        streamed_model(config, f"{type(config).__name__.removesuffix('Config')}ForCausalLM", weight),
+        tokens,
+        tolerance=tolerance,
+        new_tokens=new_tokens,
+    )
+
+
+__all__ = [
+    "UpcyclingCheck",
+    "UpcyclingError",
+    "UpcyclingPlan",
+    "save_dequantized",
+    "upcycle",
+    "upcycle_model",
+    "verify_upcycling",
+]

@@ -1,0 +1,270 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The demo: a real dense model becomes a DeepSeekMoE and learns with LoRA on its experts; then merged and used.
+
+Run it with `make demo`, or with `make demo ARGS=--quick`.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from demo_data import DemoError, TokenBlocks, obtain_dense_model, reference_blocks, sample_blocks
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_deepseekmoe import expert_lora_config
+from modeling_deepseekmoe.analysis.evaluation import expert_load, perplexity
+from modeling_deepseekmoe.analysis.plots import plot_expert_load, plot_loss_curve, require_matplotlib
+from modeling_deepseekmoe.conversion import UpcyclingPlan, merge_adapter, upcycle_model, verify_upcycling
+
+LOGIT_TOLERANCE = 1e-3
+PROMPT = "The `for` statement is used to iterate over"
+_RELOAD_SCRIPT = """
+import sys
+import torch
+import modeling_deepseekmoe
+from transformers import AutoModelForCausalLM
+folder, inputs, outputs = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+with torch.no_grad():
+    torch.save(model(torch.load(inputs, weights_only=True)).logits, outputs)
+"""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Size of the demo.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences in a step.
+        block_size: tokens in a sequence.
+        learning_rate: of AdamW, with a linear decay to 0.
+        lora_rank: of the adapters on routed and shared experts.
+        held_out_blocks: sequences on which the perplexity is measured.
+        new_tokens: tokens that are generated at the end.
+        plan: how the dense FFNs are divided.
+        required_gain: share by which the held-out perplexity must fall.
+    """
+
+    steps: int = 40
+    batch_size: int = 4
+    block_size: int = 128
+    learning_rate: float = 1e-3
+    lora_rank: int = 16
+    held_out_blocks: int = 64
+    new_tokens: int = 48
+    plan: UpcyclingPlan = field(default_factory=lambda: UpcyclingPlan(shared_width=384, num_shards=6, num_copies=4))
+    required_gain: float = 0.10
+
+
+QUICK = DemoSettings(steps=10, held_out_blocks=16, new_tokens=16, required_gain=0.0)
+
+
+def run_demo(
+    output: str | Path = "runs/demo",
+    settings: DemoSettings | None = None,
+    echo: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Run the demo and return its figures, which also lie in `metrics.json` under `output`, beside `loss.png`,
+    `expert_load.png`, the upcycled model (`model/`), the adapter (`adapter/`) and both merged (`merged/`).
+
+    Raises:
+        DemoError: if a step fails; the message names it.
+    """
+    settings = settings or DemoSettings()
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    step = _Steps(echo)
+    torch.manual_seed(0)
+
+    with step("Obtain SmolLM2-135M-Instruct"):
+        require_matplotlib()
+        dense, tokenizer, origin = obtain_dense_model(output, echo)
+    with step("Read the Python language reference"):
+        train, held_out = reference_blocks(tokenizer, settings.block_size)
+        held_out = sample_blocks(held_out, settings.held_out_blocks)
+        echo(f"   {len(train)} blocks to train on, {len(held_out)} held out, {settings.block_size} tokens each")
+    with step("Upcycle to DeepSeekMoE and compare with the dense model"):
+        model = upcycle_model(dense, settings.plan)
+        check = verify_upcycling(dense, model, held_out[:2], tolerance=LOGIT_TOLERANCE)
+        echo(f"   {check}")
+        if not check.passed:
+            raise DemoError(f"the upcycled model does not equal the dense model: {check}")
+    batches = held_out.split(8)
+    with step("Held-out perplexity before training"):
+        dense_perplexity, before = perplexity(dense, batches), perplexity(model, batches)
+        echo(f"   dense {dense_perplexity:.3f}, upcycled {before:.3f}")
+    del dense
+    with step("Save the upcycled model"):
+        model.save_pretrained(output / "model")
+        tokenizer.save_pretrained(output / "model")
+    with step("Fine-tune with LoRA on the experts: peft and transformers.Trainer"):
+        adapted, history = fine_tune(model, train, settings, output)
+        trained, parameters = adapted.get_nb_trainable_parameters()
+        parameters -= trained
+        echo(f"   {trained:,} parameters trained, beside {parameters:,} frozen ones")
+    with step("Held-out perplexity after training"):
+        after = perplexity(adapted, batches)
+        gain = 1 - after / before
+        echo(f"   {after:.3f}, {gain:.1%} lower")
+        if gain < settings.required_gain:
+            raise DemoError(f"the perplexity fell by {gain:.1%}, less than {settings.required_gain:.0%}")
+    with step("Plot the loss and the expert load"):
+        plot_loss_curve([row["step"] for row in history], [row["loss"] for row in history], output / "loss.png")
+        plot_expert_load(
+            expert_load(model, batches), output / "expert_load.png", "Expert load on held-out text, after training"
+        )
+    with step("Save the adapter, merge it into the model, and load that in a fresh process"):
+        difference = _merge_and_reload(adapted, held_out[:2], output, echo)
+        echo(f"   merged against unmerged, max |logit difference| {difference:.2e}")
+        if not difference <= LOGIT_TOLERANCE:
+            raise DemoError(f"the merged model's logits differ by up to {difference:g}")
+    with step("Generate"):
+        text = _generate(adapted, tokenizer, settings.new_tokens)
+        echo(f"   {text!r}")
+
+    figures = {
+        "model": origin,
+        "experts": f"{model.config.n_shared_experts} shared + {model.config.n_routed_experts} routed, "
+        f"top-{model.config.num_experts_per_tok}, width {model.config.moe_intermediate_size}",
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "adapter_bytes": (output / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "dense_vs_upcycled_max_logit_difference": check.max_logit_difference,
+        "dense_vs_upcycled_same_greedy_text": check.same_text,
+        "optimizer_steps": settings.steps,
+        "perplexity_dense": dense_perplexity,
+        "perplexity_before": before,
+        "perplexity_after": after,
+        "perplexity_gain": gain,
+        "merged_max_logit_difference": difference,
+        "generated": text,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    (output / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    echo("\n" + _table(figures) + f"\n\nPlots and figures: {output}/loss.png, expert_load.png, metrics.json")
+    return figures
+
+
+class _Steps:
+    """Numbers and times the steps, and turns any failure into one line that says which step and why."""
+
+    def __init__(self, echo: Callable[[str], None]) -> None:
+        self.echo, self.number = echo, 0
+
+    @contextmanager
+    def __call__(self, title: str) -> Iterator[None]:
+        self.number += 1
+        self.echo(f"[{self.number}] {title} ...")
+        started = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            raise DemoError(f"Step {self.number} ({title}): {type(error).__name__}: {error}") from error
+        self.echo(f"    done in {time.monotonic() - started:.1f} s")
+
+
+# --------------------------------------------------------------------------------------------- training, saving, using
+def fine_tune(
+    model: PreTrainedModel, blocks: torch.Tensor, settings: DemoSettings, output: Path
+) -> tuple[PeftModel, list[dict[str, float]]]:
+    """Train LoRA adapters on routed and shared experts; returns the model with them, and the logged steps with their
+    losses."""
+    from transformers import Trainer, TrainingArguments
+
+    config = expert_lora_config(model, r=settings.lora_rank, target_modules=("shared_experts",))
+    adapted = get_peft_model(model, config)
+    arguments = TrainingArguments(
+        output_dir=str(output / "trainer"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=0,
+    )
+    trainer = Trainer(model=adapted, args=arguments, train_dataset=TokenBlocks(blocks))
+    trainer.train()
+    return adapted, [row for row in trainer.state.log_history if "loss" in row]
+
+
+def _merge_and_reload(adapted: PeftModel, input_ids: torch.Tensor, output: Path, echo: Callable[[str], None]) -> float:
+    folder, inputs, logits = output / "merged", output / "inputs.pt", output / "logits.pt"
+    adapted.eval().to("cpu")  # where the fresh process computes: another device would round differently
+    adapted.save_pretrained(output / "adapter")
+    shutil.rmtree(folder, ignore_errors=True)
+    echo(f"   {merge_adapter(output / 'model', output / 'adapter', folder)}")
+    torch.save(input_ids, inputs)
+    command = [sys.executable, "-c", _RELOAD_SCRIPT, str(folder), str(inputs), str(logits)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise DemoError(f"the fresh process failed: {result.stderr.strip()[-800:]}")
+    with torch.no_grad():
+        expected = adapted(input_ids).logits
+    difference = float((torch.load(logits, weights_only=True) - expected).abs().max())
+    inputs.unlink()
+    logits.unlink()
+    return difference
+
+
+def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> str:
+    inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _table(figures: dict[str, Any]) -> str:
+    rows = [
+        ("model", figures["model"]),
+        ("experts", figures["experts"]),
+        ("parameters", f"{figures['parameters']:,}"),
+        (
+            "trained: LoRA on the experts",
+            f"{figures['trained_parameters']:,}, {figures['adapter_bytes'] / 1e6:.0f} MB",
+        ),
+        ("dense vs upcycled, max |logit difference|", f"{figures['dense_vs_upcycled_max_logit_difference']:.2e}"),
+        ("dense vs upcycled, greedy text", "the same" if figures["dense_vs_upcycled_same_greedy_text"] else "differs"),
+        ("held-out perplexity, dense", f"{figures['perplexity_dense']:.3f}"),
+        ("held-out perplexity, upcycled", f"{figures['perplexity_before']:.3f}"),
+        (
+            f"held-out perplexity, after {figures['optimizer_steps']} steps",
+            f"{figures['perplexity_after']:.3f} ({figures['perplexity_gain']:.1%} lower)",
+        ),
+        ("merged vs adapter, max |logit difference|", f"{figures['merged_max_logit_difference']:.2e}"),
+        ("time", f"{figures['seconds']:.0f} s"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}} | {value}" for label, value in rows)
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes instead of the full run.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for plots, figures and the model.")] = Path("runs/demo"),
+) -> None:
+    """Upcycle a real model, fine-tune it on real text, save it, load it again and generate."""
+    try:
+        run_demo(output, QUICK if quick else DemoSettings(), typer.echo)
+    except DemoError as error:
+        typer.echo(f"Failed: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,362 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Which configuration a training fits: memory of every rank by part, and what it sends in a step.
+
+Counted from the shapes on the meta device, as the examples and the files in `configuration/accelerate` train: AdamW;
+full training with weights in float32 that compute in bfloat16; LoRA in float32 on a frozen base in bfloat16; ESFT with
+everything in bfloat16. Runs on the CPU are compared with this (`benchmarks/sharded_training.py`); what CUDA keeps for
+itself is an assumption.
+
+Shape letters: D hidden, V vocabulary, E routed experts, K chosen experts, I expert width.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..configuration_deepseekmoe import DeepseekMoeConfig
+from .inspection import config_named, gigabytes, lora_parameters, meta_parameters
+
+METHODS = ("full", "lora", "esft")
+CUDA_CONTEXT, CUDA_FRAGMENTATION = 1.5e9, 0.05  # assumed: bytes, and a share of the rest
+_BYTES = {"float32": 4, "bfloat16": 2}
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)?\s*$", re.IGNORECASE)
+_UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks share a model.
+
+    Attributes:
+        configuration: the file of `configuration/accelerate`, with options of the example.
+        replicas: ranks, or groups of them, that hold the same and get different batches.
+        shards: ranks among which FSDP2 divides the model.
+        ep_size: ranks that hold distinct experts, a divisor of `shards`.
+        offload: whether the shards lie in the machine's memory.
+    """
+
+    configuration: str
+    replicas: int = 1
+    shards: int = 1
+    ep_size: int = 1
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a rank needs in one layout.
+
+    Attributes:
+        layout: the layout.
+        parameters: of the whole model.
+        trained: parameters that are trained, adapters among them.
+        parts: bytes of a rank's device by part.
+        host: bytes of the machine's memory that a rank needs with offloading.
+        sent: bytes that a rank sends in one optimizer step of one micro-batch, by kind.
+        fits: whether the parts fit the memory that was asked about.
+    """
+
+    layout: Layout
+    parameters: int
+    trained: int
+    parts: dict[str, int]
+    host: int
+    sent: dict[str, int]
+    fits: bool = True
+
+    @property
+    def total(self) -> int:
+        """Bytes of a rank's device."""
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain numbers and strings."""
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Parameters of a model: all, routed ones, routed and other ones of every layer, embedding, head."""
+
+    total: int
+    routed: int
+    layers: tuple[tuple[int, int], ...]
+    embedding: int
+    tail: int
+
+    def largest_unit(self, ep_size: int) -> int:
+        """Of what FSDP2 gathers at once: a layer, with the experts of one rank, or the embedding."""
+        return max(self.embedding, *(routed // ep_size + other for routed, other in self.layers))
+
+    @classmethod
+    def of(cls, parameters: dict[str, torch.nn.Parameter]) -> "_Sizes":
+        layers: dict[int, list[int]] = {}
+        routed = 0
+        for name, parameter in parameters.items():
+            is_routed = ".mlp.experts." in name
+            routed += parameter.numel() * is_routed
+            if match := _LAYER.search(name):
+                layers.setdefault(int(match[1]), [0, 0])[0 if is_routed else 1] += parameter.numel()
+        embedding = parameters["model.embed_tokens.weight"]
+        tail = parameters.get("lm_head.weight", embedding).numel()
+        total = sum(parameter.numel() for parameter in parameters.values())
+        return cls(total, routed, tuple((counts[0], counts[1]) for counts in layers.values()), embedding.numel(), tail)
+
+
+def plan_memory(
+    config: DeepseekMoeConfig,
+    layout: Layout,
+    *,
+    method: str = "full",
+    weights: str | None = None,
+    compute: str = "bfloat16",
+    lora_rank: int = 16,
+    esft_share: float = 0.1,
+    tokens: int = 4096,
+    checkpointing: bool = True,
+    cuda: bool = True,
+    parameters: dict[str, torch.nn.Parameter] | None = None,
+) -> MemoryPlan:
+    """What a rank needs to train a model in a layout.
+
+    Args:
+        config: of the model.
+        layout: how the ranks share it.
+        method: `"full"`, `"lora"` (on all linear layers but the gate, and on every expert) or `"esft"`.
+        weights: dtype in which the model is held; by default float32 for full training, else bfloat16.
+        compute: dtype of the products, `"bfloat16"` or `"float32"`.
+        lora_rank: rank of every adapter.
+        esft_share: share of the routed experts that ESFT trains.
+        tokens: of one micro-batch on one rank.
+        checkpointing: whether layers are recomputed in the backward pass.
+        cuda: whether to add what CUDA keeps for itself.
+        parameters: `meta_parameters(config)`, if they are at hand.
+
+    Raises:
+        ValueError: for a method or a dtype that does not exist, or numbers that are not allowed.
+    """
+    weights = weights or ("float32" if method == "full" else "bfloat16")
+    _check(config, layout, method, weights, compute, lora_rank, esft_share, tokens)
+    parameters = meta_parameters(config) if parameters is None else parameters
+    sizes, held, used = _Sizes.of(parameters), _BYTES[weights], _BYTES[compute]
+    shards = layout.shards
+    trained, trained_bytes = sizes.total, 4 * held  # weight, gradient and two moments, in the same dtype
+    if method == "lora":
+        trained = sum(lora_parameters(name, parameter, lora_rank) for name, parameter in parameters.items())
+        trained_bytes = 4 * _BYTES["float32"]
+    elif method == "esft":
+        trained = round(esft_share * sizes.routed)
+    copies = shards if method == "full" else 1  # what is trained beside the base lies on every rank
+    parts = {
+        "weights": held * sizes.total // shards,
+        "trained beside them": 0 if method == "full" else trained_bytes // 4 * trained,
+        "gradients": trained_bytes // 4 * trained // copies,
+        "optimizer": trained_bytes // 2 * trained // copies,
+    }
+    if shards == 1 and layout.replicas > 1:
+        parts["buckets of DDP"] = parts["gradients"]
+    host = sum(parts.values()) if layout.offload else 0
+    if layout.offload:
+        parts = dict.fromkeys(parts, 0)
+    parts["gathered layers"] = _gathered(sizes, layout, used, method == "full")
+    parts["activations"] = _activations(config, tokens, used, checkpointing)
+    if weights != compute and shards == 1:  # autocast's copies, of one layer where layers are recomputed
+        parts["activations"] += used * (sizes.largest_unit(1) if checkpointing else sizes.total)
+    if cuda:
+        parts["CUDA (assumed)"] = round(CUDA_CONTEXT + CUDA_FRAGMENTATION * sum(parts.values()))
+    reduced = trained_bytes // 4 * trained  # gradients of what every rank holds, in its own dtype
+    sent = _sent(config, sizes, layout, reduced, method == "full", used, tokens, checkpointing)
+    return MemoryPlan(layout, sizes.total, trained, parts, host, sent)
+
+
+def _check(
+    config: DeepseekMoeConfig,
+    layout: Layout,
+    method: str,
+    weights: str,
+    compute: str,
+    lora_rank: int,
+    esft_share: float,
+    tokens: int,
+) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not allowed: it must be one of {', '.join(METHODS)}.")
+    for name, dtype in (("weights", weights), ("compute", compute)):
+        if dtype not in _BYTES:
+            raise ValueError(f"{name}={dtype!r} is not allowed: it must be one of {', '.join(_BYTES)}.")
+    if not 0 < esft_share <= 1:
+        raise ValueError(f"esft_share={esft_share} is not allowed: it must be above 0 and at most 1.")
+    for name, number in (("lora_rank", lora_rank), ("tokens", tokens)):
+        if number < 1:
+            raise ValueError(f"{name}={number} is not allowed: it must be at least 1.")
+    if method == "esft" and not config.moe_layers:
+        raise ValueError("method='esft' is not allowed for a model without routed experts.")
+    if layout.offload and method != "full":
+        raise ValueError(f"method={method!r} is not allowed with offloading: it must be 'full'.")
+    experts = config.n_routed_experts or 0
+    if layout.shards % layout.ep_size or (layout.ep_size > 1 and (not experts or experts % layout.ep_size)):
+        raise ValueError(
+            f"ep_size={layout.ep_size} is not allowed: it must divide the {layout.shards} shards and the {experts} "
+            "routed experts."
+        )
+
+
+def _gathered(sizes: _Sizes, layout: Layout, used: int, trains_all: bool) -> int:
+    """What FSDP2 puts together: the layer that computes, received and copied out, and the one before or after it; in a
+    backward pass of full training two of these, the gradients of one, and their sum in float32 on the way to the
+    shards; and the head, which stays between the passes."""
+    if layout.shards == 1:
+        return 0
+    unit = sizes.largest_unit(layout.ep_size)
+    backward = (2 * used + used + 4) * unit if trains_all else 0
+    return max(3 * used * unit, backward) + used * sizes.tail
+
+
+def _activations(config: DeepseekMoeConfig, tokens: int, used: int, checkpointing: bool) -> int:
+    """What the backward pass needs: the main tensors of a layer, for all layers or for the recomputed one; logits."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if config.attention_type == "mla":
+        width = heads * (2 * config.qk_head_dim + 2 * config.v_head_dim) + config.kv_lora_rank
+    else:
+        width = (2 * heads + 2 * config.num_key_value_heads) * config.head_dim
+    layer = 8 * hidden + width
+    if config.moe_layers:
+        layer += 2 * config.num_experts_per_tok * config.moe_intermediate_size + 3 * config.shared_intermediate_size
+    else:
+        layer += 3 * config.intermediate_size
+    layers = config.num_hidden_layers
+    kept = layers * hidden + layer if checkpointing else layers * layer
+    kept += 2 * (config.num_experts_per_tok or 0) * hidden if config.moe_layers else 0  # rows of the experts, once
+    logits = (used + 3 * 4) * config.vocab_size  # and their copy, softmax and gradient in float32
+    return tokens * (used * kept + logits)
+
+
+def _sent(
+    config: DeepseekMoeConfig,
+    sizes: _Sizes,
+    layout: Layout,
+    reduced: int,
+    trains_all: bool,
+    used: int,
+    tokens: int,
+    checkpointing: bool,
+) -> dict[str, int]:
+    """Bytes by kind, with rings: an all-gather and a reduce-scatter of n ranks send (n - 1) / n of the whole, an
+    all-reduce twice that."""
+    shards, replicas, ep_size = layout.shards, layout.replicas, layout.ep_size
+    ranks = shards * replicas
+    expert_shards = shards // ep_size
+    others = sizes.total - sizes.routed
+    sent: dict[str, float] = {}
+    if shards > 1:
+        gathered = (2 * others - sizes.tail) * (shards - 1) / shards
+        gathered += 2 * sizes.routed / ep_size * (expert_shards - 1) / expert_shards
+        sent["weights gathered"] = used * gathered
+        if trains_all:
+            scattered = others * (shards - 1) / shards
+            scattered += sizes.routed / ep_size * (expert_shards - 1) / expert_shards
+            sent["gradients"] = 4 * scattered
+    if trains_all and replicas > 1:
+        sent["gradients"] = sent.get("gradients", 0) + 2 * (replicas - 1) / replicas * reduced / shards
+    if not trains_all and ranks > 1:
+        sent["gradients"] = 2 * (ranks - 1) / ranks * reduced
+    if ep_size > 1:
+        passes = 6 if checkpointing else 4  # there and back, forward, recomputed and backward
+        row = (config.num_experts_per_tok or 0) * config.hidden_size * used
+        sent["tokens to experts"] = passes * len(config.moe_layers) * tokens * row * (ep_size - 1) / ep_size
+    return {kind: round(size) for kind, size in sent.items()}
+
+
+# ------------------------------------------------------------------------------------------------ the possible layouts
+def plan_training(
+    name_or_folder: str | Path,
+    *,
+    gpus: int,
+    gpu_memory: str | int,
+    gpus_per_machine: int = 8,
+    method: str = "full",
+    **settings: Any,
+) -> list[MemoryPlan]:
+    """The layouts that a number of GPUs allows, the simplest first.
+
+    Args:
+        name_or_folder: a preset, or a folder with a `config.json`.
+        gpus: all of them.
+        gpu_memory: of one, in bytes or as `"80GB"`.
+        gpus_per_machine: those with fast links between them.
+        method, settings: as for [`plan_memory`].
+
+    Returns:
+        One [`MemoryPlan`] for each layout; the first that fits is the one to use.
+
+    Raises:
+        ValueError: for numbers that are not allowed.
+    """
+    memory = _bytes_of(gpu_memory)
+    for name, number in (("gpus", gpus), ("gpus_per_machine", gpus_per_machine)):
+        if number < 1:
+            raise ValueError(f"{name}={number} is not allowed: it must be at least 1.")
+    if gpus > gpus_per_machine and gpus % gpus_per_machine:
+        raise ValueError(f"gpus={gpus} is not allowed: it must be a multiple of gpus_per_machine={gpus_per_machine}.")
+    config = config_named(name_or_folder)
+    parameters, plans = meta_parameters(config), []
+    for layout in _layouts(config, gpus, min(gpus, gpus_per_machine), method):
+        plan = plan_memory(config, layout, method=method, parameters=parameters, **settings)
+        plans.append(MemoryPlan(**{**vars(plan), "fits": plan.total <= memory}))
+    return plans
+
+
+def _layouts(config: DeepseekMoeConfig, gpus: int, in_machine: int, method: str) -> Iterator[Layout]:
+    sharded = "fsdp2_lora.yaml" if method == "lora" else "fsdp2_full.yaml"
+    if gpus == 1:
+        yield Layout("single_gpu.yaml")
+        return
+    yield Layout("ddp.yaml", replicas=gpus)
+    machines = gpus // in_machine
+    if machines > 1 and in_machine > 1:
+        own = (machines, in_machine) != (2, 8)  # those of the file
+        sizes = f" (dp_replicate_size {machines}, dp_shard_size {in_machine})" if own else ""
+        yield Layout(f"hsdp.yaml{sizes}", replicas=machines, shards=in_machine)
+    yield Layout(sharded, shards=gpus)
+    spreads = config.n_routed_experts and config.n_routed_experts % in_machine == 0 and method != "esft"
+    if spreads and in_machine > 1:
+        yield Layout(f"{sharded} --ep-size {in_machine}", shards=gpus, ep_size=in_machine)
+    if method == "full":  # adapters and selected experts are made where the base lies, which would be the CPU
+        yield Layout("fsdp2_cpu_offload.yaml", shards=gpus, offload=True)
+
+
+def _bytes_of(size: str | int) -> int:
+    match = _SIZE.match(str(size))
+    number = 0 if match is None else int(float(match[1]) * (_UNITS[match[2].lower()] if match[2] else 1))
+    if number < 10**6:
+        raise ValueError(f"gpu_memory={size!r} is not allowed: it must be bytes, or a text as '80GB' or '24GiB'.")
+    return number
+
+
+def plan_table(plans: list[MemoryPlan]) -> str:
+    """Plans as an aligned table. The first that fits is marked, unless it takes the machine's memory too."""
+    kinds = list(dict.fromkeys(part for plan in plans for part in plan.parts))
+    header = ["configuration", "fits", "a GPU needs", *kinds, "a GPU sends in a step", "and of the machine's memory"]
+    rows = [header]
+    first = next((plan for plan in plans if plan.fits and not plan.host), None)
+    for plan in plans:
+        fits = "use this" if plan is first else "yes" if plan.fits else "no"
+        rows.append(
+            [plan.layout.configuration, fits, gigabytes(plan.total)]
+            + [gigabytes(plan.parts[kind]) if plan.parts.get(kind) else "-" for kind in kinds]
+            + [gigabytes(sum(plan.sent.values())) if plan.sent else "-"]
+            + [f"{gigabytes(plan.host)} for each GPU" if plan.host else "-"]
+        )
+    widths = [max(len(row[idx]) for row in rows) for idx in range(len(header))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if first is None:
+        lines.append("Nothing fits without the machine's memory: more GPUs, fewer tokens, or another method.")
+    return "\n".join(lines)
+
+
+__all__ = ["METHODS", "Layout", "MemoryPlan", "plan_memory", "plan_table", "plan_training"]

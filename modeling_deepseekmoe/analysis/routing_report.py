@@ -1,0 +1,198 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What a model's gates do with a text: the numbers of the routing report."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..auxiliary_losses import max_violation
+from ..router_load import count_tokens
+from .evaluation import RoutingTrace, moe_blocks, trace_routing
+from .texts import token_batches
+
+_LEAST_EXPECTED = 5
+
+
+def loads_of(trace: RoutingTrace) -> torch.Tensor:
+    """Tokens of every expert (L, E)."""
+    return _loads(trace.expert_ids, trace.num_experts)
+
+
+def _loads(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    return torch.stack([count_tokens(ids.long(), num_experts, None) for ids in expert_ids])
+
+
+def batch_violations_of(trace: RoutingTrace) -> torch.Tensor:
+    """MaxVio of every batch (batches, L)."""
+    parts = trace.expert_ids.split(list(trace.batch_lengths), dim=1)
+    return torch.stack([max_violation(_loads(part, trace.num_experts)) for part in parts])
+
+
+def co_activation_of(trace: RoutingTrace, layer: int) -> torch.Tensor:
+    """How often pairs of experts are chosen together, over what independent choices of the same loads would give.
+
+    Args:
+        trace: all choices.
+        layer: index of a MoE layer.
+
+    Returns:
+        `torch.FloatTensor` of shape (E, E), symmetric; NaN on the diagonal and for pairs of which fewer than five
+        tokens are expected, where the ratio would be chance.
+    """
+    ids = trace.expert_ids[trace.layers.index(layer)].long()
+    chosen = torch.zeros(len(ids), trace.num_experts).scatter_(1, ids, 1.0)
+    pairs, load = chosen.T @ chosen, chosen.sum(dim=0)
+    # Choices of one token are distinct: without preference, a token that chose i chooses j with the chance
+    # (K - 1) / K * load_j / T / (1 - load_i / (K T)), which is symmetrised here.
+    top_k, total = ids.shape[1], float(len(ids))
+    share = load / total
+    expected = total * torch.outer(share, share) * (top_k - 1) / top_k
+    expected = expected / (1 - (share[:, None] + share[None]) / (2 * top_k))
+    return (pairs / expected).fill_diagonal_(float("nan")).masked_fill(expected < _LEAST_EXPECTED, float("nan"))
+
+
+def top_tokens_of(trace: RoutingTrace, layer: int, count: int = 5) -> list[list[dict[str, Any]]]:
+    """The tokens that characterise every expert: those with the highest n log(p / q), where n is how often the token
+    chose the expert, p the share of the token's occurrences that did, and q the share of all tokens that did.
+
+    Args:
+        trace: all choices.
+        layer: index of a MoE layer.
+        count: tokens for each expert.
+
+    Returns:
+        For every expert a list of `token_id`, `count` (n) and `share` (p), best first; only tokens with p > q.
+    """
+    ids = trace.expert_ids[trace.layers.index(layer)].long()
+    tokens, inverse, occurrences = trace.token_ids.unique(return_inverse=True, return_counts=True)
+    table = torch.zeros(len(tokens) * trace.num_experts)
+    cells = (inverse[:, None] * trace.num_experts + ids).flatten()
+    table = table.scatter_add_(0, cells, torch.ones(cells.numel())).view(len(tokens), trace.num_experts)
+    share, average = table / occurrences[:, None], table.sum(dim=0) / len(ids)
+    scores = torch.where(share > average, table * (share / average).log(), 0.0)
+    best = scores.topk(min(count, len(tokens)), dim=0)
+    return [
+        [
+            {"token_id": int(tokens[row]), "count": int(table[row, expert]), "share": float(share[row, expert])}
+            for row, score in zip(best.indices[:, expert].tolist(), best.values[:, expert].tolist(), strict=True)
+            if score > 0
+        ]
+        for expert in range(trace.num_experts)
+    ]
+
+
+class RoutingReport:
+    """The numbers of a trace; [`make_page`] makes a page of them.
+
+    Args:
+        trace: all choices, see [`trace_routing`].
+        tokenizer: shows the tokens.
+        title: name of the model.
+        facts: what stands at the top of the page, name and value.
+    """
+
+    def __init__(
+        self, trace: RoutingTrace, tokenizer: PreTrainedTokenizerBase, title: str, facts: dict[str, str]
+    ) -> None:
+        self.trace = trace
+        self.tokenizer = tokenizer
+        self.title = title
+        self.facts = facts
+        self.loads = loads_of(trace)
+        self.global_violation = max_violation(self.loads).tolist()
+        self.batch_violation = batch_violations_of(trace).mean(dim=0).tolist()
+        self.dead_experts = (self.loads == 0).sum(dim=1).tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers: the facts, and for every layer its load, MaxVio, dead experts, entropy, quantiles of the gate
+        weights by rank, the pairs of experts that are chosen together most, and the top tokens of every expert."""
+        layers = []
+        for idx, layer in enumerate(self.trace.layers):
+            weights = self.trace.weights[idx].sort(dim=-1, descending=True).values
+            quantiles = weights.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=0).T
+            layers.append(
+                {
+                    "layer": layer,
+                    "tokens_per_expert": self.loads[idx].tolist(),
+                    "max_violation_global": self.global_violation[idx],
+                    "max_violation_batch": self.batch_violation[idx],
+                    "dead_experts": self.dead_experts[idx],
+                    "entropy": float(self.trace.entropy[idx]),
+                    "gate_weight_quantiles": {"levels": [0.1, 0.5, 0.9], "by_rank": quantiles.tolist()},
+                    "most_co_activated": self.most_co_activated(layer),
+                    "top_tokens": [
+                        [{"token": self.show(entry["token_id"]), **entry} for entry in entries]
+                        for entries in top_tokens_of(self.trace, layer)
+                    ],
+                }
+            )
+        return {"title": self.title, "facts": self.facts, "tokens": len(self.trace.token_ids), "layers": layers}
+
+    def most_co_activated(self, layer: int, count: int = 5) -> list[dict[str, Any]]:
+        """Find the pairs of experts that are chosen together most, over what independent choices would give."""
+        table = co_activation_of(self.trace, layer).nan_to_num(0.0).triu(1)
+        best = table.flatten().topk(min(count, table.numel()))
+        return [
+            {"experts": list(divmod(cell, self.trace.num_experts)), "observed_over_expected": value}
+            for cell, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            if value > 0
+        ]
+
+    def show(self, token_id: int) -> str:
+        """Decode one token."""
+        token = self.tokenizer.decode([token_id])
+        # A piece of a character has no text of its own.
+        return str(self.tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in token else token
+
+
+def make_report(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterator[str],
+    *,
+    title: str,
+    source: str,
+    max_tokens: int = 32768,
+    block_size: int = 512,
+    batch_size: int = 4,
+) -> RoutingReport:
+    """Run a model on texts and report what its gates do.
+
+    Args:
+        model: a model of this family.
+        tokenizer: its tokenizer.
+        texts: for example from [`read_texts`].
+        title: name of the model.
+        source: name of the data.
+        max_tokens, block_size, batch_size: see [`token_batches`]; blocks are no longer than the model allows.
+
+    Raises:
+        ValueError: if the model has no MoE layer, if the tokenizer is not the model's, or for sizes that are not
+            allowed.
+    """
+    moe_blocks(model)
+    config = model.config
+    block_size = min(block_size, config.max_position_embeddings)
+    batches = token_batches(texts, tokenizer, max_tokens=max_tokens, block_size=block_size, batch_size=batch_size)
+    largest = max(int(batch.max()) for batch in batches)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"The tokenizer gives token {largest}, and the model has vocab_size={config.vocab_size}: it is another "
+            "model's tokenizer."
+        )
+    trace = trace_routing(model, batches)
+    facts = {
+        "model type": config.model_type,
+        "MoE layers": f"{len(trace.layers)} of {config.num_hidden_layers}",
+        "experts": f"{config.n_shared_experts or 0} shared, {config.n_routed_experts} routed, "
+        f"{config.num_experts_per_tok} for each token",
+        "gate": f"{config.scoring_func}, {config.topk_method}",
+        "data": source,
+        "tokens": f"{len(trace.token_ids):,} in batches of {batches[0].numel():,}",
+    }
+    return RoutingReport(trace, tokenizer, title, facts)
+
+
+__all__ = ["RoutingReport", "make_report"]

@@ -1,0 +1,115 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Texts of files and datasets, and batches of tokens made of them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+def read_texts(
+    data: str, *, split: str = "train", column: str = "text", subset: str | None = None, max_characters: int = 2**24
+) -> Iterator[str]:
+    """The texts of a file or a dataset.
+
+    Args:
+        data: a file of plain text; a `.jsonl` file of rows; a `.json`, `.csv` or `.parquet` file, or the folder or hub
+            id of a dataset, all of which are read by the `datasets` library.
+        split, subset: split of a dataset, and its configuration where it has several.
+        column: field of the rows that holds the text.
+        max_characters: of a plain text, no more than these are read.
+
+    Raises:
+        ValueError: if the file is no text, or has no such column.
+        OSError: if there is no such file or dataset.
+        ImportError: if `datasets` is needed and missing.
+    """
+    path = Path(data)
+    if path.is_file() and path.suffix not in (".json", ".csv", ".parquet"):
+        try:
+            with path.open(encoding="utf-8-sig") as file:
+                if path.suffix == ".jsonl":
+                    yield from _texts_of_lines(file, column, data)
+                else:
+                    yield file.read(max_characters)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{data} is not allowed as data: it is no text in UTF-8.") from error
+    else:
+        for row in _load_dataset(path, data, split, subset):
+            yield _text_of(row, column, data)
+
+
+def _texts_of_lines(lines: Iterable[str], column: str, name: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}, line {number} is no JSON: {error}.") from error
+        yield _text_of(row, column, f"{name}, line {number}")
+
+
+def _text_of(row: Any, column: str, where: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        names = ", ".join(map(repr, row)) if isinstance(row, dict) else "no columns at all"
+        raise ValueError(f"column={column!r} is not allowed: {where} holds no text under that name, but {names}.")
+    return row[column]
+
+
+def _load_dataset(path: Path, data: str, split: str, subset: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"Reading {data} needs the datasets library: pip install datasets") from error
+    if path.is_file():
+        builder = path.suffix.removeprefix(".")
+        return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+    return datasets.load_dataset(data, subset, split=split, streaming=True)
+
+
+def token_batches(
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, block_size: int, batch_size: int
+) -> list[torch.Tensor]:
+    """Cut texts into blocks of tokens, without padding.
+
+    Args:
+        texts: the texts; reading stops when there are enough tokens.
+        tokenizer: of the model. An end-of-sequence token, if it has one, is put between the texts.
+        max_tokens, block_size, batch_size: tokens in all and in a block, blocks in a batch.
+
+    Returns:
+        `torch.LongTensor`s (B, S), all of one shape; the tokens at the end that fill no batch are left out, and a
+        short text is one batch.
+
+    Raises:
+        ValueError: for sizes that are too small, or if the texts hold fewer than two tokens.
+    """
+    for name, value, least in (
+        ("max_tokens", max_tokens, 2),
+        ("block_size", block_size, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value} is not allowed: it must be at least {least}.")
+    ids: list[int] = []
+    for text in texts:
+        # A token has far fewer characters than this: what is longer would only be thrown away.
+        own = tokenizer(text[: 64 * max_tokens], add_special_tokens=False, verbose=False)["input_ids"]
+        if own:
+            ids += own if tokenizer.eos_token_id is None else [*own, tokenizer.eos_token_id]
+        if len(ids) >= max_tokens:
+            break
+    ids = ids[:max_tokens]
+    if len(ids) < 2:
+        raise ValueError(f"The data holds {len(ids)} tokens: at least two are needed.")
+    block_size = min(block_size, len(ids))
+    batch_size = min(batch_size, len(ids) // block_size)
+    batches = len(ids) // (block_size * batch_size)
+    return list(torch.tensor(ids[: batches * batch_size * block_size]).view(batches, batch_size, block_size))
+
+
+__all__ = ["read_texts", "token_batches"]

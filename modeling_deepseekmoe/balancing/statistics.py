@@ -1,0 +1,113 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Measures of routing in training, added up over optimizer steps on the device and read at once.
+
+Shape letters: L MoE layers, E routed experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..auxiliary_losses import LOSS_NAMES, max_violation
+from ..router_load import RouterLoad
+from .gates import find_biased_gates
+from .tracking import router_load_counter
+
+_MEASURES = ("max_violation_global", "max_violation_batch", "dead_experts", "entropy", "drop_rate", "bias_norm")
+
+
+class RouterStats:
+    """Routing statistics of a model over the steps that were added.
+
+    In a plain loop: `stats = RouterStats(model)`, then after every `optimizer.step()`
+    `stats.add(update_router_bias(model))`, or `stats.add(take_router_load(model))` for a gate without a bias, and
+    `stats.summary()` when it is time to log. Nothing but `summary` and `to_dict` waits for the device.
+
+    Args:
+        model: a model of this package, or another one after `track_router_load`; wrapped or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.counter = router_load_counter(model)
+        self.counter.measure_entropy = True
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again."""
+        self.load: RouterLoad | None = None
+        self.steps = 0
+        self._batch_violation = torch.zeros(len(self.counter.layers))
+
+    def add(self, load: RouterLoad) -> None:
+        """Add the [`RouterLoad`] of one optimizer step, summed over the ranks."""
+        violation = max_violation(load.tokens_per_expert)
+        if self.load is None:
+            self.load = RouterLoad.zeros(len(violation), load.tokens_per_expert.shape[1], violation.device)
+            self._batch_violation = torch.zeros_like(violation)
+        self.load.add_(load)
+        self._batch_violation.add_(violation.to(self._batch_violation.device))
+        self.steps += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything by layer, as numbers.
+
+        Returns:
+            `steps`, `tokens`; `layers`: the layers' indices; for every layer `tokens_per_expert` (L, E),
+            `max_violation_global` (of the load of all steps), `max_violation_batch` (mean over the steps),
+            `dead_experts` (share of experts without a token), `entropy` (nats, mean over the tokens; absent for models
+            of other packages), `drop_rate` (share of choices that were dropped), `bias_norm` (L2; absent without a
+            bias); `losses`, the auxiliary losses that are switched on by name, mean over the micro-batches; and
+            `losses_trained`, false if it is known that no gradient reached them: whoever made the loss left them out.
+
+        Raises:
+            ValueError: if no step was added.
+        """
+        if self.load is None:
+            raise ValueError("RouterStats has no step to report: call add() after an optimizer step.")
+        load = RouterLoad(*(value.cpu() for value in vars(self.load).values()))
+        if not load.tokens:
+            raise ValueError(f"{type(self.model).__name__}: no token was routed in training in {self.steps} steps.")
+        choices = load.tokens_per_expert.sum(dim=1).clamp(min=1)
+        output: dict[str, Any] = {
+            "steps": self.steps,
+            "tokens": int(load.tokens),
+            "layers": list(self.counter.layers),
+            "tokens_per_expert": load.tokens_per_expert.tolist(),
+            "max_violation_global": max_violation(load.tokens_per_expert).tolist(),
+            "max_violation_batch": (self._batch_violation.cpu() / self.steps).tolist(),
+            "dead_experts": (load.tokens_per_expert == 0).float().mean(dim=1).tolist(),
+            "drop_rate": (load.dropped / choices).tolist(),
+        }
+        if load.entropy.any():
+            output["entropy"] = (load.entropy / load.tokens.clamp(min=1)).tolist()
+        gates = find_biased_gates(self.model)
+        if gates:
+            norms = [gate.whole_bias().norm() for gate in gates]
+            output["bias_norm"] = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
+        losses = (load.losses / load.micro_batches.clamp(min=1)).tolist()
+        output["losses"] = {name: loss for name, loss in zip(LOSS_NAMES, losses, strict=True) if loss}
+        output["losses_trained"] = not load.losses_watched or bool(load.loss_weight)
+        return output
+
+    def summary(self) -> dict[str, float]:
+        """What a trainer logs: means over the layers under `router/...`, and the auxiliary losses, `aux_loss` for
+        their sum and `aux_loss/...` for each one, where there are any; `aux_loss_not_trained` where none is trained.
+
+        Raises:
+            ValueError: if no step was added.
+        """
+        values = self.to_dict()
+        output = {}
+        for name in _MEASURES:
+            if name in values:
+                output[f"router/{name}"] = sum(values[name]) / len(values[name])
+        if values["losses"]:
+            title = "aux_loss" if values["losses_trained"] else "aux_loss_not_trained"
+            output[title] = sum(values["losses"].values())
+            output |= {f"{title}/{name}": loss for name, loss in values["losses"].items()}
+        return output
+
+
+__all__ = ["RouterStats"]

@@ -1,0 +1,32 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The command line, `deepseekmoe`. Exit code 2 for a user's mistake, 1 for a failed check."""
+
+import typer
+
+from .convert import convert
+from .esft_select import esft_select
+from .export_adapter import export_adapter
+from .inspect import inspect
+from .merge import merge
+from .push import push
+from .report import report
+from .upcycle import upcycle
+from .verify import verify
+
+app = typer.Typer(
+    name="deepseekmoe",
+    help="DeepSeekMoE for the Hugging Face ecosystem.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (inspect, convert, verify, upcycle, report, merge, export_adapter, push, esft_select):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the `deepseekmoe` command."""
+    app()
+
+
+__all__ = ["app", "main"]

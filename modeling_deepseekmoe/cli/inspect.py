@@ -1,0 +1,73 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The command `deepseekmoe inspect`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import FailedCheck, allow_only, takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """What is inspected, and what is printed of it."""
+
+    context: typer.Context
+    name_or_folder: Annotated[str, typer.Argument(help="A preset's name, or a checkpoint folder.")]
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+    check: Annotated[bool, typer.Option("--check", help="Also read every weight, as `deepseekmoe verify`.")] = False
+    lora_rank: Annotated[int, typer.Option(help="Rank for the LoRA memory figure.")] = 16
+    gpus: Annotated[int | None, typer.Option(help="Plan training on that many GPUs instead.")] = None
+    gpu_memory: Annotated[str, typer.Option(help="Of one GPU, as 80GB.")] = "80GB"
+    gpus_per_machine: Annotated[int, typer.Option(help="GPUs with fast links between them.")] = 8
+    method: Annotated[str, typer.Option(help="full, lora or esft.")] = "full"
+    esft_share: Annotated[float, typer.Option(help="Share of the routed experts that ESFT trains.")] = 0.1
+    tokens: Annotated[int, typer.Option(help="Tokens of one micro-batch on one GPU.")] = 4096
+
+
+@takes(InspectOptions)
+def inspect(options: InspectOptions) -> None:
+    """Show parameters, FLOPs, cache and memory of a preset or a checkpoint folder, or which training fits."""
+    if options.gpus is not None:
+        _plan(options, options.gpus)
+        return
+    from ..analysis.inspection import inspect_model
+
+    allow_only(options.context, "without --gpus", "name_or_folder", "as_json", "check", "lora_rank")
+    report = inspect_model(options.name_or_folder, lora_rank=options.lora_rank)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if options.as_json else report.to_text())
+    if not options.check:
+        return
+    if not Path(options.name_or_folder).is_dir():
+        raise ValueError(f"--check is not allowed for the preset {options.name_or_folder!r}: it has no weights.")
+    from modeling_deepseekmoe.conversion import VerificationError, verify
+
+    try:
+        checked = verify(options.name_or_folder)
+    except (VerificationError, ValueError) as error:
+        raise FailedCheck(str(error)) from error
+    typer.echo(str(checked), err=options.as_json)
+
+
+def _plan(options: InspectOptions, gpus: int) -> None:
+    from ..analysis.planning import plan_table, plan_training
+
+    if options.check:
+        raise ValueError("--check is not allowed together with --gpus.")
+    plans = plan_training(
+        options.name_or_folder,
+        gpus=gpus,
+        gpu_memory=options.gpu_memory,
+        gpus_per_machine=options.gpus_per_machine,
+        method=options.method,
+        lora_rank=options.lora_rank,
+        esft_share=options.esft_share,
+        tokens=options.tokens,
+    )
+    typer.echo(json.dumps([plan.to_dict() for plan in plans], indent=2) if options.as_json else plan_table(plans))
+
+
+__all__ = ["InspectOptions", "inspect"]

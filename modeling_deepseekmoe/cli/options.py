@@ -1,0 +1,164 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What the commands share: options, exit codes, loading, progress."""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+# Options of the commands that write checkpoints.
+Destination = Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")]
+ShardSize = Annotated[str, typer.Option(help="Size of a weight file, as 5GB or 500MB.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has left.")]
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """A model to load, and how."""
+
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, of any generation.")]
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the tokenizer's folder carries.")
+    ] = False
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    device_map: Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")] = "auto"
+
+    def check(self) -> None:
+        """Raise a `ValueError` for a dtype that no model can be loaded in."""
+        allowed = ("auto", "float32", "bfloat16", "float16")
+        if self.dtype not in allowed:
+            raise ValueError(f"dtype={self.dtype!r} is not allowed: it must be one of {', '.join(allowed)}.")
+
+    def load(self) -> tuple[Any, Any]:
+        """Load the checkpoint, of any generation, with this package's classes, and its tokenizer."""
+        from transformers import AutoModelForCausalLM
+
+        from ..integrations.registration import register
+        from ..support.tokenization import load_tokenizer
+
+        self.check()
+        register(override_native=True)
+        return (
+            AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, device_map=self.device_map),
+            load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """A text to read, of a file or a dataset."""
+
+    data: Annotated[str, typer.Option(help="Text file, .jsonl, .json, .csv, .parquet, or a dataset's folder or id.")]
+    column: Annotated[str, typer.Option(help="Field of the rows that holds the text.")] = "text"
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train"
+    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")] = None
+
+    def texts(self) -> Iterator[str]:
+        """Read the texts."""
+        from ..analysis.texts import read_texts
+
+        return read_texts(self.data, split=self.split, column=self.column, subset=self.subset)
+
+
+class FailedCheck(Exception):
+    """A check that was asked for did not hold: exit code 1."""
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Show errors as messages: exit code 1 for a failed check, 2 for a user's mistake."""
+    try:
+        yield
+    except FailedCheck as error:
+        typer.echo(f"Failed: {error}", err=True)
+        raise typer.Exit(1) from error
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Make a command of a function that takes one dataclass: its fields are the arguments and options.
+
+    Args:
+        options: a dataclass whose fields are annotated as typer wants them.
+
+    Returns:
+        A decorator. The command shows the function's docstring, and its errors become exit codes.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    own: list[Any] = list(fields(options))  # type: ignore[arg-type]
+
+    def decorate(run: Callable[[Options], None]) -> Callable[..., None]:
+        @functools.wraps(run)
+        def command(**values: Any) -> None:
+            with exit_codes():
+                run(options(**values))
+
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in own
+        ]
+        vars(command)["__signature__"] = inspect.Signature(parameters)
+        command.__annotations__ = {**{field.name: hints[field.name] for field in own}, "return": None}
+        return command
+
+    return decorate
+
+
+def check_file(path: Path) -> None:
+    """Raise a `ValueError` if a path is a folder, before the work for a file begins."""
+    if path.is_dir():
+        raise ValueError(f"{path} is not allowed as a file to write: it is a folder.")
+
+
+def allow_only(context: typer.Context, case: str, *allowed: str) -> None:
+    """Raise a `ValueError` if anything was given that has no meaning in a case.
+
+    Args:
+        context: of the command.
+        case: `"with --option"`, or `"without --option"`.
+        allowed: parameters of the command that may be given.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}  # an argument's is its own
+    if odd := sorted(names[name] for name in given - set(allowed)):
+        raise ValueError(f"{', '.join(odd)}: not allowed {case}.")
+
+
+@contextmanager
+def bytes_bar(total: int) -> Iterator[Any]:
+    """Show a progress bar on stderr: bytes, speed, time left."""
+    from huggingface_hub.utils import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, file=sys.stderr) as bar:
+        yield bar
+
+
+__all__ = [
+    "Destination",
+    "FailedCheck",
+    "ModelOptions",
+    "Resume",
+    "ShardSize",
+    "TextOptions",
+    "allow_only",
+    "bytes_bar",
+    "check_file",
+    "exit_codes",
+    "takes",
+]

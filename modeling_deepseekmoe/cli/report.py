@@ -1,0 +1,54 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The command `deepseekmoe report`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import ModelOptions, TextOptions, check_file, takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(TextOptions, ModelOptions):
+    """Which model reads which text, and where the page goes."""
+
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("routing_report.html")
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing the page.")] = False
+    max_tokens: Annotated[int, typer.Option(help="Tokens to look at.")] = 32768
+    block_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4
+
+
+@takes(ReportOptions)
+def report(options: ReportOptions) -> None:
+    """Show what the gates do with a text: load, imbalance, co-activation, weights and top tokens of every expert."""
+    from ..analysis.plots import require_matplotlib
+    from ..analysis.routing_page import make_page
+    from ..analysis.routing_report import make_report
+
+    options.check()
+    if not options.as_json:
+        require_matplotlib()
+        check_file(options.output)
+    result = make_report(
+        *options.load(),
+        options.texts(),
+        title=options.model,
+        source=Path(options.data).name if Path(options.data).exists() else options.data,
+        max_tokens=options.max_tokens,
+        block_size=options.block_size,
+        batch_size=options.batch_size,
+    )
+    if options.as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(make_page(result), encoding="utf-8")
+    violation = sum(result.global_violation) / len(result.global_violation)
+    typer.echo(f"{options.output}: {len(result.trace.layers)} layers, MaxVio_global {violation:.3f} on average.")
+
+
+__all__ = ["ReportOptions", "report"]

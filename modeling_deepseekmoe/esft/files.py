@@ -1,0 +1,130 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Files of trained experts: only what was trained, under the official per-expert names, with the selection."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..balancing.gates import BIAS_NAME
+from ..checkpoint_layout import PROJECTIONS
+from ..experts import find_experts
+from ..support.folders import check_destination, read_tensors, unfinished_folder
+from ..support.models import whole_tensor
+from .layer import SelectedExperts, refuse_adapters
+from .selection import ExpertSelection
+
+WEIGHTS_NAME, SELECTION_NAME = "esft.safetensors", "esft.json"
+
+
+def save_esft(model: nn.Module, folder: str | Path, is_main_process: bool = True) -> int:
+    """Write what was trained, the experts under the official per-expert names, and the selection.
+
+    Args:
+        model: one that [`prepare_esft`] has prepared. Where FSDP2 has sharded it, all ranks must call this.
+        folder: to write; must not exist or be empty.
+        is_main_process: whether this process writes.
+
+    Returns:
+        The number of bytes of the weights.
+
+    Raises:
+        ValueError: if the model is not prepared, or for a folder in use.
+    """
+    if is_main_process:
+        check_destination(folder)
+    blocks = {layer: block for layer, block in find_experts(model).items() if isinstance(block[1], SelectedExperts)}
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} is not prepared for ESFT: call prepare_esft first.")
+    refuse_adapters(model)
+    others = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".selected_" not in name
+    }
+    selection = ExpertSelection(
+        {layer: module.selected_ids.tolist() for layer, (_, module) in blocks.items()},
+        shared_experts=any(".shared_expert" in name for name in others),
+        non_expert_modules=any(".shared_expert" not in name for name in others),
+    )
+    if selection.non_expert_modules:  # with the gates their balancing bias has been trained
+        others |= {name: buffer for name, buffer in model.named_buffers() if name.endswith(BIAS_NAME)}
+    tensors = {name: _on_cpu(tensor) for name, tensor in others.items()}
+    for name, module in blocks.values():
+        gate_up_proj, down_proj = _on_cpu(module.selected_gate_up_proj), _on_cpu(module.selected_down_proj)
+        for place, expert in enumerate(module.selected_ids.tolist()):
+            gate, up = gate_up_proj[place].chunk(2)
+            for projection, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", down_proj[place])):
+                tensors[f"{name}.{expert}.{projection}.weight"] = tensor.clone()
+    if is_main_process:
+        with unfinished_folder(folder) as unfinished:
+            save_file(tensors, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
+            selection.save(unfinished / SELECTION_NAME)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return whole_tensor(tensor).cpu().contiguous()
+
+
+@torch.no_grad()
+def load_esft(model: nn.Module, folder: str | Path) -> None:
+    """Apply what [`save_esft`] wrote to a base model, in place; to a prepared one too, to continue its training.
+
+    Raises:
+        ValueError: for a tensor that the model does not have, or not in this shape; nothing is changed then.
+        OSError: if the folder does not hold the files.
+    """
+    targets: list[tuple[torch.Tensor, torch.Tensor]] = []
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if any(isinstance(tensor, DTensor) for tensor in own.values()):
+        raise ValueError("load_esft is not allowed for a sharded model: apply it with `deepseekmoe merge` before.")
+    experts = {name: module for name, module in find_experts(model).values()}
+    for name, tensor in read_esft(folder).items():
+        target = own.get(name)
+        if target is None:
+            target = _place_of_expert(name, experts)
+        if target is None or target.shape != tensor.shape:
+            found = "the model has no such tensor" if target is None else f"the model's is {tuple(target.shape)}"
+            raise ValueError(f"{WEIGHTS_NAME}: {name} of shape {tuple(tensor.shape)} is not allowed: {found}.")
+        targets.append((target, tensor))
+    prepared = [module for module in experts.values() if isinstance(module, SelectedExperts)]
+    for module in prepared:
+        module.write_back()
+    for target, tensor in targets:
+        target.copy_(tensor)
+    for module in prepared:
+        module.read_again()
+
+
+def read_esft(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors that [`save_esft`] wrote.
+
+    Raises:
+        ValueError: if they do not hold all projections of every selected expert.
+        OSError: if a file is missing.
+    """
+    selection = ExpertSelection.of(Path(folder) / SELECTION_NAME)
+    tensors = read_tensors(Path(folder) / WEIGHTS_NAME)
+    for layer, ids in selection.experts.items():
+        for name in (f"layers.{layer}.mlp.experts.{expert}.{part}.weight" for expert in ids for part in PROJECTIONS):
+            if not any(f".{found}".endswith(f".{name}") for found in tensors):
+                raise ValueError(f"{WEIGHTS_NAME} is not allowed: {name} is missing, which {SELECTION_NAME} selects.")
+    return tensors
+
+
+def _place_of_expert(name: str, experts: Mapping[str, nn.Module]) -> torch.Tensor | None:
+    """The part of a stack that an official per-expert name stands for."""
+    prefix, _, rest = name.rpartition(".experts.")
+    module, (expert, _, projection) = experts.get(f"{prefix}.experts"), rest.partition(".")
+    if module is None or not expert.isdigit() or int(expert) >= module.gate_up_proj.shape[0]:
+        return None
+    gate, up = module.gate_up_proj[int(expert)].chunk(2)
+    places = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": module.down_proj[int(expert)]}
+    return places.get(projection)
+
+
+__all__ = ["load_esft", "read_esft", "save_esft"]

@@ -1,0 +1,327 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What would be uploaded of a folder: its files, the code, the card, and what the repository loses."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers.utils import logging
+
+from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, file_identity, listed, parse_json
+
+from ..analysis.inspection import gigabytes
+from ..analysis.routing_report import RoutingReport
+from ..remote_code import CODE_MARK, NATIVE_TYPES, as_json, auto_map_among, carries_code, code_files, code_names_in
+from ..support.tokenization import SETTINGS_NAME, TOKENIZER_NAME, unheeded_flags
+from .candidate import Candidate, find_candidate
+from .card import CARD_NAME, CardFacts, is_hand_written, make_card, metadata_of, read_metadata
+from .card_sections import HEATMAP_NAME, find_training_state, heatmap
+from .checks import check_candidate
+from .repository import (
+    CONFIG_NAMES,
+    Remote,
+    check_content,
+    check_metadata,
+    client,
+    explained,
+    full_repo_id,
+    look,
+    stale_code_of,
+)
+from .secrets import check_secrets
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What would be uploaded.
+
+    Attributes:
+        repo_id, revision: the repository and its branch.
+        kind: `"model"`, `"adapter"` or `"experts"`.
+        exists: whether the repository is there already.
+        private: whether a new one is to be private; what the Hub does by default when absent.
+        files: contents by path in the repository, as a file of this machine or as bytes.
+        deleted: paths in the repository that the commit removes.
+        left_out: files of the folder that are not uploaded, with the reason.
+        checks: what was found in order.
+        notes: what else there is to say.
+        parent: commit of the branch that the plan was made for.
+        states: what a change of the files would change, as they were checked.
+        is_complete: whether the Hub was asked what is there; only such a plan can be carried out.
+    """
+
+    repo_id: str
+    revision: str
+    kind: str
+    exists: bool
+    private: bool | None
+    files: dict[str, Path | bytes]
+    deleted: tuple[str, ...]
+    left_out: dict[str, str]
+    checks: tuple[str, ...]
+    notes: tuple[str, ...]
+    parent: str | None
+    states: dict[str, list[object]]
+    is_complete: bool
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing would change."""
+        return not self.files and not self.deleted
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file."""
+        return {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in self.files.items()}
+
+    def check_unchanged(self) -> None:
+        """Raise a `ValueError` that names the files which have changed since they were checked."""
+        odd = [
+            name
+            for name, state in self.states.items()
+            if not (file := Path(str(self.files[name]))).is_file() or file_identity(file) != state
+        ]
+        if odd:
+            raise ValueError(f"{listed(odd)}: changed since they were checked. Push again.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers and strings."""
+        fields = {key: value for key, value in asdict(self).items() if key not in ("files", "states")}
+        return {**fields, "files": self.sizes}
+
+    def to_text(self) -> str:
+        """The plan for a reader."""
+        sizes = self.sizes
+        width = max(map(len, sizes), default=0)
+        where = f"{self.repo_id}, branch {self.revision}" + ("" if self.exists else " (new)")
+        lines = [f"{self.kind} for {where}", *(f"  {check}" for check in self.checks)]
+        lines += [f"uploads {len(sizes)} files, {gigabytes(sum(sizes.values()))}:"]
+        lines += [f"  {name:<{width}}  {size:>15,}" for name, size in sorted(sizes.items())]
+        lines += [f"removes from the repository: {', '.join(self.deleted)}"] if self.deleted else []
+        lines += [f"leaves out {name}: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """How something is published.
+
+    Attributes:
+        facts: for the card: license, base model, datasets. What is absent is taken from a card that is there already.
+        private: whether a new repository is private; an existing one must be so already.
+        revision: branch; it is made from `main` where it does not exist.
+        code: whether the code of the family goes up with a model: `"auto"` (where transformers has no classes of its
+            own), `"always"` or `"never"`.
+        routing: what the gates did with a text, for the card.
+        overwrite_card: replace a card that somebody wrote.
+        replace_content: replace what else a repository holds.
+        with_training_state: let optimizer states and the like go up too.
+        license_required: refuse a new card without a license.
+        token: of the Hub; the stored one when absent.
+        ask_hub: whether to look at the repository; the plan is made for a new one otherwise.
+
+    Raises:
+        ValueError: for another `code`.
+    """
+
+    facts: CardFacts = field(default_factory=CardFacts)
+    private: bool | None = None
+    revision: str = "main"
+    code: str = "auto"
+    routing: RoutingReport | None = None
+    overwrite_card: bool = False
+    replace_content: bool = False
+    with_training_state: bool = False
+    license_required: bool = True
+    token: str | bool | None = None
+    ask_hub: bool = True
+
+    def __post_init__(self) -> None:
+        carries_code("", self.code)
+
+
+def plan_push(
+    folder: str | Path,
+    repo_id: str,
+    options: PushOptions | None = None,
+    *,
+    progress: Callable[[int], None] = lambda size: None,
+    **fields_of_options: Any,
+) -> PushPlan:
+    """Check a folder, look at the repository, and say what would be uploaded. Nothing is written anywhere.
+
+    Args:
+        folder: a checkpoint of the family, a LoRA adapter, or the trained experts of `save_esft`.
+        repo_id: `user/name`.
+        options: how it is published.
+        progress: receives numbers of bytes of weights that were read.
+        fields_of_options: fields of [`PushOptions`], each in place of that of `options`.
+
+    Raises:
+        ValueError: for arguments, folders and repositories that are not allowed.
+        PreflightError: if the folder is not in order.
+        OSError: if files are missing, or the Hub refuses or cannot be reached.
+    """
+    options = replace(options or PushOptions(), **fields_of_options)
+    api = client(options.token) if options.ask_hub else None
+    repo_id = full_repo_id(repo_id, api)
+    candidate = find_candidate(folder, options.with_training_state)
+    card = _read_card(candidate)
+    remote = look(api, repo_id, options.revision) if api else Remote()
+    if options.private and remote.exists and not remote.private:
+        raise ValueError(f"private=True is not allowed: {repo_id} exists and is public.")
+    facts = options.facts.completed(candidate, (card,) if options.replace_content else (card, remote.card))
+    candidate, files, notes = _files_of(candidate, facts, options, api)
+    deleted = check_content(candidate, remote, repo_id, options.replace_content, options.overwrite_card)
+    if api and candidate.kind == "model":
+        deleted += stale_code_of(api, repo_id, remote)
+    if not options.overwrite_card and (is_hand_written(remote.card) or is_hand_written(card)):
+        notes += _keep_card(files, remote, card, options.license_required)
+        if options.facts != CardFacts() or options.routing is not None:
+            notes.append(f"{CARD_NAME} is not changed: what was said for it is left out")
+    else:
+        facts.check_license(options.license_required)
+        card = _add_card(candidate, repo_id, facts, options.routing, files)
+        if options.routing is None and HEATMAP_NAME in remote.files:
+            deleted.append(HEATMAP_NAME)
+    if api and CARD_NAME in files:
+        check_metadata(api, card)
+    states = {name: file_identity(content) for name, content in files.items() if isinstance(content, Path)}
+    checks = check_candidate(candidate, progress)
+    check_secrets(files, api.token if api and isinstance(api.token, str) else None)
+    return PushPlan(
+        repo_id=repo_id,
+        revision=options.revision,
+        kind=candidate.kind,
+        exists=remote.exists,
+        private=options.private,
+        files=files,
+        deleted=tuple(name for name in dict.fromkeys(deleted) if name not in files),
+        left_out=candidate.left_out,
+        checks=(*checks, "no file holds what looks like a token or a key"),
+        notes=tuple(notes),
+        parent=remote.head,
+        states=states,
+        is_complete=options.ask_hub,
+    )
+
+
+def _files_of(
+    candidate: Candidate, facts: CardFacts, options: PushOptions, api: HfApi | None
+) -> tuple[Candidate, dict[str, Path | bytes], list[str]]:
+    """The candidate as it is published, what goes up of it but the card, and what is to be said of that."""
+    files: dict[str, Path | bytes] = dict(candidate.files)
+    notes = [] if options.ask_hub else ["the Hub was not asked: the repository is taken for a new one"]
+    notes += _name_tokenizer(candidate, files)
+    if candidate.kind == "model":
+        notes += _add_code(candidate, files, options.code)
+    elif api and not _is_on_hub(api, facts.base_model):
+        notes.append(f"the base model {facts.base_model} is not on the Hub, or not for this token")
+    if candidate.kind == "adapter" and candidate.raw.get("base_model_name_or_path") != facts.base_model:
+        candidate = replace(candidate, raw={**candidate.raw, "base_model_name_or_path": facts.base_model})
+        files[CONFIG_NAMES["adapter"]] = as_json(candidate.raw)
+        notes.append(f"{CONFIG_NAMES['adapter']} names {facts.base_model} as its base")
+    return candidate, files, notes
+
+
+def _add_card(
+    candidate: Candidate, repo_id: str, facts: CardFacts, routing: RoutingReport | None, files: dict[str, Path | bytes]
+) -> str:
+    """Add a new card, with its picture where there is one, and return its text."""
+    training, with_code = find_training_state(candidate.folder), CODE_MARK in files
+    card = make_card(candidate, repo_id, facts, with_code=with_code, routing=routing, training=training)
+    files[CARD_NAME] = card.encode()
+    if routing is not None:
+        files[HEATMAP_NAME] = heatmap(routing)
+    return card
+
+
+def _is_on_hub(api: HfApi, repo_id: str | None) -> bool:
+    with explained(str(repo_id)):
+        return repo_id is not None and api.repo_exists(repo_id)
+
+
+def _read_card(candidate: Candidate) -> str:
+    if CARD_NAME not in candidate.files:
+        return ""
+    try:
+        card = candidate.files[CARD_NAME].read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{CARD_NAME} is not allowed: it is no text in UTF-8 ({error}).") from error
+    read_metadata(card)
+    return card
+
+
+def _add_code(candidate: Candidate, files: dict[str, Path | bytes], code: str) -> list[str]:
+    """Add the code and its `auto_map`, or take an `auto_map` away that names what is not there."""
+    raw, own = candidate.raw, code_files()
+    carried = carries_code(raw["model_type"], code)
+    if CODE_MARK in files:
+        for name in code_names_in(candidate.folder):
+            files.pop(name, None)
+    elif carried and own.keys() & files.keys():
+        raise ValueError(f"{listed(sorted(own.keys() & files.keys()))}: these names are those of the family's code.")
+    if carried:
+        files.update(own)
+    auto_map = auto_map_among(files, raw["model_type"], raw.get("auto_map"))
+    if auto_map == (raw.get("auto_map") or {}):
+        return []
+    files[CONFIG_NAME] = as_json(
+        {key: value for key, value in raw.items() if key != "auto_map"} | ({"auto_map": auto_map} if auto_map else {})
+    )
+    dropped = set(raw.get("auto_map") or ()) - set(auto_map)
+    return (
+        [f"the auto_map of {CONFIG_NAME} named code that is not published: {listed(sorted(dropped))}"]
+        if dropped
+        else []
+    )
+
+
+def _name_tokenizer(candidate: Candidate, files: dict[str, Path | bytes]) -> list[str]:
+    """Name a class that every version of transformers reads the tokenizer with, and say what readers would not see.
+
+    transformers 5 saves tokenizers under the name of a class that transformers 4 does not have. The first generation's
+    was released under the name of Llama's, as which a byte-level tokenizer loses its spaces."""
+    settings, tokenizer = (candidate.files.get(name) for name in (SETTINGS_NAME, TOKENIZER_NAME))
+    content, read = (parse_json(file) if file else None for file in (settings, tokenizer))
+    if settings is None or not isinstance(content, dict) or not isinstance(read, dict):
+        return []
+    notes = []
+    for flag in unheeded_flags(content, read):
+        notes.append(
+            f"{SETTINGS_NAME} says {flag}=true, which transformers 5 ignores beside this {TOKENIZER_NAME}: "
+            "modeling_deepseekmoe.load_tokenizer(folder).save_pretrained(folder) writes it where all look"
+        )
+    named, reason = content.get("tokenizer_class"), None
+    if named == "TokenizersBackend":
+        reason = "which transformers 4 reads too"
+    elif named in ("LlamaTokenizer", "LlamaTokenizerFast") and candidate.raw.get("model_type") not in NATIVE_TYPES:
+        reason = "it is byte-level" if "ByteLevel" in str(read.get("pre_tokenizer")) else None
+    if reason:
+        files[SETTINGS_NAME] = as_json({**content, "tokenizer_class": "PreTrainedTokenizerFast"})
+        notes.append(f"{SETTINGS_NAME} names PreTrainedTokenizerFast instead of {named}: {reason}")
+    return notes
+
+
+def _keep_card(files: dict[str, Path | bytes], remote: Remote, card: str, license_required: bool) -> list[str]:
+    """Which of two cards stays, where one is written by hand."""
+    stays = is_hand_written(remote.card)
+    if not metadata_of(remote.card if stays else card).get("license"):
+        problem = f"{CARD_NAME}{' in the repository' if stays else ''} is written by hand, and states no license"
+        if license_required:
+            raise ValueError(
+                f"license is missing: {problem}. It is not changed: add one to its metadata, or pass --overwrite-card."
+            )
+        logger.warning(problem)
+    if not stays:
+        return [f"{CARD_NAME} of the folder is written by hand: it goes up as it is"]
+    files.pop(CARD_NAME, None)
+    differs = " The folder's differs." if card and card != remote.card else ""
+    return [f"{CARD_NAME} in the repository is written by hand: it stays (--overwrite-card makes a new one).{differs}"]
+
+
+__all__ = ["PushOptions", "PushPlan", "plan_push"]

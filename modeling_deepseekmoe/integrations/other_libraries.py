@@ -1,0 +1,119 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What importing this package changes in other libraries: three places, each when that library is imported.
+
+- transformers' Trainer gets one more default callback, which lets `push_to_hub=True` upload the code of the family.
+- transformers' experts implementations get one more, `"deepseekmoe"`, for its own models.
+- TRL loads models of the family that it is given by path through AutoModel.
+
+Nothing else of other libraries is changed by an import. docs/architecture.md says why each is needed.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from importlib import util
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import transformers
+from transformers import AutoConfig
+
+from ..configuration_deepseekmoe import DeepseekMoeConfig
+from ..support.library_support import TRL_LOADER, TRL_MODULE
+from ..transformers_support import EXPERTS_MODULE, EXPERTS_TABLE, TRAINER_CALLBACKS, TRAINER_MODULE
+
+_EXPERTS = "modeling_deepseekmoe.experts"
+
+
+class AfterImport(MetaPathFinder):
+    """Does something with a module of another library as soon as it is there: now, or when somebody imports it.
+
+    Importing it here instead would cost every process a second or two that most can do without.
+
+    Args:
+        name: of the module.
+        attribute: of the module, which is there when it is complete.
+        action: gets the module.
+    """
+
+    def __init__(self, name: str, attribute: str, action: Callable[[Any], None]) -> None:
+        self.name, self.attribute, self.action = name, attribute, action
+        self._searching = False
+
+    def arrange(self) -> None:
+        """Do it, or make sure that it will be done."""
+        module = sys.modules.get(self.name)
+        if hasattr(module, self.attribute):
+            self.action(module)
+        elif self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find the module as Python does, and let its loader act when the module is complete."""
+        if fullname != self.name or self._searching:
+            return None
+        self._searching = True
+        try:
+            spec = util.find_spec(fullname)
+        finally:
+            self._searching = False
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                self.action(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _carry_code(trainer_module: Any) -> None:
+    """Add the callback that publishes the code to those that every Trainer has."""
+    from ..hub.callbacks import RemoteCodeCallback
+
+    callbacks = getattr(trainer_module, TRAINER_CALLBACKS)
+    if RemoteCodeCallback not in callbacks:
+        callbacks.append(RemoteCodeCallback)
+
+
+def _offer_experts(moe_module: Any) -> None:
+    """Register the experts implementation for transformers' own models; `experts` registers itself when it is used."""
+    if _EXPERTS not in sys.modules:
+        getattr(moe_module, EXPERTS_TABLE).register("deepseekmoe", _run_experts)
+
+
+def _run_experts(*args: Any, **kwargs: Any) -> Any:
+    from ..experts import experts_forward
+
+    return experts_forward(*args, **kwargs)
+
+
+def _load_through_auto(trl_module: Any) -> None:
+    """Let TRL load models of the family by AutoModel. It would take the class of transformers that has the name in
+    `architectures`, which for V2 and V3 is transformers' own, whatever was registered."""
+    original = getattr(trl_module, TRL_LOADER)
+    if hasattr(original, "through_auto"):
+        return
+
+    @functools.wraps(original)
+    def load(model_id: str, architecture: Any = None, **kwargs: Any) -> Any:
+        if architecture is None:
+            config = AutoConfig.from_pretrained(model_id, trust_remote_code=kwargs.get("trust_remote_code", False))
+            architecture = transformers.AutoModelForCausalLM if isinstance(config, DeepseekMoeConfig) else None
+        return original(model_id, architecture, **kwargs)
+
+    vars(load)["through_auto"] = True
+    for name, module in list(sys.modules.items()):  # its trainers import the function by name
+        if name.startswith("trl.") and vars(module).get(TRL_LOADER) is original:
+            setattr(module, TRL_LOADER, load)
+
+
+TRL = AfterImport(TRL_MODULE, TRL_LOADER, _load_through_auto)
+TRAINER = AfterImport(TRAINER_MODULE, TRAINER_CALLBACKS, _carry_code)
+EXPERTS = AfterImport(EXPERTS_MODULE, EXPERTS_TABLE, _offer_experts)
+
+__all__ = ["EXPERTS", "TRAINER", "TRL", "AfterImport"]

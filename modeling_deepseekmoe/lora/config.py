@@ -1,0 +1,263 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Configs of LoRA on the routed experts, for `peft.get_peft_model`.
+
+They serve this family and every model of transformers with the same stacked experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.utils import logging
+
+from ..checkpoint_layout import PROJECTIONS
+from ..esft.selection import ExpertSelection
+from ..experts import find_experts, why_unsupported
+from ..support.peft_support import use_own_layers
+from .layer import create_layer
+from .options import (
+    PLACES,
+    check_copies,
+    check_exclusions,
+    check_layers,
+    check_options,
+    chosen_parameters,
+    completed_pattern,
+    excludes,
+)
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ExpertLoraConfig(LoraConfig):
+    """A `peft.LoraConfig` whose adapters on stacked experts are computed directly. It is saved as a plain LoraConfig
+    that plain PEFT reads; since plain PEFT refuses dropout on parameters, it is saved with `lora_dropout` 0.
+
+    Attributes:
+        experts: for every layer the ids of the experts that get an adapter; all experts if `None`. In the saved
+            adapter the factors of all others are zero.
+    """
+
+    experts: dict[int, list[int]] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        use_own_layers(self, create_layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: the fields of a LoraConfig."""
+        fields = super().to_dict()
+        del fields["experts"]
+        if self.target_parameters and self.lora_dropout:
+            logger.warning_once(
+                f"lora_dropout={self.lora_dropout} is saved as 0, since plain PEFT refuses it for experts: to train a "
+                f"loaded adapter on, call optimize_expert_lora(model, lora_dropout={self.lora_dropout})."
+            )
+            fields["lora_dropout"] = 0.0
+        return fields
+
+
+_PARAMETERS = {"gate_up": "gate_up_proj", "down": "down_proj"}
+
+
+def expert_lora_config(
+    model: nn.Module,
+    r: int = 16,
+    lora_alpha: float | None = None,
+    *,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    init_lora_weights: bool | str = True,
+    target_modules: str | Sequence[str] = (),
+    experts: str | Path | Mapping[int, Sequence[int]] | ExpertSelection | None = None,
+    projections: Sequence[str] = ("gate_up", "down"),
+    train_router: bool = False,
+    modules_to_save: str | Sequence[str] = (),
+    task_type: str | None = "CAUSAL_LM",
+    **kwargs: Any,
+) -> ExpertLoraConfig:
+    """A config for `peft.get_peft_model` that adapts the routed experts.
+
+    Args:
+        model: a model of this family, or any other of transformers with experts stacked as `gate_up_proj` (E, 2I, D)
+            and `down_proj` (E, D, I): its DeepSeek-V2 and V3, Qwen3-MoE, Mixtral, OLMoE, ...
+        r: rank, of every expert's adapter.
+        lora_alpha: the adapter counts `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`; 2 * r by default.
+        lora_dropout: probability, drawn for every token at every expert; also of the `target_modules`.
+        use_rslora: scale by the square root of the rank.
+        init_lora_weights: `True`, `False` (B is random too) or `"gaussian"`.
+        target_modules: linear maps to adapt beside the experts, by the end of their names or by the name of a module
+            that holds them: `("self_attn", "shared_experts")`, `("q_proj", "v_proj")`; `"all-linear"` for all of
+            them but the head.
+        experts: restrict the adapter to these ids of these layers, or to those of an `esft.json`. Layers that are not
+            named get none.
+        projections: `"gate_up"` (one A serves both halves), `"down"`, or both.
+        train_router: train the gates too, as whole copies. Their balancing bias is saved with the adapter.
+        modules_to_save: further modules to train as whole copies.
+        task_type: PEFT's.
+        kwargs: other fields of `peft.LoraConfig`, which hold for experts too: `layers_to_transform`, `layers_pattern`,
+            `exclude_modules`, `rank_pattern` and `alpha_pattern` (with names of modules or parameters),
+            `trainable_token_indices`, ... docs/lora_options.md lists all of them.
+
+    Raises:
+        ValueError: for a value or an option that is not allowed, or a model without such experts.
+    """
+    if not isinstance(r, int) or r < 1:
+        raise ValueError(f"r={r!r} is not allowed: it must be an integer of at least 1.")
+    lora_alpha = 2 * r if lora_alpha is None else lora_alpha
+    if not lora_alpha > 0:
+        raise ValueError(f"lora_alpha={lora_alpha!r} is not allowed: it must be above 0.")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout={lora_dropout!r} is not allowed: it must be at least 0 and below 1.")
+    check_options(init_lora_weights, kwargs)
+    projections = _as_list(projections)
+    unknown = [name for name in projections if name not in _PARAMETERS]
+    if unknown or not projections:
+        raise ValueError(f"projections={projections!r} is not allowed: choose from 'gate_up' and 'down'.")
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    blocks = _supported_experts(model)
+    selection = None if experts is None else ExpertSelection.of(experts).checked(model)
+    layers = None if selection is None else [layer for layer, ids in selection.experts.items() if ids]
+    stacks = [_PARAMETERS[name] for name in dict.fromkeys(projections)]
+    experts_of = {f"{name}.{stack}": layer for layer, (name, _) in blocks.items() for stack in stacks}
+    targets = _as_list(target_modules)
+    if selection is not None:
+        if selection.non_expert_modules:
+            raise ValueError("experts: non_expert_modules=True is not allowed for LoRA: name them in target_modules.")
+        if selection.shared_experts:  # Qwen2-MoE has one
+            one = any(".shared_expert." in name for name, _ in model.named_modules())
+            targets.append("shared_expert" if one else "shared_experts")
+    modules, weights = _linear_targets(model, targets)
+    copies = [*_as_list(modules_to_save), *(_gates(model, blocks) if train_router else [])]
+    _refuse_sharded_copies(model, [*copies, *_embeddings(kwargs.get("trainable_token_indices"))])
+    wanted = [name for name, layer in experts_of.items() if layers is None or layer in layers]
+    linear, ffns = ([name for names in found.values() for name in names] for found in (modules, weights))
+    names = [name for name, _ in model.named_modules()]
+    check_copies(names, copies, [*wanted, *linear, *ffns])
+    check_layers(kwargs.get("layers_to_transform"), names)
+    check_exclusions(kwargs.get("exclude_modules"), names, experts_of)
+    adapted = chosen_parameters(wanted, kwargs)
+    if not adapted or (layers is not None and adapted != wanted):
+        given = {name: kwargs[name] for name in PLACES if kwargs.get(name) is not None}
+        lost = next(name for name in wanted if name not in adapted)
+        raise ValueError(f"{given} is not allowed: it excludes {lost}, and " + (
+            f"no layer of {sorted(blocks)} is left." if layers is None else "`experts` selects some of these experts."
+        ))  # fmt: skip
+    others = chosen_parameters(ffns, kwargs)
+    if not any(excludes(kwargs.get("exclude_modules"), name) for name in linear):
+        kwargs["exclude_modules"] = None  # done, and PEFT, which looks at modules alone, would say that it was not
+    for name in ("rank_pattern", "alpha_pattern"):
+        kwargs[name] = completed_pattern(name, kwargs.get(name), [*adapted, *others], linear)
+    ends: dict[str, list[str]] = {}
+    for name in sorted(experts_of, key=lambda name: name.rsplit(".", 1)[0]):
+        ends.setdefault(".".join(name.split(".")[-3:]), []).append(name)
+    return ExpertLoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_rslora=use_rslora,
+        init_lora_weights=init_lora_weights,
+        target_modules=list(modules),
+        target_parameters=_shortened(ends, adapted) + _shortened(weights, others),
+        modules_to_save=copies or None,
+        task_type=task_type,
+        experts=None if selection is None else selection.experts,
+        **kwargs,
+    )
+
+
+def _shortened(ends: dict[str, list[str]], names: list[str]) -> list[str]:
+    """Names by their ends where all that have an end are there, since plain PEFT wants the same targets of all
+    adapters."""
+    return list(ends) if all(name in names for own in ends.values() for name in own) else names
+
+
+def _embeddings(trainable_token_indices: Any) -> list[str]:
+    """The modules of which PEFT trains some rows."""
+    if not trainable_token_indices:
+        return []
+    return [*trainable_token_indices] if isinstance(trainable_token_indices, Mapping) else ["embed_tokens"]
+
+
+def _refuse_sharded_copies(model: nn.Module, names: Sequence[str]) -> None:
+    for name, module in model.named_modules():
+        is_copied = any(f".{name}".endswith(f".{wanted}") for wanted in names)
+        if is_copied and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            raise ValueError(
+                f"{name} is not allowed as a trained copy (modules_to_save, train_router): it is sharded."
+            )
+
+
+def _supported_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    blocks = find_experts(model)
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no stacked experts: there is nothing for expert LoRA to adapt.")
+    for name, experts in blocks.values():
+        check_supported(name, experts)
+    return blocks
+
+
+def _gates(model: nn.Module, blocks: dict[int, tuple[str, nn.Module]]) -> list[str]:
+    names = [f"{name.rpartition('.')[0]}.gate" for name, _ in blocks.values()]
+    missing = [name for name in names if name not in dict(model.named_modules())]
+    if missing:
+        raise ValueError(
+            f"train_router=True is not allowed for {type(model).__name__}: it has no module {missing[0]}."
+        )
+    return sorted({".".join(name.split(".")[-2:]) for name in names})
+
+
+def check_supported(name: str, experts: nn.Module) -> None:
+    reason = why_unsupported(experts)
+    if reason is not None:
+        raise ValueError(f"{name} ({type(experts).__name__}) is not allowed for expert LoRA: {reason}.")
+
+
+def _as_list(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _linear_targets(model: nn.Module, targets: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """`target_modules` as what PEFT's `target_modules` and `target_parameters` understand: ends of names, and for each
+    the full names that have it."""
+    linears = _linear_names(model)
+    modules: dict[str, list[str]] = {}
+    parameters: dict[str, list[str]] = {}
+    for target in targets:
+        if target == "all-linear":
+            found = {name: name for name in linears if name.rsplit(".", 1)[-1] not in ("lm_head", "score")}
+        else:
+            padded = {name: f".{name}." for name in linears if f".{target}." in f".{name}."}
+            found = {name: text[text.rindex(f".{target}.") + 1 : -1] for name, text in padded.items()}
+        if not found:
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise ValueError(
+                f"target_modules: {target!r} is not allowed: no linear map has that name. There are "
+                f"{', '.join(leaves)}; train_router=True trains the gates."
+            )
+        for name, end in found.items():
+            # PEFT takes these, wherever they stand in a V2 or V3 model, for the old names of the routed experts.
+            if end.endswith(PROJECTIONS):
+                parameters.setdefault(f"{end}.weight", []).append(f"{name}.weight")
+            else:
+                modules.setdefault(end, []).append(name)
+    return modules, parameters
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Names of all linear maps of the base, in a model that has adapters already too."""
+    names = {
+        name.replace(".base_layer", "").replace(".original_module", ""): None
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name and ".modules_to_save." not in name
+    }
+    return list(names)
+
+
+__all__ = ["ExpertLoraConfig", "expert_lora_config"]

@@ -1,0 +1,47 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What several parts of the package do with a model: evaluate it, put its tensors together."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards the model is in its previous mode."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ranks hold parts of the model's parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without gradients, put together where it is sharded; all ranks that hold a part must call this then."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    kind = tensor.device_mesh.device_type
+    tensor = tensor if tensor.device.type == kind else tensor.to(kind)  # what FSDP2 has offloaded
+    return tensor.full_tensor()
+
+
+def model_class_named(name: str) -> Any:
+    """The model class of the family with this name, as a checkpoint's `architectures` has it."""
+    from .. import modeling_classification, modeling_deepseekmoe  # seconds to import, and seldom needed
+
+    return getattr(modeling_deepseekmoe if hasattr(modeling_deepseekmoe, name) else modeling_classification, name)
+
+
+__all__ = ["evaluating", "is_sharded", "model_class_named", "whole_tensor"]

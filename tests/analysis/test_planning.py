@@ -1,0 +1,152 @@
+"""Which configuration a training fits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from paths import SCRIPTS
+from tolerances import PLANNED_COMMUNICATION
+from typer.testing import CliRunner
+
+from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, plan_training
+from modeling_deepseekmoe.analysis.planning import Layout, plan_memory
+from modeling_deepseekmoe.cli.app import app
+
+SCRIPT = SCRIPTS / "counted_communication.py"
+PARAMETERS_16B = 16_375_728_128
+
+
+def test_full_training_is_sixteen_bytes_a_parameter_divided_by_the_shards() -> None:
+    plans = {plan.layout.configuration: plan for plan in plan_training("deepseek-moe-16b", gpus=8, gpu_memory="80GB")}
+    assert list(plans) == [
+        "ddp.yaml", "fsdp2_full.yaml", "fsdp2_full.yaml --ep-size 8", "fsdp2_cpu_offload.yaml"
+    ]  # fmt: skip
+    states = ("weights", "gradients", "optimizer")
+    for name, shards in (("ddp.yaml", 1), ("fsdp2_full.yaml", 8), ("fsdp2_full.yaml --ep-size 8", 8)):
+        plan = plans[name]
+        assert plan.parameters == plan.trained == PARAMETERS_16B
+        assert sum(plan.parts[part] for part in states) == 16 * PARAMETERS_16B // shards
+        assert plan.fits == (plan.total <= 80e9) == (shards == 8)
+    offloaded = plans["fsdp2_cpu_offload.yaml"]
+    assert not any(offloaded.parts[part] for part in states) and offloaded.host == 16 * PARAMETERS_16B // 8
+    # Of experts that stay where they are an eighth is put together, and sent nowhere.
+    assert (
+        plans["fsdp2_full.yaml --ep-size 8"].parts["gathered layers"]
+        < plans["fsdp2_full.yaml"].parts["gathered layers"] / 2
+    )
+    assert sum(plans["fsdp2_full.yaml --ep-size 8"].sent.values()) < sum(plans["fsdp2_full.yaml"].sent.values()) / 4
+
+
+def test_lora_and_esft_hold_a_frozen_base_in_bfloat16() -> None:
+    lora = plan_training("deepseek-v2-lite", gpus=2, gpu_memory="80GB", method="lora", lora_rank=8)
+    by_name = {plan.layout.configuration: plan for plan in lora}
+    assert "fsdp2_cpu_offload.yaml" not in by_name
+    whole, sharded = by_name["ddp.yaml"], by_name["fsdp2_lora.yaml"]
+    assert whole.parts["weights"] == 2 * whole.parameters == 2 * sharded.parts["weights"]
+    for plan in (whole, sharded):  # every rank holds all adapters: weight, gradient and two moments in float32
+        assert plan.parts["trained beside them"] == 4 * plan.trained == plan.parts["gradients"]
+        assert plan.parts["optimizer"] == 8 * plan.trained
+        assert plan.sent["gradients"] == 4 * plan.trained  # an all-reduce of two ranks
+    (esft,) = plan_training("deepseek-v2-lite", gpus=1, gpu_memory=80 * 10**9, method="esft", esft_share=0.25)
+    assert esft.layout.configuration == "single_gpu.yaml" and not esft.sent
+    assert esft.parts["trained beside them"] == 2 * esft.trained == esft.parts["gradients"]
+
+
+def test_several_machines() -> None:
+    names = [plan.layout.configuration for plan in plan_training("deepseek-v2-lite", gpus=32, gpu_memory="80GB")]
+    assert names == [
+        "ddp.yaml",
+        "hsdp.yaml (dp_replicate_size 4, dp_shard_size 8)",
+        "fsdp2_full.yaml",
+        "fsdp2_full.yaml --ep-size 8",
+        "fsdp2_cpu_offload.yaml",
+    ]
+    hsdp = plan_training("deepseek-v2-lite", gpus=32, gpu_memory="80GB")[1].layout
+    assert (hsdp.replicas, hsdp.shards) == (4, 8)
+
+
+def test_activations_grow_with_tokens_and_without_checkpointing() -> None:
+    config = DeepseekMoeConfig(**TINY)
+    plans = [
+        plan_memory(config, Layout("x"), tokens=tokens, checkpointing=checkpointing, cuda=False)
+        for tokens, checkpointing in ((64, True), (128, True), (128, False))
+    ]
+    sizes = [plan.parts["activations"] for plan in plans]
+    assert sizes[0] < sizes[1] < sizes[2] and "CUDA (assumed)" not in plans[0].parts
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gpus": 0}, "gpus=0 is not allowed"),
+        ({"gpus": 12}, "gpus=12 is not allowed: it must be a multiple of gpus_per_machine=8"),
+        ({"gpu_memory": "much"}, "gpu_memory='much' is not allowed"),
+        ({"gpu_memory": "0GB"}, "gpu_memory='0GB' is not allowed"),
+        ({"gpu_memory": "80"}, "gpu_memory='80' is not allowed: it must be bytes, or a text as '80GB'"),
+        ({"method": "dora"}, "method='dora' is not allowed: it must be one of full, lora, esft"),
+        ({"tokens": 0}, "tokens=0 is not allowed"),
+        ({"method": "lora", "lora_rank": 0}, "lora_rank=0 is not allowed"),
+        ({"method": "esft", "esft_share": 0.0}, "esft_share=0.0 is not allowed"),
+        ({"weights": "int8"}, "weights='int8' is not allowed"),
+    ],
+)
+def test_wrong_numbers(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_training("deepseekmoe-2b", **{"gpus": 8, "gpu_memory": "80GB", **settings})
+    with pytest.raises(ValueError, match="method='lora' is not allowed with offloading"):
+        plan_memory(DeepseekMoeConfig(**TINY), Layout("x", shards=2, offload=True), method="lora")
+    with pytest.raises(ValueError, match="method='esft' is not allowed for a model without routed experts"):
+        plan_training("dense", gpus=1, gpu_memory="80GB", method="esft")
+    with pytest.raises(ValueError, match="ep_size=3 is not allowed"):
+        plan_memory(DeepseekMoeConfig(**TINY), Layout("x", shards=4, ep_size=3))
+
+
+def test_on_the_command_line() -> None:
+    runner = CliRunner()
+    result = runner.invoke(app, ["inspect", "deepseek-moe-16b", "--gpus", "8", "--gpu-memory", "80GB"])
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert lines[0].startswith("configuration") and "weights" in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "ddp.yaml",
+        "fsdp2_full.yaml",
+        "fsdp2_full.yaml",
+        "fsdp2_cpu_offload.yaml",
+    ]
+    assert "use this" in lines[2] and "use this" not in lines[3]
+    result = runner.invoke(app, ["inspect", "deepseek-v2-lite", "--gpus", "1", "--method", "lora", "--json"])
+    (plan,) = json.loads(result.output)
+    assert plan["fits"] and plan["total"] == sum(plan["parts"].values())
+    assert runner.invoke(app, ["inspect", "deepseek-v2-lite", "--gpus", "0"]).exit_code == 2
+    result = runner.invoke(app, ["inspect", "deepseek-moe-16b", "--gpus", "1"])
+    assert "Nothing fits" in result.output and "use this" not in result.output
+    assert runner.invoke(app, ["inspect", "deepseek-v2-lite", "--gpus", "1", "--check"]).exit_code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "sharding", "layout"),
+    [
+        ("full", {"fsdp_size": 2}, Layout("x", shards=2)),
+        ("full", {"fsdp_size": 2, "ep_size": 2}, Layout("x", shards=2, ep_size=2)),
+        ("lora", {"fsdp_size": 2}, Layout("x", shards=2)),
+    ],
+)
+def test_communication_is_what_two_ranks_send(method: str, sharding: dict, layout: Layout, tmp_path: Path) -> None:
+    config = DeepseekMoeConfig(**{**TINY, "first_k_dense_replace": 0, "num_hidden_layers": 4})
+    DeepseekMoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    command += [str(tmp_path / "model"), str(tmp_path / "sent.pt"), json.dumps(sharding), method]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = torch.load(tmp_path / "sent.pt")
+    settings = {"weights": "float32", "compute": "float32", "tokens": 32, "checkpointing": False, "lora_rank": 4}
+    planned = plan_memory(config, layout, method=method, **settings).sent
+    kinds = {"weights gathered": "all_gather", "gradients": "reduce_scatter" if method == "full" else "all_reduce",
+             "tokens to experts": "all_to_all"}  # fmt: skip
+    for kind, size in planned.items():
+        assert size == pytest.approx(found[kinds[kind]], rel=PLANNED_COMMUNICATION), kind

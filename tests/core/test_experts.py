@@ -1,0 +1,324 @@
+"""The experts in every way on the CPU, and the choice between the ways; the kernels are in test_experts_triton."""
+
+import dataclasses
+import logging as pylogging
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from experts_cases import Case, Experts, cases, check_case, inputs_of
+from hypothesis import given, settings
+from lora_cases import IDS as LORA_IDS
+from lora_cases import direct, make
+from operator_checks import CASE, WITHOUT_ADAPTERS, check_dropout, check_operators
+from routing_cases import GENERATED
+from tolerances import assert_same
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
+
+from modeling_deepseekmoe import DeepseekMoeForCausalLM, experts, register
+from modeling_deepseekmoe.experts import choose_way, experts_forward, run_experts
+from modeling_deepseekmoe.experts_operator import experts_op
+from modeling_deepseekmoe.experts_triton import why_not_fused
+
+IDS = torch.arange(33).view(3, 11) % 90
+
+
+# --------------------------------------------------------------------------------------------------------- the figures
+@settings(GENERATED, max_examples=400)
+@given(cases(most_tokens=40))
+def test_one_expert_after_the_other_equals_the_reference(case: Case) -> None:
+    check_case(case, "loop")
+
+
+@pytest.mark.parametrize("way", ["grouped", "batched"])
+@settings(GENERATED, max_examples=100)
+@given(case=cases(most_tokens=40))
+def test_small_experts_equal_the_reference(way: str, case: Case) -> None:
+    check_case(case, way)
+
+
+def test_more_slots_than_a_block_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_deepseekmoe.experts_loop.MAX_ROWS", 4)
+    for kind in ("random", "one expert"):
+        check_case(dataclasses.replace(CASE, tokens=30, kind=kind, rank=3), "loop")
+
+
+def test_the_same_bits_in_every_run() -> None:
+    def run() -> list[torch.Tensor]:
+        inputs = inputs_of(dataclasses.replace(CASE, tokens=50, rank=4), dropout=0.3)
+        tensors = inputs.differentiable
+        output = run_experts(
+            inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, way="loop"
+        )
+        output.backward(inputs.grad)
+        return [output, *(tensor.grad for tensor in tensors.values())]
+
+    assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+
+
+def test_dropout_has_the_right_mean_and_gradients() -> None:
+    check_dropout("loop", seeds=300)
+
+
+# ----------------------------------------------------------------------------------------------- what it keeps in mind
+def test_only_the_first_product_is_kept() -> None:
+    inputs = inputs_of(dataclasses.replace(CASE, tokens=64, rank=4))
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*inputs.differentiable.values(), inputs.ids)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run_experts(inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, way="loop")
+    slots = 64 * CASE.top_k
+    order = 8 * slots + 4 * (CASE.experts + 1)  # int64 permutation, int32 offsets
+    assert sum(kept.values()) == slots * 2 * CASE.width * 4 + order
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
+    inputs = inputs_of(CASE)
+    arguments = (inputs.hidden, inputs.ids, inputs.weights, inputs.experts.gate_up_proj, inputs.experts.down_proj)
+    with torch.no_grad():
+        _, kept, _, _ = experts_op(*arguments, *WITHOUT_ADAPTERS, False, "eager")
+    assert kept.numel() == 0
+
+
+@pytest.mark.parametrize("way", ["loop", "grouped", "batched"])
+def test_a_token_touches_only_its_experts(way: str) -> None:
+    inputs = inputs_of(dataclasses.replace(CASE, tokens=1))
+    others = [expert for expert in range(CASE.experts) if expert not in inputs.ids]
+    with torch.no_grad():
+        for stack in (inputs.experts.gate_up_proj, inputs.experts.down_proj):
+            stack[others] = torch.nan
+    output = run_experts(inputs.experts, inputs.hidden, inputs.ids, inputs.weights, way=way)
+    output.sum().backward()
+    assert output.isfinite().all() and inputs.hidden.grad.isfinite().all()
+    assert (inputs.experts.gate_up_proj.grad[others] == 0).all()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_dropout_under_gradient_checkpointing_falls_where_it_fell(use_reentrant: bool) -> None:
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        inputs = inputs_of(dataclasses.replace(CASE, rank=4))
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            adapters = [adapter._replace(dropout=0.5, seed=torch.randint(2**62, ())) for adapter in inputs.adapters]
+            return run_experts(inputs.experts, hidden, inputs.ids, inputs.weights, adapters=adapters, way="loop")
+
+        torch.manual_seed(3)
+        if checkpointed:
+            output = torch.utils.checkpoint.checkpoint(run, inputs.hidden, use_reentrant=use_reentrant)
+        else:
+            output = run(inputs.hidden)
+        output.backward(inputs.grad)
+        return [tensor.grad for tensor in inputs.differentiable.values()]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(found, expected)
+
+
+# ----------------------------------------------------------------------------------------------------- in transformers
+def tiny_native(config: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+SIZES = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 4, "moe_intermediate_size": 12, "num_experts_per_tok": 3,
+         "max_position_embeddings": 64, "intermediate_size": 24, "pad_token_id": 0}  # fmt: skip
+MLA = {"kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+       "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
+       "topk_group": 1}  # fmt: skip
+NATIVE = {
+    "DeepSeek-V2": lambda: DeepseekV2Config(**SIZES, **MLA),
+    "DeepSeek-V3": lambda: DeepseekV3Config(**SIZES, **MLA),
+    "Qwen3-MoE": lambda: Qwen3MoeConfig(**SIZES, num_experts=8, decoder_sparse_step=1, head_dim=8),
+    "OLMoE": lambda: OlmoeConfig(**{**SIZES, "intermediate_size": 12}, num_experts=8),
+    "Mixtral": lambda: MixtralConfig(**{**SIZES, "num_experts_per_tok": 2}, num_local_experts=4),
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_models_of_transformers(name: str, count_calls: Callable) -> None:
+    register()  # V2 and V3 are transformers' own
+    model, results, calls = tiny_native(NATIVE[name]()), [], count_calls("deepseekmoe")
+    assert not type(model).__module__.startswith("modeling_deepseekmoe")
+    for implementation in ("eager", "deepseekmoe"):
+        model.set_experts_implementation(implementation)
+        model.zero_grad()
+        logits = model(IDS, use_cache=False).logits
+        logits.square().mean().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(calls) == (1 if "DeepSeek" in name else 2)
+    assert len(results[0]) == len(results[1])
+    for expected, found in zip(*results, strict=True):
+        assert_same(found, expected)
+
+
+def test_the_default_of_this_family_alone(tiny_model: Callable) -> None:
+    assert tiny_model().config._experts_implementation == "deepseekmoe"
+    assert tiny_model(experts_implementation="eager").config._experts_implementation == "eager"
+    assert "experts_implementation" not in tiny_model().config.to_json_string()
+    register()
+    assert tiny_native(NATIVE["DeepSeek-V3"]()).config._experts_implementation == "grouped_mm"
+
+
+def test_importing_the_package_offers_it_without_loading_anything() -> None:
+    script = (
+        "import sys, modeling_deepseekmoe\n"
+        "print('transformers.integrations.moe' in sys.modules, 'modeling_deepseekmoe.experts' in sys.modules)\n"
+        "from transformers import DeepseekV3Config, AutoModelForCausalLM\n"
+        "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS\n"
+        "print('deepseekmoe' in ALL_EXPERTS_FUNCTIONS, 'modeling_deepseekmoe.experts' in sys.modules)\n"
+        "import torch, test_experts\n"
+        "model = AutoModelForCausalLM.from_config(test_experts.NATIVE['DeepSeek-V3'](),\n"
+        "                                         experts_implementation='deepseekmoe')\n"
+        "print(model(torch.ones(1, 3, dtype=torch.long)).logits.shape[-1], model.config._experts_implementation)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="tests", check=False)
+    assert ran.stdout.split("\n")[:3] == ["False False", "True False", "90 deepseekmoe"], ran.stderr[-2000:]
+
+
+def test_experts_that_are_stored_in_another_way_are_refused() -> None:
+    sizes = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    del sizes["moe_intermediate_size"]
+    model = tiny_native(GptOssConfig(**sizes))
+    model.set_experts_implementation("deepseekmoe")
+    with pytest.raises(ValueError, match=r"'deepseekmoe' is not allowed for GptOssExperts: its experts have biases"):
+        model(IDS)
+
+
+def test_another_activation_takes_the_products_of_torch(
+    tiny_model: Callable, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pylogging.getLogger("modeling_deepseekmoe"), "propagate", True)
+    logits = []
+    for implementation in ("eager", "deepseekmoe"):
+        model = tiny_model(hidden_act="gelu").eval()
+        model.set_experts_implementation(implementation)
+        experts._tell.cache_clear()
+        with caplog.at_level("INFO", "modeling_deepseekmoe"):
+            logits.append(model(IDS).logits)
+    assert_same(logits[1], logits[0])
+    way = "DeepseekMoeExperts: experts_implementation='deepseekmoe' computes the way 'grouped' on cpu"
+    assert f"{way}, because their activation is not silu(gate) * up." in caplog.messages
+
+
+# ---------------------------------------------------------------------------------------------- which way, and the log
+def test_which_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the limit as it is
+
+    def way(hidden: int, width: int, slots: int, **module: object) -> tuple[str, str]:
+        stacks = Experts(None, 2, 1, 1).to("meta")
+        stacks.gate_up_proj = nn.Parameter(torch.empty(2, 2 * width, hidden, device="meta"))
+        for name, value in module.items():
+            setattr(stacks, name, value)
+        return choose_way(stacks, torch.empty(0, hidden), slots)
+
+    assert way(1024, 704, 6) == ("loop", "")
+    assert way(512, 512, 12288) == ("loop", "")
+    assert way(576, 96, 3072)[0] == "grouped" and "so small" in way(576, 96, 3072)[1]
+    assert way(64, 32, 12)[0] == "grouped"
+    with torch.no_grad():
+        assert way(64, 32, 12)[0] == "batched"
+        assert way(64, 32, 3072)[0] == "grouped"
+    assert way(1024, 704, 6, act_fn=nn.GELU()) == ("grouped", "their activation is not silu(gate) * up")
+    other = SimpleNamespace(device=torch.device("xpu"))
+    assert choose_way(Experts(None, 2, 8, 8), other, 4) == ("grouped", "the tensors are on the device 'xpu'")
+    cpu = torch.device("cpu")
+    assert why_not_fused(cpu, torch.float64, 8) == (
+        "the products are in torch.float64, and the kernels take float32, bfloat16 and float16"
+    )
+    assert why_not_fused(cpu, torch.float32, 1025) == "there are 1025 experts, and the kernels take at most 1024"
+    with pytest.raises(ValueError, match="way='gruoped' is not allowed: one of"):
+        run_experts(
+            Experts(None, 2, 8, 8), torch.empty(0, 8), torch.empty(0, 1).long(), torch.empty(0, 1), way="gruoped"
+        )
+
+
+def test_autocast_decides_the_dtype(tiny_model: Callable) -> None:
+    model = tiny_model().eval()
+    module = model.model.layers[1].mlp.experts
+    seen = []
+
+    def note(*arguments: object) -> object:
+        seen.append(arguments[0].dtype)
+        return experts_op(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+        patch.setattr(experts, "experts_op", note)
+        hidden = torch.randn(4, 32)
+        output = experts_forward(module, hidden, torch.tensor([[0, 1, 2]] * 4), torch.rand(4, 3))
+    assert seen == [torch.bfloat16] and output.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------- as an operator of torch
+@pytest.mark.parametrize("rank", [0, 4])
+def test_operators_keep_the_rules_of_torch_library(rank: int) -> None:
+    check_operators(rank, "eager")
+
+
+def test_a_gradient_of_the_gradient_is_refused() -> None:
+    inputs = inputs_of(CASE)
+    output = run_experts(inputs.experts, inputs.hidden, inputs.ids, inputs.weights, way="loop")
+    (gradient,) = torch.autograd.grad(output.square().sum(), inputs.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient.sum().backward()
+
+
+def test_compiled_as_one_graph_for_any_number_of_tokens() -> None:
+    frames, module = [], inputs_of(CASE).experts
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        frames.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def run(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return run_experts(module, hidden, ids, weights, way="loop")
+
+    for tokens in (5, 12, 31):
+        inputs = inputs_of(dataclasses.replace(CASE, tokens=tokens))
+        arguments = (inputs.hidden, inputs.ids, inputs.weights)
+        assert_same(run(*arguments), run_experts(module, *arguments, way="loop"))
+    assert len(frames) == 1
+
+
+def test_compiled_training_step_with_adapters() -> None:
+    def gradients(compiled: bool) -> dict[str, torch.Tensor]:
+        model = direct(make(), lora_dropout=0.5)
+        step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        torch.manual_seed(5)
+        step.eval()(LORA_IDS, labels=LORA_IDS, use_cache=False).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    for (name, expected), found in zip(gradients(False).items(), gradients(True).values(), strict=True):
+        assert_same(found, expected, name)
+
+
+def test_compiled_training_step(tiny_model: Callable) -> None:
+    def gradients(compiled: bool) -> dict[str, torch.Tensor]:
+        model: DeepseekMoeForCausalLM = tiny_model()
+        step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        step(IDS, labels=IDS, use_cache=False).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    for (name, expected), found in zip(gradients(False).items(), gradients(True).values(), strict=True):
+        assert_same(found, expected, name)

@@ -1,0 +1,120 @@
+"""The kernels of the experts in Triton's interpreter; test_gpu.py has those that need a GPU."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conftest import Golden
+from experts_cases import Case, cases, check_case, inputs_of
+from hypothesis import given, settings
+from lora_cases import IDS, direct, make
+from operator_checks import CASE, check_dropout, check_operators
+from routing_cases import GENERATED
+from tolerances import GOLDEN_LOGITS, assert_same
+
+from modeling_deepseekmoe import experts, experts_operator, experts_triton, prepare_esft
+from modeling_deepseekmoe.experts import run_experts
+from modeling_deepseekmoe.triton_support import INTERPRETED
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is on where there is no GPU")
+
+
+@settings(GENERATED, max_examples=40)
+@given(cases(dtypes=(torch.float32, torch.float32, torch.bfloat16, torch.float16)))
+def test_kernels_equal_the_reference(case: Case) -> None:
+    check_case(case, "triton")
+
+
+def test_several_tiles_in_every_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16, and more rows, columns and inner numbers than one has."""
+
+    def small(*arguments: object) -> dict[str, int]:
+        return {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 16, "BLOCK_IN": 16, "num_warps": 4, "num_stages": 1}
+
+    for name in ("block_options", "first_product_options", "gradient_options"):
+        monkeypatch.setattr(experts_triton, name, small)
+    blocks = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_ROWS": 16, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(experts_triton, "outer_options", lambda *arguments: blocks)
+    for kind in ("random", "one expert", "elsewhere"):
+        check_case(dataclasses.replace(CASE, tokens=40, kind=kind, hidden=37, width=21, rank=18), "triton")
+
+
+def test_dropout_has_the_right_mean_and_gradients() -> None:
+    check_dropout("triton", seeds=15)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_operators_keep_the_rules_of_torch_library(rank: int) -> None:
+    check_operators(rank, "triton")
+
+
+def test_nothing_unwritten_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All memory that is not initialised holds NaN."""
+    inputs = inputs_of(dataclasses.replace(CASE, kind="elsewhere", rank=4, tokens=20))
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *size: object, **kwargs: object) -> torch.Tensor:
+        found = empty(self, *size, **kwargs)
+        return found.fill_(torch.nan) if found.is_floating_point() else found
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    output = run_experts(
+        inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, way="triton"
+    )
+    output.backward(inputs.grad)
+    assert all(tensor.isfinite().all() for tensor in (output, *(t.grad for t in inputs.differentiable.values())))
+
+
+@pytest.fixture
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a GPU; the kernels must have run at the end."""
+    calls = []
+
+    def counted(*arguments: object) -> object:
+        calls.append(arguments)
+        return experts_triton.experts_forward_triton(*arguments)
+
+    monkeypatch.setattr(experts_operator, "experts_forward_triton", counted)
+    monkeypatch.setattr(experts, "choose_way", lambda *arguments: ("triton", ""))
+    monkeypatch.setattr("modeling_deepseekmoe.lora.layer.choose_way", lambda *arguments: ("triton", ""))
+    yield
+    assert calls
+
+
+@pytest.mark.usefixtures("on_kernels")
+def test_golden_logits_and_generated_text(golden: Golden) -> None:
+    model, expected = golden.model(), golden.expected
+    with torch.no_grad():
+        assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() <= GOLDEN_LOGITS
+    model.generation_config.eos_token_id = None
+    prompt = expected["input_ids"][:1, :9]
+    generated = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False, pad_token_id=0
+    )
+    assert torch.equal(generated, expected["generated"][:, : generated.shape[1]])
+
+
+def step_of(prepare: Callable[[], torch.nn.Module]) -> dict[str, torch.Tensor]:
+    model = prepare().train()
+    outputs = model(IDS, labels=IDS)
+    outputs.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"logits": outputs.logits.detach(), **gradients}
+
+
+def selected() -> torch.nn.Module:
+    model = make()
+    prepare_esft(model, {1: [0, 6], 2: [3]})
+    return model
+
+
+@pytest.mark.parametrize("prepare", [lambda: direct(make()), selected], ids=["lora", "esft"])
+def test_training_of_adapters_and_of_selected_experts(
+    prepare: Callable[[], torch.nn.Module], request: pytest.FixtureRequest
+) -> None:
+    expected = step_of(prepare)
+    request.getfixturevalue("on_kernels")
+    for name, found in step_of(prepare).items():
+        assert_same(found, expected[name], name)
