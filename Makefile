@@ -10,9 +10,9 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # What a version of transformers, PEFT or the Hub's client can have a part in; the rest is tested with the newest alone:
 # conversion, plans, routing and kernels know nothing of them, and torch, which compiles, is the same.
-OF_VERSIONS = $(foreach name,canaries generation golden modeling checkpoints registration configuration experts lora \
-	lora_adapters lora_options adapters adapter_training foreign_adapters esft trainer trl trl_trainers callbacks \
-	bias_update router_load copies depth quantisers tokenization upcycling sharded_files untested_versions hub \
+OF_VERSIONS = $(foreach name,canaries canaries_of_others generation golden modeling checkpoints registration configuration experts lora lora_combining \
+	lora_adapters lora_options adapters adapter_layouts adapter_training foreign_adapters esft trainer trl trl_trainers callbacks \
+	bias_update router_load copies depth quantisers tokenization upcycling sharded_files untested_versions hub hub_content renamed_code \
 	code_update publishing,$(wildcard tests/*/test_$(name).py))
 # Nor quantised caches, whose library compiles itself for a minute when it is first used, nor what takes long and is of
 # publishing or of several processes alone.
@@ -57,7 +57,7 @@ test-newest:
 	.venv-newest/$(PIP_INSTALL) --constraint .venv-newest/torch.txt --editable '.[dev]'
 	.venv-newest/bin/python -m pip list --disable-pip-version-check | \
 		grep -iE '^(torch|triton|transformers|tokenizers|peft|accelerate|safetensors|huggingface.hub|trl|datasets) '
-	.venv-newest/bin/python -m pytest --noconftest tests/core/test_canaries.py  # they run where the package cannot be imported
+	.venv-newest/bin/python -m pytest --noconftest tests/core/test_canaries*.py  # they run where the package cannot be imported
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(IN_PARALLEL) -k "$(NOT_OF_VERSIONS)" $(OF_VERSIONS) $(ARGS)
 
 lint: $(VENV)/.installed

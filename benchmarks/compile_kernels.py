@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from modeling_deepseekmoe import experts_kernels, experts_triton, routing_kernels
-from modeling_deepseekmoe.experts_loop import Adapter
+from modeling_deepseekmoe.experts_loop import Adapter, ExpertGradients, ExpertOperands
 from modeling_deepseekmoe.routing_triton import group_options, route_backward_options, route_options
 from modeling_deepseekmoe.triton_support import INTERPRETED
 
@@ -136,16 +136,16 @@ def launches_of_experts(num_experts: int, top_k: int, hidden: int, width: int, t
                 meta(dtype=torch.int64)) if rank else None
         for outside, inside in ((2 * width, hidden), (hidden, width))
     ]  # fmt: skip
-    inputs = (rows, ids, meta(tokens, top_k, dtype=torch.float32), *stacks, *adapters)
+    operands = ExpertOperands(rows, ids, meta(tokens, top_k, dtype=torch.float32), *stacks, *adapters)
     order = (meta(tokens * top_k, dtype=torch.int64), meta(num_experts + 1, dtype=torch.int32))
     kernels = {name: getattr(experts_triton, name) for name in experts_kernels.__all__}
     for name in kernels:
         setattr(experts_triton, name, Recorder(name, launches))
     try:
-        _, kept = experts_triton.experts_forward_triton(*inputs, *order, tokens > 1)
+        _, kept = experts_triton.experts_forward_triton(operands, *order, tokens > 1)
         if tokens > 1:
-            needs = [True, True, not rank, not rank, *[bool(rank)] * 4]
-            experts_triton.experts_backward_triton(rows, *inputs, *order, kept, needs)
+            needs = ExpertGradients(True, True, not rank, not rank, *[bool(rank)] * 4)
+            experts_triton.experts_backward_triton(rows, operands, *order, kept, needs)
     finally:
         for name, kernel in kernels.items():
             setattr(experts_triton, name, kernel)

@@ -15,7 +15,7 @@ import torch
 
 from .configuration_checks import LOSS_FIELDS
 from .configuration_deepseekmoe import DeepseekMoeConfig
-from .routing import RoutingPlan, route
+from .routing import Routing, route
 
 # The order of the losses wherever they stand in one vector.
 LOSS_NAMES = tuple(LOSS_FIELDS)
@@ -177,14 +177,14 @@ def router_z_loss(
 
 
 def auxiliary_losses(
-    config: DeepseekMoeConfig, router_logits: torch.Tensor, plan: RoutingPlan, token_mask: torch.Tensor | None
+    config: DeepseekMoeConfig, router_logits: torch.Tensor, routing: Routing, token_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The losses that a config asks for, coefficients included.
 
     Args:
         config: gives the coefficients, `config.loss_alphas`.
         router_logits (`torch.Tensor` of shape (B, S, E)): raw gate logits.
-        plan: the [`RoutingPlan`] of the B * S tokens, with the statistics of B sequences and the same mask.
+        routing: the [`Routing`] of the B * S tokens, with the statistics of B sequences and the same mask.
         token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens.
 
     Returns:
@@ -198,11 +198,11 @@ def auxiliary_losses(
         _check_alpha(alpha)
     _check_shapes(router_logits, token_mask)
     batch_shape, num_experts = router_logits.shape[:2], router_logits.shape[2]
-    counts, score_sums, expert_ids = plan.counts_by_sequence, plan.score_sums, plan.expert_ids
+    counts, score_sums, expert_ids = routing.counts_by_sequence, routing.score_sums, routing.expert_ids
     rows = max(batch_shape[0], 1)
     if counts is None or score_sums is None or len(counts) != rows or len(expert_ids) != batch_shape.numel():
         raise ValueError(
-            f"plan is not allowed: it must be that of the {batch_shape.numel()} tokens, with statistics=True and "
+            f"routing is not allowed: it must be that of the {batch_shape.numel()} tokens, with statistics=True and "
             f"num_sequences={rows}."
         )
     top_k, tokens = expert_ids.shape[-1], _tokens_per_sequence(token_mask, batch_shape, score_sums)
@@ -217,7 +217,7 @@ def auxiliary_losses(
         sent = _tokens_per_device(expert_ids.unflatten(0, batch_shape), token_mask, num_groups, num_experts)
         losses["communication"] = alphas["communication"] * balance.communication_loss(sent, max_devices)
     if "sequence" in alphas:
-        by_affinity = _counts_by_affinity(config, router_logits, plan, token_mask)
+        by_affinity = _counts_by_affinity(config, router_logits, routing, token_mask)
         of_sequences = _balance_of_sums(by_affinity, score_sums, tokens, top_k, True)
         losses["sequence"] = alphas["sequence"] * of_sequences.expert_loss()
     if "router_z" in alphas:
@@ -311,16 +311,16 @@ def _tokens_per_device(
 
 
 def _counts_by_affinity(
-    config: DeepseekMoeConfig, router_logits: torch.Tensor, plan: RoutingPlan, token_mask: torch.Tensor | None
+    config: DeepseekMoeConfig, router_logits: torch.Tensor, routing: Routing, token_mask: torch.Tensor | None
 ) -> Any:
     """Real tokens of every sequence that have each expert among their K highest affinities (B, E), whatever the bias
     and the groups choose."""
     groups, kept = config.gate_groups
     if config.topk_method != "noaux_tc" and kept == groups:
-        return plan.counts_by_sequence
+        return routing.counts_by_sequence
     by_affinity = route(
         router_logits.detach().flatten(0, 1),
-        plan.expert_ids.shape[-1],
+        routing.expert_ids.shape[-1],
         token_mask=None if token_mask is None else token_mask.flatten(),
         num_sequences=len(router_logits) or 1,
         implementation=config.router_implementation,

@@ -3,68 +3,56 @@
 
 For what the fused operator does not take: other activations, other devices, several adapters at once, small experts.
 
-Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert width, S = T * K slots (a token at one
-of its experts), G groups.
+Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert width, S = T * K choices (a
+token at one of its experts).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .grouping import group_by_expert
 from .transformers_support import gating_of
 
-# What a product gets: the parameter's name, the rows of all slots in the order of their groups, and the slots.
-Project = Callable[[str, torch.Tensor, "GroupedSlots"], torch.Tensor]
+# What a product gets: the parameter's name, the rows of all choices in the order of their experts, and the choices.
+Project = Callable[[str, torch.Tensor, "GroupedChoices"], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class GroupedSlots:
-    """All slots of a forward pass in the order of their groups, stable within a group.
+class GroupedChoices(NamedTuple):
+    """Choices in the order of their experts, as the grouped products take them.
 
     Attributes:
-        group_ids (`torch.LongTensor` of shape (S,)): the group of every slot, ascending.
+        expert_ids (`torch.LongTensor` of shape (S,)): the expert of every choice, ascending.
         order (`torch.LongTensor` of shape (S,)): where each of them was in the flattened (T, K).
-        offsets (`torch.IntTensor` of shape (G,)): where every group ends. Behind the last one are slots of the group
-            G, experts that another rank of an expert-parallel group holds.
+        offsets (`torch.IntTensor` of shape (E,)): where the choices of every expert end. Behind the last one are those
+            of experts that another rank of an expert-parallel group holds, with the id E.
     """
 
-    group_ids: torch.Tensor
+    expert_ids: torch.Tensor
     order: torch.Tensor
     offsets: torch.Tensor
 
-    @classmethod
-    def of(cls, group_ids: torch.Tensor, num_groups: int) -> "GroupedSlots":
-        """Group slots, without waiting for the device.
-
-        Args:
-            group_ids (`torch.LongTensor` of any shape): `num_groups` at most.
-            num_groups: G.
-        """
-        ids, order = torch.sort(group_ids.flatten(), stable=True)
-        groups = torch.arange(num_groups, device=ids.device)
-        return cls(ids, order, torch.searchsorted(ids, groups, right=True, out_int32=True))
-
-    def select(self, places: torch.Tensor) -> "GroupedSlots":
-        """Some of the slots, (N,) ascending places; the groups stay the same."""
-        ids, groups = self.group_ids[places], torch.arange(len(self.offsets), device=places.device)
-        return GroupedSlots(ids, self.order[places], torch.searchsorted(ids, groups, right=True, out_int32=True))
+    def select(self, places: torch.Tensor) -> "GroupedChoices":
+        """Some of the choices, (N,) ascending places."""
+        ids, experts = self.expert_ids[places], torch.arange(len(self.offsets), device=places.device)
+        return GroupedChoices(ids, self.order[places], torch.searchsorted(ids, experts, right=True, out_int32=True))
 
 
-def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
-    """One linear map for each group of rows.
+def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, choices: GroupedChoices) -> torch.Tensor:
+    """Apply one linear map for each expert to its rows.
 
     Args:
-        rows (`torch.Tensor` of shape (S, in)): in the order of their groups.
-        weight (`torch.Tensor` of shape (G, out, in)): any strides.
-        slots ([`GroupedSlots`]): the groups.
+        rows (`torch.Tensor` of shape (S, in)): in the order of their experts.
+        weight (`torch.Tensor` of shape (E, out, in)): any strides.
+        choices ([`GroupedChoices`]): whose rows these are.
 
     Returns:
-        `torch.Tensor` of shape (S, out), in the dtype of `weight`; rows behind the last group have any content.
+        `torch.Tensor` of shape (S, out), in the dtype of `weight`; rows behind the last expert's have any content.
     """
-    rows, offsets = rows.to(weight.dtype), slots.offsets
+    rows, offsets = rows.to(weight.dtype), choices.offsets
     if len(rows) == 0:
         return F.linear(rows, weight[0])
     # The second one, of transformers, makes one product after the other.
@@ -102,28 +90,29 @@ def run_grouped(
         hidden_states (`torch.Tensor` of shape (T, D)).
         top_k_index (`torch.LongTensor` of shape (T, K)): expert ids; the id E, of an expert elsewhere, is passed over.
         top_k_weights (`torch.Tensor` of shape (T, K)).
-        project: computes `gate_up_proj` and `down_proj` of all slots.
+        project: computes `gate_up_proj` and `down_proj` of all choices.
         num_experts: E.
 
     Returns:
         `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
     """
     num_tokens, top_k = top_k_index.shape
-    slots = GroupedSlots.of(top_k_index, num_experts)
+    groups = group_by_expert(top_k_index, num_experts)
+    choices = GroupedChoices(
+        top_k_index.flatten().index_select(0, groups.permutation), groups.permutation, groups.offsets[1:]
+    )
     # index_select and not indexing: its backward pass adds rows, where that of indexing adds single elements.
-    rows = hidden_states.index_select(0, slots.order // top_k)
+    rows = hidden_states.index_select(0, choices.order // top_k)
     elsewhere = None
     # The products leave rows of any content there, in both passes. Only on the CPU is it free to look.
     in_view = rows.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-    if not in_view or (len(rows) and slots.group_ids[-1] >= num_experts):
-        elsewhere = (slots.group_ids >= num_experts).unsqueeze(-1)
+    if not in_view or (len(rows) and choices.expert_ids[-1] >= num_experts):
+        elsewhere = (choices.expert_ids >= num_experts).unsqueeze(-1)
     rows = _without(rows, elsewhere)
-    rows = project("gate_up_proj", rows, slots)
-    rows = project("down_proj", gating_of(experts)(_without(rows, elsewhere)), slots)
-    rows = _without(rows, elsewhere) * top_k_weights.flatten().index_select(0, slots.order).unsqueeze(-1)
-    back = torch.empty_like(slots.order)
-    back[slots.order] = torch.arange(len(back), device=back.device)
-    output = rows.index_select(0, back).view(num_tokens, top_k, rows.shape[-1]).sum(dim=1)
+    rows = project("gate_up_proj", rows, choices)
+    rows = project("down_proj", gating_of(experts)(_without(rows, elsewhere)), choices)
+    rows = _without(rows, elsewhere) * top_k_weights.flatten().index_select(0, choices.order).unsqueeze(-1)
+    output = rows.index_select(0, groups.inverse).view(num_tokens, top_k, rows.shape[-1]).sum(dim=1)
     return output.to(hidden_states.dtype)
 
 
@@ -131,4 +120,4 @@ def _without(rows: torch.Tensor, elsewhere: torch.Tensor | None) -> torch.Tensor
     return rows if elsewhere is None else rows.masked_fill(elsewhere, 0)
 
 
-__all__ = ["GroupedSlots", "Project", "alignment", "grouped_linear", "run_grouped"]
+__all__ = ["GroupedChoices", "Project", "alignment", "grouped_linear", "run_grouped"]

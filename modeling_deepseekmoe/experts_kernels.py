@@ -2,10 +2,10 @@
 """The kernels of the experts, for CUDA and ROCm from one source. `experts_loop` says what they compute,
 `experts_triton` calls them.
 
-A program of a product has a tile: some slots of one expert, and some columns. How many tiles there are depends on the
-routing, which the host does not know: there are programs for the most that are possible, each finds its tile from the
-experts' offsets, and those without one end. What belongs to the same token is added up by a kernel of its own, in the
-order of the token's choices: no atomics, the same bits in every run.
+A program of a product has a tile: some choices of one expert, and some columns. How many tiles there are depends on
+the routing, which the host does not know: there are programs for the most that are possible, each finds its tile from
+the experts' offsets, and those without one end. What belongs to the same token is added up by a kernel of its own, in
+the order of the token's choices: no atomics, the same bits in every run.
 
 "Rows" lie in the order of the experts, (S, width), or, where a flag says so, are the tokens' (T, width), read through
 the permutation. Sums are float32.
@@ -21,7 +21,7 @@ _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 # -------------------------------------------------------------------------------------------------- inside a kernel
 @jit
 def _tile(tile, offsets, E: tl.constexpr, E_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Expert, first slot and end of the expert's slots, of a block of rows; with expert E or above there is none."""
+    """Expert, first choice and end of its choices, of a block of rows; with expert E or above there is none."""
     lane = tl.arange(0, E_WIDTH)
     begins = tl.load(offsets + lane, mask=lane < E, other=0)
     ends = tl.load(offsets + lane + 1, mask=lane < E, other=0)
@@ -34,18 +34,18 @@ def _tile(tile, offsets, E: tl.constexpr, E_WIDTH: tl.constexpr, BLOCK_ROWS: tl.
 
 
 @jit
-def _places(slot, exists, permutation, TOP_K: tl.constexpr, BY_TOKEN: tl.constexpr):
-    """The rows that slots are read from."""
+def _places(choice, exists, permutation, TOP_K: tl.constexpr, BY_TOKEN: tl.constexpr):
+    """The rows that choices are read from."""
     if BY_TOKEN:
-        return tl.load(permutation + slot, mask=exists, other=0) // TOP_K
+        return tl.load(permutation + choice, mask=exists, other=0) // TOP_K
     else:
-        return slot.to(tl.int64)
+        return choice.to(tl.int64)
 
 
 @jit
-def _dropped(values, slot, column, seed, probability, WIDTH: tl.constexpr):
-    """Values of slots and columns with the adapter's dropout, the same in every pass."""
-    place = slot[:, None] * WIDTH + column[None, :]
+def _dropped(values, choice, column, seed, probability, WIDTH: tl.constexpr):
+    """Values of choices and columns with the adapter's dropout, the same in every pass."""
+    place = choice[:, None] * WIDTH + column[None, :]
     return tl.where(tl.rand(seed, place) >= probability, values / (1.0 - probability), 0.0)
 
 
@@ -62,7 +62,7 @@ def _multiply(
     sums,
     rows,
     place,
-    slot,
+    choice,
     exists,
     matrix,
     stride_in,
@@ -82,7 +82,7 @@ def _multiply(
         k = start + inside
         left = tl.load(rows + place[:, None] * IN + k[None, :], mask=exists[:, None] & (k < IN)[None, :], other=0.0)
         if DROPOUT:
-            left = _dropped(left.to(tl.float32), slot, k, seed, probability, IN).to(left.dtype)
+            left = _dropped(left.to(tl.float32), choice, k, seed, probability, IN).to(left.dtype)
         there = (k < IN)[:, None] & (column < OUT)[None, :]
         right = tl.load(matrix + k[:, None] * stride_in + column[None, :] * stride_out, mask=there, other=0.0)
         sums = _dot(left, right, sums, PRECISION)
@@ -93,7 +93,7 @@ def _multiply(
 def _add_adapter(
     sums,
     inner,
-    slot,
+    choice,
     exists,
     factor,
     stride_r,
@@ -107,13 +107,13 @@ def _add_adapter(
     probability,
 ):
     """Adds inner rows (BLOCK_ROWS, R) times columns of a factor (R, OUT), or what the dropout leaves of that."""
-    place = slot.to(tl.int64)
+    place = choice.to(tl.int64)
     added = tl.zeros_like(sums) if seed is not None else sums
     added = _multiply(
-        added, inner, place, slot, exists, factor, stride_r, stride_out, column, R, OUT, BLOCK_R, PRECISION
+        added, inner, place, choice, exists, factor, stride_r, stride_out, column, R, OUT, BLOCK_R, PRECISION
     )
     if seed is not None:
-        added = sums + _dropped(added, slot, column, tl.load(seed), probability, OUT)
+        added = sums + _dropped(added, choice, column, tl.load(seed), probability, OUT)
     return added
 
 
@@ -180,17 +180,17 @@ def first_product_kernel(
     expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
     if expert >= E:
         return
-    slot = first + tl.arange(0, BLOCK_ROWS)
-    exists = slot < end
+    choice = first + tl.arange(0, BLOCK_ROWS)
+    exists = choice < end
     column = tl.program_id(0) % COLUMN_TILES * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    token = _places(slot, exists, permutation, TOP_K, True)
+    token = _places(choice, exists, permutation, TOP_K, True)
     gate = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     up = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     matrix = gate_up + expert.to(tl.int64) * stride_e
     gate, up = _multiply_twice(
         gate, up, hidden, token, exists, matrix, stride_in, stride_out, column, D, WIDTH, BLOCK_IN, PRECISION
     )
-    place = slot.to(tl.int64)
+    place = choice.to(tl.int64)
     if inner is not None:
         matrix = factor_b + expert.to(tl.int64) * factor_stride_e
         gate, up = _multiply_twice(
@@ -214,10 +214,10 @@ def product_kernel(
     matrices,  # (E, IN, OUT), any strides
     inner,  # (S, R): what an adapter adds, or None
     factors,  # (E, R, OUT), any strides, or None
-    weights,  # (T * K,): of the slots, or None
+    weights,  # (T * K,): of the choices, or None
     permutation,  # (S,) int64
     offsets,  # (E + 1,) int32
-    out,  # (S, OUT), out; TO_SLOTS in the order of the choices
+    out,  # (S, OUT), out; TO_CHOICES in the order of the choices
     seed,  # () int64, or None
     scale,
     probability,
@@ -239,36 +239,36 @@ def product_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     BY_TOKEN: tl.constexpr,
-    TO_SLOTS: tl.constexpr,
+    TO_CHOICES: tl.constexpr,
 ):
-    """Rows times their experts' matrices, with a scale or with the slots' weights. With a seed the dropout falls on
+    """Rows times their experts' matrices, with a scale or with the choices' weights. With a seed the dropout falls on
     what the adapter adds, or, without an adapter, on the rows."""
     COLUMN_TILES: tl.constexpr = (OUT + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
     if expert >= E:
         return
-    slot = first + tl.arange(0, BLOCK_ROWS)
-    exists = slot < end
+    choice = first + tl.arange(0, BLOCK_ROWS)
+    exists = choice < end
     column = tl.program_id(0) % COLUMN_TILES * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    place = _places(slot, exists, permutation, TOP_K, BY_TOKEN)
+    place = _places(choice, exists, permutation, TOP_K, BY_TOKEN)
     noise = 0
     if seed is not None:
         noise = tl.load(seed)
     sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     matrix = matrices + expert.to(tl.int64) * stride_e
     sums = _multiply(
-        sums, rows, place, slot, exists, matrix, stride_in, stride_out, column, IN, OUT, BLOCK_IN, PRECISION,
+        sums, rows, place, choice, exists, matrix, stride_in, stride_out, column, IN, OUT, BLOCK_IN, PRECISION,
         noise, probability, seed is not None and inner is None,
     )  # fmt: skip
     if inner is not None:
         matrix = factors + expert.to(tl.int64) * factor_stride_e
         sums = _add_adapter(
-            sums, inner, slot, exists, matrix, factor_stride_r, factor_stride_out, column, R, OUT, BLOCK_R, PRECISION,
-            seed, probability,
+            sums, inner, choice, exists, matrix, factor_stride_r, factor_stride_out, column, R, OUT, BLOCK_R,
+            PRECISION, seed, probability,
         )  # fmt: skip
-    target = slot.to(tl.int64)
-    if TO_SLOTS:
-        target = tl.load(permutation + slot, mask=exists, other=0)
+    target = choice.to(tl.int64)
+    if TO_CHOICES:
+        target = tl.load(permutation + choice, mask=exists, other=0)
     if weights is not None:
         sums = sums * tl.load(weights + target, mask=exists, other=0.0).to(tl.float32)[:, None]
     else:
@@ -314,24 +314,24 @@ def activation_gradient_kernel(
     expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
     if expert >= E:
         return
-    slot = first + tl.arange(0, BLOCK_ROWS)
-    exists = slot < end
+    choice = first + tl.arange(0, BLOCK_ROWS)
+    exists = choice < end
     column_tile = tl.program_id(0) % COLUMN_TILES
     column = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    choice = tl.load(permutation + slot, mask=exists, other=0)
+    choice = tl.load(permutation + choice, mask=exists, other=0)
     grad_act = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     matrix = down + expert.to(tl.int64) * stride_e
     grad_act = _multiply(
-        grad_act, grad, choice // TOP_K, slot, exists, matrix, stride_in, stride_out, column, D, WIDTH, BLOCK_IN,
+        grad_act, grad, choice // TOP_K, choice, exists, matrix, stride_in, stride_out, column, D, WIDTH, BLOCK_IN,
         PRECISION,
     )  # fmt: skip
     if inner is not None:
         matrix = factor_a + expert.to(tl.int64) * factor_stride_e
         grad_act = _add_adapter(
-            grad_act, inner, slot, exists, matrix, factor_stride_r, factor_stride_out, column, R, WIDTH, BLOCK_R,
+            grad_act, inner, choice, exists, matrix, factor_stride_r, factor_stride_out, column, R, WIDTH, BLOCK_R,
             PRECISION, seed, probability,
         )  # fmt: skip
-    place = slot.to(tl.int64)
+    place = choice.to(tl.int64)
     there = exists[:, None] & (column < WIDTH)[None, :]
     source = kept + place[:, None] * (2 * WIDTH) + column[None, :]
     gate = tl.load(source, mask=there, other=0.0).to(tl.float32)
@@ -382,14 +382,14 @@ def outer_kernel(
         noise = tl.load(seed)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(begin, end, BLOCK_ROWS):
-        slot = start + tl.arange(0, BLOCK_ROWS)
-        exists = slot < end
-        place = _places(slot, exists, permutation, TOP_K, LEFT_BY_TOKEN)
+        choice = start + tl.arange(0, BLOCK_ROWS)
+        exists = choice < end
+        place = _places(choice, exists, permutation, TOP_K, LEFT_BY_TOKEN)
         across = tl.load(left + place[None, :] * M + m[:, None], mask=exists[None, :] & (m < M)[:, None], other=0.0)
-        place = _places(slot, exists, permutation, TOP_K, RIGHT_BY_TOKEN)
+        place = _places(choice, exists, permutation, TOP_K, RIGHT_BY_TOKEN)
         values = tl.load(right + place[:, None] * N + n[None, :], mask=exists[:, None] & (n < N)[None, :], other=0.0)
         if seed is not None:
-            values = _dropped(values.to(tl.float32), slot, n, noise, probability, N).to(values.dtype)
+            values = _dropped(values.to(tl.float32), choice, n, noise, probability, N).to(values.dtype)
         sums = _dot(across, values, sums, PRECISION)
     target = out + expert.to(tl.int64) * (M * N) + m[:, None].to(tl.int64) * N + n[None, :]
     tl.store(target, sums, mask=(m < M)[:, None] & (n < N)[None, :])
@@ -397,7 +397,7 @@ def outer_kernel(
 
 @kernel
 def combine_kernel(
-    by_slot,  # (S, D), in the order of the choices
+    by_choice,  # (S, D), in the order of the choices
     expert_ids,  # (S,): the id E stands for an expert that is elsewhere, whose rows are not read
     out,  # (T, D), out
     num_tokens,
@@ -407,7 +407,7 @@ def combine_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """The sum of each token's slots, in the order of its choices."""
+    """The sum of each token's choices, in the order of its choices."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     there = (token < num_tokens)[:, None] & (column < D)[None, :]
@@ -415,7 +415,7 @@ def combine_kernel(
     sums = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], tl.float32)
     for choice in range(TOP_K):
         here = tl.load(expert_ids + first + choice, mask=token < num_tokens, other=E) < E
-        source = by_slot + (first + choice)[:, None] * D + column[None, :]
+        source = by_choice + (first + choice)[:, None] * D + column[None, :]
         sums += tl.load(source, mask=there & here[:, None], other=0.0).to(tl.float32)
     tl.store(out + token.to(tl.int64)[:, None] * D + column[None, :], sums, mask=there)
 

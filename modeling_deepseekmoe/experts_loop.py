@@ -2,20 +2,20 @@
 """The routed experts in plain torch, one expert after the other, for the CPU.
 
 An expert's tokens are brought together in a buffer, go through its two products and are added to the output before the
-next expert's turn. Nothing has the size of all slots but the first product, and that only where a backward pass
+next expert's turn. Nothing has the size of all choices but the first product, and that only where a backward pass
 follows; every expert uses the same buffers, which stay in the cache.
 
 Each product is given to BLAS as several, of some of the columns each: MKL divides one with few rows badly among
 threads. Their results lie one after the other, "blocked": (C, n, width / C) instead of (n, width).
 
-Shape letters: T tokens, D hidden, E experts, K chosen experts, I expert width, S = T * K slots (a token at one of its
-experts), R rank of an adapter, n slots of one expert, in 32 bits at most MAX_ROWS at a time, C column blocks.
+Shape letters: T tokens, D hidden, E experts, K chosen experts, I expert width, S = T * K choices (a token at one of
+its experts), R rank of an adapter, n choices of one expert, in 32 bits at most MAX_ROWS at a time, C column blocks.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,21 +43,69 @@ class Adapter(NamedTuple):
     seed: torch.Tensor | None = None
 
 
+class ExpertOperands(NamedTuple):
+    """What the routed experts are computed from.
+
+    Attributes:
+        hidden (`torch.Tensor` of shape (T, D)): in the dtype of the stacks.
+        expert_ids (`torch.LongTensor` of shape (T, K)): the id E stands for an expert that is elsewhere.
+        weights (`torch.Tensor` of shape (T, K)): the gate's.
+        gate_up, down (`torch.Tensor` of shapes (E, 2I, D) and (E, D, I)): the stacks.
+        gate_up_adapter, down_adapter ([`Adapter`], *optional*): beside each of them.
+    """
+
+    hidden: torch.Tensor
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_adapter: Adapter | None = None
+    down_adapter: Adapter | None = None
+
+    def differentiable(self) -> "ExpertGradients":
+        """What can have a gradient; `None` for the factors of an adapter that is none."""
+        factors = factors_of(self.gate_up_adapter, self.down_adapter)
+        return ExpertGradients(self.hidden, self.weights, self.gate_up, self.down, *factors)
+
+
+class ExpertGradients(NamedTuple):
+    """One value for everything that can have a gradient: the gradient, whether it is wanted, or the tensor itself."""
+
+    hidden: Any
+    weights: Any
+    gate_up: Any
+    down: Any
+    gate_up_a: Any
+    gate_up_b: Any
+    down_a: Any
+    down_b: Any
+
+    @property
+    def of_first_product(self) -> tuple[Any, Any, Any]:
+        """Of the parameters of the first product: the stack and both factors."""
+        return self.gate_up, self.gate_up_a, self.gate_up_b
+
+    @property
+    def of_second_product(self) -> tuple[Any, Any, Any]:
+        """Of the parameters of the second product: the stack and both factors."""
+        return self.down, self.down_a, self.down_b
+
+
 def factors_of(*adapters: Adapter | None) -> list[torch.Tensor | None]:
     """Both factors of every adapter, two `None` for one that is none."""
     return [factor for adapter in adapters for factor in ((None, None) if adapter is None else adapter[:2])]
 
 
 class _Block(NamedTuple):
-    """Slots of one expert, `permutation[slots]`; `begin` is False where they follow other slots of the same expert."""
+    """Choices of one expert, `permutation[choices]`; `begin` is False where they follow others of the same expert."""
 
     expert: int
-    slots: slice
+    choices: slice
     begin: bool
 
 
 def _blocks(offsets: torch.Tensor, dtype: torch.dtype) -> list[_Block]:
-    """All slots; those of an expert are one block in 16 bits, in which parameters' gradients are not added up."""
+    """All choices; those of an expert are one block in 16 bits, in which parameters' gradients are not added up."""
     ends = offsets.tolist()
     most = MAX_ROWS if dtype.itemsize > 2 else max(ends[-1], 1)
     return [
@@ -68,18 +116,18 @@ def _blocks(offsets: torch.Tensor, dtype: torch.dtype) -> list[_Block]:
 
 
 class _Scratch:
-    """Buffers for the slots of one block, which the next block uses again."""
+    """Buffers for the choices of one block, which the next block uses again."""
 
     def __init__(self, hidden: torch.Tensor, width: int, blocks: Sequence[_Block]) -> None:
         self.like, self.hidden_size, self.width = hidden, hidden.shape[1], width
         self.total_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self.max_rows = max((block.slots.stop - block.slots.start for block in blocks), default=0)
+        self.max_rows = max((block.choices.stop - block.choices.start for block in blocks), default=0)
         self.buffers: dict[str, torch.Tensor] = {}
         self.views: dict[int, _Views] = {}
 
     def of(self, block: _Block) -> "_Views":
         """The buffers as large as a block needs them."""
-        rows = block.slots.stop - block.slots.start
+        rows = block.choices.stop - block.choices.start
         if rows not in self.views:
             self.views[rows] = _Views(self, rows)
         return self.views[rows]
@@ -92,7 +140,7 @@ class _Scratch:
 
 
 class _Views:
-    """The buffers for n slots. Many of them are one buffer in another shape: making a view takes as long as a call."""
+    """The buffers for n choices. Many are one buffer in another shape, since making a view takes as long as a call."""
 
     def __init__(self, scratch: _Scratch, rows: int) -> None:
         width, hidden_size = scratch.width, scratch.hidden_size
@@ -114,148 +162,162 @@ class _Views:
         self.total_blocked = _blocked(self.total)
 
 
-def experts_forward(
-    hidden: torch.Tensor,
-    expert_ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_adapter: Adapter | None,
-    down_adapter: Adapter | None,
-    permutation: torch.Tensor,
-    offsets: torch.Tensor,
-    keep: bool,
+def experts_forward_loop(
+    operands: ExpertOperands, permutation: torch.Tensor, offsets: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the chosen experts' outputs, weighted.
 
     Args:
-        hidden (`torch.Tensor` of shape (T, D)): in the dtype of the stacks.
-        expert_ids (`torch.LongTensor` of shape (T, K)): the id E stands for an expert that is elsewhere.
-        weights (`torch.Tensor` of shape (T, K)).
-        gate_up, down (`torch.Tensor` of shapes (E, 2I, D) and (E, D, I)): contiguous.
-        gate_up_adapter, down_adapter ([`Adapter`], *optional*).
-        permutation, offsets: of `routing.ExpertGroups`.
+        operands ([`ExpertOperands`]): contiguous.
+        permutation, offsets: of `grouping.ExpertGroups`.
         keep: whether a backward pass follows.
 
     Returns:
-        The output (T, D) in the dtype of `hidden`; and the first product of all slots, (S, 2I), if `keep` is set, else
-        (0, 2I): the rows of a block hold its gates (n, I) and then its ups (n, I).
+        The output (T, D) in the dtype of `hidden`; and the first product of all choices, (S, 2I), if `keep` is set,
+        else (0, 2I): the rows of a block hold its gates (n, I) and then its ups (n, I).
     """
+    hidden, down = operands.hidden, operands.down
     width, blocks = down.shape[-1], _blocks(offsets, hidden.dtype)
-    tokens, slot_weights = _by_slot(weights, permutation)
-    adapters = [_readable(adapter, blocks) for adapter in (gate_up_adapter, down_adapter)]
+    tokens, choice_weights = _by_choice(operands.weights, permutation)
+    gate_up_adapter, down_adapter = _readable_adapters(operands, blocks)
     scratch = _Scratch(hidden, width, blocks)
     output = torch.zeros_like(hidden, dtype=scratch.total_dtype)
     kept = hidden.new_empty(len(permutation) if keep else 0, 2 * width)
     parts = 2 * _column_blocks(width)
-    gate_up_columns = gate_up.unflatten(1, (parts, -1)).transpose(2, 3)  # (E, 2C, D, I / C)
+    gate_up_columns = operands.gate_up.unflatten(1, (parts, -1)).transpose(2, 3)  # (E, 2C, D, I / C)
     down_columns = down.unflatten(1, (_column_blocks(hidden.shape[1]), -1)).transpose(2, 3)  # (E, C, I, D / C)
     for block in blocks:
-        own, places = scratch.of(block), tokens[block.slots]
+        own, places = scratch.of(block), tokens[block.choices]
         torch.index_select(hidden, 0, places, out=own.rows)
-        both = (kept[block.slots] if keep else own.both).view(parts, len(places), -1)
+        both = (kept[block.choices] if keep else own.both).view(parts, len(places), -1)
         torch.bmm(own.rows_for_both, gate_up_columns[block.expert], out=both)
-        if adapters[0] is not None:
-            _add_adapter(own.rows, adapters[0], block, both)
+        if gate_up_adapter is not None:
+            _add_adapter(own.rows, gate_up_adapter, block, both)
         gate, up = both.chunk(2)
         torch.mul(_aten.silu.out(gate, out=own.silu), up, out=own.act_blocked)
         torch.bmm(own.act_for_rows, down_columns[block.expert], out=own.result)
-        if adapters[1] is not None:
-            _add_adapter(own.act, adapters[1], block, own.result)
+        if down_adapter is not None:
+            _add_adapter(own.act, down_adapter, block, own.result)
         # Whole rows of their own are added three times as fast as their parts.
-        torch.mul(own.result, slot_weights[block.slots], out=own.total_blocked)
+        torch.mul(own.result, choice_weights[block.choices], out=own.total_blocked)
         output.index_add_(0, places, own.total)
     return output.to(hidden.dtype), kept
 
 
-def experts_backward(
+def experts_backward_loop(
     grad: torch.Tensor,
-    hidden: torch.Tensor,
-    expert_ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_adapter: Adapter | None,
-    down_adapter: Adapter | None,
+    operands: ExpertOperands,
     permutation: torch.Tensor,
     offsets: torch.Tensor,
     kept: torch.Tensor,
-    needs: Sequence[bool],
-) -> list[torch.Tensor | None]:
-    """The gradients of [`experts_forward`].
+    needs: ExpertGradients,
+) -> ExpertGradients:
+    """The gradients of [`experts_forward_loop`].
 
     That of the weights is <dA', A> of the activation A and the gradient dA' that it would have with a weight of 1
     (SonicMoE, arXiv 2512.14080), so that the second product's output is never kept.
 
     Args:
         grad (`torch.Tensor` of shape (T, D)): of the output.
+        operands, permutation, offsets: as for the forward pass.
         kept (`torch.Tensor` of shape (S, 2I)): the forward pass's.
-        needs: for each of the eight gradients whether it is wanted.
+        needs ([`ExpertGradients`]): which gradients are wanted.
 
     Returns:
-        The gradients of hidden, weights, gate_up, down, the factors of the gate_up adapter, those of the down adapter.
+        The gradients; `None` for those that are not wanted.
     """
-    width, blocks = down.shape[-1], _blocks(offsets, hidden.dtype)
-    tokens, slot_weights = _by_slot(weights, permutation)
-    adapters = [_readable(adapter, blocks) for adapter in (gate_up_adapter, down_adapter)]
-    scratch = _Scratch(hidden, width, blocks)
-    grad_hidden = torch.zeros_like(hidden, dtype=scratch.total_dtype) if needs[0] else None
-    grad_weights = hidden.new_empty(len(permutation), dtype=scratch.total_dtype)
-    grad_weights[offsets[-1] :] = 0  # of slots that are elsewhere
-    factors = factors_of(gate_up_adapter, down_adapter)
-    stacks = [
-        torch.empty_like(stack, memory_format=torch.contiguous_format) if need and stack is not None else None
-        for stack, need in zip((gate_up, down, *factors), needs[2:], strict=True)
-    ]
-    grad_gate_up, grad_down, *grad_factors = stacks
-    parts = _column_blocks(width)
-    gate_up_columns = gate_up.unflatten(2, (_column_blocks(hidden.shape[1]), -1)).transpose(1, 2)  # (E, C, 2I, D / C)
-    down_columns = down.unflatten(2, (parts, -1)).transpose(1, 2)  # (E, C, D, I / C)
-    for block in blocks:
-        own, places = scratch.of(block), tokens[block.slots]
-        # Through the second product, into an activation of weight 1.
-        torch.index_select(grad, 0, places, out=own.rows)
-        torch.bmm(own.rows_for_act, down_columns[block.expert], out=own.grad_act)
-        if adapters[1] is not None:
-            _add_adapter_transposed(own.rows, adapters[1], block, own.grad_act)
-        gate, up = kept[block.slots].view(2 * parts, len(places), -1).chunk(2)
+    return _BackwardPass(grad, operands, permutation, offsets, kept, needs).run()
+
+
+class _BackwardPass:
+    """The gradients of all experts, one block after the other."""
+
+    def __init__(
+        self,
+        grad: torch.Tensor,
+        operands: ExpertOperands,
+        permutation: torch.Tensor,
+        offsets: torch.Tensor,
+        kept: torch.Tensor,
+        needs: ExpertGradients,
+    ) -> None:
+        hidden, down = operands.hidden, operands.down
+        self.grad, self.operands, self.kept, self.needs, self.permutation = grad, operands, kept, needs, permutation
+        self.blocks, self.parts = _blocks(offsets, hidden.dtype), _column_blocks(down.shape[-1])
+        self.tokens, self.choice_weights = _by_choice(operands.weights, permutation)
+        self.gate_up_adapter, self.down_adapter = _readable_adapters(operands, self.blocks)
+        self.scratch = _Scratch(hidden, down.shape[-1], self.blocks)
+        self.grad_hidden = torch.zeros_like(hidden, dtype=self.scratch.total_dtype) if needs.hidden else None
+        self.grad_weights = hidden.new_empty(len(permutation), dtype=self.scratch.total_dtype)
+        self.grad_weights[offsets[-1] :] = 0  # of choices that are elsewhere
+
+        def like(parameter: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
+            wanted = needed and parameter is not None
+            return torch.empty_like(parameter, memory_format=torch.contiguous_format) if wanted else None
+
+        self.results = ExpertGradients(*map(like, operands.differentiable(), needs))._replace(
+            hidden=None, weights=None
+        )
+        columns = _column_blocks(hidden.shape[1])
+        self.gate_up_columns = operands.gate_up.unflatten(2, (columns, -1)).transpose(1, 2)  # (E, C, 2I, D / C)
+        self.down_columns = down.unflatten(2, (self.parts, -1)).transpose(1, 2)  # (E, C, D, I / C)
+
+    def run(self) -> ExpertGradients:
+        """Add up the gradients of all blocks."""
+        for block in self.blocks:
+            own, places = self.scratch.of(block), self.tokens[block.choices]
+            self._pass_second_product(block, own, places)
+            self._add_parameters(block, own, places)
+            if self.grad_hidden is not None:
+                torch.bmm(own.both_for_rows, self.gate_up_columns[block.expert], out=own.result)
+                if self.gate_up_adapter is not None:
+                    _add_adapter_transposed(own.both, self.gate_up_adapter, block, own.result)
+                own.total_blocked.copy_(own.result)
+                self.grad_hidden.index_add_(0, places, own.total)
+        without_choices = set(range(len(self.operands.down))).difference(block.expert for block in self.blocks)
+        for stack in self.results:
+            if stack is not None:
+                for expert in without_choices:
+                    stack[expert].zero_()
+        hidden, weights = self.operands.hidden, self.operands.weights
+        results = self.results
+        if self.needs.weights:
+            by_choice = torch.empty_like(self.grad_weights).scatter_(0, self.permutation, self.grad_weights)
+            results = results._replace(weights=by_choice.view_as(weights).to(weights.dtype))
+        return results._replace(hidden=None if self.grad_hidden is None else self.grad_hidden.to(hidden.dtype))
+
+    def _pass_second_product(self, block: "_Block", own: "_Views", places: torch.Tensor) -> None:
+        """Through the second product and the activation, to the gradient of the first product in `own.both`."""
+        # Into an activation of weight 1.
+        torch.index_select(self.grad, 0, places, out=own.rows)
+        torch.bmm(own.rows_for_act, self.down_columns[block.expert], out=own.grad_act)
+        if self.down_adapter is not None:
+            _add_adapter_transposed(own.rows, self.down_adapter, block, own.grad_act)
+        gate, up = self.kept[block.choices].view(2 * self.parts, len(places), -1).chunk(2)
         torch.mul(_aten.silu.out(gate, out=own.silu), up, out=own.act_blocked)
         torch.mul(own.grad_act, own.act_blocked, out=own.grad_gate)
-        torch.sum(own.first_half, 1, dtype=scratch.total_dtype, out=grad_weights[block.slots])
+        torch.sum(own.first_half, 1, dtype=self.scratch.total_dtype, out=self.grad_weights[block.choices])
         # With the weights, through the activation.
-        grad_act = own.grad_act.mul_(slot_weights[block.slots])
+        grad_act = own.grad_act.mul_(self.choice_weights[block.choices])
         torch.mul(grad_act, own.silu, out=own.grad_up)
         _aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=own.grad_gate)
-        # The parameters of the second product, while its gradient is in the buffer; then those of the first one.
-        if any((needs[3], *needs[6:])):
-            act = own.act.mul_(slot_weights[block.slots])
-            _add_outer(grad_down, block, own.rows, act)
-            _add_factor_gradients(grad_factors[2:], adapters[1], block, act, own.rows)
-        if any((needs[2], *needs[4:6])):
-            torch.index_select(hidden, 0, places, out=own.rows)
-            _add_outer(grad_gate_up, block, own.both, own.rows)
-            _add_factor_gradients(grad_factors[:2], adapters[0], block, own.rows, own.both)
-        if grad_hidden is not None:
-            torch.bmm(own.both_for_rows, gate_up_columns[block.expert], out=own.result)
-            if adapters[0] is not None:
-                _add_adapter_transposed(own.both, adapters[0], block, own.result)
-            own.total_blocked.copy_(own.result)
-            grad_hidden.index_add_(0, places, own.total)
-    without_slots = set(range(len(down))).difference(block.expert for block in blocks)
-    for stack in stacks:
-        if stack is not None:
-            for expert in without_slots:
-                stack[expert].zero_()
-    by_slot = torch.empty_like(grad_weights).scatter_(0, permutation, grad_weights) if needs[1] else None
-    return [
-        None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-        None if by_slot is None else by_slot.view_as(weights).to(weights.dtype),
-        *stacks,
-    ]
+
+    def _add_parameters(self, block: "_Block", own: "_Views", places: torch.Tensor) -> None:
+        """The parameters of the second product, while its gradient is in the buffer; then those of the first one."""
+        results = self.results
+        if any(self.needs.of_second_product):
+            act = own.act.mul_(self.choice_weights[block.choices])
+            _add_outer(results.down, block, own.rows, act)
+            _add_factor_gradients((results.down_a, results.down_b), self.down_adapter, block, act, own.rows)
+        if any(self.needs.of_first_product):
+            torch.index_select(self.operands.hidden, 0, places, out=own.rows)
+            _add_outer(results.gate_up, block, own.both, own.rows)
+            factors = (results.gate_up_a, results.gate_up_b)
+            _add_factor_gradients(factors, self.gate_up_adapter, block, own.rows, own.both)
 
 
-def _by_slot(weights: torch.Tensor, permutation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token and weight (S,) and (S, 1) of every slot, in the order of the experts."""
+def _by_choice(weights: torch.Tensor, permutation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token and weight (S,) and (S, 1) of every choice, in the order of the experts."""
     return permutation // weights.shape[1], weights.flatten().index_select(0, permutation).unsqueeze(1)
 
 
@@ -277,6 +339,10 @@ def _add_outer(stack: torch.Tensor | None, block: _Block, left: torch.Tensor, ri
 
 
 # --------------------------------------------------------------------------------------------------------- adapters
+def _readable_adapters(operands: ExpertOperands, blocks: Sequence[_Block]) -> tuple[Adapter | None, Adapter | None]:
+    return _readable(operands.gate_up_adapter, blocks), _readable(operands.down_adapter, blocks)
+
+
 def _readable(adapter: Adapter | None, blocks: Sequence[_Block]) -> Adapter | None:
     """With `factor_b` contiguous: as a whole where most experts are at work, else one by one, when it is used."""
     if adapter is None or 2 * len(blocks) < len(adapter.factor_b):
@@ -289,7 +355,7 @@ def _dropout(rows: torch.Tensor, adapter: Adapter, block: _Block) -> torch.Tenso
     if adapter.dropout == 0:
         return rows
     assert adapter.seed is not None
-    generator = torch.Generator().manual_seed(int(adapter.seed) + block.slots.start)
+    generator = torch.Generator().manual_seed(int(adapter.seed) + block.choices.start)
     mask = torch.empty_like(rows).bernoulli_(1 - adapter.dropout, generator=generator)
     return mask.mul_(rows).mul_(1 / (1 - adapter.dropout) if adapter.dropout < 1 else 0)
 
@@ -334,4 +400,11 @@ def _add_factor_gradients(
     _add_outer(stacks[1], block, grad_rows, _inner(rows, adapter, block))
 
 
-__all__ = ["Adapter", "experts_backward", "experts_forward", "factors_of"]
+__all__ = [
+    "Adapter",
+    "ExpertGradients",
+    "ExpertOperands",
+    "experts_backward_loop",
+    "experts_forward_loop",
+    "factors_of",
+]

@@ -8,13 +8,13 @@ whose layout is that of the implementation. There is no gradient of the gradient
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .experts_loop import Adapter, experts_backward, experts_forward
+from .experts_loop import Adapter, ExpertGradients, ExpertOperands, experts_backward_loop, experts_forward_loop
 from .experts_triton import experts_backward_triton, experts_forward_triton
-from .routing import group_by_expert
+from .grouping import group_by_expert
 
 # A copy of this file on the Hub registers operators of its own.
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
@@ -22,74 +22,140 @@ _ADAPTER = "Tensor? {0}_a, Tensor? {0}_b, float {0}_scale, float {0}_dropout, Te
 _INPUTS = "Tensor hidden, Tensor expert_ids, Tensor weights, Tensor gate_up, Tensor down, " + ", ".join(
     _ADAPTER.format(name) for name in ("gate_up", "down")
 )
-_NUM_INPUTS = 15
-# The inputs that have gradients, in the order of `experts_backward`.
-_DIFFERENTIABLE = (0, 2, 3, 4, 5, 6, 10, 11)
 
 
-def _with_adapters(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The operator's inputs with its adapters put together."""
-    adapters = [None if own[0] is None else Adapter(*own) for own in (inputs[5:10], inputs[10:])]
-    return (*inputs[:5], *adapters)
+class _Inputs(NamedTuple):
+    """The operator's inputs one by one, as `torch.library` wants them; or a value for each of them."""
+
+    hidden: Any = None
+    expert_ids: Any = None
+    weights: Any = None
+    gate_up: Any = None
+    down: Any = None
+    gate_up_a: Any = None
+    gate_up_b: Any = None
+    gate_up_scale: Any = 1.0
+    gate_up_dropout: Any = 0.0
+    gate_up_seed: Any = None
+    down_a: Any = None
+    down_b: Any = None
+    down_scale: Any = 1.0
+    down_dropout: Any = 0.0
+    down_seed: Any = None
+
+    @classmethod
+    def of(cls, operands: ExpertOperands) -> "_Inputs":
+        """The inputs that operands are."""
+        inputs = cls(*operands[:5])
+        for name, adapter in (("gate_up", operands.gate_up_adapter), ("down", operands.down_adapter)):
+            if adapter is not None:
+                inputs = inputs._replace(
+                    **{
+                        f"{name}_a": adapter.factor_a,
+                        f"{name}_b": adapter.factor_b,
+                        f"{name}_scale": adapter.scale,
+                        f"{name}_dropout": adapter.dropout,
+                        f"{name}_seed": adapter.seed,
+                    }
+                )
+        return inputs
+
+    def operands(self) -> ExpertOperands:
+        """The other way round, contiguous."""
+        return ExpertOperands(
+            self.hidden.contiguous(),
+            self.expert_ids.contiguous(),
+            self.weights.contiguous(),
+            self.gate_up.contiguous(),
+            self.down.contiguous(),
+            self._adapter(self.gate_up_a, self.gate_up_b, self.gate_up_scale, self.gate_up_dropout, self.gate_up_seed),
+            self._adapter(self.down_a, self.down_b, self.down_scale, self.down_dropout, self.down_seed),
+        )
+
+    @staticmethod
+    def _adapter(factor_a: Any, *others: Any) -> Adapter | None:
+        return None if factor_a is None else Adapter(factor_a, *others)
+
+    def differentiable(self) -> ExpertGradients:
+        """The values of those that can have a gradient."""
+        return ExpertGradients(*(getattr(self, name) for name in ExpertGradients._fields))
+
+
+def run_operator(operands: ExpertOperands, implementation: str) -> torch.Tensor:
+    """Compute the experts, differentiably.
+
+    Args:
+        operands ([`ExpertOperands`]): with any strides.
+        implementation: `"triton"`, or `"eager"`, which is the loop.
+
+    Returns:
+        `torch.Tensor` of shape (T, D), in the dtype of `operands.hidden`.
+    """
+    # A trace is checked by a run without gradients, which must be the same.
+    with_gradients = torch.is_grad_enabled() or torch.jit.is_tracing()
+    differentiable = [tensor for tensor in operands.differentiable() if tensor is not None]
+    keep = with_gradients and any(tensor.requires_grad for tensor in differentiable)
+    return experts_op(*_Inputs.of(operands), keep, implementation)[0]
 
 
 def _experts(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     *inputs, keep, implementation = arguments
-    inputs[:5] = (tensor.contiguous() for tensor in inputs[:5])
-    _, expert_ids, _, _, down = inputs[:5]
-    permutation, _, offsets = group_by_expert(expert_ids, len(down), implementation=implementation)
-    forward: Callable[..., Any] = experts_forward_triton if implementation == "triton" else experts_forward
-    output, kept = forward(*_with_adapters(tuple(inputs)), permutation, offsets, keep)
-    return output, kept, permutation, offsets
+    operands = _Inputs(*inputs).operands()
+    groups = group_by_expert(operands.expert_ids, len(operands.down), implementation=implementation)
+    forward: Callable[..., Any] = experts_forward_triton if implementation == "triton" else experts_forward_loop
+    output, kept = forward(operands, groups.permutation, groups.offsets, keep)
+    return output, kept, groups.permutation, groups.offsets
 
 
 def _experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     *inputs, permutation, offsets, kept, needs, implementation = arguments
-    inputs[:5] = (tensor.contiguous() for tensor in inputs[:5])
-    backward: Callable[..., Any] = experts_backward_triton if implementation == "triton" else experts_backward
-    gradients = backward(grad.contiguous(), *_with_adapters(tuple(inputs)), permutation, offsets, kept, needs)
-    return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
+    operands, wanted = _Inputs(*inputs).operands(), ExpertGradients(*needs)
+    backward: Callable[..., Any] = experts_backward_triton if implementation == "triton" else experts_backward_loop
+    gradients = backward(grad.contiguous(), operands, permutation, offsets, kept, wanted)
+    return [gradient for gradient, need in zip(gradients, wanted, strict=True) if need]
 
 
 def _fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    hidden, expert_ids, _, gate_up = arguments[:4]
-    num_slots = expert_ids.numel()
+    *inputs, keep, _ = arguments
+    given = _Inputs(*inputs)
+    num_choices = given.expert_ids.numel()
     return (
-        hidden.new_empty(hidden.shape),
-        hidden.new_empty((num_slots if arguments[-2] else 0, gate_up.shape[1])),
-        expert_ids.new_empty(num_slots, dtype=torch.int64),
-        expert_ids.new_empty(len(gate_up) + 1, dtype=torch.int32),
+        given.hidden.new_empty(given.hidden.shape),
+        given.hidden.new_empty((num_choices if keep else 0, given.gate_up.shape[1])),
+        given.expert_ids.new_empty(num_choices, dtype=torch.int64),
+        given.expert_ids.new_empty(len(given.gate_up) + 1, dtype=torch.int32),
     )
 
 
 def _backward_fake(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
-    *_, needs, _ = arguments
-    inputs = [arguments[place] for place in _DIFFERENTIABLE]
-    return [value.new_empty(value.shape) for value, need in zip(inputs, needs, strict=True) if need]
+    *inputs, _permutation, _offsets, _kept, needs, _implementation = arguments
+    values = _Inputs(*inputs).differentiable()
+    return [value.new_empty(value.shape) for value, need in zip(values, needs, strict=True) if need]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    tensors = [value if isinstance(value, torch.Tensor) else None for value in inputs[:_NUM_INPUTS]]
-    ctx.numbers = [None if isinstance(value, torch.Tensor) else value for value in inputs[:_NUM_INPUTS]]
-    ctx.implementation = inputs[-1]
+    *values, _keep, ctx.implementation = inputs
     _, kept, permutation, offsets = output
+    ctx.mark_non_differentiable(kept, permutation, offsets)
+    ctx.set_materialize_grads(False)
+    ctx.numbers = [None if isinstance(value, torch.Tensor) else value for value in values]
+    tensors = [value if isinstance(value, torch.Tensor) else None for value in values]
     ctx.save_for_backward(*tensors, permutation, offsets, kept)
 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-    results: list[torch.Tensor | None] = [None] * (_NUM_INPUTS + 2)
+    results: _Inputs = _NO_GRADIENTS
     if grad is not None:
         *tensors, permutation, offsets, kept = ctx.saved_tensors
         inputs = [number if tensor is None else tensor for tensor, number in zip(tensors, ctx.numbers, strict=True)]
-        needs = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE]
-        gradients = experts_backward_op(grad, *inputs, permutation, offsets, kept, needs, ctx.implementation)
-        wanted = (place for place, need in zip(_DIFFERENTIABLE, needs, strict=True) if need)
-        for place, gradient in zip(wanted, gradients, strict=True):
-            results[place] = gradient
-    return tuple(results)
+        needs = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)]).differentiable()
+        gradients = experts_backward_op(grad, *inputs, permutation, offsets, kept, list(needs), ctx.implementation)
+        wanted = [name for name, need in needs._asdict().items() if need]
+        results = results._replace(**dict(zip(wanted, gradients, strict=True)))
+    return (*results, None, None)  # of keep and implementation
 
+
+_NO_GRADIENTS = _Inputs(*[None] * len(_Inputs._fields))
 
 experts_op = torch.library.custom_op(
     f"{_NAMESPACE}::experts",
@@ -108,4 +174,4 @@ experts_backward_op = torch.library.custom_op(
 )
 experts_backward_op.register_fake(_backward_fake)
 
-__all__ = ["experts_op"]
+__all__ = ["run_operator"]

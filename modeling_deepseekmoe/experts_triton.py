@@ -1,16 +1,15 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """The routed experts in fused kernels: the same functions as in `experts_loop`, all experts in each launch.
 
-Forward: the first product reads the tokens where they lie and ends with the activation; the second one ends with the
-weights and writes each slot to its token; one launch adds up the slots of each token: that is what a sum costs without
-atomics. Backward: the gradient of the activation and of the weights in one launch, that of the tokens in two, and one
-for each parameter. Nothing waits for the host.
+Forward: the first product reads the tokens where they lie and ends with the activation. The second one ends with the
+weights and writes each choice to its token. One launch adds up the choices of each token: that is what a sum costs
+without atomics. Backward: the gradient of the activation and of the weights in one launch, that of the tokens in two,
+and one for each parameter. Nothing waits for the host.
 
 An adapter's product of low rank goes on inside the same sums: a launch for its inner rows (S, R), and R more columns.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +20,7 @@ from .experts_kernels import (
     outer_kernel,
     product_kernel,
 )
-from .experts_loop import Adapter, factors_of
+from .experts_loop import Adapter, ExpertGradients, ExpertOperands
 from .routing_triton import MAX_EXPERTS
 from .triton_support import power_of_two, triton, why_no_triton
 
@@ -42,12 +41,12 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, num_experts: int) ->
     return ""
 
 
-def block_options(num_slots: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype) -> dict[str, int]:
-    """The tile of a product, and the warps for it. An expert's slots should fill a tile; float32, which the matrix
+def block_options(num_choices: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype) -> dict[str, int]:
+    """The tile of a product, and the warps for it. An expert's choices should fill a tile; float32, which the matrix
     units of a GPU do not multiply, has smaller ones. Chosen from registers and shared memory (in bfloat16 nothing
     spills), and not yet by measurement on a GPU."""
     narrow = dtype == torch.float32
-    rows = power_of_two(max(num_slots // num_experts, 1))
+    rows = power_of_two(max(num_choices // num_experts, 1))
     rows = min(max(rows, 16), 64 if narrow else 128)
     return {
         "BLOCK_ROWS": rows,
@@ -59,18 +58,18 @@ def block_options(num_slots: int, num_experts: int, columns: int, inside: int, d
 
 
 def first_product_options(
-    num_slots: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype
+    num_choices: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype
 ) -> dict[str, int]:
     """The same for the first product, which has two sums for each place."""
-    options = block_options(num_slots, num_experts, columns, inside, dtype)
+    options = block_options(num_choices, num_experts, columns, inside, dtype)
     return {**options, "BLOCK_COLUMNS": min(options["BLOCK_COLUMNS"], 64)}
 
 
 def gradient_options(
-    num_slots: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype
+    num_choices: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype
 ) -> dict[str, int]:
     """The same for the gradient of the activation, which ends with five numbers for each place."""
-    options = first_product_options(num_slots, num_experts, columns, inside, dtype)
+    options = first_product_options(num_choices, num_experts, columns, inside, dtype)
     rows = min(options["BLOCK_ROWS"], 64)
     return {**options, "BLOCK_ROWS": rows, "num_warps": 8 if rows == 64 else 4}
 
@@ -90,18 +89,47 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 
+class _LowRank(NamedTuple):
+    """What goes on inside the sums of a product: inner rows times factors.
+
+    Attributes:
+        inner (`torch.Tensor` of shape (S, R), *optional*): an adapter's inner rows; none where it is absent.
+        factors (`torch.Tensor` of shape (E, R, out), *optional*): the other factor, with any strides.
+        dropout, seed: of the adapter, where its mask falls on this product.
+    """
+
+    inner: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
+    dropout: float = 0.0
+    seed: torch.Tensor | None = None
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Those of the factors."""
+        return (0, 0, 0) if self.factors is None else self.factors.stride()
+
+    @property
+    def rank(self) -> dict[str, int]:
+        """The sizes that a kernel is compiled for."""
+        rank = 1 if self.inner is None else self.inner.shape[1]
+        return {"R": rank, "BLOCK_R": min(max(power_of_two(rank), 16), 64)}
+
+
+_NOTHING = _LowRank()
+
+
 class _Launcher:
     """The launches for one routing, with what all of them are given."""
 
     def __init__(self, permutation: torch.Tensor, offsets: torch.Tensor, top_k: int, dtype: torch.dtype) -> None:
         self.permutation, self.offsets, self.dtype = permutation, offsets, dtype
-        self.num_slots, self.num_experts = len(permutation), len(offsets) - 1
+        self.num_choices, self.num_experts = len(permutation), len(offsets) - 1
         self.constants = {"TOP_K": top_k, "PRECISION": precision(dtype)}
         self.sizes = {**self.constants, "E": self.num_experts, "E_WIDTH": power_of_two(self.num_experts)}
 
     def grid(self, options: dict[str, int], columns: int) -> tuple[int]:
-        """Programs for the most tiles that there can be: an expert with slots has at most one that is not full."""
-        rows = self.num_slots // options["BLOCK_ROWS"] + min(self.num_slots, self.num_experts)
+        """Programs for the most tiles that there can be: an expert with choices has at most one that is not full."""
+        rows = self.num_choices // options["BLOCK_ROWS"] + min(self.num_choices, self.num_experts)
         return (rows * triton.cdiv(columns, options["BLOCK_COLUMNS"]),)
 
     def product(
@@ -111,38 +139,35 @@ class _Launcher:
         *,
         by_token: bool,
         weights: torch.Tensor | None = None,
-        to_slots: bool = False,
-        inner: torch.Tensor | None = None,
-        factors: torch.Tensor | None = None,
+        to_choices: bool = False,
+        beside: _LowRank = _NOTHING,
         scale: float = 1.0,
-        dropout: float = 0.0,
-        seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rows times (E, in, out), (S, out): see the kernel."""
         _, inside, columns = matrices.shape
-        out = rows.new_empty(self.num_slots, columns)
-        options = block_options(self.num_slots, self.num_experts, columns, inside, self.dtype)
-        if dropout:  # with its mask the tile for sm_80 would spill (Triton 3.9)
+        out = rows.new_empty(self.num_choices, columns)
+        options = block_options(self.num_choices, self.num_experts, columns, inside, self.dtype)
+        if beside.dropout:  # with its mask the tile for sm_80 would spill (Triton 3.9)
             options["BLOCK_IN"] = min(options["BLOCK_IN"], 32)
         product_kernel[self.grid(options, columns)](
             rows,
             matrices,
-            inner,
-            factors,
+            beside.inner,
+            beside.factors,
             weights,
             self.permutation,
             self.offsets,
             out,
-            seed if dropout else None,
+            beside.seed if beside.dropout else None,
             scale,
-            dropout,
+            beside.dropout,
             *matrices.stride(),
-            *_strides(factors),
+            *beside.strides,
             IN=inside,
             OUT=columns,
-            **_rank(inner),
+            **beside.rank,
             BY_TOKEN=by_token,
-            TO_SLOTS=to_slots,
+            TO_CHOICES=to_choices,
             **self.sizes,
             **options,
         )
@@ -153,7 +178,7 @@ class _Launcher:
         if adapter is None:
             return None
         factor = adapter.factor_a.transpose(1, 2)
-        return self.product(rows, factor, by_token=by_token, scale=adapter.scale, **_noise(adapter))
+        return self.product(rows, factor, by_token=by_token, scale=adapter.scale, beside=_noise(adapter))
 
     def inner_gradient(self, grad: torch.Tensor, adapter: Adapter | None, by_token: bool) -> torch.Tensor | None:
         """The gradient at an adapter's inner rows (S, R), with the scale."""
@@ -168,8 +193,7 @@ class _Launcher:
         *,
         left_by_token: bool = False,
         right_by_token: bool = False,
-        dropout: float = 0.0,
-        seed: torch.Tensor | None = None,
+        noise: _LowRank = _NOTHING,
     ) -> torch.Tensor:
         """A parameter's gradient (E, M, N): see the kernel."""
         rows, columns = left.shape[1], right.shape[1]
@@ -182,8 +206,8 @@ class _Launcher:
             self.permutation,
             self.offsets,
             out,
-            seed if dropout else None,
-            dropout,
+            noise.seed if noise.dropout else None,
+            noise.dropout,
             M=rows,
             N=columns,
             LEFT_BY_TOKEN=left_by_token,
@@ -193,14 +217,14 @@ class _Launcher:
         )
         return out
 
-    def combine(self, by_slot: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
-        """The sums of the tokens' slots, (T, D)."""
+    def combine(self, by_choice: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+        """The sums of the tokens' choices, (T, D)."""
         num_tokens, top_k = expert_ids.shape
-        hidden_size = by_slot.shape[1]
-        out = by_slot.new_empty(num_tokens, hidden_size)
+        hidden_size = by_choice.shape[1]
+        out = by_choice.new_empty(num_tokens, hidden_size)
         columns = min(power_of_two(hidden_size), 512)
         combine_kernel[(triton.cdiv(num_tokens, 4), triton.cdiv(hidden_size, columns))](
-            by_slot,
+            by_choice,
             expert_ids,
             out,
             num_tokens,
@@ -214,145 +238,151 @@ class _Launcher:
 
 
 def experts_forward_triton(
-    hidden: torch.Tensor,
-    expert_ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_adapter: Adapter | None,
-    down_adapter: Adapter | None,
-    permutation: torch.Tensor,
-    offsets: torch.Tensor,
-    keep: bool,
+    operands: ExpertOperands, permutation: torch.Tensor, offsets: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`experts_loop.experts_forward`] in kernels; `kept` has each slot's gates and ups beside each other."""
-    width, num_slots = down.shape[-1], len(permutation)
-    kept = hidden.new_empty(num_slots if keep else 0, 2 * width)
-    if not num_slots:
+    """[`experts_loop.experts_forward_loop`] in kernels; `kept` has each choice's gates and ups beside each other."""
+    hidden, gate_up, down = operands.hidden, operands.gate_up, operands.down
+    width, num_choices = down.shape[-1], len(permutation)
+    kept = hidden.new_empty(num_choices if keep else 0, 2 * width)
+    if not num_choices:
         return torch.zeros_like(hidden), kept
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
-        launch = _Launcher(permutation, offsets, weights.shape[1], hidden.dtype)
-        inner = launch.inner(hidden, gate_up_adapter, by_token=True)
-        factors = None if gate_up_adapter is None else gate_up_adapter.factor_b
-        act = hidden.new_empty(num_slots, width)
-        options = first_product_options(num_slots, len(down), width, hidden.shape[1], hidden.dtype)
+        launch = _Launcher(permutation, offsets, operands.weights.shape[1], hidden.dtype)
+        inner = launch.inner(hidden, operands.gate_up_adapter, by_token=True)
+        first = _LowRank(inner, None if operands.gate_up_adapter is None else operands.gate_up_adapter.factor_b)
+        act = hidden.new_empty(num_choices, width)
+        options = first_product_options(num_choices, len(down), width, hidden.shape[1], hidden.dtype)
         first_product_kernel[launch.grid(options, width)](
             hidden,
             gate_up,
-            inner,
-            factors,
+            first.inner,
+            first.factors,
             permutation,
             offsets,
             kept if keep else None,
             act,
             *gate_up.stride(),
-            *_strides(factors),
+            *first.strides,
             D=hidden.shape[1],
             WIDTH=width,
-            **_rank(inner),
+            **first.rank,
             **launch.sizes,
             **options,
         )
-        by_slot = launch.product(
-            act,
-            down.transpose(1, 2),
-            by_token=False,
-            weights=weights,
-            to_slots=True,
-            inner=launch.inner(act, down_adapter, by_token=False),
-            factors=None if down_adapter is None else down_adapter.factor_b.transpose(1, 2),
+        second = _NOTHING
+        if operands.down_adapter is not None:
+            inner = launch.inner(act, operands.down_adapter, by_token=False)
+            second = _LowRank(inner, operands.down_adapter.factor_b.transpose(1, 2))
+        by_choice = launch.product(
+            act, down.transpose(1, 2), by_token=False, weights=operands.weights, to_choices=True, beside=second
         )
-        return launch.combine(by_slot, expert_ids), kept
+        return launch.combine(by_choice, operands.expert_ids), kept
 
 
 def experts_backward_triton(
     grad: torch.Tensor,
-    hidden: torch.Tensor,
-    expert_ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_adapter: Adapter | None,
-    down_adapter: Adapter | None,
+    operands: ExpertOperands,
     permutation: torch.Tensor,
     offsets: torch.Tensor,
     kept: torch.Tensor,
-    needs: Sequence[bool],
-) -> list[torch.Tensor | None]:
-    """[`experts_loop.experts_backward`] in kernels."""
-    width, num_slots = down.shape[-1], len(permutation)
-    factors = factors_of(gate_up_adapter, down_adapter)
-    if not num_slots:
-        inputs = (hidden, weights, gate_up, down, *factors)
-        return [value.new_zeros(value.shape) if need else None for value, need in zip(inputs, needs, strict=True)]
-    results: list[torch.Tensor | None] = [None] * len(needs)
-    with torch.cuda.device_of(hidden):
-        launch = _Launcher(permutation, offsets, weights.shape[1], hidden.dtype)
-        inner = launch.inner_gradient(grad, down_adapter, by_token=True)
-        options = gradient_options(num_slots, len(down), width, hidden.shape[1], hidden.dtype)
-        both = hidden.new_empty(num_slots, 2 * width)
-        act = hidden.new_empty(num_slots, width) if any((needs[3], *needs[6:])) else None
-        parts = weights.new_zeros(num_slots, triton.cdiv(width, options["BLOCK_COLUMNS"]), dtype=torch.float32)
-        noise = _noise(down_adapter)
-        activation_gradient_kernel[launch.grid(options, width)](
-            grad,
-            down,
-            inner,
-            factors[2],
-            kept,
-            weights,
-            permutation,
-            offsets,
-            both,
-            act,
-            parts,
-            noise["seed"],
-            noise["dropout"],
-            *down.stride(),
-            *_strides(factors[2]),
-            D=hidden.shape[1],
-            WIDTH=width,
-            **_rank(inner),
-            **launch.sizes,
-            **options,
-        )
-        if needs[1]:
-            results[1] = parts.sum(dim=1).view_as(weights).to(weights.dtype)
-        if needs[3]:
-            results[3] = launch.outer(grad, act, left_by_token=True)
-        if needs[6]:
-            results[6] = launch.outer(inner, act, **noise)
-        if needs[7]:
-            results[7] = launch.outer(grad, launch.inner(act, down_adapter, by_token=False), left_by_token=True)
-        inner = launch.inner_gradient(both, gate_up_adapter, by_token=False) if needs[0] or needs[4] else None
-        noise = _noise(gate_up_adapter)
-        if needs[0]:
-            by_slot = launch.product(
-                both, gate_up, by_token=False, to_slots=True, inner=inner, factors=factors[0], **noise
-            )
-            results[0] = launch.combine(by_slot, expert_ids)
-        if needs[2]:
-            results[2] = launch.outer(both, hidden, right_by_token=True)
-        if needs[4]:
-            results[4] = launch.outer(inner, hidden, right_by_token=True, **noise)
-        if needs[5]:
-            results[5] = launch.outer(both, launch.inner(hidden, gate_up_adapter, by_token=True))
+    needs: ExpertGradients,
+) -> ExpertGradients:
+    """[`experts_loop.experts_backward_loop`] in kernels."""
+    differentiable = operands.differentiable()
+    if not len(permutation):
+        empty = zip(differentiable, needs, strict=True)
+        return ExpertGradients(*(value.new_zeros(value.shape) if need else None for value, need in empty))
+    with torch.cuda.device_of(operands.hidden):
+        launch = _Launcher(permutation, offsets, operands.weights.shape[1], operands.hidden.dtype)
+        inner = launch.inner_gradient(grad, operands.down_adapter, by_token=True)
+        both, act, grad_weights = _pass_second_product(launch, grad, operands, inner, kept, needs)
+        results = _NO_GRADIENTS._replace(weights=grad_weights)
+        noise = _noise(operands.down_adapter)
+        if needs.down:
+            results = results._replace(down=launch.outer(grad, act, left_by_token=True))
+        if needs.down_a:
+            results = results._replace(down_a=launch.outer(inner, act, noise=noise))
+        if needs.down_b:
+            inner = launch.inner(act, operands.down_adapter, by_token=False)
+            results = results._replace(down_b=launch.outer(grad, inner, left_by_token=True))
+        return _pass_first_product(launch, both, operands, needs, results)
+
+
+def _pass_second_product(
+    launch: _Launcher,
+    grad: torch.Tensor,
+    operands: ExpertOperands,
+    inner: torch.Tensor | None,
+    kept: torch.Tensor,
+    needs: ExpertGradients,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The gradient of the first product (S, 2I), the activation (S, I) where parameters need it, and the gradient of
+    the gate's weights (T, K) where it is wanted: one launch."""
+    hidden, weights, down = operands.hidden, operands.weights, operands.down
+    width, num_choices = down.shape[-1], launch.num_choices
+    options = gradient_options(num_choices, len(down), width, hidden.shape[1], hidden.dtype)
+    both = hidden.new_empty(num_choices, 2 * width)
+    act = hidden.new_empty(num_choices, width) if any(needs.of_second_product) else None
+    parts = weights.new_zeros(num_choices, triton.cdiv(width, options["BLOCK_COLUMNS"]), dtype=torch.float32)
+    noise, adapter = _noise(operands.down_adapter), operands.down_adapter
+    beside = _LowRank(inner, None if adapter is None else adapter.factor_a)
+    activation_gradient_kernel[launch.grid(options, width)](
+        grad,
+        down,
+        beside.inner,
+        beside.factors,
+        kept,
+        weights,
+        launch.permutation,
+        launch.offsets,
+        both,
+        act,
+        parts,
+        noise.seed,
+        noise.dropout,
+        *down.stride(),
+        *beside.strides,
+        D=hidden.shape[1],
+        WIDTH=width,
+        **beside.rank,
+        **launch.sizes,
+        **options,
+    )
+    return both, act, parts.sum(dim=1).view_as(weights).to(weights.dtype) if needs.weights else None
+
+
+def _pass_first_product(
+    launch: _Launcher,
+    both: torch.Tensor,
+    operands: ExpertOperands,
+    needs: ExpertGradients,
+    results: ExpertGradients,
+) -> ExpertGradients:
+    """The results with the gradients of the tokens and of the first product's parameters."""
+    hidden, adapter = operands.hidden, operands.gate_up_adapter
+    needs_inner = needs.hidden or needs.gate_up_a
+    inner = launch.inner_gradient(both, adapter, by_token=False) if needs_inner else None
+    noise = _noise(adapter)
+    if needs.hidden:
+        beside = noise._replace(inner=inner, factors=None if adapter is None else adapter.factor_a)
+        by_choice = launch.product(both, operands.gate_up, by_token=False, to_choices=True, beside=beside)
+        results = results._replace(hidden=launch.combine(by_choice, operands.expert_ids))
+    if needs.gate_up:
+        results = results._replace(gate_up=launch.outer(both, hidden, right_by_token=True))
+    if needs.gate_up_a:
+        results = results._replace(gate_up_a=launch.outer(inner, hidden, right_by_token=True, noise=noise))
+    if needs.gate_up_b:
+        results = results._replace(gate_up_b=launch.outer(both, launch.inner(hidden, adapter, by_token=True)))
     return results
 
 
-def _noise(adapter: Adapter | None) -> dict[str, Any]:
+def _noise(adapter: Adapter | None) -> _LowRank:
+    """An adapter's dropout alone."""
     if adapter is None or not adapter.dropout:
-        return {"dropout": 0.0, "seed": None}
-    return {"dropout": adapter.dropout, "seed": adapter.seed}
+        return _NOTHING
+    return _LowRank(dropout=adapter.dropout, seed=adapter.seed)
 
 
-def _strides(factors: torch.Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if factors is None else factors.stride()
-
-
-def _rank(inner: torch.Tensor | None) -> dict[str, int]:
-    rank = 1 if inner is None else inner.shape[1]
-    return {"R": rank, "BLOCK_R": min(max(power_of_two(rank), 16), 64)}
-
+_NO_GRADIENTS = ExpertGradients(*[None] * len(ExpertGradients._fields))
 
 __all__ = ["experts_backward_triton", "experts_forward_triton", "why_not_fused"]

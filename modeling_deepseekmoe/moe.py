@@ -14,7 +14,7 @@ from .auxiliary_losses import auxiliary_losses
 from .checkpoint_layout import stack_expert_tensors
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .router_load import NO_RECORD, RoutingContext, RoutingRecord, sum_of_entropies
-from .routing import RoutingPlan, affinities, route
+from .routing import Routing, RoutingOptions, affinities, choose_experts
 from .token_dropping import drop_tokens
 from .torch_support import Float32Buffers
 from .transformers_support import ACT2FN, DeepseekV3MLP, maybe_autocast, use_experts_implementation
@@ -61,16 +61,16 @@ class DeepseekMoeGate(Float32Buffers):
         token_mask: torch.Tensor | None = None,
         num_sequences: int = 1,
         statistics: bool = False,
-    ) -> tuple[torch.Tensor, RoutingPlan]:
+    ) -> tuple[torch.Tensor, Routing]:
         """Route tokens.
 
         Args:
             hidden_states (`torch.Tensor` of shape (T, D)).
-            token_mask, num_sequences, statistics: as for [`route`]; the model wants statistics in training, and in
-                evaluation if `output_router_logits` is set.
+            token_mask, num_sequences, statistics: as for [`choose_experts`]. The model wants statistics in training,
+                and in evaluation if `output_router_logits` is set.
 
         Returns:
-            The raw gate logits (T, E) and the [`RoutingPlan`].
+            The raw gate logits (T, E) and the [`Routing`].
         """
         config = self.config
         if config.router_dtype == "float32":
@@ -78,23 +78,31 @@ class DeepseekMoeGate(Float32Buffers):
                 router_logits = F.linear(hidden_states.float(), self.weight.float())
         else:
             router_logits = F.linear(hidden_states, self.weight)
-        num_groups, top_k_groups = config.gate_groups
-        plan = route(
+        routing = choose_experts(
             router_logits,
-            config.num_experts_per_tok,
-            score_function=config.scoring_func,
+            self.options,
             correction_bias=self.e_score_correction_bias,
+            token_mask=token_mask,
+            num_sequences=num_sequences,
+            statistics=statistics,
+        )
+        return router_logits, routing
+
+    @property
+    def options(self) -> RoutingOptions:
+        """How this gate chooses, by the fields of the config as they are now."""
+        config = self.config
+        num_groups, top_k_groups = config.gate_groups
+        return RoutingOptions(
+            top_k=config.num_experts_per_tok,
+            score_function=config.scoring_func,
             num_groups=num_groups,
             top_k_groups=top_k_groups,
             group_score="top2_sum" if config.topk_method == "noaux_tc" else "max",
             normalize=config.gate_normalizes,
             scaling_factor=config.gate_scaling_factor,
-            token_mask=token_mask,
-            num_sequences=num_sequences,
-            statistics=statistics,
             implementation=config.router_implementation,
         )
-        return router_logits, plan
 
 
 @use_experts_implementation
@@ -176,12 +184,12 @@ class DeepseekMoeBlock(nn.Module):
         """
         tokens, mask = hidden_states.flatten(0, 1), context.token_mask
         mask = None if mask is None else mask.flatten()
-        router_logits, plan = self.gate(tokens, mask, len(hidden_states) or 1, context.record)
-        weights, dropped, entropy = plan.weights, None, None
+        router_logits, routing = self.gate(tokens, mask, len(hidden_states) or 1, context.record)
+        weights, dropped, entropy = routing.weights, None, None
         capacity_factor = self.config.token_drop_capacity_factor
         if self.training and capacity_factor is not None:
-            weights, dropped = self._drop_tokens(router_logits, plan, capacity_factor, mask, context.protected)
-        output = self.experts(tokens, plan.expert_ids, weights).view_as(hidden_states)
+            weights, dropped = self._drop_tokens(router_logits, routing, capacity_factor, mask, context.protected)
+        output = self.experts(tokens, routing.expert_ids, weights).view_as(hidden_states)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
         if not context.record:
@@ -189,21 +197,21 @@ class DeepseekMoeBlock(nn.Module):
         if context.measure_entropy:
             entropy = sum_of_entropies(affinities(router_logits.detach(), self.config.scoring_func), mask)
         logits = router_logits.view(*hidden_states.shape[:2], -1)
-        losses = auxiliary_losses(self.config, logits, plan, context.token_mask)
-        return output, RoutingRecord(losses, plan.tokens_per_expert, dropped, entropy)
+        losses = auxiliary_losses(self.config, logits, routing, context.token_mask)
+        return output, RoutingRecord(losses, routing.tokens_per_expert, dropped, entropy)
 
     def _drop_tokens(
         self,
         router_logits: torch.Tensor,
-        plan: RoutingPlan,
+        routing: Routing,
         capacity_factor: float,
         token_mask: torch.Tensor | None,
         protected: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if protected is not None:
-            protected = protected.repeat_interleave(len(plan.expert_ids) // len(protected))
+            protected = protected.repeat_interleave(len(routing.expert_ids) // len(protected))
         scores, devices = affinities(router_logits.detach(), self.config.scoring_func), self.config.device_groups[0]
-        return drop_tokens(plan, scores, devices, capacity_factor, token_mask=token_mask, protected=protected)
+        return drop_tokens(routing, scores, devices, capacity_factor, token_mask=token_mask, protected=protected)
 
 
 def is_moe_block(module: nn.Module) -> bool:

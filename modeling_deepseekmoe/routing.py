@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Routing: from gate logits to the chosen experts and their weights, and from there to the tokens of every expert.
+"""Routing: from gate logits to the chosen experts and their weights.
 
 Two implementations of the same functions: `"eager"`, the reference in plain torch here, and `"triton"`, one kernel
 for each direction in `routing_triton`.
@@ -15,20 +15,14 @@ values are compared, a NaN is the largest number.
 Shape letters: T tokens, E routed experts, K chosen experts of a token, G expert groups, N sequences of T / N tokens.
 """
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from torch.nn.functional import softplus
-from transformers.utils import logging
 
-from .configuration_checks import ROUTER_IMPLEMENTATIONS
-from .routing_triton import group_by_expert_triton, route_triton, why_not_triton
-from .triton_support import INTERPRETED
-
-logger = logging.get_logger(__name__)
+from .routing_triton import route_triton, uses_triton
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2_sum")
@@ -42,8 +36,8 @@ _FEW_VALUES, _MANY_VALUES = 2**10, 2**17
 
 
 @dataclass(frozen=True)
-class RoutingPlan:
-    """Where every token goes.
+class Routing:
+    """What a gate decides: where every token goes.
 
     Attributes:
         expert_ids (`torch.LongTensor` of shape (T, K)): the chosen experts, best first by the score that chose them.
@@ -70,20 +64,61 @@ class RoutingPlan:
         return counts[0] if len(counts) == 1 else counts.sum(dim=0)
 
 
-class ExpertGroups(NamedTuple):
-    """The choices of all tokens, in the order of their experts. Choice `s` is the `s % K`-th of token `s // K`.
+@dataclass(frozen=True)
+class RoutingOptions:
+    """How a gate chooses.
 
     Attributes:
-        permutation (`torch.LongTensor` of shape (T * K,)): the choices expert by expert, and each expert's in the
-            order of the tokens.
-        inverse (`torch.LongTensor` of shape (T * K,)): where each choice stands in `permutation`.
-        offsets (`torch.IntTensor` of shape (E + 1,)): expert `i` has `permutation[offsets[i] : offsets[i + 1]]`;
-            `offsets[1:]` is what `torch._grouped_mm` takes.
+        top_k: K, at most E and at most the number of experts in `top_k_groups` groups.
+        score_function: `"softmax"` (arXiv 2401.06066, eq. 5), `"sigmoid"` (2412.19437, eq. 15), or `"sqrtsoftplus"`,
+            the square root of log(1 + exp(logit)), the gate of DeepSeek-V4.
+        num_groups, top_k_groups: groups of consecutive experts, and how many of them a token may use (2405.04434,
+            section 2.2.2). `num_groups` divides E.
+        group_score: `"max"` (V2) or `"top2_sum"` (V3) of the scores in a group.
+        normalize: divide the chosen scores by their sum plus 1e-20.
+        scaling_factor: factor on the weights, a finite number of at least 0.
+        implementation: `"eager"`, `"triton"`, or `"auto"`: Triton on a CUDA or ROCm device where it is installed and
+            takes the input (E up to 1024, K up to 32, G up to 64), else eager. A line in the log, at level INFO, says
+            which, and a warning where a GPU could do better. The kernels have no gradient of the gradient.
     """
 
-    permutation: torch.Tensor
-    inverse: torch.Tensor
-    offsets: torch.Tensor
+    top_k: int
+    score_function: str = "softmax"
+    num_groups: int = 1
+    top_k_groups: int = 1
+    group_score: str = "max"
+    normalize: bool = False
+    scaling_factor: float = 1.0
+    implementation: str = "auto"
+
+    @property
+    def compared_groups(self) -> int:
+        """The groups that are ranked; 1 where none is left out."""
+        return self.num_groups if self.top_k_groups < self.num_groups else 1
+
+    def check(self, num_experts: int) -> None:
+        """Raise a `ValueError` for an option that is not allowed for a gate of E experts."""
+        if self.score_function not in SCORE_FUNCTIONS:
+            _refuse("score_function", self.score_function, f"one of {SCORE_FUNCTIONS}")
+        if self.group_score not in GROUP_SCORES:
+            _refuse("group_score", self.group_score, f"one of {GROUP_SCORES}")
+        top_k, groups, kept = self.top_k, self.num_groups, self.top_k_groups
+        for name, value in (("top_k", top_k), ("num_groups", groups), ("top_k_groups", kept)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                _refuse(name, value, "an integer")
+        if not 1 <= top_k <= num_experts:
+            _refuse("top_k", top_k, f"an integer between 1 and the {num_experts} experts")
+        if groups < 1 or num_experts % groups:
+            _refuse("num_groups", groups, f"a divisor of the {num_experts} experts")
+        if not 1 <= kept <= groups:
+            _refuse("top_k_groups", kept, f"an integer between 1 and num_groups={groups}")
+        size = num_experts // groups
+        if kept * size < top_k:
+            _refuse("top_k", top_k, f"at most the {kept * size} experts of top_k_groups={kept} groups")
+        if self.compared_groups > 1 and self.group_score == "top2_sum" and size < 2:
+            _refuse("num_groups", groups, "such that a group holds two experts, for group_score='top2_sum'")
+        if not isinstance(self.scaling_factor, (int, float)) or not 0 <= self.scaling_factor < math.inf:
+            _refuse("scaling_factor", self.scaling_factor, "a finite number of at least 0")
 
 
 def route(
@@ -101,7 +136,50 @@ def route(
     num_sequences: int = 1,
     statistics: bool = True,
     implementation: str = "auto",
-) -> RoutingPlan:
+) -> Routing:
+    """Choose the top-K routed experts of every token: [`choose_experts`] with the options one by one.
+
+    Args:
+        router_logits (`torch.Tensor` of shape (T, E)): gate logits.
+        top_k, score_function, num_groups, top_k_groups, group_score, normalize, scaling_factor, implementation: see
+            [`RoutingOptions`].
+        correction_bias, token_mask, num_sequences, statistics: see [`choose_experts`].
+
+    Returns:
+        [`Routing`].
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    options = RoutingOptions(
+        top_k=top_k,
+        score_function=score_function,
+        num_groups=num_groups,
+        top_k_groups=top_k_groups,
+        group_score=group_score,
+        normalize=normalize,
+        scaling_factor=scaling_factor,
+        implementation=implementation,
+    )
+    return choose_experts(
+        router_logits,
+        options,
+        correction_bias=correction_bias,
+        token_mask=token_mask,
+        num_sequences=num_sequences,
+        statistics=statistics,
+    )
+
+
+def choose_experts(
+    router_logits: torch.Tensor,
+    options: RoutingOptions,
+    *,
+    correction_bias: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
+    num_sequences: int = 1,
+    statistics: bool = True,
+) -> Routing:
     """Choose the top-K routed experts of every token.
 
     The choice is made on score plus bias, inside the best groups where there are groups. The weights are the scores
@@ -111,91 +189,28 @@ def route(
     Args:
         router_logits (`torch.Tensor` of shape (T, E)): gate logits, float32, bfloat16 or float16; the arithmetic is
             float32. Or float64, in eager only, with float64 arithmetic.
-        top_k (`int`): K, at most E and at most the number of experts in `top_k_groups` groups.
-        score_function (`str`): `"softmax"` (arXiv 2401.06066, eq. 5), `"sigmoid"` (2412.19437, eq. 15), or
-            `"sqrtsoftplus"`, the square root of log(1 + exp(logit)), the gate of DeepSeek-V4.
+        options ([`RoutingOptions`]): how the gate chooses.
         correction_bias (`torch.FloatTensor` of shape (E,), *optional*): the bias of auxiliary-loss-free balancing
             (2408.15664, eq. 3), finite numbers.
-        num_groups, top_k_groups (`int`): groups of consecutive experts, and how many of them a token may use
-            (2405.04434, section 2.2.2). `num_groups` divides E.
-        group_score (`str`): `"max"` (V2) or `"top2_sum"` (V3) of the scores in a group.
-        normalize (`bool`): divide the chosen scores by their sum plus 1e-20.
-        scaling_factor (`float`): factor on the weights, a finite number of at least 0.
         token_mask (`torch.Tensor` of shape (T,), *optional*): nonzero for real tokens. The others are routed too, but
             are not counted.
         num_sequences (`int`): N, a divisor of T: equal runs of consecutive tokens that are counted apart.
         statistics (`bool`): whether `counts_by_sequence` and `score_sums` are wanted.
-        implementation (`str`): `"eager"`, `"triton"`, or `"auto"`: Triton on a CUDA or ROCm device where it is
-            installed and takes the input (E up to 1024, K up to 32, G up to 64), else eager; a line in the log, at
-            level INFO, says which, and a warning where a GPU could do better. The kernels have no gradient of the
-            gradient.
 
     Returns:
-        [`RoutingPlan`].
+        [`Routing`].
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
     _check_tensors(router_logits, correction_bias, token_mask)
     num_tokens, num_experts = router_logits.shape
-    _check_options(num_experts, top_k, score_function, num_groups, top_k_groups, group_score, scaling_factor)
+    options.check(num_experts)
     if statistics and (num_sequences < 1 or num_tokens % num_sequences):
         raise ValueError(f"num_sequences={num_sequences} is not allowed: it must divide the {num_tokens} tokens.")
-    compared = num_groups if top_k_groups < num_groups else 1
-    run = route_triton if _uses_triton(implementation, router_logits, num_experts, top_k, compared) else _route_eager
-    return RoutingPlan(
-        *run(
-            router_logits,
-            correction_bias,
-            token_mask,
-            top_k,
-            score_function,
-            num_groups,
-            top_k_groups,
-            group_score,
-            normalize,
-            float(scaling_factor),
-            num_sequences,
-            statistics,
-        )
-    )
-
-
-def group_by_expert(expert_ids: torch.Tensor, num_experts: int, *, implementation: str = "auto") -> ExpertGroups:
-    """Bring the choices of all tokens into the order of their experts, without waiting for the host.
-
-    Args:
-        expert_ids (`torch.LongTensor` or `torch.IntTensor` of shape (T, K)): the choices, from 0 to E - 1. The id E
-            stands for an expert that another rank of an expert-parallel group holds: such choices come last, behind
-            `offsets[E]`. Other ids are not looked for, and give an order that means nothing.
-        num_experts (`int`): E.
-        implementation (`str`): as for [`route`].
-
-    Returns:
-        [`ExpertGroups`].
-
-    Raises:
-        ValueError: for ids that are no integers of shape (T, K), or fewer than one expert.
-    """
-    if expert_ids.ndim != 2 or expert_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"expert_ids of shape {tuple(expert_ids.shape)} and {expert_ids.dtype} are not allowed: they must be "
-            "int64 or int32 of shape (T, K)."
-        )
-    if num_experts < 1:
-        raise ValueError(f"num_experts={num_experts} is not allowed: it must be at least 1.")
-    if expert_ids.numel() > 2**30:
-        raise ValueError(f"expert_ids of {expert_ids.numel()} choices are not allowed: offsets are int32, for 2^30.")
-    if _uses_triton(implementation, expert_ids, num_experts):
-        return ExpertGroups(*group_by_expert_triton(expert_ids, num_experts))
-    ids = expert_ids.flatten()
-    if num_experts < 2**15 - 1:
-        ids = ids.to(torch.int16)  # sorted several times as fast on the CPU
-    ids, permutation = ids.sort(stable=True)
-    places = torch.arange(len(permutation), device=ids.device)
-    inverse = torch.empty_like(permutation).scatter_(0, permutation, places)
-    bounds = torch.arange(num_experts + 1, dtype=ids.dtype, device=ids.device)
-    return ExpertGroups(permutation, inverse, torch.searchsorted(ids, bounds, out_int32=True))
+    compared = num_experts, options.top_k, options.compared_groups
+    run = route_triton if uses_triton(options.implementation, router_logits, *compared) else _route_eager
+    return Routing(*run(router_logits, options, correction_bias, token_mask, num_sequences, statistics))
 
 
 def affinities(router_logits: torch.Tensor, score_function: str) -> torch.Tensor:
@@ -221,7 +236,7 @@ def affinities(router_logits: torch.Tensor, score_function: str) -> torch.Tensor
     return torch.where(low, (far / 2).exp(), softplus(near).sqrt())
 
 
-# ------------------------------------------------------------------------------------------ checks and dispatch
+# ------------------------------------------------------------------------------------------------------------ checks
 def _check_tensors(
     router_logits: torch.Tensor, correction_bias: torch.Tensor | None, token_mask: torch.Tensor | None
 ) -> None:
@@ -244,129 +259,57 @@ def _check_tensors(
         raise ValueError(f"correction_bias of {correction_bias.dtype} is not allowed: it must be floating point.")
 
 
-def _check_options(
-    num_experts: int,
-    top_k: int,
-    score_function: str,
-    num_groups: int,
-    top_k_groups: int,
-    group_score: str,
-    scaling_factor: float,
-) -> None:
-    if score_function not in SCORE_FUNCTIONS:
-        _refuse("score_function", score_function, f"one of {SCORE_FUNCTIONS}")
-    if group_score not in GROUP_SCORES:
-        _refuse("group_score", group_score, f"one of {GROUP_SCORES}")
-    for name, value in (("top_k", top_k), ("num_groups", num_groups), ("top_k_groups", top_k_groups)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            _refuse(name, value, "an integer")
-    if not 1 <= top_k <= num_experts:
-        _refuse("top_k", top_k, f"an integer between 1 and the {num_experts} experts")
-    if num_groups < 1 or num_experts % num_groups:
-        _refuse("num_groups", num_groups, f"a divisor of the {num_experts} experts")
-    if not 1 <= top_k_groups <= num_groups:
-        _refuse("top_k_groups", top_k_groups, f"an integer between 1 and num_groups={num_groups}")
-    size = num_experts // num_groups
-    if top_k_groups * size < top_k:
-        _refuse("top_k", top_k, f"at most the {top_k_groups * size} experts of top_k_groups={top_k_groups} groups")
-    if top_k_groups < num_groups and group_score == "top2_sum" and size < 2:
-        _refuse("num_groups", num_groups, "such that a group holds two experts, for group_score='top2_sum'")
-    if not isinstance(scaling_factor, (int, float)) or not 0 <= scaling_factor < math.inf:
-        _refuse("scaling_factor", scaling_factor, "a finite number of at least 0")
-
-
 def _refuse(name: str, value: object, allowed: str) -> NoReturn:
     raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}.")
-
-
-def _uses_triton(implementation: str, tensor: torch.Tensor, *sizes: int) -> bool:
-    if implementation not in ROUTER_IMPLEMENTATIONS:
-        _refuse("implementation", implementation, f"one of {ROUTER_IMPLEMENTATIONS}")
-    if implementation == "eager":
-        return False
-    reason = why_not_triton(tensor, *sizes)
-    if implementation == "triton" and reason:
-        raise ValueError(f"implementation='triton' is not allowed: {reason}.")
-    if implementation == "auto":
-        if not reason and INTERPRETED:
-            reason = "the interpreter of Triton is for tests"
-        if not torch.compiler.is_compiling():
-            _tell(tensor.device.type, reason)
-    return not reason
-
-
-@functools.cache
-def _tell(device_type: str, reason: str) -> None:
-    """Log once which implementation "auto" means; a warning where a GPU is there and could do better."""
-    if reason:
-        log = logger.warning if device_type == "cuda" else logger.info
-        log(f"Routing on {device_type}: implementation='auto' is 'eager', because {reason}.")
-    else:
-        logger.info(f"Routing on {device_type}: implementation='auto' is 'triton'.")
 
 
 # -------------------------------------------------------------------------------------------------- plain torch
 def _route_eager(
     router_logits: torch.Tensor,
+    options: RoutingOptions,
     correction_bias: torch.Tensor | None,
     token_mask: torch.Tensor | None,
-    top_k: int,
-    score_function: str,
-    num_groups: int,
-    top_k_groups: int,
-    group_score: str,
-    normalize: bool,
-    scaling_factor: float,
     num_sequences: int,
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The fields of the [`Routing`] of checked arguments."""
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
-    options = (score_function, num_groups, top_k_groups, group_score)
+    score_function = options.score_function
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # once, for inputs of any length
     if logits.device.type == "cpu" and logits.numel() > _MANY_VALUES and not recorded:
         parts = logits.detach().split(max(_MANY_VALUES // logits.shape[1], 1))
-        expert_ids = torch.cat([_choose(part, correction_bias, top_k, *options) for part in parts])
+        expert_ids = torch.cat([_choose(part, correction_bias, options) for part in parts])
     else:
-        expert_ids = _choose(logits.detach(), correction_bias, top_k, *options)
+        expert_ids = _choose(logits.detach(), correction_bias, options)
 
     if score_function == "softmax":
         weights = affinities(logits, score_function).gather(1, expert_ids)
     else:
         weights = affinities(logits.gather(1, expert_ids), score_function)
-    if normalize:
+    if options.normalize:
         weights = weights.div(weights.sum(dim=-1, keepdim=True).add_(1e-20))
     elif score_function != "softmax":
         weights = weights + 0.0 * weights.detach().sum(dim=-1, keepdim=True)  # one NaN makes the row NaN
     # Neither a quotient nor a sum nor gathered values are needed by their own gradients.
-    if scaling_factor != 1.0:
-        weights.mul_(scaling_factor)
+    if options.scaling_factor != 1.0:
+        weights.mul_(float(options.scaling_factor))
     if not statistics:
         return expert_ids, weights, None, None
     return expert_ids, weights, *_statistics(logits, expert_ids, token_mask, score_function, num_sequences)
 
 
-def _choose(
-    logits: torch.Tensor,
-    correction_bias: torch.Tensor | None,
-    top_k: int,
-    score_function: str,
-    num_groups: int,
-    top_k_groups: int,
-    group_score: str,
-) -> torch.Tensor:
+def _choose(logits: torch.Tensor, correction_bias: torch.Tensor | None, options: RoutingOptions) -> torch.Tensor:
     """The ids (T, K) of logits without a graph."""
     largest = torch.finfo(torch.float32).max
-    grouped = top_k_groups < num_groups
-    if correction_bias is None and not (grouped and group_score == "top2_sum"):
-        choice = logits.nan_to_num(nan=largest, posinf=_INFINITY, neginf=-largest)
+    grouped = options.compared_groups > 1
+    if correction_bias is None and not (grouped and options.group_score == "top2_sum"):
+        values = logits.nan_to_num(nan=largest, posinf=_INFINITY, neginf=-largest)
     else:
-        choice = _rounded_affinities(logits, score_function)
+        values = _rounded_affinities(logits, options.score_function)
         if correction_bias is not None:
-            choice += correction_bias.detach().to(choice.dtype)
-        choice.nan_to_num_(nan=largest, posinf=_INFINITY, neginf=-largest)
-    if not grouped:
-        return _highest(choice, top_k)
-    return _highest_in_groups(choice, top_k, num_groups, top_k_groups, group_score)
+            values += correction_bias.detach().to(values.dtype)
+        values.nan_to_num_(nan=largest, posinf=_INFINITY, neginf=-largest)
+    return _highest_in_groups(values, options) if grouped else _highest(values, options.top_k)
 
 
 def _rounded_affinities(logits: torch.Tensor, score_function: str) -> torch.Tensor:
@@ -382,14 +325,13 @@ def _rounded_affinities(logits: torch.Tensor, score_function: str) -> torch.Tens
     return (wide.sigmoid_() if score_function == "sigmoid" else affinities(wide, score_function)).float()
 
 
-def _highest_in_groups(
-    choice: torch.Tensor, top_k: int, num_groups: int, top_k_groups: int, group_score: str
-) -> torch.Tensor:
+def _highest_in_groups(values: torch.Tensor, options: RoutingOptions) -> torch.Tensor:
     """Ids (T, K) of the highest values of (T, E) in each row's best groups, the highest first."""
-    size = choice.shape[1] // num_groups
-    grouped = choice.view(-1, num_groups, size)
-    few = choice.numel() <= _FEW_VALUES and not torch.onnx.is_in_onnx_export()
-    if group_score == "max":
+    top_k, num_groups, top_k_groups = options.top_k, options.num_groups, options.top_k_groups
+    size = values.shape[1] // num_groups
+    grouped = values.view(-1, num_groups, size)
+    few = values.numel() <= _FEW_VALUES and not torch.onnx.is_in_onnx_export()
+    if options.group_score == "max":
         group_scores = grouped.amax(dim=-1)
     elif few:
         group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
@@ -404,7 +346,7 @@ def _highest_in_groups(
     # Fewer candidates, in the order of their ids, so that the first of equal ones is the lowest.
     groups = _highest(group_scores, top_k_groups).sort(dim=-1).values
     candidates = (groups.unsqueeze(-1) * size + torch.arange(size, device=groups.device)).flatten(1)
-    return candidates.gather(1, _highest(choice.gather(1, candidates), top_k))
+    return candidates.gather(1, _highest(values.gather(1, candidates), top_k))
 
 
 def _highest(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -429,7 +371,7 @@ def _statistics(
     score_function: str,
     num_sequences: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`counts_by_sequence` and `score_sums` of a [`RoutingPlan`]."""
+    """`counts_by_sequence` and `score_sums` of a [`Routing`]."""
     num_tokens, num_experts = logits.shape
     if token_mask is not None:
         logits = logits.masked_fill((token_mask == 0).unsqueeze(-1), 0.0)  # so that no NaN reaches its gradient
@@ -447,4 +389,13 @@ def _statistics(
     return counts.scatter_add_(1, expert_ids.view(shape), chosen.view(shape)), score_sums
 
 
-__all__ = ["ExpertGroups", "RoutingPlan", "affinities", "group_by_expert", "route"]
+RoutingPlan = Routing  # its name until 0.10
+
+__all__ = [
+    "Routing",
+    "RoutingOptions",
+    "RoutingPlan",
+    "affinities",
+    "choose_experts",
+    "route",
+]

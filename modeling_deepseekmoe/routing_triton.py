@@ -6,13 +6,18 @@ two launches bring the choices into the order of the experts. Nothing waits for 
 compute, and checks the arguments.
 """
 
+import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
+from .configuration_checks import ROUTER_IMPLEMENTATIONS
 from .routing_kernels import count_kernel, group_kernel, route_backward_kernel, route_kernel
-from .triton_support import power_of_two, triton, why_no_triton
+from .triton_support import INTERPRETED, power_of_two, triton, why_no_triton
+
+logger = logging.get_logger(__name__)
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
@@ -47,6 +52,38 @@ def why_not_triton(tensor: torch.Tensor, num_experts: int, top_k: int = 1, num_g
     return ""
 
 
+def uses_triton(implementation: str, tensor: torch.Tensor, *sizes: int) -> bool:
+    """Whether an implementation means the kernels for an input; [`why_not_triton`] says what `sizes` are.
+
+    Raises:
+        ValueError: for another implementation, or for `"triton"` where the kernels do not take the input.
+    """
+    if implementation not in ROUTER_IMPLEMENTATIONS:
+        allowed = f"it must be one of {ROUTER_IMPLEMENTATIONS}"
+        raise ValueError(f"implementation={implementation!r} is not allowed: {allowed}.")
+    if implementation == "eager":
+        return False
+    reason = why_not_triton(tensor, *sizes)
+    if implementation == "triton" and reason:
+        raise ValueError(f"implementation='triton' is not allowed: {reason}.")
+    if implementation == "auto":
+        if not reason and INTERPRETED:
+            reason = "the interpreter of Triton is for tests"
+        if not torch.compiler.is_compiling():
+            _tell(tensor.device.type, reason)
+    return not reason
+
+
+@functools.cache
+def _tell(device_type: str, reason: str) -> None:
+    """Log once which implementation "auto" means; a warning where a GPU is there and could do better."""
+    if reason:
+        log = logger.warning if device_type == "cuda" else logger.info
+        log(f"Routing on {device_type}: implementation='auto' is 'eager', because {reason}.")
+    else:
+        logger.info(f"Routing on {device_type}: implementation='auto' is 'triton'.")
+
+
 def route_options(num_experts: int, top_k: int, num_groups: int, top_k_groups: int) -> dict[str, int]:
     """The sizes that the forward kernel is compiled for. A warp has as many rows at a time as fit into 256 lanes, 8
     numbers for each thread."""
@@ -76,6 +113,26 @@ def group_options(num_experts: int) -> dict[str, int]:
     """The sizes that the kernels of grouping are compiled for."""
     width = power_of_two(num_experts)
     return {"WIDTH": width, "BLOCK": min(max(2048 // width, 8), 32), "ROWS": max(4096 // width, 1)}
+
+
+class _RouteInputs(NamedTuple):
+    """What the operator takes, and, where there are gradients, those."""
+
+    router_logits: Any = None
+    correction_bias: Any = None
+    token_mask: Any = None
+    top_k: Any = None
+    score_function: Any = None
+    num_groups: Any = None
+    top_k_groups: Any = None
+    group_score: Any = None
+    normalize: Any = None
+    scaling_factor: Any = None
+    num_sequences: Any = None
+    statistics: Any = None
+
+
+_NO_GRADIENTS = _RouteInputs()
 
 
 def _route(
@@ -225,20 +282,21 @@ def _group_by_expert_fake(expert_ids: torch.Tensor, num_experts: int) -> tuple[t
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    router_logits, _, token_mask, _, score_function, _, _, _, normalize, scaling_factor, _, _ = inputs
-    ctx.mark_non_differentiable(output[0], output[2])
+    given = _RouteInputs(*inputs)
+    expert_ids, _, counts, _ = output
+    ctx.mark_non_differentiable(expert_ids, counts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(router_logits, output[0], token_mask)
-    ctx.options = (score_function, normalize, scaling_factor)
+    ctx.save_for_backward(given.router_logits, expert_ids, given.token_mask)
+    ctx.options = (given.score_function, given.normalize, given.scaling_factor)
 
 
 def _backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     _, grad_weights, _, grad_sums = grads
     router_logits, expert_ids, token_mask = ctx.saved_tensors
     if grad_weights is None and grad_sums is None:
-        return (None,) * 12
+        return _NO_GRADIENTS
     grad = route_backward_op(grad_weights, grad_sums, router_logits, expert_ids, token_mask, *ctx.options)
-    return grad, *(None,) * 11
+    return _NO_GRADIENTS._replace(router_logits=grad)
 
 
 if triton is not None:
@@ -269,10 +327,35 @@ if triton is not None:
     group_by_expert_op.register_fake(_group_by_expert_fake)
 
 
-def route_triton(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The fields of the `RoutingPlan` of checked arguments, in the order of the operator's."""
-    expert_ids, weights, counts, score_sums = route_op(*arguments)
-    return (expert_ids, weights, counts, score_sums) if arguments[-1] else (expert_ids, weights, None, None)
+def route_triton(
+    router_logits: torch.Tensor,
+    options: Any,
+    correction_bias: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    num_sequences: int,
+    statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The fields of the `Routing` of checked arguments.
+
+    Args:
+        options: `RoutingOptions` of `routing`, which imports this file.
+        router_logits, correction_bias, token_mask, num_sequences, statistics: as for `choose_experts` there.
+    """
+    expert_ids, weights, counts, score_sums = route_op(
+        router_logits,
+        correction_bias,
+        token_mask,
+        options.top_k,
+        options.score_function,
+        options.num_groups,
+        options.top_k_groups,
+        options.group_score,
+        options.normalize,
+        float(options.scaling_factor),
+        num_sequences,
+        statistics,
+    )
+    return (expert_ids, weights, counts, score_sums) if statistics else (expert_ids, weights, None, None)
 
 
 def group_by_expert_triton(
@@ -282,4 +365,12 @@ def group_by_expert_triton(
     return group_by_expert_op(expert_ids, num_experts)
 
 
-__all__ = ["MAX_EXPERTS", "MAX_GROUPS", "MAX_TOP_K", "group_by_expert_triton", "route_triton", "why_not_triton"]
+__all__ = [
+    "MAX_EXPERTS",
+    "MAX_GROUPS",
+    "MAX_TOP_K",
+    "group_by_expert_triton",
+    "route_triton",
+    "uses_triton",
+    "why_not_triton",
+]

@@ -3,11 +3,11 @@
 
 import torch
 
-from .routing import RoutingPlan
+from .routing import Routing
 
 
 def drop_tokens(
-    plan: RoutingPlan,
+    routing: Routing,
     scores: torch.Tensor,
     num_device_groups: int,
     capacity_factor: float,
@@ -23,7 +23,7 @@ def drop_tokens(
     dropped.
 
     Args:
-        plan: the [`RoutingPlan`] of T tokens.
+        routing: the [`Routing`] of T tokens.
         scores (`torch.Tensor` of shape (T, E)): their affinities.
         num_device_groups (`int`): D, a divisor of E.
         capacity_factor (`float`): above 0; 1.0 in the paper.
@@ -34,7 +34,7 @@ def drop_tokens(
     Returns:
         The gate weights (T, K) with 0 for dropped choices, and the number of dropped choices, an int64 scalar.
     """
-    expert_ids = plan.expert_ids
+    expert_ids = routing.expert_ids
     num_tokens, top_k = expert_ids.shape
     num_experts = scores.shape[-1]
     real = expert_ids.new_ones(num_tokens, dtype=torch.bool) if token_mask is None else token_mask != 0
@@ -60,7 +60,7 @@ def drop_tokens(
     dropped = takes_part & (place >= budget)
     if protected is not None:
         dropped &= ~protected.unsqueeze(-1).expand(-1, top_k).flatten()
-    return plan.weights.masked_fill(dropped.view_as(expert_ids), 0.0), dropped.sum()
+    return routing.weights.masked_fill(dropped.view_as(expert_ids), 0.0), dropped.sum()
 
 
 __all__ = ["drop_tokens"]

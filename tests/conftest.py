@@ -142,6 +142,23 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def adapter(hub: HubServer, folder: Path, tmp_path: Path) -> Path:
+    """An adapter of a model on the Hub."""
+    from peft import get_peft_model
+    from publishing_cases import push
+    from torch import nn
+
+    push(folder, "alice/base")
+    base = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained("alice/base")
+    adapted = get_peft_model(base, modeling_deepseekmoe.expert_lora_config(base, r=2, target_modules=("o_proj",)))
+    for key, parameter in adapted.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
     """Counts the calls of an experts implementation of transformers, or of the eager one of this package."""
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..modeling_deepseekmoe import DeepseekMoeBlock, DeepseekMoeModel
 from ..router_load import count_tokens, sum_of_entropies
-from ..routing import RoutingPlan, affinities
+from ..routing import Routing, affinities
 from ..support.models import evaluating
 
 
@@ -73,8 +73,8 @@ def expert_load(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict
     """
     loads: dict[int, torch.Tensor] = {}
 
-    def count(layer: int, router_logits: torch.Tensor, plan: RoutingPlan) -> None:
-        counts = count_tokens(plan.expert_ids, router_logits.shape[-1], None).cpu()
+    def count(layer: int, router_logits: torch.Tensor, routing: Routing) -> None:
+        counts = count_tokens(routing.expert_ids, router_logits.shape[-1], None).cpu()
         loads[layer] = loads[layer] + counts if layer in loads else counts
 
     for _ in _watched_batches(model, batches, count):
@@ -97,9 +97,9 @@ def trace_routing(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> Ro
     weights: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     entropies = dict.fromkeys(layers, 0.0)
 
-    def keep(layer: int, router_logits: torch.Tensor, plan: RoutingPlan) -> None:
-        ids[layer].append(plan.expert_ids.to("cpu", torch.int16))
-        weights[layer].append(plan.weights.float().cpu())
+    def keep(layer: int, router_logits: torch.Tensor, routing: Routing) -> None:
+        ids[layer].append(routing.expert_ids.to("cpu", torch.int16))
+        weights[layer].append(routing.weights.float().cpu())
         entropies[layer] += float(sum_of_entropies(affinities(router_logits, model.config.scoring_func), None))
 
     tokens = [input_ids.flatten().cpu() for input_ids in _watched_batches(model, batches, keep)]
@@ -131,10 +131,10 @@ def moe_blocks(model: PreTrainedModel) -> dict[int, DeepseekMoeBlock]:
 
 
 def _watched_batches(
-    model: PreTrainedModel, batches: Iterable[torch.Tensor], watch: Callable[[int, torch.Tensor, RoutingPlan], None]
+    model: PreTrainedModel, batches: Iterable[torch.Tensor], watch: Callable[[int, torch.Tensor, Routing], None]
 ) -> Iterator[torch.Tensor]:
     """Run the model on every batch and yield the batch; `watch` is called with every layer's index, gate
-    logits and plan."""
+    logits and routing."""
     blocks = moe_blocks(model)
 
     def hook_of(layer: int) -> Callable[..., None]:

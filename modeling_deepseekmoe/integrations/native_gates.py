@@ -32,7 +32,6 @@ def route_native_gates(model: nn.Module, implementation: str = "auto") -> int:
     """
     if implementation not in ROUTER_IMPLEMENTATIONS:
         allowed = f"it must be one of {ROUTER_IMPLEMENTATIONS}"
-        allowed = f"it must be one of {ROUTER_IMPLEMENTATIONS}"
         raise ValueError(f"implementation={implementation!r} is not allowed: {allowed}.")
     forwards = {DeepseekV2TopkRouter: _forward_v2, DeepseekV3TopkRouter: _forward_v3}
     gates = [module for module in model.modules() if type(module) in forwards]
@@ -51,7 +50,7 @@ def _forward_v2(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     limited = gate.topk_method == "group_limited_greedy"
     router_logits = _router_logits(gate, hidden_states)
-    plan = route(
+    routing = route(
         router_logits,
         gate.top_k,
         num_groups=gate.num_group if limited else 1,
@@ -60,14 +59,14 @@ def _forward_v2(
         statistics=False,
         implementation=implementation,
     )
-    return router_logits, plan.weights, plan.expert_ids
+    return router_logits, routing.weights, routing.expert_ids
 
 
 def _forward_v3(
     gate: nn.Module, implementation: str, hidden_states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     router_logits = _router_logits(gate, hidden_states)
-    plan = route(
+    routing = route(
         router_logits,
         gate.top_k,
         score_function="sigmoid",
@@ -80,7 +79,7 @@ def _forward_v3(
         statistics=False,
         implementation=implementation,
     )
-    return router_logits, plan.weights, plan.expert_ids
+    return router_logits, routing.weights, routing.expert_ids
 
 
 def _router_logits(gate: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:

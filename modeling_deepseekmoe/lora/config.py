@@ -102,7 +102,7 @@ def expert_lora_config(
         task_type: PEFT's.
         kwargs: other fields of `peft.LoraConfig`, which hold for experts too: `layers_to_transform`, `layers_pattern`,
             `exclude_modules`, `rank_pattern` and `alpha_pattern` (with names of modules or parameters),
-            `trainable_token_indices`, ... docs/lora_options.md lists all of them.
+            `trainable_token_indices`, ... docs/lora.md lists all of them.
 
     Raises:
         ValueError: for a value or an option that is not allowed, or a model without such experts.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""LoRA layers that compute x A B for every slot instead of merging the stack of experts.
+"""LoRA layers that compute x A B for every choice instead of merging the stack of experts.
 
 PEFT adapts a stacked parameter with `ParamWrapper`, which adds the product of the factors to the whole stack in every
 forward pass. The layers here are ParamWrappers with the same parameters under the same names, so that PEFT saves,
@@ -7,7 +7,7 @@ loads, merges and switches them as its own; only the forward pass is another one
 
 PEFT's layout of E experts' factors: `lora_A` is expert-major, (E * r, in), and `lora_B` rank-major, (out, r * E).
 
-Shape letters as in `experts.py`: T tokens, D hidden, E experts, K choices, S = T * K slots; and r the rank.
+Shape letters as in `experts.py`: T tokens, D hidden, E experts, K choices, S = T * K choices; and r the rank.
 """
 
 import copy
@@ -23,16 +23,16 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoint_layout import STACKS
 from ..experts import (
-    FUSED_WAYS,
+    FUSED_BACKENDS,
     LAYER,
-    choose_way,
+    choose_backend,
     compute_dtype,
     refuse_offloaded,
     run_experts,
-    tell_way,
+    tell_backend,
     why_unsupported,
 )
-from ..experts_grouped import GroupedSlots, alignment, grouped_linear, run_grouped
+from ..experts_grouped import GroupedChoices, alignment, grouped_linear, run_grouped
 from ..experts_loop import Adapter
 from ..support.expert_parts import LocalPart, run_on_ranks
 from ..support.peft_support import ParamWrapper, get_pattern_key, parallel_style_of, spread_ourselves
@@ -170,28 +170,30 @@ class ExpertLora(DirectLora):
     ) -> torch.Tensor:
         """The outputs of the experts that this process holds, with the adapters in use of either projection."""
         experts, layers = self.get_base_layer(), {layer.parameter_name: layer for layer in self.chain()}
-        way, reason = choose_way(experts, hidden_states, top_k_index.numel())
+        backend, reason = choose_backend(experts, hidden_states)
         if adapter_names is not None:
-            way, reason = "grouped", "the samples of the batch have adapters of their own"
+            backend, reason = "grouped", "the samples of the batch have adapters of their own"
         elif not all(layer.fusible(in_use[name]) for name, layer in layers.items()):
-            way, reason = "grouped", "several adapters at once have dropouts, or one has a module of its own for it"
-        way = way if way in FUSED_WAYS else "grouped"
-        tell_way(experts, hidden_states, way, reason)
-        if way in FUSED_WAYS:
+            backend, reason = (
+                "grouped",
+                "several adapters at once have dropouts, or one has a module of its own for it",
+            )
+        tell_backend(experts, hidden_states, backend, reason)
+        if backend in FUSED_BACKENDS:
             adapters = [layers[name].combined(in_use[name], part) if name in layers else None for name in STACKS]
-            return run_experts(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters, way=way)
+            return run_experts(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters, backend=backend)
         tokens_of = _tokens_of_adapters(len(hidden_states), adapter_names, hidden_states.device)
         top_k, dtype = top_k_index.shape[-1], compute_dtype(experts.gate_up_proj)
         stacks = {name: getattr(experts, name).to(dtype) for name in STACKS}
 
-        def project(name: str, rows: torch.Tensor, slots: GroupedSlots) -> torch.Tensor:
-            output = grouped_linear(rows, stacks[name], slots)
+        def project(name: str, rows: torch.Tensor, choices: GroupedChoices) -> torch.Tensor:
+            output = grouped_linear(rows, stacks[name], choices)
             for adapter in in_use.get(name, ()):
                 if tokens_of is None:
-                    output.add_(layers[name].delta(adapter, rows, slots, part))
+                    output.add_(layers[name].delta(adapter, rows, choices, part))
                 else:
-                    own = tokens_of[adapter][slots.order // top_k].nonzero().squeeze(-1)
-                    delta = layers[name].delta(adapter, rows[own], slots.select(own))
+                    own = tokens_of[adapter][choices.order // top_k].nonzero().squeeze(-1)
+                    delta = layers[name].delta(adapter, rows[own], choices.select(own))
                     output.index_add_(0, own, delta.to(output.dtype))
             return output
 
@@ -273,14 +275,14 @@ class ExpertLora(DirectLora):
         return Adapter(factor_a.to(dtype), factor_b.permute(2, 0, 1).to(dtype), scale, dropout, seed)
 
     def delta(
-        self, adapter_name: str, rows: torch.Tensor, slots: GroupedSlots, part: LocalPart | None = None
+        self, adapter_name: str, rows: torch.Tensor, choices: GroupedChoices, part: LocalPart | None = None
     ) -> torch.Tensor:
         """What an adapter adds to the projection.
 
         Args:
             adapter_name: of one of this layer's adapters.
-            rows (`torch.Tensor` of shape (S, in)): inputs in the order of `slots`.
-            slots: grouped by expert.
+            rows (`torch.Tensor` of shape (S, in)): inputs in the order of `choices`.
+            choices: grouped by expert.
             part: of the experts, if this process holds only some.
 
         Returns:
@@ -291,8 +293,8 @@ class ExpertLora(DirectLora):
         rows = self.lora_dropout[adapter_name](rows).to(dtype)
         scaling = self.scaling[adapter_name]
         if len(rows) < len(factor_a):
-            # Few slots: only their experts' factors are read, and any for those of experts that are elsewhere.
-            expert_ids = slots.group_ids.clamp(max=len(factor_a) - 1)
+            # Few choices: only their experts' factors are read, and any for those of experts that are elsewhere.
+            expert_ids = choices.expert_ids.clamp(max=len(factor_a) - 1)
             inner = torch.bmm(factor_a.index_select(0, expert_ids), rows.unsqueeze(-1))
             outer = factor_b.flatten(0, 1).index_select(1, expert_ids).unflatten(0, factor_b.shape[:2])
             return (outer * (scaling * inner.squeeze(-1).t())).sum(dim=1).t()
@@ -300,8 +302,8 @@ class ExpertLora(DirectLora):
         outer = factor_b.flatten(0, 1).t().contiguous().unflatten(1, factor_b.shape[:2])
         if missing := -outer.shape[-1] % alignment(dtype):
             factor_a, outer = F.pad(factor_a, (0, 0, 0, missing)), F.pad(outer, (0, missing))
-        inner = grouped_linear(rows, factor_a, slots)
-        return grouped_linear(inner * scaling, outer, slots)
+        inner = grouped_linear(rows, factor_a, choices)
+        return grouped_linear(inner * scaling, outer, choices)
 
 
 def _give_factors_to_the_inner_layer(layer: ExpertLora, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -3,7 +3,7 @@
 
 PEFT looks at some of its options for modules alone, and passes parameters by, which the experts are. Those that choose
 where adapters go are applied here to the names that the config gets; those that PEFT would ignore on parameters, or
-find out about when half of the model is wrapped, are refused before. The table is in docs/lora_options.md.
+find out about when half of the model is wrapped, are refused before. The table is in docs/lora.md.
 """
 
 import re

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from modeling_deepseekmoe import DeepseekMoeForCausalLM, experts, register
-from modeling_deepseekmoe.experts import choose_way, experts_forward, run_experts
+from modeling_deepseekmoe.experts import choose_backend, experts_forward, run_experts
 from modeling_deepseekmoe.experts_operator import experts_op
 from modeling_deepseekmoe.experts_triton import why_not_fused
 
@@ -43,11 +43,11 @@ def test_one_expert_after_the_other_equals_the_reference(case: Case) -> None:
     check_case(case, "loop")
 
 
-@pytest.mark.parametrize("way", ["grouped", "batched"])
+@pytest.mark.parametrize("backend", ["grouped"])
 @settings(GENERATED, max_examples=100)
 @given(case=cases(most_tokens=40))
-def test_small_experts_equal_the_reference(way: str, case: Case) -> None:
-    check_case(case, way)
+def test_small_experts_equal_the_reference(backend: str, case: Case) -> None:
+    check_case(case, backend)
 
 
 def test_more_slots_than_a_block_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_the_same_bits_in_every_run() -> None:
         inputs = inputs_of(dataclasses.replace(CASE, tokens=50, rank=4), dropout=0.3)
         tensors = inputs.differentiable
         output = run_experts(
-            inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, way="loop"
+            inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, backend="loop"
         )
         output.backward(inputs.grad)
         return [output, *(tensor.grad for tensor in tensors.values())]
@@ -86,7 +86,9 @@ def test_only_the_first_product_is_kept() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run_experts(inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, way="loop")
+        run_experts(
+            inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, backend="loop"
+        )
     slots = 64 * CASE.top_k
     order = 8 * slots + 4 * (CASE.experts + 1)  # int64 permutation, int32 offsets
     assert sum(kept.values()) == slots * 2 * CASE.width * 4 + order
@@ -100,14 +102,14 @@ def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
     assert kept.numel() == 0
 
 
-@pytest.mark.parametrize("way", ["loop", "grouped", "batched"])
-def test_a_token_touches_only_its_experts(way: str) -> None:
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_a_token_touches_only_its_experts(backend: str) -> None:
     inputs = inputs_of(dataclasses.replace(CASE, tokens=1))
     others = [expert for expert in range(CASE.experts) if expert not in inputs.ids]
     with torch.no_grad():
         for stack in (inputs.experts.gate_up_proj, inputs.experts.down_proj):
             stack[others] = torch.nan
-    output = run_experts(inputs.experts, inputs.hidden, inputs.ids, inputs.weights, way=way)
+    output = run_experts(inputs.experts, inputs.hidden, inputs.ids, inputs.weights, backend=backend)
     output.sum().backward()
     assert output.isfinite().all() and inputs.hidden.grad.isfinite().all()
     assert (inputs.experts.gate_up_proj.grad[others] == 0).all()
@@ -120,7 +122,7 @@ def test_dropout_under_gradient_checkpointing_falls_where_it_fell(use_reentrant:
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
             adapters = [adapter._replace(dropout=0.5, seed=torch.randint(2**62, ())) for adapter in inputs.adapters]
-            return run_experts(inputs.experts, hidden, inputs.ids, inputs.weights, adapters=adapters, way="loop")
+            return run_experts(inputs.experts, hidden, inputs.ids, inputs.weights, adapters=adapters, backend="loop")
 
         torch.manual_seed(3)
         if checkpointed:
@@ -187,7 +189,9 @@ def test_importing_the_package_offers_it_without_loading_anything() -> None:
         "from transformers import DeepseekV3Config, AutoModelForCausalLM\n"
         "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS\n"
         "print('deepseekmoe' in ALL_EXPERTS_FUNCTIONS, 'modeling_deepseekmoe.experts' in sys.modules)\n"
-        "import torch, test_experts\n"
+        "import sys, torch\n"
+        "sys.path[:0] = ['.', 'helpers', 'core']\n"
+        "import test_experts\n"
         "model = AutoModelForCausalLM.from_config(test_experts.NATIVE['DeepSeek-V3'](),\n"
         "                                         experts_implementation='deepseekmoe')\n"
         "print(model(torch.ones(1, 3, dtype=torch.long)).logits.shape[-1], model.config._experts_implementation)\n"
@@ -217,39 +221,36 @@ def test_another_activation_takes_the_products_of_torch(
         with caplog.at_level("INFO", "modeling_deepseekmoe"):
             logits.append(model(IDS).logits)
     assert_same(logits[1], logits[0])
-    way = "DeepseekMoeExperts: experts_implementation='deepseekmoe' computes the way 'grouped' on cpu"
+    way = "DeepseekMoeExperts: experts_implementation='deepseekmoe' computes the backend 'grouped' on cpu"
     assert f"{way}, because their activation is not silu(gate) * up." in caplog.messages
 
 
-# ---------------------------------------------------------------------------------------------- which way, and the log
-def test_which_way(monkeypatch: pytest.MonkeyPatch) -> None:
+# ------------------------------------------------------------------------------------------ which backend, and the log
+def test_which_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the limit as it is
 
-    def way(hidden: int, width: int, slots: int, **module: object) -> tuple[str, str]:
+    def backend(hidden: int, width: int, **module: object) -> tuple[str, str]:
         stacks = Experts(None, 2, 1, 1).to("meta")
         stacks.gate_up_proj = nn.Parameter(torch.empty(2, 2 * width, hidden, device="meta"))
         for name, value in module.items():
             setattr(stacks, name, value)
-        return choose_way(stacks, torch.empty(0, hidden), slots)
+        return choose_backend(stacks, torch.empty(0, hidden))
 
-    assert way(1024, 704, 6) == ("loop", "")
-    assert way(512, 512, 12288) == ("loop", "")
-    assert way(576, 96, 3072)[0] == "grouped" and "so small" in way(576, 96, 3072)[1]
-    assert way(64, 32, 12)[0] == "grouped"
-    with torch.no_grad():
-        assert way(64, 32, 12)[0] == "batched"
-        assert way(64, 32, 3072)[0] == "grouped"
-    assert way(1024, 704, 6, act_fn=nn.GELU()) == ("grouped", "their activation is not silu(gate) * up")
+    assert backend(1024, 704) == ("loop", "")
+    assert backend(512, 512) == ("loop", "")
+    assert backend(576, 96)[0] == "grouped" and "so small" in backend(576, 96)[1]
+    assert backend(64, 32)[0] == "grouped"
+    assert backend(1024, 704, act_fn=nn.GELU()) == ("grouped", "their activation is not silu(gate) * up")
     other = SimpleNamespace(device=torch.device("xpu"))
-    assert choose_way(Experts(None, 2, 8, 8), other, 4) == ("grouped", "the tensors are on the device 'xpu'")
+    assert choose_backend(Experts(None, 2, 8, 8), other) == ("grouped", "the tensors are on the device 'xpu'")
     cpu = torch.device("cpu")
     assert why_not_fused(cpu, torch.float64, 8) == (
         "the products are in torch.float64, and the kernels take float32, bfloat16 and float16"
     )
     assert why_not_fused(cpu, torch.float32, 1025) == "there are 1025 experts, and the kernels take at most 1024"
-    with pytest.raises(ValueError, match="way='gruoped' is not allowed: one of"):
+    with pytest.raises(ValueError, match="backend='gruoped' is not allowed: one of"):
         run_experts(
-            Experts(None, 2, 8, 8), torch.empty(0, 8), torch.empty(0, 1).long(), torch.empty(0, 1), way="gruoped"
+            Experts(None, 2, 8, 8), torch.empty(0, 8), torch.empty(0, 1).long(), torch.empty(0, 1), backend="gruoped"
         )
 
 
@@ -277,7 +278,7 @@ def test_operators_keep_the_rules_of_torch_library(rank: int) -> None:
 
 def test_a_gradient_of_the_gradient_is_refused() -> None:
     inputs = inputs_of(CASE)
-    output = run_experts(inputs.experts, inputs.hidden, inputs.ids, inputs.weights, way="loop")
+    output = run_experts(inputs.experts, inputs.hidden, inputs.ids, inputs.weights, backend="loop")
     (gradient,) = torch.autograd.grad(output.square().sum(), inputs.hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         gradient.sum().backward()
@@ -292,12 +293,12 @@ def test_compiled_as_one_graph_for_any_number_of_tokens() -> None:
 
     @torch.compile(fullgraph=True, dynamic=True, backend=backend)
     def run(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return run_experts(module, hidden, ids, weights, way="loop")
+        return run_experts(module, hidden, ids, weights, backend="loop")
 
     for tokens in (5, 12, 31):
         inputs = inputs_of(dataclasses.replace(CASE, tokens=tokens))
         arguments = (inputs.hidden, inputs.ids, inputs.weights)
-        assert_same(run(*arguments), run_experts(module, *arguments, way="loop"))
+        assert_same(run(*arguments), run_experts(module, *arguments, backend="loop"))
     assert len(frames) == 1
 
 

@@ -61,7 +61,7 @@ def test_nothing_unwritten_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     output = run_experts(
-        inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, way="triton"
+        inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, backend="triton"
     )
     output.backward(inputs.grad)
     assert all(tensor.isfinite().all() for tensor in (output, *(t.grad for t in inputs.differentiable.values())))
@@ -77,8 +77,8 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return experts_triton.experts_forward_triton(*arguments)
 
     monkeypatch.setattr(experts_operator, "experts_forward_triton", counted)
-    monkeypatch.setattr(experts, "choose_way", lambda *arguments: ("triton", ""))
-    monkeypatch.setattr("modeling_deepseekmoe.lora.layer.choose_way", lambda *arguments: ("triton", ""))
+    monkeypatch.setattr(experts, "choose_backend", lambda *arguments: ("triton", ""))
+    monkeypatch.setattr("modeling_deepseekmoe.lora.layer.choose_backend", lambda *arguments: ("triton", ""))
     yield
     assert calls
 

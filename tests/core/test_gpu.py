@@ -29,7 +29,7 @@ from modeling_deepseekmoe import (
     take_router_load,
     update_router_bias,
 )
-from modeling_deepseekmoe.experts import choose_way, run_experts
+from modeling_deepseekmoe.experts import choose_backend, run_experts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -253,7 +253,7 @@ def experts_step(inputs: ExpertsInputs) -> list[torch.Tensor]:
     for tensor in inputs.differentiable.values():
         tensor.grad = None
     output = run_experts(
-        inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, way="triton"
+        inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, backend="triton"
     )
     output.backward(inputs.grad)
     return [output.detach(), *(tensor.grad for tensor in inputs.differentiable.values())]
@@ -273,7 +273,7 @@ def test_experts_at_size_equal_those_of_the_cpu(
     leaves = [leaf.detach().cpu().float().requires_grad_() for leaf in leaves]
     factors = iter(leaves[2:])
     adapters = [a and a._replace(factor_a=next(factors), factor_b=next(factors)) for a in inputs.adapters]
-    output = run_experts(module, leaves[0], inputs.ids.cpu(), leaves[1], adapters=adapters, way="loop")
+    output = run_experts(module, leaves[0], inputs.ids.cpu(), leaves[1], adapters=adapters, backend="loop")
     output.backward(inputs.grad.cpu().float())
     stacks = [module.gate_up_proj.grad, module.down_proj.grad]
     expected = [output, *(leaf.grad for leaf in leaves[:2]), *stacks, *(leaf.grad for leaf in leaves[2:])]
@@ -315,7 +315,7 @@ def test_experts_in_one_compiled_graph() -> None:
     for tokens in (16, 48):
         inputs = layer_of_experts(tokens)
         arguments = (inputs.experts, inputs.hidden, inputs.ids, inputs.weights)
-        assert choose_way(inputs.experts, inputs.hidden, inputs.ids.numel()) == ("triton", "")
+        assert choose_backend(inputs.experts, inputs.hidden) == ("triton", "")
         assert torch.equal(compiled(*arguments), run_experts(*arguments))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import test_canaries  # noqa: F401 - fills the list
+import test_canaries_of_others  # noqa: F401
 from paths import ROOT
 from private_names import LISTED
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from modeling_deepseekmoe import RouterStats, RoutingPlan, route, take_router_load
+from modeling_deepseekmoe import RouterStats, Routing, route, take_router_load
 from modeling_deepseekmoe.token_dropping import drop_tokens
 
 TOKENS, EXPERTS, TOP_K, DEVICES = 29, 8, 3, 4
 
 
 def dropped_by_loop(
-    plan: RoutingPlan, scores: torch.Tensor, factor: float, mask: torch.Tensor, protected: torch.Tensor
+    plan: Routing, scores: torch.Tensor, factor: float, mask: torch.Tensor, protected: torch.Tensor
 ) -> set[tuple[int, int]]:
     """(token, choice) of everything that is dropped."""
     dropped = set()
@@ -49,7 +49,7 @@ def test_lowest_affinities_beyond_the_budget(factor: float, masked: bool, share:
 
 
 def test_equal_affinities_are_dropped_from_the_end() -> None:
-    plan = RoutingPlan(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1))
+    plan = Routing(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1))
     weights, dropped = drop_tokens(plan, torch.full((4, 2), 0.5), 2, 1.0)
     assert weights.flatten().tolist() == [1, 1, 0, 0] and dropped == 2
 
@@ -59,7 +59,7 @@ def test_equal_affinities_are_dropped_from_the_end() -> None:
 def test_budgets_that_are_whole_numbers(factor: float, top_k: int, devices: int, tokens: int, budget: int) -> None:
     """Everything goes to the first device, whose budget is what is kept."""
     ids = torch.arange(top_k).repeat(tokens, 1)
-    plan = RoutingPlan(ids, torch.ones(tokens, top_k))
+    plan = Routing(ids, torch.ones(tokens, top_k))
     weights, dropped = drop_tokens(plan, torch.rand(tokens, devices * 10), devices, factor)
     assert weights.sum() == budget and dropped == tokens * top_k - budget
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import load_tokenizer
-from modeling_deepseekmoe.cli.options import load_model
+from modeling_deepseekmoe.cli.options import ModelOptions
 from modeling_deepseekmoe.hub.plan import PushPlan, plan_push
 from modeling_deepseekmoe.support.tokenization import unheeded_flags
 
@@ -151,10 +151,11 @@ def test_a_tokenizer_with_code_of_its_own(kind: str, tmp_path: Path) -> None:
         assert answer[0] == expected[0] and answer == ask("override")
     else:
         assert ask("plain") == expected
-        arguments = (str(GOLDEN_ROOT / "v1-mha"), str(tmp_path), "auto", "cpu")
-        assert type(load_model(*arguments, trust_remote_code=True)[1]).__name__ == "LettersTokenizer"
+        arguments = {"model": str(GOLDEN_ROOT / "v1-mha"), "tokenizer": str(tmp_path), "device_map": "cpu"}
+        loaded = ModelOptions(**arguments, trust_remote_code=True).load()
+        assert type(loaded[1]).__name__ == "LettersTokenizer"
         with pytest.raises(ValueError, match="contains custom code"):
-            load_model(*arguments)
+            ModelOptions(**arguments).load()
 
 
 def test_tables_of_transformers_keep_what_is_not_ours() -> None:

@@ -28,3 +28,6 @@ def deadline(seconds: int = 120) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+SECOND = "model-00002-of-00003.safetensors"

@@ -167,10 +167,10 @@ def by_token(inputs: Inputs) -> torch.Tensor:
     return torch.stack(rows) if rows else inputs.hidden.double()
 
 
-def check_case(case: Case, way: str, device: str = "cpu") -> None:
+def check_case(case: Case, backend: str, device: str = "cpu") -> None:
     """Output and all gradients of one way against the reference; those that nobody asked for do not exist."""
     inputs = inputs_of(case, device)
-    if way not in ("triton", "loop"):
+    if backend not in ("triton", "loop"):
         inputs.adapters = [None, None]
     tensors = inputs.differentiable
     found = run_experts(
@@ -179,7 +179,7 @@ def check_case(case: Case, way: str, device: str = "cpu") -> None:
         inputs.ids,
         inputs.weights,
         adapters=inputs.adapters,
-        way=way,
+        backend=backend,
     )
     expected = by_token(inputs)
     assert found.dtype == case.dtype and found.shape == expected.shape

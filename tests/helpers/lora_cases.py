@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from conftest import MLA, TINY, V3_LIKE
 from peft import LoraConfig, PeftModel, get_peft_model
+from tolerances import assert_same
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +17,7 @@ from modeling_deepseekmoe import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     expert_lora_config,
+    optimize_expert_lora,
 )
 from modeling_deepseekmoe.lora.layer import DirectLora
 
@@ -103,3 +106,25 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and not func.is_view:
                 self.elements = max(self.elements, tensor.numel())
         return result
+
+
+def several(tmp_path: Path) -> tuple[PeftModel, dict[str, torch.Tensor]]:
+    """Adapters of other ranks, projections and experts in one model, and the logits of each alone."""
+    model = make()
+    adapted = optimize_expert_lora(direct(model))
+    fields = {"init_lora_weights": False}
+    adapted.add_adapter("down", expert_lora_config(model, r=2, projections=("down",), use_rslora=True, **fields))
+    adapted.add_adapter("gate_up", LoraConfig(r=3, target_modules=[], target_parameters=STACKS[:1], **fields))
+    adapted.add_adapter("chosen", expert_lora_config(model, r=5, experts={2: [1, 4]}, lora_dropout=0.2, **fields))
+    adapted.eval()
+    outputs = {}
+    for name in ("default", "down", "gate_up", "chosen"):
+        adapted.set_adapter(name)
+        outputs[name] = logits(adapted)
+        adapted.save_pretrained(tmp_path, selected_adapters=[name])
+        folder = tmp_path if name == "default" else tmp_path / name
+        assert_same(outputs[name], logits(PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()), name)
+    with adapted.disable_adapter():
+        outputs["__base__"] = logits(adapted)
+    assert torch.equal(outputs["__base__"], logits(model))
+    return adapted, outputs

@@ -13,12 +13,12 @@ CASE = Case(0, "random", torch.float32, 9, 5, 3, 24, 20, 0, "both", False, False
 WITHOUT_ADAPTERS = (None, None, 1.0, 0.0, None) * 2
 
 
-def check_dropout(way: str, seeds: int, device: str = "cpu") -> None:
+def check_dropout(backend: str, seeds: int, device: str = "cpu") -> None:
     """The mean over seeds is the output without dropout, where that is linear; and each gradient is the slope."""
     inputs = inputs_of(dataclasses.replace(CASE, rank=4, tokens=6), device, dropout=0.5)
 
     def run(adapters: list, hidden: torch.Tensor = inputs.hidden) -> torch.Tensor:
-        return run_experts(inputs.experts, hidden, inputs.ids, inputs.weights, adapters=adapters, way=way)
+        return run_experts(inputs.experts, hidden, inputs.ids, inputs.weights, adapters=adapters, backend=backend)
 
     with torch.no_grad():
         down_alone = [None, inputs.adapters[1]]

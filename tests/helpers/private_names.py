@@ -4,9 +4,13 @@
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
 SUPPORT = {"transformers": "transformers_support", "torch": "torch_support", "peft": "support.peft_support"}
 
@@ -51,3 +55,20 @@ def relies_on(library: str, *names: str, files: tuple[str, ...] = (), breaks: st
         return canary
 
     return decorate
+
+
+V3 = dict(
+    vocab_size=32, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+    first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4,
+)  # fmt: skip
+
+
+def native(**kwargs: object) -> PreTrainedModel:
+    """transformers' own DeepSeek-V3, tiny."""
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**V3, **kwargs)).eval()
+
+
+def parameters(function: Callable) -> list[str]:
+    return list(inspect.signature(function).parameters)

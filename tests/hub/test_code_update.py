@@ -43,7 +43,7 @@ def released(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     code |= {
         "remote_code.py": named("0.8.7"),
         "gone.py": b"x = 1\n",
-        "gate.py": code["gate.py"] + b"from .gone import x\n",
+        "moe.py": code["moe.py"] + b"from .gone import x\n",
     }
     monkeypatch.setitem(code_update.RELEASED, code_update.digest_of(code), "0.8.7")
     return code
@@ -53,16 +53,16 @@ def test_only_what_differs_is_uploaded_and_what_has_gone_is_removed(
     hub: HubServer, released: dict[str, bytes]
 ) -> None:
     publish()
-    for name in ("remote_code.py", "gone.py", "gate.py"):
+    for name in ("remote_code.py", "gone.py", "moe.py"):
         change(name, released[name])
     change("mine.py", b"# a file of somebody else\n")
     before = hub.files("alice/model")
     plan = plan_code_update("alice/model")
-    assert set(plan.files) == {"remote_code.py", "gate.py"} and plan.deleted == ("gone.py",)
+    assert set(plan.files) == {"remote_code.py", "moe.py"} and plan.deleted == ("gone.py",)
     assert plan.notes == (f"replaces the code of 0.8.7 by that of {CODE_VERSION}", "the weights stay as they are")
     publishing.upload(plan)
     after = hub.files("alice/model")
-    assert before.keys() - after.keys() == {"gone.py"} and after["gate.py"] == code_files()["gate.py"].read_bytes()
+    assert before.keys() - after.keys() == {"gone.py"} and after["moe.py"] == code_files()["moe.py"].read_bytes()
     assert all(after[name] == before[name] for name in after if name not in plan.files)
     assert plan_code_update("alice/model").is_empty
 
@@ -72,7 +72,7 @@ def test_the_code_of_checkpoints_in_folders(hub: HubServer, released: dict[str, 
     for name, content in released.items():
         change(f"last-checkpoint/{name}", content)
     plan = plan_code_update("alice/model")
-    assert set(plan.files) == {"last-checkpoint/remote_code.py", "last-checkpoint/gate.py"}
+    assert set(plan.files) == {"last-checkpoint/remote_code.py", "last-checkpoint/moe.py"}
     assert plan.deleted == ("last-checkpoint/gone.py",)
     assert f"replaces the code of 0.8.7 in last-checkpoint/ by that of {CODE_VERSION}" in plan.notes
 
@@ -117,10 +117,10 @@ def test_repositories_without_the_code_are_refused(name: str, hub: HubServer) ->
 @pytest.mark.parametrize(
     ("path", "content", "says"),
     [
-        ("gate.py", b"from .mine import x\n", f", though they name {CODE_VERSION}"),
+        ("grouping.py", b"from .mine import x\n", f", though they name {CODE_VERSION}"),
         ("remote_code.py", named("1.4.0"), ", though they name 1.4.0"),
         ("remote_code.py", b"# no version\n", ""),
-        ("balancing.py", None, f", though they name {CODE_VERSION}"),
+        ("auxiliary_losses.py", None, f", though they name {CODE_VERSION}"),
     ],
     ids=["changed", "newer", "unnamed", "a file is missing"],
 )
@@ -169,7 +169,7 @@ def test_command_line(hub: HubServer, released: dict[str, bytes]) -> None:
     code, output = run("push", "alice/model")
     assert code == 2 and "REPO_ID is missing: deepseekmoe push FOLDER user/name" in output
     code, output = run("push", "--code-only", "alice/model", "--dry-run", "--json")
-    assert code == 0 and set(json.loads(output)["files"]) == {"gate.py", "remote_code.py"}
+    assert code == 0 and set(json.loads(output)["files"]) == {"moe.py", "remote_code.py"}
     assert run("push", "--code-only", "alice/model", "--message", "New code")[0] == 0
     assert hub.history("alice/model")[0]["title"] == "New code"
     code, output = run("push", "--code-only", "alice/model")

@@ -1,0 +1,106 @@
+"""Write docs/benchmarks.md from the results of the benchmarks.
+
+Every figure of the page comes from a file in benchmarks/results. The demo's figures are those of
+benchmarks/results/demo.json, which `--demo` copies from the folder of a full `make demo`; without that file the page
+has no section about the demo.
+
+    python benchmarks/make_page.py [--demo runs/demo/metrics.json]
+    python benchmarks/make_page.py --check
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from page_sections import SECTIONS, Figures, Section
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
+WIDTH = 120
+# Under which names the results hold versions and sizes of the machine.
+VERSIONS = {"python": "Python", "torch": "torch", "transformers": "transformers", "peft": "PEFT",
+            "safetensors": "safetensors", "triton": "Triton"}  # fmt: skip
+SIZES = {"threads": "threads", "cores": "cores", "cpus": "cores"}
+FOREWORD = """# Benchmarks
+
+Speed, memory and quality, as measured, and how each figure was obtained. Read this page to see what you can expect,
+and what it costs.
+"""
+AFTERWORD = """## Limits
+
+- Nothing was measured on a GPU.
+- Another machine, or one that does other work, gives other times. Compare the ratios: the ways that are compared took
+  turns in the same run.
+- The models that were trained are small. The methods were not compared at the size of the released models.
+"""
+
+
+def paragraph(text: str) -> str:
+    """Join the lines of a text and break them anew."""
+    return textwrap.fill(" ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def conditions(figures: Figures) -> str:
+    """Name the device and the versions, as far as the results name them."""
+    machine = figures.get("machine", {})
+    facts = {**figures, **figures.get("versions", {})}
+    if isinstance(machine, dict):
+        facts |= machine
+    else:
+        facts["device"] = machine
+    device = [facts["device"]] if "device" in facts else []
+    device += [f"{facts[key]} {name}" for key, name in SIZES.items() if key in facts]
+    versions = [f"{name} {facts[key]}" for key, name in VERSIONS.items() if key in facts]
+    parts = [f"Device: {', '.join(device)}."] if device else []
+    parts += [f"Versions: {', '.join(versions)}."] if versions else []
+    return " ".join(parts)
+
+
+def is_text(block: str) -> bool:
+    """Tell a paragraph, which is broken into lines, from a table or a picture."""
+    return not block.startswith(("|", "!["))
+
+
+def section(part: Section) -> list[str]:
+    """Make a section, or nothing where there are no results."""
+    path = RESULTS / f"{part.results}.json"
+    if not path.exists():
+        return []
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    first, *rest = part.describe(figures)
+    source = f"Script: `{part.script}`. {conditions(figures)}"
+    return [f"## {part.title}"] + [paragraph(block) if is_text(block) else block for block in (first, source, *rest)]
+
+
+def make_page() -> str:
+    """Make the whole page."""
+    blocks = [FOREWORD.strip()]
+    for part in SECTIONS:
+        blocks += section(part)
+    return "\n\n".join([*blocks, AFTERWORD.strip()]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page, or check the one on the disk; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not up to date")
+    parser.add_argument("--demo", type=Path, help="metrics.json of the demo, copied to benchmarks/results/demo.json")
+    options = parser.parse_args(arguments)
+    if options.check:
+        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == make_page():
+            return 0
+        print(f"{PAGE} is not what the results say: run python benchmarks/make_page.py", file=sys.stderr)
+        return 1
+    if options.demo:
+        shutil.copyfile(options.demo, RESULTS / "demo.json")
+    PAGE.write_text(make_page(), encoding="utf-8")
+    print(f"Written: {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The choices of all tokens in the order of their experts, so that each expert computes its tokens together.
+
+Two implementations of the same function: `"eager"` in plain torch here, and `"triton"` in `routing_triton`.
+
+Shape letters: T tokens, E routed experts, K chosen experts of a token.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .routing_triton import group_by_expert_triton, uses_triton
+
+
+class ExpertGroups(NamedTuple):
+    """The choices of all tokens, in the order of their experts. Choice `s` is the `s % K`-th of token `s // K`.
+
+    Attributes:
+        permutation (`torch.LongTensor` of shape (T * K,)): the choices expert by expert, and each expert's in the
+            order of the tokens.
+        inverse (`torch.LongTensor` of shape (T * K,)): where each choice stands in `permutation`.
+        offsets (`torch.IntTensor` of shape (E + 1,)): expert `i` has `permutation[offsets[i] : offsets[i + 1]]`;
+            `offsets[1:]` is what `torch._grouped_mm` takes.
+    """
+
+    permutation: torch.Tensor
+    inverse: torch.Tensor
+    offsets: torch.Tensor
+
+
+def group_by_expert(expert_ids: torch.Tensor, num_experts: int, *, implementation: str = "auto") -> ExpertGroups:
+    """Bring the choices of all tokens into the order of their experts, without waiting for the host.
+
+    Args:
+        expert_ids (`torch.LongTensor` or `torch.IntTensor` of shape (T, K)): the choices, from 0 to E - 1. The id E
+            stands for an expert that another rank of an expert-parallel group holds: such choices come last, behind
+            `offsets[E]`. Other ids are not looked for, and give an order that means nothing.
+        num_experts (`int`): E.
+        implementation (`str`): as for [`route`].
+
+    Returns:
+        [`ExpertGroups`].
+
+    Raises:
+        ValueError: for ids that are no integers of shape (T, K), or fewer than one expert.
+    """
+    if expert_ids.ndim != 2 or expert_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"expert_ids of shape {tuple(expert_ids.shape)} and {expert_ids.dtype} are not allowed: they must be "
+            "int64 or int32 of shape (T, K)."
+        )
+    if num_experts < 1:
+        raise ValueError(f"num_experts={num_experts} is not allowed: it must be at least 1.")
+    if expert_ids.numel() > 2**30:
+        raise ValueError(f"expert_ids of {expert_ids.numel()} choices are not allowed: offsets are int32, for 2^30.")
+    if uses_triton(implementation, expert_ids, num_experts):
+        return ExpertGroups(*group_by_expert_triton(expert_ids, num_experts))
+    ids = expert_ids.flatten()
+    if num_experts < 2**15 - 1:
+        ids = ids.to(torch.int16)  # sorted several times as fast on the CPU
+    ids, permutation = ids.sort(stable=True)
+    places = torch.arange(len(permutation), device=ids.device)
+    inverse = torch.empty_like(permutation).scatter_(0, permutation, places)
+    bounds = torch.arange(num_experts + 1, dtype=ids.dtype, device=ids.device)
+    return ExpertGroups(permutation, inverse, torch.searchsorted(ids, bounds, out_int32=True))
+
+
+__all__ = ["ExpertGroups", "group_by_expert"]
