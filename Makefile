@@ -19,7 +19,8 @@ OF_VERSIONS = $(foreach name,canaries canaries_of_others generation golden model
 NOT_OF_VERSIONS = not compiled and not quantised and not every_snippet and not token_is_nowhere \
 	and not by_its_code_alone and not two_processes
 
-.PHONY: help demo test test-slow test-gpu test-oldest test-previous test-newest environments lint kernels format benchmark clean
+.PHONY: help demo test test-slow test-gpu test-oldest test-previous test-newest environments lint kernels format benchmark docs \
+	clean
 
 help:
 	@echo "make demo [ARGS=--quick]  upcycle, fine-tune, save, reload and use a real model"
@@ -32,6 +33,7 @@ help:
 	@echo "make lint | format        ruff and mypy | ruff's formatter"
 	@echo "make kernels              compile the kernels for four GPUs, without one, and show their registers"
 	@echo "make benchmark            compare with transformers and PEFT, and measure the rest (more than an hour)"
+	@echo "make docs                 build the documentation site into site/, with every link checked"
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -83,6 +85,13 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/balancing_overhead.py
 	$(BIN)/python benchmarks/balancing.py
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(VENV)/$(PIP_INSTALL) --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 # torch comes first and alone, so that the constraint decides its version before anything else asks for one. Which
 # build pip takes, for a GPU or for the CPU, is for pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL).
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
@@ -111,4 +120,4 @@ environments:
 	$(MAKE) --jobs $(JOBS) $(VENV)/.torch .venv-oldest/.torch .venv-previous/.torch
 
 clean:
-	rm -rf .venv .venv-oldest .venv-previous .venv-newest build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf .venv .venv-oldest .venv-previous .venv-newest build dist runs site *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

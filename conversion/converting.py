@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from modeling_deepseekmoe.checkpoint_layout import BIAS_NAME
 from modeling_deepseekmoe.configuration import list_presets, load_preset
 from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig, without_model_classes
 from modeling_deepseekmoe.conversion.block_fp8 import BLOCK
@@ -133,7 +134,7 @@ def plan_conversion(
     drop_mtp: bool = False,
     without_weights: bool = False,
 ) -> ConversionPlan:
-    """What [`convert`] would write: every file, tensor and size. No weight is read.
+    """Work out what [`convert`] would write: every file, tensor and size. No weight is read.
 
     Args:
         source: folder or hub id of a checkpoint of the family; without weights also a preset's name, or a folder with
@@ -150,29 +151,11 @@ def plan_conversion(
             target that cannot express it.
         OSError: for a file that is missing.
     """
-    for field, value, allowed in (("layout", layout, (*LAYOUTS, None)), ("dtype", dtype, STORED_DTYPES)):
-        if value not in allowed:
-            raise ValueError(
-                f"{field}={value!r} is not allowed: it must be one of {', '.join(filter(None, allowed))}."
-            )
-    if to is not None:
-        check_dialect(to)
+    _check_options(to, layout, dtype)
     folder, found, missing = _source(source, without_weights)
     dialect = to or found.config.model_type
     layout = layout or (found.layout if dialect == found.config.model_type else LAYOUTS[0])
-    notes = []
-    if missing:
-        notes.append(
-            f"weights that are not here: {listed(missing)}; sizes follow from the config, nothing was checked"
-        )
-    if found.located.derived:
-        notes.append(f"{len(found.located.derived)} tensors of rotary embeddings follow from the config: left out")
-    mtp = [name for name in found.located.matrices if found.wanted[name].mtp_layer is not None]
-    if drop_mtp and mtp:
-        notes.append(f"{len(mtp)} tensors of multi-token-prediction layers are left out")
-    promised = found.config.num_nextn_predict_layers
-    if promised and not mtp and found.source.tensors:
-        notes.append(f"num_nextn_predict_layers={promised}, and there are no tensors of such layers")
+    notes = _notes_on(found, missing, drop_mtp)
     config, text = _translated_config(found, dialect, dtype, drop_mtp)
     if dialect != found.config.model_type and config.loss_alphas != found.config.loss_alphas:
         notes.append(f"balance losses in training: {found.config.loss_alphas} here, {config.loss_alphas} there")
@@ -187,18 +170,42 @@ def plan_conversion(
     return ConversionPlan(found.source, plan, dialect, layout, dtype, tuple(notes), not missing)
 
 
+def _check_options(to: str | None, layout: str | None, dtype: str) -> None:
+    for field, value, allowed in (("layout", layout, (*LAYOUTS, None)), ("dtype", dtype, STORED_DTYPES)):
+        if value not in allowed:
+            raise ValueError(
+                f"{field}={value!r} is not allowed: it must be one of {', '.join(filter(None, allowed))}."
+            )
+    if to is not None:
+        check_dialect(to)
+
+
+def _notes_on(found: Description, missing: list[str], drop_mtp: bool) -> list[str]:
+    """What is to be said of the source."""
+    notes = []
+    if missing:
+        notes.append(
+            f"weights that are not here: {listed(missing)}; sizes follow from the config, nothing was checked"
+        )
+    if found.located.derived:
+        notes.append(f"{len(found.located.derived)} tensors of rotary embeddings follow from the config: left out")
+    mtp = [name for name in found.located.matrices if found.wanted[name].mtp_layer is not None]
+    if drop_mtp and mtp:
+        notes.append(f"{len(mtp)} tensors of multi-token-prediction layers are left out")
+    promised = found.config.num_nextn_predict_layers
+    if promised and not mtp and found.source.tensors:
+        notes.append(f"num_nextn_predict_layers={promised}, and there are no tensors of such layers")
+    return notes
+
+
 def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    to: str | None = None,
-    layout: str | None = None,
-    dtype: str = "keep",
-    max_shard_size: str | int = "5GB",
-    drop_mtp: bool = False,
     resume: bool = False,
     report: Callable[[str], None] = lambda line: None,
     progress: Callable[[int], None] = lambda size: None,
+    **options: Any,
 ) -> ConversionPlan:
     """Convert a checkpoint: dialect, layout of the experts, and dtype.
 
@@ -207,11 +214,12 @@ def convert(
     and all other small files come along. The destination appears when it is complete.
 
     Args:
-        source, to, layout, dtype, max_shard_size, drop_mtp: as for [`plan_conversion`].
+        source: as for [`plan_conversion`].
         destination: folder to write; must not exist or be empty.
         resume: go on with what an interrupted run has left.
         report: receives a line for every file.
         progress: receives numbers of bytes that were written; they add up to the plan's `nbytes`.
+        options: those of [`plan_conversion`]: `to`, `layout`, `dtype`, `max_shard_size`, `drop_mtp`.
 
     Returns:
         The plan that was carried out.
@@ -221,7 +229,7 @@ def convert(
         OSError: for a file that is missing, or a disk that is full or cannot be written to. What is finished is kept
             beside the destination, for `resume`.
     """
-    plan = plan_conversion(source, to=to, layout=layout, dtype=dtype, max_shard_size=max_shard_size, drop_mtp=drop_mtp)
+    plan = plan_conversion(source, **options)
     carry_out(plan, destination, resume=resume, report=report, progress=progress)
     return plan
 
@@ -270,7 +278,7 @@ def _tensors(found: Description, config: DeepseekMoeConfig, layout: str, dtype: 
         if matrix is not None and not (entry.optional and name in found.located.absent):
             parts[name] = parts_of(entry, matrix, dtype, found.block)
             used.add(name)
-        elif name.endswith("e_score_correction_bias") and name not in found.wanted:
+        elif name.endswith(BIAS_NAME) and name not in found.wanted:
             parts[name] = Constant(torch.zeros(entry.shape)), None
         elif not entry.optional and name not in found.located.absent:
             raise ValueError(f"The target's config asks for {name}, which the checkpoint does not have.")

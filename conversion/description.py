@@ -1,13 +1,13 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """A checkpoint of the family, understood: its config, its tensors, and which of them is what."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from modeling_deepseekmoe.checkpoint_layout import BIAS_NAME, layer_of
 from modeling_deepseekmoe.configuration import config_from_dict
 from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig, without_model_classes
 from modeling_deepseekmoe.conversion.block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, scale_shape
@@ -30,7 +30,6 @@ from modeling_deepseekmoe.conversion.tensor_table import (
     stacks,
 )
 
-_LAYER = re.compile(r"^(?:model\.)?layers\.(\d{1,6})\.")
 # What is counted or listed as soon as a config is made; the largest models have a hundredth of it.
 _MOST = {"num_hidden_layers": 10**4, "num_nextn_predict_layers": 10**4, "num_labels": 10**6}
 _LARGEST_BLOCK = 2**16
@@ -152,7 +151,7 @@ def understand(
 def _check_sizes(config: DeepseekMoeConfig, source: TensorSource) -> bool:
     """That the config's numbers of layers and experts are those of the tensors, before all of them are named; returns
     whether there are multi-token-prediction layers."""
-    layers = 1 + max((int(match[1]) for name in source.tensors if (match := _LAYER.match(name))), default=-1)
+    layers = 1 + max((layer for name in source.tensors if (layer := layer_of(name)) is not None), default=-1)
     if config.num_hidden_layers > layers:
         raise ValueError(
             f"{CONFIG_NAME}: num_hidden_layers={config.num_hidden_layers} is not allowed: the checkpoint has tensors "
@@ -224,7 +223,7 @@ def planned(raw: dict[str, Any], config: DeepseekMoeConfig, weight_map: dict[str
             shape, own = scales[plain], torch.float32
         else:
             quantized = weight_map is not None and name + SCALE_SUFFIX in weight_map
-            own = torch.float32 if name.endswith("e_score_correction_bias") else FP8 if quantized else dtype
+            own = torch.float32 if name.endswith(BIAS_NAME) else FP8 if quantized else dtype
             shape = shapes.get(name, ())
         tensors.append(StoredTensor(name, own, shape))
     return understand(TensorSource(tensors), raw, config, wanted)

@@ -4,6 +4,7 @@
 import dataclasses
 from typing import Any
 
+from modeling_deepseekmoe.checkpoint_layout import BIAS_NAME
 from modeling_deepseekmoe.configuration import config_from_dict
 from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig, without_model_classes
 from modeling_deepseekmoe.configuration_dialects import CONFIG_CLASSES
@@ -108,7 +109,7 @@ def forward_fields(config: DeepseekMoeConfig) -> dict[str, Any]:
         groups, kept = config.gate_groups
         ranked = (config.topk_method, groups, kept) if kept < groups else ("all experts", 1, 1)
         found["groups (topk_method, n_group, topk_group)"] = ranked
-        found["e_score_correction_bias"] = config.topk_method == "noaux_tc"
+        found[BIAS_NAME] = config.topk_method == "noaux_tc"
     return found
 
 
@@ -135,8 +136,8 @@ def check_same(config: DeepseekMoeConfig, translated: DeepseekMoeConfig) -> None
     """
     dialect = translated.model_type
     found, wanted = forward_fields(translated), forward_fields(config)
-    if wanted.get("e_score_correction_bias") is False:
-        found["e_score_correction_bias"] = False  # zeros, which change nothing
+    if wanted.get(BIAS_NAME) is False:
+        found[BIAS_NAME] = False  # zeros, which change nothing
     for name, value in wanted.items():
         if found.get(name) != value:
             raise ValueError(

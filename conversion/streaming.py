@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from modeling_deepseekmoe.checkpoint_layout import BIAS_NAME
 from modeling_deepseekmoe.conversion.block_fp8 import (
     BLOCK,
     FP8,
@@ -249,7 +250,7 @@ def parts_of(entry: Entry, matrix: Matrix, dtype: str, block: Block = BLOCK) -> 
         return Quantized(matrix, False, block), Quantized(matrix, True, block)
     if dtype in ("keep", "fp8"):
         return Copied(matrix), None if matrix.scales is None else Copied(matrix.scales)
-    wanted = torch.float32 if entry.name.endswith("e_score_correction_bias") else getattr(torch, dtype)
+    wanted = torch.float32 if entry.name.endswith(BIAS_NAME) else getattr(torch, dtype)
     if matrix.scales is None and matrix.tensor.dtype == wanted:
         return Copied(matrix), None
     return Cast(matrix, wanted), None

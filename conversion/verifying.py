@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from modeling_deepseekmoe.checkpoint_layout import BIAS_NAME
 from modeling_deepseekmoe.conversion.block_fp8 import FP8, block_scales, quantize
 from modeling_deepseekmoe.conversion.checkpoint import (
     CONFIG_NAME,
@@ -113,15 +114,13 @@ def verify(
         check_inside(path / MANIFEST_NAME, path)
         _check_manifest(path / MANIFEST_NAME, hashes, problems)
         manifest = "checked"
-    digest = hashlib.sha256("".join(hashes[name]["sha256"] for name in sorted(hashes)).encode()).hexdigest()
-    result = VerificationReport(
-        len(hashes), _size(found), digest, manifest, notes=(*_index_notes(path, _size(found)), *_config_notes(found))
-    )
+    notes = (*_index_notes(path, _size(found)), *_config_notes(found))
+    result = VerificationReport(len(hashes), _size(found), _digest(hashes), manifest, notes=notes)
     if other is not None and not problems:
         report(f"Comparing with {other}")
         second = describe(local_folder(other))
-        compared, notes = _compare(found, second, problems, progress)
-        result = replace(result, compared=compared, notes=(*result.notes, *notes))
+        compared, more = _compare(found, second, problems, progress)
+        result = replace(result, compared=compared, notes=(*notes, *more))
         if logits and not problems:
             report("Running both models on random tokens")
             result = replace(result, max_logit_difference=_compare_logits(found, second, tolerance, problems))
@@ -131,6 +130,11 @@ def verify(
         _write_manifest(path / MANIFEST_NAME, hashes)
         result = replace(result, manifest="written")
     return result
+
+
+def _digest(hashes: dict[str, dict[str, Any]]) -> str:
+    """One hash of all hashes."""
+    return hashlib.sha256("".join(hashes[name]["sha256"] for name in sorted(hashes)).encode()).hexdigest()
 
 
 def bytes_to_read(folder: str | Path, other: str | Path | None = None) -> int:
@@ -237,7 +241,7 @@ def _compare(
             found = first if there is None else second
             if found.wanted[name].mtp_layer is not None:
                 left_out += 1
-            elif not (name.endswith("e_score_correction_bias") and not _largest(found, name)):
+            elif not (name.endswith(BIAS_NAME) and not _largest(found, name)):
                 alone.append(name)
         elif here.shape != there.shape:
             different.append(name)
@@ -262,7 +266,7 @@ def _compare(
 def _compare_configs(first: Description, second: Description, problems: list[str]) -> None:
     here, there = forward_fields(first.config), forward_fields(second.config)
     for fields in (here, there):
-        fields.pop("e_score_correction_bias", None)  # compared as a tensor, and zeros where there is none
+        fields.pop(BIAS_NAME, None)  # compared as a tensor, and zeros where there is none
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             problems.append(f"the configs differ in {name}: {here.get(name)!r} and {there.get(name)!r}")

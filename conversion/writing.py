@@ -11,13 +11,12 @@ import errno
 import filecmp
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -34,9 +33,30 @@ from modeling_deepseekmoe.conversion.unfinished_work import (
     write_all,
     write_small,
 )
+from modeling_deepseekmoe.support.sizes import bytes_of
 
-_SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]B)?\s*$", re.IGNORECASE)
 Result = TypeVar("Result")
+
+
+def say_nothing(what: Any) -> None:
+    """Ignore a line, or a number of bytes."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a folder is written.
+
+    Attributes:
+        max_shard_size: of a weight file, bytes or a text such as `"5GB"`.
+        resume: go on with what an interrupted run has left.
+        report: receives a line at every step.
+        progress: receives numbers of bytes that were written.
+    """
+
+    max_shard_size: str | int = "5GB"
+    resume: bool = False
+    report: Callable[[str], None] = say_nothing
+    progress: Callable[[int], None] = say_nothing
 
 
 @dataclass(frozen=True)
@@ -118,10 +138,7 @@ def make_shards(tensors: list[Output], max_shard_size: str | int) -> tuple[Shard
     Raises:
         ValueError: for a size that is none.
     """
-    match = _SIZE.match(str(max_shard_size))
-    size = 0 if match is None else int(float(match[1]) * 1000 ** "BKMGT".index((match[2] or "B")[0].upper()))
-    if size < 1:
-        raise ValueError(f"max_shard_size={max_shard_size!r} is not allowed: it must be bytes, or a text as '500MB'.")
+    size = bytes_of("max_shard_size", max_shard_size)
     split = split_state_dict_into_shards_factory(
         {output.name: output for output in tensors},
         get_storage_size=lambda output: output.nbytes,
@@ -290,4 +307,4 @@ def _json(content: object) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-__all__ = ["FolderPlan", "Shard", "make_shards", "write_folder"]
+__all__ = ["FolderPlan", "Shard", "Writing", "make_shards", "write_folder"]

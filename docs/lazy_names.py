@@ -14,6 +14,8 @@ from griffe import Alias, Extension, GriffeLoader, Module, Object
 PACKAGE = "modeling_deepseekmoe"
 FOLDERS = ("configuration", "conversion")
 ROOT = Path(__file__).parents[1]
+TYPE = re.compile(r"^ +\w+(?:, \w+)* \(.*?\):(?= |$)", re.MULTILINE)  # of an argument: name (`type` of shape (N,)):
+NAME = re.compile(r"\[`([\w.]+)`\](?![\[(])")
 
 
 def constant(path: Path, name: str, default: Any) -> Any:
@@ -52,9 +54,11 @@ class LazyNames(Extension):
                     module.set_member(name, Alias(name, f"{module.path}.{place}.{name}"))
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
-        """Make links of the names in brackets of a docstring, where they are public."""
+        """Make links of the public names in brackets of a docstring, and take the Markdown out of its types, which are
+        shown as code."""
         if obj.docstring:
-            obj.docstring.value = re.sub(r"\[`([\w.]+)`\](?![\[(])", self.link, obj.docstring.value)
+            text = TYPE.sub(lambda match: re.sub("[`*]", "", match[0]), obj.docstring.value)
+            obj.docstring.value = NAME.sub(self.link, text)
 
     def link(self, match: re.Match[str]) -> str:
         """Refer to a public name; show any other as it is."""

@@ -7,57 +7,67 @@ Any checkpoint folder or hub id of the family works: --model deepseek-ai/DeepSee
 are pages of Python's language reference; every eighth page is held out.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from demo_data import TokenBlocks, reference_blocks, sample_blocks
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import expert_lora_config, load_tokenizer
 from modeling_deepseekmoe.analysis.evaluation import perplexity
 
 
-def main(
-    model: Annotated[str, typer.Option(help="Checkpoint folder or hub id.")] = "runs/demo/model",
-    output: Annotated[Path, typer.Option(help="Folder of the adapter.")] = Path("runs/lora"),
-    rank: Annotated[int, typer.Option(help="Rank of every expert's adapter.")] = 16,
-    dropout: Annotated[float, typer.Option(help="Dropout in front of the adapters.")] = 0.05,
-    experts: Annotated[Path | None, typer.Option(help="An esft.json: adapt only these experts.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 20,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, with a linear decay.")] = 1e-3,
-    block_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
-    held_out: Annotated[int, typer.Option(help="Held-out sequences to measure on.")] = 32,
-) -> None:
+@dataclass
+class Settings:
+    """What is adapted, and how it is trained."""
+
+    model: str = field(default="runs/demo/model", metadata={"help": "Checkpoint folder or hub id."})
+    output: Path = field(default=Path("runs/lora"), metadata={"help": "Folder of the adapter."})
+    rank: int = field(default=16, metadata={"help": "Rank of every expert's adapter."})
+    dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    experts: Path | None = field(default=None, metadata={"help": "An esft.json: adapt only these experts."})
+    steps: int = field(default=20, metadata={"help": "Optimizer steps."})
+    learning_rate: float = field(default=0.001, metadata={"help": "Of AdamW, with a linear decay."})
+    block_size: int = field(default=128, metadata={"help": "Tokens in a sequence."})
+    held_out: int = field(default=32, metadata={"help": "Held-out sequences to measure on."})
+
+
+def main(settings: Settings) -> None:
     """Train, save the adapter and say what it gained."""
     modeling_deepseekmoe.register(override_native=True)
-    tokenizer = load_tokenizer(model)
-    base = AutoModelForCausalLM.from_pretrained(model)
-    train_blocks, test_blocks = reference_blocks(tokenizer, block_size)
-    batches = sample_blocks(test_blocks, held_out).split(8)
+    tokenizer = load_tokenizer(settings.model)
+    base = AutoModelForCausalLM.from_pretrained(settings.model)
+    train_blocks, test_blocks = reference_blocks(tokenizer, settings.block_size)
+    batches = sample_blocks(test_blocks, settings.held_out).split(8)
     before = perplexity(base, batches)
 
     config = expert_lora_config(
-        base, r=rank, lora_dropout=dropout, target_modules=("shared_experts",), experts=experts
+        base,
+        r=settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=("shared_experts",),
+        experts=settings.experts,
     )
     adapted = get_peft_model(base, config)
     adapted.print_trainable_parameters()
     arguments = TrainingArguments(
-        output_dir=str(output / "trainer"),
-        max_steps=steps,
+        output_dir=str(settings.output / "trainer"),
+        max_steps=settings.steps,
         per_device_train_batch_size=4,
-        learning_rate=learning_rate,
+        learning_rate=settings.learning_rate,
         logging_steps=5,
         save_strategy="no",
         report_to="none",
     )
     Trainer(adapted, arguments, train_dataset=TokenBlocks(train_blocks)).train()
-    adapted.save_pretrained(output / "adapter")
+    adapted.save_pretrained(settings.output / "adapter")
     print(f"held-out perplexity {before:.3f} -> {perplexity(adapted, batches):.3f}")
-    print(f"merge it with: deepseekmoe merge {model} {output / 'adapter'} {output / 'merged'}")
+    print(
+        f"merge it with: deepseekmoe merge {settings.model} {settings.output / 'adapter'} {settings.output / 'merged'}"
+    )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main(HfArgumentParser(Settings).parse_args_into_dataclasses()[0])

@@ -8,13 +8,12 @@ The data are conversations made from the documentation of Python's built-in func
 
 import builtins
 import inspect
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
 import modeling_deepseekmoe
@@ -32,26 +31,32 @@ def conversations() -> list[dict[str, list[dict[str, str]]]]:
     return rows
 
 
-def main(
-    model: Annotated[str, typer.Option(help="Checkpoint folder or hub id; its tokenizer needs a chat template.")] = (
-        "runs/demo/model"
-    ),
-    output: Annotated[Path, typer.Option(help="Folder of the adapter.")] = Path("runs/sft"),
-    rank: Annotated[int, typer.Option(help="Rank of every expert's adapter.")] = 16,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 20,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, with a linear decay.")] = 1e-3,
-    max_length: Annotated[int, typer.Option(help="Longest conversation in tokens.")] = 256,
-) -> None:
+@dataclass
+class Settings:
+    """What is trained, and how."""
+
+    model: str = field(
+        default="runs/demo/model",
+        metadata={"help": "Checkpoint folder or hub id; its tokenizer needs a chat template."},
+    )
+    output: Path = field(default=Path("runs/sft"), metadata={"help": "Folder of the adapter."})
+    rank: int = field(default=16, metadata={"help": "Rank of every expert's adapter."})
+    steps: int = field(default=20, metadata={"help": "Optimizer steps."})
+    learning_rate: float = field(default=0.001, metadata={"help": "Of AdamW, with a linear decay."})
+    max_length: int = field(default=256, metadata={"help": "Longest conversation in tokens."})
+
+
+def main(settings: Settings) -> None:
     """Train and save the adapter."""
     modeling_deepseekmoe.register(override_native=True)
-    tokenizer = load_tokenizer(model)
-    base = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = load_tokenizer(settings.model)
+    base = AutoModelForCausalLM.from_pretrained(settings.model)
     arguments = SFTConfig(
-        output_dir=str(output),
-        max_steps=steps,
+        output_dir=str(settings.output),
+        max_steps=settings.steps,
         per_device_train_batch_size=4,
-        learning_rate=learning_rate,
-        max_length=max_length,
+        learning_rate=settings.learning_rate,
+        max_length=settings.max_length,
         bf16=torch.cuda.is_available(),
         gradient_checkpointing=False,
         logging_steps=5,
@@ -63,12 +68,14 @@ def main(
         arguments,
         train_dataset=Dataset.from_list(conversations()),
         processing_class=tokenizer,
-        peft_config=expert_lora_config(base, r=rank, target_modules=("self_attn",)),
+        peft_config=expert_lora_config(base, r=settings.rank, target_modules=("self_attn",)),
     )
     trainer.train()
-    trainer.save_model(str(output / "adapter"))
-    print(f"merge it with: deepseekmoe merge {model} {output / 'adapter'} {output / 'merged'}")
+    trainer.save_model(str(settings.output / "adapter"))
+    print(
+        f"merge it with: deepseekmoe merge {settings.model} {settings.output / 'adapter'} {settings.output / 'merged'}"
+    )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main(HfArgumentParser(Settings).parse_args_into_dataclasses()[0])

@@ -15,7 +15,7 @@ import torch
 
 from .configuration_checks import LOSS_FIELDS
 from .configuration_deepseekmoe import DeepseekMoeConfig
-from .routing import Routing, route
+from .routing import Routing, route, shares_of
 
 # The order of the losses wherever they stand in one vector.
 LOSS_NAMES = tuple(LOSS_FIELDS)
@@ -272,7 +272,7 @@ def _balance(
 ) -> _Balance:
     """From affinities (B, S, E) and choices (B, S, K)."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    shares = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    shares = shares_of(scores)
     chosen = torch.ones_like(expert_ids)
     if token_mask is not None:
         real = (token_mask != 0).unsqueeze(-1)

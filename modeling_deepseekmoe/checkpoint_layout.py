@@ -27,9 +27,17 @@ STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _EXPERT_NAME = re.compile(r"^(layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 _GATE_WEIGHT = ".mlp.gate.weight"
-_LAYER_NAME = re.compile(r"^layers\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
+# The balancing bias of a gate, a name that every generation and its relatives share.
+BIAS_NAME = "e_score_correction_bias"
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the decoder layer that a module or a tensor of this name lies in; `None` outside of them."""
+    match = LAYER.search(f"{name}.")
+    return None if match is None else int(match[1])
 
 
 def register_checkpoint_layout() -> None:
@@ -175,7 +183,7 @@ def check_checkpoint(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, .
 
 def _report_mtp_tensors(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, ...]]) -> None:
     layers = mtp_layers(config)
-    ignored = [name for name in found if (match := _LAYER_NAME.match(name)) and int(match[1]) in layers]
+    ignored = [name for name in found if (layer := layer_of(name)) is not None and layer in layers]
     if ignored:
         logger.warning(
             f"{len(ignored)} tensors of the multi-token-prediction layer(s) "
@@ -307,6 +315,8 @@ def report_lost_adapters(module: nn.Module, state_dict: Mapping[str, torch.Tenso
 
 
 __all__ = [
+    "BIAS_NAME",
+    "LAYER",
     "MODEL_TYPES",
     "PROJECTIONS",
     "STACKS",
@@ -314,6 +324,7 @@ __all__ = [
     "check_checkpoint",
     "check_number_of_layers",
     "config_of_what_is_saved",
+    "layer_of",
     "mtp_layers",
     "refuse_single_experts",
     "register_checkpoint_layout",

@@ -12,7 +12,6 @@ token at one of its experts).
 """
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .checkpoint_layout import STACKS
+from .checkpoint_layout import STACKS, layer_of
 from .experts_grouped import GroupedChoices, grouped_linear, run_grouped
 from .experts_loop import Adapter, ExpertOperands
 from .experts_operator import run_operator
@@ -33,7 +32,6 @@ IMPLEMENTATION = "deepseekmoe"
 BACKENDS = ("triton", "loop", "grouped")
 FUSED_BACKENDS = ("triton", "loop")
 PLAIN_GATING = plain_gating()
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Hidden times width of an expert. Measured on two cores, with 8 and 64 experts: below it the calls of the loop cost
 # more than what it saves.
 LOOP_FROM = 2**18
@@ -130,9 +128,9 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
     the module that holds the parameters."""
     found = {}
     for name, module in model.named_modules():
-        own, layer = dict(module.named_parameters(recurse=False)), LAYER.search(name)
+        own, layer = dict(module.named_parameters(recurse=False)), layer_of(name)
         if layer is not None and all(projection in own and own[projection].ndim == 3 for projection in STACKS):
-            found[int(layer[1])] = (name.replace(".base_layer", ""), module)
+            found[layer] = (name.replace(".base_layer", ""), module)
     return found
 
 
@@ -228,7 +226,6 @@ __all__ = [
     "BACKENDS",
     "FUSED_BACKENDS",
     "IMPLEMENTATION",
-    "LAYER",
     "choose_backend",
     "compute_dtype",
     "experts_forward",

@@ -10,13 +10,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast, Toke
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
-from .modeling_deepseekmoe import (
-    CACHE,
-    DeepseekMoeModel,
-    DeepseekMoeModelOutput,
-    DeepseekMoePreTrainedModel,
-    share_of_items,
-)
+from .modeling_deepseekmoe import DeepseekMoeModel
+from .modeling_pretrained import CACHE, DeepseekMoeModelOutput, DeepseekMoePreTrainedModel, share_of_items
 from .transformers_support import TransformersKwargs, Unpack, can_return_tuple, takes_cache
 
 

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .auxiliary_losses import LOSS_NAMES
 from .configuration_checks import LOSS_FIELDS
+from .routing import shares_of
 from .torch_support import in_backward_pass
 
 logger = logging.get_logger(__name__)
@@ -252,9 +253,7 @@ def sum_of_entropies(scores: torch.Tensor, token_mask: torch.Tensor | None) -> t
         scores (`torch.FloatTensor` of shape (T, E)): affinities.
         token_mask (`torch.Tensor` of T elements, *optional*): nonzero for real tokens.
     """
-    scores = scores.detach()
-    shares = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-    entropies = torch.special.entr(shares).sum(dim=-1)
+    entropies = torch.special.entr(shares_of(scores.detach())).sum(dim=-1)
     return entropies.sum() if token_mask is None else (entropies * (token_mask.flatten() != 0)).sum()
 
 

@@ -236,6 +236,11 @@ def affinities(router_logits: torch.Tensor, score_function: str) -> torch.Tensor
     return torch.where(low, (far / 2).exp(), softplus(near).sqrt())
 
 
+def shares_of(scores: torch.Tensor) -> torch.Tensor:
+    """Each token's affinities (..., E) divided by their sum, so that those of a sigmoid gate add up to one too."""
+    return scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+
+
 # ------------------------------------------------------------------------------------------------------------ checks
 def _check_tensors(
     router_logits: torch.Tensor, correction_bias: torch.Tensor | None, token_mask: torch.Tensor | None
@@ -377,7 +382,7 @@ def _statistics(
         logits = logits.masked_fill((token_mask == 0).unsqueeze(-1), 0.0)  # so that no NaN reaches its gradient
     scores = affinities(logits, score_function)
     if score_function != "softmax":
-        scores = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        scores = shares_of(scores)
     chosen = torch.ones_like(expert_ids)
     if token_mask is not None:
         real = (token_mask != 0).unsqueeze(-1)
@@ -398,4 +403,5 @@ __all__ = [
     "affinities",
     "choose_experts",
     "route",
+    "shares_of",
 ]

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, experts, router_load
-from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
+from modeling_deepseekmoe.moe import DeepseekMoeExperts
 
 GOLDEN_NAMES = sorted(path.name for path in GOLDEN_ROOT.iterdir() if path.is_dir())
 TRAINABLE_NAMES = [name for name in GOLDEN_NAMES if not name.startswith("v3")]

@@ -64,7 +64,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class StoredAdapter:
     """An adapter folder.
 
     Attributes:
@@ -86,7 +86,7 @@ class Adapter:
     others: dict[str, torch.Tensor]
 
 
-def read_adapter(folder: str | Path) -> Adapter:
+def read_adapter(folder: str | Path) -> StoredAdapter:
     """Read an adapter folder and give every tensor its meaning.
 
     Raises:
@@ -136,14 +136,14 @@ def read_adapter(folder: str | Path) -> Adapter:
         target = _target_of(module, depth, {level for name, level in factors if name == module}, config)
         pair = tensors[names["A"]], tensors[names["B"]]
         updates[target] = _low_rank(target, *pair, names, config, transposed and is_stack(target))
-    return Adapter(config, updates, replacements, rows, sources, others)
+    return StoredAdapter(config, updates, replacements, rows, sources, others)
 
 
 def _trained_copies(
     others: dict[str, torch.Tensor], config: LoraConfig
 ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[list[int], torch.Tensor]], dict[str, str]]:
-    """The replacements, rows and sources of an [`Adapter`]. PEFT saves embeddings whose size has changed under the
-    names that its wrappers give them: the trained copy (twice), the original, the rows."""
+    """The replacements, rows and sources of a [`StoredAdapter`]. PEFT saves embeddings whose size has changed under
+    the names that its wrappers give them: the trained copy (twice), the original, the rows."""
     replacements: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[list[int], torch.Tensor]] = {}
     sources: dict[str, str] = {}
@@ -267,4 +267,4 @@ def split_expert(name: str) -> tuple[str, int, str] | None:
     return None if match is None else (match["experts"], int(match["id"]), match["projection"])
 
 
-__all__ = ["Adapter", "LowRank", "is_stack", "per_expert_parts", "read_adapter", "split_expert"]
+__all__ = ["LowRank", "StoredAdapter", "is_stack", "per_expert_parts", "read_adapter", "split_expert"]

@@ -19,18 +19,17 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from modeling_deepseekmoe.checkpoint_layout import PROJECTIONS
+from modeling_deepseekmoe.checkpoint_layout import LAYER, PROJECTIONS
 from modeling_deepseekmoe.conversion.adapters.files import (
     PREFIX,
     WEIGHTS_NAME,
-    Adapter,
     LowRank,
+    StoredAdapter,
     is_stack,
     per_expert_parts,
     read_adapter,
     split_expert,
 )
-from modeling_deepseekmoe.experts import LAYER
 from modeling_deepseekmoe.support.folders import check_destination, local_folder, unfinished_folder
 
 LAYOUTS = ("per-expert", "peft")
@@ -150,7 +149,7 @@ def _tensors(target: str, update: LowRank, updates: Iterable[str]) -> list[tuple
     return [(f"{module}.lora_{name}.weight", factor.clone().contiguous()) for name, factor in factors]
 
 
-def _config(content: Adapter, updates: dict[str, LowRank], layout: str) -> LoraConfig:
+def _config(content: StoredAdapter, updates: dict[str, LowRank], layout: str) -> LoraConfig:
     """The config of the new layout. Targets name exactly what there is; patterns hold the ranks and alphas that differ
     from those of the whole adapter."""
     config, modules, parameters = content.config, [], []

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from modeling_deepseekmoe.checkpoint_layout import STACKS
+from modeling_deepseekmoe.checkpoint_layout import STACKS, layer_of
 from modeling_deepseekmoe.conversion.adapters.files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -27,7 +27,6 @@ from modeling_deepseekmoe.conversion.adapters.files import (
 from modeling_deepseekmoe.conversion.checkpoint import MANIFEST_NAME, TEMPLATE_FOLDERS, read_header, weight_files
 from modeling_deepseekmoe.esft.files import SELECTION_NAME, read_esft
 from modeling_deepseekmoe.esft.files import WEIGHTS_NAME as ESFT_WEIGHTS_NAME
-from modeling_deepseekmoe.experts import LAYER
 from modeling_deepseekmoe.support.folders import (
     FOREIGN_WEIGHTS,
     check_destination,
@@ -278,8 +277,8 @@ def _verify_file(source: Path, merged: Path, changes: dict[str, _Change], errors
     with opened(source) as before, opened(merged) as after:
         for name, change in changes.items():
             old, new = before.get_tensor(name), after.get_tensor(name)
-            layer = LAYER.search(name)
-            key = int(layer[1]) if layer else -1
+            layer = layer_of(name)
+            key = -1 if layer is None else layer
             base = old.clone()
             for place, tensor in change.replacements:
                 base[place] = tensor.to(old.dtype)

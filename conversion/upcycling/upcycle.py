@@ -32,7 +32,7 @@ from modeling_deepseekmoe.conversion.upcycling.dividing import (
     upcycled_config,
     upcycled_tensors,
 )
-from modeling_deepseekmoe.conversion.writing import FolderPlan, make_shards, write_folder
+from modeling_deepseekmoe.conversion.writing import FolderPlan, Writing, make_shards, write_folder
 from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekForCausalLM, DeepseekMoeForCausalLM
 from modeling_deepseekmoe.remote_code import CODE_VERSION
 from modeling_deepseekmoe.support.folders import check_destination, local_folder
@@ -86,10 +86,7 @@ def upcycle(
     gguf_file: str | None = None,
     tolerance: float = 1e-3,
     check_tokens: int = 32,
-    max_shard_size: str | int = "5GB",
-    resume: bool = False,
-    report: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int], None] = lambda size: None,
+    **writing: Any,
 ) -> UpcyclingCheck:
     """Upcycle a checkpoint folder, after a check of the result against the dense model.
 
@@ -105,10 +102,7 @@ def upcycle(
         gguf_file: name of a GGUF file inside `source` (needs the `gguf` package), which is dequantised as a whole.
         tolerance: largest allowed difference of the logits.
         check_tokens: length of the greedy continuation that must be the same; each token reads the dense weights once.
-        max_shard_size: bytes or a text such as `"5GB"`.
-        resume: go on with what an interrupted run has left.
-        report: receives a line at every step.
-        progress: receives numbers of bytes that were written.
+        writing: fields of [`Writing`]: `max_shard_size`, `resume`, `report`, `progress`.
 
     Returns:
         [`UpcyclingCheck`].
@@ -120,44 +114,45 @@ def upcycle(
     """
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(STORED_DTYPES)}.")
-    path = check_destination(destination) if not resume else Path(destination).absolute()
-    with _dense_folder(source, gguf_file, report) as folder:
-        read_config(folder)  # there, readable, and no link to another place
-        try:
-            dense = AutoConfig.from_pretrained(folder)
-        except Exception as error:  # whatever a library makes of a field that is wrong
-            raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
-        if getattr(dense, "quantization_config", None):  # of files; a model in memory may come from a GGUF file
-            raise ValueError("quantization_config is not allowed as a source: upcycle what was quantised.")
+    how = Writing(**writing)
+    path = check_destination(destination) if not how.resume else Path(destination).absolute()
+    with _dense_folder(source, gguf_file, how.report) as folder:
+        dense = _dense_config(folder)
         config = upcycled_config(dense, plan)
         checkpoint = Checkpoint(folder)
         matrices = dense_matrices(dense, config, checkpoint)
         stored = None if dtype == "keep" else getattr(torch, dtype)
         plain = matrices["model.embed_tokens.weight"].tensor.dtype
         config.dtype = str(stored or plain).removeprefix("torch.")
-        report(f"Comparing the division of {dense.num_hidden_layers} FFNs with the dense model, layer by layer")
+        how.report(f"Comparing the division of {dense.num_hidden_layers} FFNs with the dense model, layer by layer")
         exact = upcycled_tensors(config, matrices, plan, stored, noise=False)
         check = _check_streamed(dense, config, checkpoint, matrices, exact, tolerance, check_tokens)
-        report(f"Compared with the dense model: {check}")
+        how.report(f"Compared with the dense model: {check}")
         if not check.passed:
             raise UpcyclingError(
                 f"The upcycled model differs from the dense model: {check}.{_rounding_hint(plan, stored or plain)}"
             )
         noisy = upcycled_tensors(config, matrices, plan, stored, noise=True) if plan.noise else exact
         tensors = list(outputs(entries(config), noisy, "per-expert", config.n_routed_experts))
-        origin = {
-            "version": CODE_VERSION,
-            "plan": asdict(plan),
-            "dtype": dtype,
-            # A GGUF file's tensors are written out anew for every run.
-            "source": _gguf_identity(Path(source), gguf_file) if gguf_file else checkpoint.identity,
-        }
-        text = config.to_json_string().encode()
-        folder_plan = FolderPlan(
-            make_shards(tensors, max_shard_size), {CONFIG_NAME: text}, small_files(folder, code=False), origin
-        )
-        write_folder(folder_plan, checkpoint, path, resume=resume, report=report, progress=progress)
+        # A GGUF file's tensors are written out anew for every run.
+        identity = _gguf_identity(Path(source), gguf_file) if gguf_file else checkpoint.identity
+        origin = {"version": CODE_VERSION, "plan": asdict(plan), "dtype": dtype, "source": identity}
+        texts, copies = {CONFIG_NAME: config.to_json_string().encode()}, small_files(folder, code=False)
+        folder_plan = FolderPlan(make_shards(tensors, how.max_shard_size), texts, copies, origin)
+        write_folder(folder_plan, checkpoint, path, resume=how.resume, report=how.report, progress=how.progress)
     return check
+
+
+def _dense_config(folder: Path) -> Any:
+    """The config of a dense checkpoint, as AutoConfig reads it."""
+    read_config(folder)  # there, readable, and no link to another place
+    try:
+        dense = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a library makes of a field that is wrong
+        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+    if getattr(dense, "quantization_config", None):  # of files; a model in memory may come from a GGUF file
+        raise ValueError("quantization_config is not allowed as a source: upcycle what was quantised.")
+    return dense
 
 
 @contextmanager

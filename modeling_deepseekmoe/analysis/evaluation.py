@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling_deepseekmoe import DeepseekMoeBlock, DeepseekMoeModel
+from ..modeling_deepseekmoe import DeepseekMoeModel
+from ..moe import DeepseekMoeBlock
 from ..router_load import count_tokens, sum_of_entropies
 from ..routing import Routing, affinities
 from ..support.models import evaluating

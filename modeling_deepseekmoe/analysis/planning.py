@@ -9,7 +9,6 @@ itself is an assumption.
 Shape letters: D hidden, V vocabulary, E routed experts, K chosen experts, I expert width.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,15 +16,14 @@ from typing import Any
 
 import torch
 
+from ..checkpoint_layout import layer_of
 from ..configuration_deepseekmoe import DeepseekMoeConfig
+from ..support.sizes import bytes_of
 from .inspection import config_named, gigabytes, lora_parameters, meta_parameters
 
 METHODS = ("full", "lora", "esft")
 CUDA_CONTEXT, CUDA_FRAGMENTATION = 1.5e9, 0.05  # assumed: bytes, and a share of the rest
 _BYTES = {"float32": 4, "bfloat16": 2}
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)?\s*$", re.IGNORECASE)
-_UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
 
 
 @dataclass(frozen=True)
@@ -100,33 +98,20 @@ class _Sizes:
         for name, parameter in parameters.items():
             is_routed = ".mlp.experts." in name
             routed += parameter.numel() * is_routed
-            if match := _LAYER.search(name):
-                layers.setdefault(int(match[1]), [0, 0])[0 if is_routed else 1] += parameter.numel()
+            layer = layer_of(name)
+            if layer is not None:
+                layers.setdefault(layer, [0, 0])[0 if is_routed else 1] += parameter.numel()
         embedding = parameters["model.embed_tokens.weight"]
         tail = parameters.get("lm_head.weight", embedding).numel()
         total = sum(parameter.numel() for parameter in parameters.values())
         return cls(total, routed, tuple((counts[0], counts[1]) for counts in layers.values()), embedding.numel(), tail)
 
 
-def plan_memory(
-    config: DeepseekMoeConfig,
-    layout: Layout,
-    *,
-    method: str = "full",
-    weights: str | None = None,
-    compute: str = "bfloat16",
-    lora_rank: int = 16,
-    esft_share: float = 0.1,
-    tokens: int = 4096,
-    checkpointing: bool = True,
-    cuda: bool = True,
-    parameters: dict[str, torch.nn.Parameter] | None = None,
-) -> MemoryPlan:
-    """What a rank needs to train a model in a layout.
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
 
-    Args:
-        config: of the model.
-        layout: how the ranks share it.
+    Attributes:
         method: `"full"`, `"lora"` (on all linear layers but the gate, and on every expert) or `"esft"`.
         weights: dtype in which the model is held; by default float32 for full training, else bfloat16.
         compute: dtype of the products, `"bfloat16"` or `"float32"`.
@@ -135,26 +120,93 @@ def plan_memory(
         tokens: of one micro-batch on one rank.
         checkpointing: whether layers are recomputed in the backward pass.
         cuda: whether to add what CUDA keeps for itself.
+    """
+
+    method: str = "full"
+    weights: str | None = None
+    compute: str = "bfloat16"
+    lora_rank: int = 16
+    esft_share: float = 0.1
+    tokens: int = 4096
+    checkpointing: bool = True
+    cuda: bool = True
+
+    @property
+    def held_dtype(self) -> str:
+        """The dtype in which the model is held."""
+        return self.weights or ("float32" if self.method == "full" else "bfloat16")
+
+    @property
+    def held(self) -> int:
+        """Bytes of a parameter."""
+        return _BYTES[self.held_dtype]
+
+    @property
+    def used(self) -> int:
+        """Bytes of a number in a product."""
+        return _BYTES[self.compute]
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every parameter is trained."""
+        return self.method == "full"
+
+    def check(self, config: DeepseekMoeConfig, layout: Layout) -> None:
+        """Raise a `ValueError` for what does not exist, or is not allowed for a model in a layout."""
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not allowed: it must be one of {', '.join(METHODS)}.")
+        for name, dtype in (("weights", self.held_dtype), ("compute", self.compute)):
+            if dtype not in _BYTES:
+                raise ValueError(f"{name}={dtype!r} is not allowed: it must be one of {', '.join(_BYTES)}.")
+        if not 0 < self.esft_share <= 1:
+            raise ValueError(f"esft_share={self.esft_share} is not allowed: it must be above 0 and at most 1.")
+        for name, number in (("lora_rank", self.lora_rank), ("tokens", self.tokens)):
+            if number < 1:
+                raise ValueError(f"{name}={number} is not allowed: it must be at least 1.")
+        if self.method == "esft" and not config.moe_layers:
+            raise ValueError("method='esft' is not allowed for a model without routed experts.")
+        if layout.offload and self.method != "full":
+            raise ValueError(f"method={self.method!r} is not allowed with offloading: it must be 'full'.")
+        experts = config.n_routed_experts or 0
+        if layout.shards % layout.ep_size or (layout.ep_size > 1 and (not experts or experts % layout.ep_size)):
+            raise ValueError(
+                f"ep_size={layout.ep_size} is not allowed: it must divide the {layout.shards} shards and the "
+                f"{experts} routed experts."
+            )
+
+
+def plan_memory(
+    config: DeepseekMoeConfig,
+    layout: Layout,
+    *,
+    parameters: dict[str, torch.nn.Parameter] | None = None,
+    **training: Any,
+) -> MemoryPlan:
+    """Work out what a rank needs to train a model in a layout.
+
+    Args:
+        config: of the model.
+        layout: how the ranks share it.
         parameters: `meta_parameters(config)`, if they are at hand.
+        training: fields of [`Training`].
 
     Raises:
         ValueError: for a method or a dtype that does not exist, or numbers that are not allowed.
     """
-    weights = weights or ("float32" if method == "full" else "bfloat16")
-    _check(config, layout, method, weights, compute, lora_rank, esft_share, tokens)
+    how = Training(**training)
+    how.check(config, layout)
     parameters = meta_parameters(config) if parameters is None else parameters
-    sizes, held, used = _Sizes.of(parameters), _BYTES[weights], _BYTES[compute]
-    shards = layout.shards
-    trained, trained_bytes = sizes.total, 4 * held  # weight, gradient and two moments, in the same dtype
-    if method == "lora":
-        trained = sum(lora_parameters(name, parameter, lora_rank) for name, parameter in parameters.items())
+    sizes, shards = _Sizes.of(parameters), layout.shards
+    trained, trained_bytes = sizes.total, 4 * how.held  # weight, gradient and two moments, in the same dtype
+    if how.method == "lora":
+        trained = sum(lora_parameters(name, parameter, how.lora_rank) for name, parameter in parameters.items())
         trained_bytes = 4 * _BYTES["float32"]
-    elif method == "esft":
-        trained = round(esft_share * sizes.routed)
-    copies = shards if method == "full" else 1  # what is trained beside the base lies on every rank
+    elif how.method == "esft":
+        trained = round(how.esft_share * sizes.routed)
+    copies = shards if how.trains_all else 1  # what is trained beside the base lies on every rank
     parts = {
-        "weights": held * sizes.total // shards,
-        "trained beside them": 0 if method == "full" else trained_bytes // 4 * trained,
+        "weights": how.held * sizes.total // shards,
+        "trained beside them": 0 if how.trains_all else trained_bytes // 4 * trained,
         "gradients": trained_bytes // 4 * trained // copies,
         "optimizer": trained_bytes // 2 * trained // copies,
     }
@@ -163,47 +215,14 @@ def plan_memory(
     host = sum(parts.values()) if layout.offload else 0
     if layout.offload:
         parts = dict.fromkeys(parts, 0)
-    parts["gathered layers"] = _gathered(sizes, layout, used, method == "full")
-    parts["activations"] = _activations(config, tokens, used, checkpointing)
-    if weights != compute and shards == 1:  # autocast's copies, of one layer where layers are recomputed
-        parts["activations"] += used * (sizes.largest_unit(1) if checkpointing else sizes.total)
-    if cuda:
+    parts["gathered layers"] = _gathered(sizes, layout, how.used, how.trains_all)
+    parts["activations"] = _activations(config, how)
+    if how.held_dtype != how.compute and shards == 1:  # autocast's copies, of one layer where layers are recomputed
+        parts["activations"] += how.used * (sizes.largest_unit(1) if how.checkpointing else sizes.total)
+    if how.cuda:
         parts["CUDA (assumed)"] = round(CUDA_CONTEXT + CUDA_FRAGMENTATION * sum(parts.values()))
     reduced = trained_bytes // 4 * trained  # gradients of what every rank holds, in its own dtype
-    sent = _sent(config, sizes, layout, reduced, method == "full", used, tokens, checkpointing)
-    return MemoryPlan(layout, sizes.total, trained, parts, host, sent)
-
-
-def _check(
-    config: DeepseekMoeConfig,
-    layout: Layout,
-    method: str,
-    weights: str,
-    compute: str,
-    lora_rank: int,
-    esft_share: float,
-    tokens: int,
-) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not allowed: it must be one of {', '.join(METHODS)}.")
-    for name, dtype in (("weights", weights), ("compute", compute)):
-        if dtype not in _BYTES:
-            raise ValueError(f"{name}={dtype!r} is not allowed: it must be one of {', '.join(_BYTES)}.")
-    if not 0 < esft_share <= 1:
-        raise ValueError(f"esft_share={esft_share} is not allowed: it must be above 0 and at most 1.")
-    for name, number in (("lora_rank", lora_rank), ("tokens", tokens)):
-        if number < 1:
-            raise ValueError(f"{name}={number} is not allowed: it must be at least 1.")
-    if method == "esft" and not config.moe_layers:
-        raise ValueError("method='esft' is not allowed for a model without routed experts.")
-    if layout.offload and method != "full":
-        raise ValueError(f"method={method!r} is not allowed with offloading: it must be 'full'.")
-    experts = config.n_routed_experts or 0
-    if layout.shards % layout.ep_size or (layout.ep_size > 1 and (not experts or experts % layout.ep_size)):
-        raise ValueError(
-            f"ep_size={layout.ep_size} is not allowed: it must divide the {layout.shards} shards and the {experts} "
-            "routed experts."
-        )
+    return MemoryPlan(layout, sizes.total, trained, parts, host, _sent(config, sizes, layout, reduced, how))
 
 
 def _gathered(sizes: _Sizes, layout: Layout, used: int, trains_all: bool) -> int:
@@ -217,7 +236,7 @@ def _gathered(sizes: _Sizes, layout: Layout, used: int, trains_all: bool) -> int
     return max(3 * used * unit, backward) + used * sizes.tail
 
 
-def _activations(config: DeepseekMoeConfig, tokens: int, used: int, checkpointing: bool) -> int:
+def _activations(config: DeepseekMoeConfig, how: Training) -> int:
     """What the backward pass needs: the main tensors of a layer, for all layers or for the recomputed one; logits."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     if config.attention_type == "mla":
@@ -230,22 +249,13 @@ def _activations(config: DeepseekMoeConfig, tokens: int, used: int, checkpointin
     else:
         layer += 3 * config.intermediate_size
     layers = config.num_hidden_layers
-    kept = layers * hidden + layer if checkpointing else layers * layer
+    kept = layers * hidden + layer if how.checkpointing else layers * layer
     kept += 2 * (config.num_experts_per_tok or 0) * hidden if config.moe_layers else 0  # rows of the experts, once
-    logits = (used + 3 * 4) * config.vocab_size  # and their copy, softmax and gradient in float32
-    return tokens * (used * kept + logits)
+    logits = (how.used + 3 * 4) * config.vocab_size  # and their copy, softmax and gradient in float32
+    return how.tokens * (how.used * kept + logits)
 
 
-def _sent(
-    config: DeepseekMoeConfig,
-    sizes: _Sizes,
-    layout: Layout,
-    reduced: int,
-    trains_all: bool,
-    used: int,
-    tokens: int,
-    checkpointing: bool,
-) -> dict[str, int]:
+def _sent(config: DeepseekMoeConfig, sizes: _Sizes, layout: Layout, reduced: int, how: Training) -> dict[str, int]:
     """Bytes by kind, with rings: an all-gather and a reduce-scatter of n ranks send (n - 1) / n of the whole, an
     all-reduce twice that."""
     shards, replicas, ep_size = layout.shards, layout.replicas, layout.ep_size
@@ -256,19 +266,19 @@ def _sent(
     if shards > 1:
         gathered = (2 * others - sizes.tail) * (shards - 1) / shards
         gathered += 2 * sizes.routed / ep_size * (expert_shards - 1) / expert_shards
-        sent["weights gathered"] = used * gathered
-        if trains_all:
+        sent["weights gathered"] = how.used * gathered
+        if how.trains_all:
             scattered = others * (shards - 1) / shards
             scattered += sizes.routed / ep_size * (expert_shards - 1) / expert_shards
             sent["gradients"] = 4 * scattered
-    if trains_all and replicas > 1:
+    if how.trains_all and replicas > 1:
         sent["gradients"] = sent.get("gradients", 0) + 2 * (replicas - 1) / replicas * reduced / shards
-    if not trains_all and ranks > 1:
+    if not how.trains_all and ranks > 1:
         sent["gradients"] = 2 * (ranks - 1) / ranks * reduced
     if ep_size > 1:
-        passes = 6 if checkpointing else 4  # there and back, forward, recomputed and backward
-        row = (config.num_experts_per_tok or 0) * config.hidden_size * used
-        sent["tokens to experts"] = passes * len(config.moe_layers) * tokens * row * (ep_size - 1) / ep_size
+        passes = 6 if how.checkpointing else 4  # there and back, forward, recomputed and backward
+        row = (config.num_experts_per_tok or 0) * config.hidden_size * how.used
+        sent["tokens to experts"] = passes * len(config.moe_layers) * how.tokens * row * (ep_size - 1) / ep_size
     return {kind: round(size) for kind, size in sent.items()}
 
 
@@ -289,7 +299,7 @@ def plan_training(
         gpus: all of them.
         gpu_memory: of one, in bytes or as `"80GB"`.
         gpus_per_machine: those with fast links between them.
-        method, settings: as for [`plan_memory`].
+        method, settings: fields of [`Training`].
 
     Returns:
         One [`MemoryPlan`] for each layout; the first that fits is the one to use.
@@ -297,7 +307,7 @@ def plan_training(
     Raises:
         ValueError: for numbers that are not allowed.
     """
-    memory = _bytes_of(gpu_memory)
+    memory = bytes_of("gpu_memory", gpu_memory, least=10**6, example="'80GB' or '24GiB'")
     for name, number in (("gpus", gpus), ("gpus_per_machine", gpus_per_machine)):
         if number < 1:
             raise ValueError(f"{name}={number} is not allowed: it must be at least 1.")
@@ -330,14 +340,6 @@ def _layouts(config: DeepseekMoeConfig, gpus: int, in_machine: int, method: str)
         yield Layout("fsdp2_cpu_offload.yaml", shards=gpus, offload=True)
 
 
-def _bytes_of(size: str | int) -> int:
-    match = _SIZE.match(str(size))
-    number = 0 if match is None else int(float(match[1]) * (_UNITS[match[2].lower()] if match[2] else 1))
-    if number < 10**6:
-        raise ValueError(f"gpu_memory={size!r} is not allowed: it must be bytes, or a text as '80GB' or '24GiB'.")
-    return number
-
-
 def plan_table(plans: list[MemoryPlan]) -> str:
     """Plans as an aligned table. The first that fits is marked, unless it takes the machine's memory too."""
     kinds = list(dict.fromkeys(part for plan in plans for part in plan.parts))
@@ -359,4 +361,4 @@ def plan_table(plans: list[MemoryPlan]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["METHODS", "Layout", "MemoryPlan", "plan_memory", "plan_table", "plan_training"]
+__all__ = ["METHODS", "Layout", "MemoryPlan", "Training", "plan_memory", "plan_table", "plan_training"]

@@ -8,11 +8,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import logging
 
+from ..checkpoint_layout import BIAS_NAME
 from ..support.library_support import has_adapters
 from ..support.models import whole_tensor
 
 logger = logging.get_logger(__name__)
-BIAS_NAME = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 """The counts of a model's choices: where they are, and the hooks that count on models of other packages."""
 
 import functools
-import re
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..checkpoint_layout import BIAS_NAME, layer_of
 from ..modeling_deepseekmoe import DeepseekMoeModel
 from ..router_load import RouterLoad, RouterLoadCounter, count_tokens, counts_as_training
 from ..torch_support import in_backward_pass
-from .gates import BIAS_NAME, find_biased_gates
+from .gates import find_biased_gates
 
 logger = logging.get_logger(__name__)
 _TRACKER = "router_load_tracker"  # attribute of a decoder
@@ -79,9 +79,9 @@ class _Tracker:
                 f"{type(model).__name__} is not allowed: tokens are counted in this package's models, and in others "
                 f"that have a gate with a balancing bias ({BIAS_NAME}). `deepseekmoe report` shows what gates do."
             )
-        layers = [re.search(r"\d+", gate.name) for gate in gates]
+        layers = [layer_of(gate.name) for gate in gates]
         self.counter = RouterLoadCounter(
-            tuple(idx if match is None else int(match[0]) for idx, match in enumerate(layers)), gates[0].bias.numel()
+            tuple(idx if layer is None else layer for idx, layer in enumerate(layers)), gates[0].bias.numel()
         )
         self.counting = False
         self.token_mask: torch.Tensor | None = None

@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..balancing.gates import BIAS_NAME
-from ..checkpoint_layout import PROJECTIONS
+from ..checkpoint_layout import BIAS_NAME, PROJECTIONS
 from ..experts import find_experts
 from ..support.folders import check_destination, read_tensors, unfinished_folder
 from ..support.models import whole_tensor

@@ -49,13 +49,7 @@ def score_experts(
     Raises:
         ValueError: for an unknown method, a `max_tokens` below 1, a model without such experts, or no tokens.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not allowed: it must be 'gate' or 'token'.")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} is not allowed: it must be at least 1.")
-    blocks = find_experts(model)
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no stacked experts: there is nothing to score.")
+    blocks = _checked_blocks(model, method, max_tokens)
     sums = {
         layer: torch.zeros(experts.gate_up_proj.shape[0], dtype=torch.float64)
         for layer, (_, experts) in blocks.items()
@@ -65,10 +59,7 @@ def score_experts(
     choices: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with evaluating(model), _watching(model, choices):
         for batch in dataloader:
-            input_ids, mask = _ids_and_mask(batch)
-            vocabulary = decoder.config.vocab_size
-            if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
-                raise ValueError(f"dataloader: token {int(input_ids.max())} is not allowed: there are {vocabulary}.")
+            input_ids, mask = _ids_and_mask(batch, decoder.config.vocab_size)
             if max_tokens is not None:
                 mask = mask & (mask.flatten().cumsum(0).view_as(mask) <= max_tokens - tokens)
             if not mask.any():
@@ -89,13 +80,25 @@ def score_experts(
     return {layer: total / samples for layer, total in sums.items()}
 
 
+def _checked_blocks(model: nn.Module, method: str, max_tokens: int | None) -> dict[int, tuple[str, nn.Module]]:
+    """The experts of a model, after a check of all arguments."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not allowed: it must be 'gate' or 'token'.")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} is not allowed: it must be at least 1.")
+    blocks = find_experts(model)
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no stacked experts: there is nothing to score.")
+    return blocks
+
+
 def _scaling_factor(model: nn.Module) -> float:
     config = model.config
     own = getattr(config, "gate_scaling_factor", None)
     return float(own if own is not None else getattr(config, "routed_scaling_factor", None) or 1.0)
 
 
-def _ids_and_mask(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _ids_and_mask(batch: Any, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     input_ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     for name, tensor in (("input_ids", input_ids), ("attention_mask", mask)):
@@ -105,6 +108,8 @@ def _ids_and_mask(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
                 f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor)
             )
             raise ValueError(f"dataloader: {name} as {found} is not allowed: it must hold whole numbers (B, S).")
+    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+        raise ValueError(f"dataloader: token {int(input_ids.max())} is not allowed: there are {vocabulary}.")
     return input_ids, torch.ones_like(input_ids, dtype=torch.bool).cpu() if mask is None else mask.bool().cpu()
 
 

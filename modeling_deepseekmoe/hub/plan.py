@@ -180,9 +180,7 @@ def plan_push(
     if api and candidate.kind == "model":
         deleted += stale_code_of(api, repo_id, remote)
     if not options.overwrite_card and (is_hand_written(remote.card) or is_hand_written(card)):
-        notes += _keep_card(files, remote, card, options.license_required)
-        if options.facts != CardFacts() or options.routing is not None:
-            notes.append(f"{CARD_NAME} is not changed: what was said for it is left out")
+        notes += _keep_card(files, remote, card, options)
     else:
         facts.check_license(options.license_required)
         card = _add_card(candidate, repo_id, facts, options.routing, files)
@@ -307,21 +305,24 @@ def _name_tokenizer(candidate: Candidate, files: dict[str, Path | bytes]) -> lis
     return notes
 
 
-def _keep_card(files: dict[str, Path | bytes], remote: Remote, card: str, license_required: bool) -> list[str]:
+def _keep_card(files: dict[str, Path | bytes], remote: Remote, card: str, options: PushOptions) -> list[str]:
     """Which of two cards stays, where one is written by hand."""
     stays = is_hand_written(remote.card)
     if not metadata_of(remote.card if stays else card).get("license"):
         problem = f"{CARD_NAME}{' in the repository' if stays else ''} is written by hand, and states no license"
-        if license_required:
+        if options.license_required:
             raise ValueError(
                 f"license is missing: {problem}. It is not changed: add one to its metadata, or pass --overwrite-card."
             )
         logger.warning(problem)
+    said = options.facts != CardFacts() or options.routing is not None
+    unsaid = [f"{CARD_NAME} is not changed: what was said for it is left out"] if said else []
     if not stays:
-        return [f"{CARD_NAME} of the folder is written by hand: it goes up as it is"]
+        return [f"{CARD_NAME} of the folder is written by hand: it goes up as it is", *unsaid]
     files.pop(CARD_NAME, None)
     differs = " The folder's differs." if card and card != remote.card else ""
-    return [f"{CARD_NAME} in the repository is written by hand: it stays (--overwrite-card makes a new one).{differs}"]
+    kept = f"{CARD_NAME} in the repository is written by hand: it stays (--overwrite-card makes a new one).{differs}"
+    return [kept, *unsaid]
 
 
 __all__ = ["PushOptions", "PushPlan", "plan_push"]

@@ -70,106 +70,165 @@ def expert_lora_config(
     r: int = 16,
     lora_alpha: float | None = None,
     *,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-    init_lora_weights: bool | str = True,
-    target_modules: str | Sequence[str] = (),
     experts: str | Path | Mapping[int, Sequence[int]] | ExpertSelection | None = None,
     projections: Sequence[str] = ("gate_up", "down"),
     train_router: bool = False,
-    modules_to_save: str | Sequence[str] = (),
-    task_type: str | None = "CAUSAL_LM",
-    **kwargs: Any,
+    target_modules: str | Sequence[str] = (),
+    **options: Any,
 ) -> ExpertLoraConfig:
-    """A config for `peft.get_peft_model` that adapts the routed experts.
+    """Make a config for `peft.get_peft_model` that adapts the routed experts.
 
     Args:
         model: a model of this family, or any other of transformers with experts stacked as `gate_up_proj` (E, 2I, D)
             and `down_proj` (E, D, I): its DeepSeek-V2 and V3, Qwen3-MoE, Mixtral, OLMoE, ...
         r: rank, of every expert's adapter.
         lora_alpha: the adapter counts `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`; 2 * r by default.
-        lora_dropout: probability, drawn for every token at every expert; also of the `target_modules`.
-        use_rslora: scale by the square root of the rank.
-        init_lora_weights: `True`, `False` (B is random too) or `"gaussian"`.
-        target_modules: linear maps to adapt beside the experts, by the end of their names or by the name of a module
-            that holds them: `("self_attn", "shared_experts")`, `("q_proj", "v_proj")`; `"all-linear"` for all of
-            them but the head.
         experts: restrict the adapter to these ids of these layers, or to those of an `esft.json`. Layers that are not
             named get none.
         projections: `"gate_up"` (one A serves both halves), `"down"`, or both.
         train_router: train the gates too, as whole copies. Their balancing bias is saved with the adapter.
-        modules_to_save: further modules to train as whole copies.
-        task_type: PEFT's.
-        kwargs: other fields of `peft.LoraConfig`, which hold for experts too: `layers_to_transform`, `layers_pattern`,
-            `exclude_modules`, `rank_pattern` and `alpha_pattern` (with names of modules or parameters),
-            `trainable_token_indices`, ... docs/lora.md lists all of them.
+        target_modules: linear maps to adapt beside the experts, by the end of their names or by the name of a module
+            that holds them: `("self_attn", "shared_experts")`, `("q_proj", "v_proj")`; `"all-linear"` for all of
+            them but the head.
+        options: other fields of `peft.LoraConfig`, which hold for experts too: `lora_dropout` (drawn for every token
+            at every expert), `use_rslora`, `init_lora_weights` (`True`, `False` or `"gaussian"`), `modules_to_save`,
+            `task_type` (`"CAUSAL_LM"` by default), `layers_to_transform`, `exclude_modules`, `rank_pattern`,
+            `alpha_pattern`, `trainable_token_indices`, ... docs/lora.md lists all of them.
 
     Raises:
         ValueError: for a value or an option that is not allowed, or a model without such experts.
     """
+    lora_alpha = 2 * r if lora_alpha is None else lora_alpha
+    projections = _as_list(projections)
+    options = {**_DEFAULTS, **options}
+    _check_numbers(r, lora_alpha, options["lora_dropout"], projections)
+    own = {name: value for name, value in options.items() if name not in _DEFAULTS}
+    check_options(options["init_lora_weights"], own)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    selection = None if experts is None else ExpertSelection.of(experts).checked(model)
+    places = _Places.of(model, selection, projections, _as_list(target_modules))
+    copies = [*_as_list(options.pop("modules_to_save")), *(_gates(model, places.blocks) if train_router else [])]
+    _refuse_sharded_copies(model, [*copies, *_embeddings(own.get("trainable_token_indices"))])
+    places.check(model, own, copies)
+    adapted, others = places.chosen(own), chosen_parameters(places.ffns, own)
+    if not any(excludes(own.get("exclude_modules"), name) for name in places.linear):
+        options["exclude_modules"] = None  # done, and PEFT, which looks at modules alone, would say that it was not
+    for name in ("rank_pattern", "alpha_pattern"):
+        options[name] = completed_pattern(name, own.get(name), [*adapted, *others], places.linear)
+    return ExpertLoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=list(places.modules),
+        target_parameters=_shortened(places.ends(), adapted) + _shortened(places.weights, others),
+        modules_to_save=copies or None,
+        experts=None if selection is None else selection.experts,
+        **options,
+    )
+
+
+# Of the options, beside those that PEFT has.
+_DEFAULTS: dict[str, Any] = {
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "init_lora_weights": True,
+    "modules_to_save": (),
+    "task_type": "CAUSAL_LM",
+}
+
+
+def _check_numbers(r: Any, lora_alpha: Any, lora_dropout: Any, projections: list[str]) -> None:
     if not isinstance(r, int) or r < 1:
         raise ValueError(f"r={r!r} is not allowed: it must be an integer of at least 1.")
-    lora_alpha = 2 * r if lora_alpha is None else lora_alpha
     if not lora_alpha > 0:
         raise ValueError(f"lora_alpha={lora_alpha!r} is not allowed: it must be above 0.")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout={lora_dropout!r} is not allowed: it must be at least 0 and below 1.")
-    check_options(init_lora_weights, kwargs)
-    projections = _as_list(projections)
     unknown = [name for name in projections if name not in _PARAMETERS]
     if unknown or not projections:
         raise ValueError(f"projections={projections!r} is not allowed: choose from 'gate_up' and 'down'.")
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    blocks = _supported_experts(model)
-    selection = None if experts is None else ExpertSelection.of(experts).checked(model)
-    layers = None if selection is None else [layer for layer, ids in selection.experts.items() if ids]
-    stacks = [_PARAMETERS[name] for name in dict.fromkeys(projections)]
-    experts_of = {f"{name}.{stack}": layer for layer, (name, _) in blocks.items() for stack in stacks}
-    targets = _as_list(target_modules)
-    if selection is not None:
-        if selection.non_expert_modules:
-            raise ValueError("experts: non_expert_modules=True is not allowed for LoRA: name them in target_modules.")
-        if selection.shared_experts:  # Qwen2-MoE has one
-            one = any(".shared_expert." in name for name, _ in model.named_modules())
-            targets.append("shared_expert" if one else "shared_experts")
-    modules, weights = _linear_targets(model, targets)
-    copies = [*_as_list(modules_to_save), *(_gates(model, blocks) if train_router else [])]
-    _refuse_sharded_copies(model, [*copies, *_embeddings(kwargs.get("trainable_token_indices"))])
-    wanted = [name for name, layer in experts_of.items() if layers is None or layer in layers]
-    linear, ffns = ([name for names in found.values() for name in names] for found in (modules, weights))
-    names = [name for name, _ in model.named_modules()]
-    check_copies(names, copies, [*wanted, *linear, *ffns])
-    check_layers(kwargs.get("layers_to_transform"), names)
-    check_exclusions(kwargs.get("exclude_modules"), names, experts_of)
-    adapted = chosen_parameters(wanted, kwargs)
-    if not adapted or (layers is not None and adapted != wanted):
-        given = {name: kwargs[name] for name in PLACES if kwargs.get(name) is not None}
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where adapters go.
+
+    Attributes:
+        blocks: the experts of every layer, by name and module.
+        experts_of: the layer of every parameter of experts, by its full name.
+        layers: those that are selected; `None` for all.
+        modules, weights: what `target_modules` means for PEFT's `target_modules` and `target_parameters`: ends of
+            names, and for each the full names that have it.
+    """
+
+    blocks: dict[int, tuple[str, nn.Module]]
+    experts_of: dict[str, int]
+    layers: list[int] | None
+    modules: dict[str, list[str]]
+    weights: dict[str, list[str]]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, selection: ExpertSelection | None, projections: list[str], targets: list[str]
+    ) -> "_Places":
+        blocks = _supported_experts(model)
+        stacks = [_PARAMETERS[name] for name in dict.fromkeys(projections)]
+        experts_of = {f"{name}.{stack}": layer for layer, (name, _) in blocks.items() for stack in stacks}
+        layers = None if selection is None else [layer for layer, ids in selection.experts.items() if ids]
+        if selection is not None:
+            if selection.non_expert_modules:
+                raise ValueError(
+                    "experts: non_expert_modules=True is not allowed for LoRA: name them in target_modules."
+                )
+            if selection.shared_experts:  # Qwen2-MoE has one
+                one = any(".shared_expert." in name for name, _ in model.named_modules())
+                targets = [*targets, "shared_expert" if one else "shared_experts"]
+        return cls(blocks, experts_of, layers, *_linear_targets(model, targets))
+
+    @property
+    def wanted(self) -> list[str]:
+        """The parameters of experts in the selected layers."""
+        return [name for name, layer in self.experts_of.items() if self.layers is None or layer in self.layers]
+
+    @property
+    def linear(self) -> list[str]:
+        """The full names of the linear maps that are adapted as modules."""
+        return [name for names in self.modules.values() for name in names]
+
+    @property
+    def ffns(self) -> list[str]:
+        """The full names of the weights that are adapted as parameters."""
+        return [name for names in self.weights.values() for name in names]
+
+    def ends(self) -> dict[str, list[str]]:
+        """The parameters of experts by the ends of their names."""
+        ends: dict[str, list[str]] = {}
+        for name in sorted(self.experts_of, key=lambda name: name.rsplit(".", 1)[0]):
+            ends.setdefault(".".join(name.split(".")[-3:]), []).append(name)
+        return ends
+
+    def check(self, model: nn.Module, options: Mapping[str, Any], copies: list[str]) -> None:
+        """Raise a `ValueError` for options that name what is not there, or copies of what is adapted."""
+        names = [name for name, _ in model.named_modules()]
+        check_copies(names, copies, [*self.wanted, *self.linear, *self.ffns])
+        check_layers(options.get("layers_to_transform"), names)
+        check_exclusions(options.get("exclude_modules"), names, self.experts_of)
+
+    def chosen(self, options: Mapping[str, Any]) -> list[str]:
+        """The parameters of experts that are adapted.
+
+        Raises:
+            ValueError: if none is left, or an option excludes selected ones.
+        """
+        wanted = self.wanted
+        adapted = chosen_parameters(wanted, options)
+        if adapted and (self.layers is None or adapted == wanted):
+            return adapted
+        given = {name: options[name] for name in PLACES if options.get(name) is not None}
         lost = next(name for name in wanted if name not in adapted)
-        raise ValueError(f"{given} is not allowed: it excludes {lost}, and " + (
-            f"no layer of {sorted(blocks)} is left." if layers is None else "`experts` selects some of these experts."
-        ))  # fmt: skip
-    others = chosen_parameters(ffns, kwargs)
-    if not any(excludes(kwargs.get("exclude_modules"), name) for name in linear):
-        kwargs["exclude_modules"] = None  # done, and PEFT, which looks at modules alone, would say that it was not
-    for name in ("rank_pattern", "alpha_pattern"):
-        kwargs[name] = completed_pattern(name, kwargs.get(name), [*adapted, *others], linear)
-    ends: dict[str, list[str]] = {}
-    for name in sorted(experts_of, key=lambda name: name.rsplit(".", 1)[0]):
-        ends.setdefault(".".join(name.split(".")[-3:]), []).append(name)
-    return ExpertLoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        use_rslora=use_rslora,
-        init_lora_weights=init_lora_weights,
-        target_modules=list(modules),
-        target_parameters=_shortened(ends, adapted) + _shortened(weights, others),
-        modules_to_save=copies or None,
-        task_type=task_type,
-        experts=None if selection is None else selection.experts,
-        **kwargs,
-    )
+        what = f"no layer of {sorted(self.blocks)} is left." if self.layers is None else (
+            "`experts` selects some of these experts."
+        )  # fmt: skip
+        raise ValueError(f"{given} is not allowed: it excludes {lost}, and {what}")
 
 
 def _shortened(ends: dict[str, list[str]], names: list[str]) -> list[str]:

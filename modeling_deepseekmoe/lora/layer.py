@@ -21,10 +21,9 @@ from peft.tuners.lora import Linear
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..checkpoint_layout import STACKS
+from ..checkpoint_layout import STACKS, layer_of
 from ..experts import (
     FUSED_BACKENDS,
-    LAYER,
     choose_backend,
     compute_dtype,
     refuse_offloaded,
@@ -73,10 +72,10 @@ class DirectLora(ParamWrapper):
         super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config) if own else config, **kwargs)
         self._set_dropout(adapter_name, config.lora_dropout)
         selection = getattr(config, "experts", None)
-        layer = LAYER.search(kwargs.get("target_name", self.target_name))
+        layer = layer_of(kwargs.get("target_name", self.target_name))
         if selection is not None and layer is not None and self.parameter_name in STACKS:
             others = torch.ones(self.num_experts, dtype=torch.bool)
-            others[selection.get(int(layer[1]), [])] = False
+            others[selection.get(layer, [])] = False
             with torch.no_grad():
                 factor_a, factor_b = self.factors(adapter_name)
                 factor_a[others.to(factor_a.device)] = 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ..experts import LAYER
+from ..checkpoint_layout import layer_of
 from ..support.peft_support import adapts_module, get_pattern_key, variant_fields
 
 # Other computations than x A B: no expert has them, and neither `merge` nor `export-adapter` takes such an adapter.
@@ -139,7 +139,7 @@ def check_layers(layers_to_transform: Any, names: Iterable[str]) -> None:
     if layers_to_transform is None:
         return
     wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform)
-    there = {int(match[1]) for name in names if (match := LAYER.search(f"{name}."))}
+    there = {layer for name in names if (layer := layer_of(name)) is not None}
     if not wanted or not there.issuperset(wanted):
         raise ValueError(
             f"layers_to_transform={layers_to_transform!r} is not allowed: the layers are {min(there)} to {max(there)}."

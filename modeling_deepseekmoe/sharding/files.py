@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from ..checkpoint_layout import config_of_what_is_saved
 from ..configuration_deepseekmoe import DeepseekMoeConfig
+from ..support.folders import INDEX_NAME
 from ..support.library_support import has_adapters
 from ..support.models import whole_tensor
 from ..transformers_support import custom_object_save, revert_weight_conversion
 
-INDEX_NAME = "model.safetensors.index.json"
 UNFINISHED = ".unfinished"
 
 

@@ -12,6 +12,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 _SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG")
+_SIZES = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
 _TAKEN = "DEEPSEEKMOE_TAKEN_"  # under this prefix the switches stay, where accelerate does not look
 
 
@@ -37,45 +38,24 @@ def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
             or do not fit the number of processes.
         ImportError: for a transformers whose Trainer does not train models that are sharded at loading.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for switch in _SWITCHES:  # a second model is to be sharded in the same way
-        if switch in os.environ:
-            os.environ[_TAKEN + switch] = os.environ.pop(switch)
-    fsdp, parallel = (os.environ.get(_TAKEN + switch, "false").lower() == "true" for switch in _SWITCHES)
-    sizes = {name: _size(f"PARALLELISM_CONFIG_{name.upper()}_SIZE") if parallel else 1 for name in _SIZES}
-    tp_size = sizes["tp"] if tp_size is None else tp_size
-    for name, size in (("tp_size", tp_size), ("ep_size", ep_size)):
-        if size < 1:
-            raise ValueError(f"{name}={size} is not allowed: it must be at least 1.")
-    for name in ("cp", "sp"):
-        if sizes[name] > 1:
-            raise ValueError(
-                f"parallelism_config_{name}_size={sizes[name]} is not allowed: sequences are not divided."
-            )
-    if fsdp:
-        _check_fsdp()
-    offload = fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
-    if offload and processes == 1:
-        raise ValueError("fsdp_offload_params=true is not allowed for one process: it takes at least two.")
-    if processes == 1 and max(tp_size, ep_size) > 1:
-        raise ValueError(
-            f"tp_size={tp_size}, ep_size={ep_size} is not allowed for one process: start several with accelerate "
-            "launch or torchrun."
-        )
-    if processes == 1 or not (fsdp or parallel or tp_size > 1 or ep_size > 1):
+    launch = _Launch.read()
+    tp_size = launch.sizes["tp"] if tp_size is None else tp_size
+    launch.check(tp_size, ep_size)
+    processes = launch.processes
+    if processes == 1 or not (launch.fsdp or launch.parallel or tp_size > 1 or ep_size > 1):
         return None
-    replicas, rest = sizes["dp_replicate"], processes // tp_size // sizes["dp_replicate"]
-    shards = max(1, rest)
-    if replicas * shards * tp_size != processes or sizes["dp_shard"] not in (1, shards):
+    replicas, told = launch.sizes["dp_replicate"], launch.sizes["dp_shard"]
+    shards = max(1, processes // tp_size // replicas)
+    if replicas * shards * tp_size != processes or told not in (1, shards):
         raise ValueError(
-            f"tp_size={tp_size}, dp_replicate_size={replicas} and dp_shard_size={sizes['dp_shard']} are not allowed "
-            f"for {processes} processes: their product must be the number of processes."
+            f"tp_size={tp_size}, dp_replicate_size={replicas} and dp_shard_size={told} are not allowed for "
+            f"{processes} processes: their product must be the number of processes."
         )
     from transformers.distributed import DistributedConfig
 
     if "dp_replicate_size" not in {field.name for field in dataclasses.fields(DistributedConfig)}:
         raise ImportError("Loading straight into shards needs transformers 5.23 or newer.")
-    if offload and torch.cuda.is_available() and not dist.is_initialized():
+    if launch.offload and torch.cuda.is_available() and not dist.is_initialized():
         # Norms of what lies on the CPU are reduced there. accelerate would look at the switch, which is taken.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl")
@@ -84,14 +64,64 @@ def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
         fsdp_size=shards,
         dp_replicate_size=replicas,
         ep_size=ep_size,
-        fsdp_cpu_offload=offload,
+        fsdp_cpu_offload=launch.offload,
         fsdp_mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16",
     )
     logger.info(f"transformers shards the model while it loads, and accelerate does not: {sharding}")
     return sharding
 
 
-_SIZES = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """What the launcher has told the processes.
+
+    Attributes:
+        processes: their number.
+        fsdp, parallel: whether FSDP, and a `parallelism_config`, were asked for.
+        offload: whether the shards lie in the machine's memory.
+        sizes: of the `parallelism_config`, by the names of `_SIZES`; 1 where it was not asked for.
+    """
+
+    processes: int
+    fsdp: bool
+    parallel: bool
+    offload: bool
+    sizes: dict[str, int]
+
+    @classmethod
+    def read(cls) -> "_Launch":
+        """Read the environment, and put accelerate's switches where it does not look."""
+        for switch in _SWITCHES:  # a second model is to be sharded in the same way
+            if switch in os.environ:
+                os.environ[_TAKEN + switch] = os.environ.pop(switch)
+        fsdp, parallel = (os.environ.get(_TAKEN + switch, "false").lower() == "true" for switch in _SWITCHES)
+        return cls(
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            fsdp=fsdp,
+            parallel=parallel,
+            offload=fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
+            sizes={name: _size(f"PARALLELISM_CONFIG_{name.upper()}_SIZE") if parallel else 1 for name in _SIZES},
+        )
+
+    def check(self, tp_size: int, ep_size: int) -> None:
+        """Raise a `ValueError` for what is not allowed, whatever the number of processes is."""
+        for name, size in (("tp_size", tp_size), ("ep_size", ep_size)):
+            if size < 1:
+                raise ValueError(f"{name}={size} is not allowed: it must be at least 1.")
+        for name in ("cp", "sp"):
+            if self.sizes[name] > 1:
+                raise ValueError(
+                    f"parallelism_config_{name}_size={self.sizes[name]} is not allowed: sequences are not divided."
+                )
+        if self.fsdp:
+            _check_fsdp()
+        if self.offload and self.processes == 1:
+            raise ValueError("fsdp_offload_params=true is not allowed for one process: it takes at least two.")
+        if self.processes == 1 and max(tp_size, ep_size) > 1:
+            raise ValueError(
+                f"tp_size={tp_size}, ep_size={ep_size} is not allowed for one process: start several with accelerate "
+                "launch or torchrun."
+            )
 
 
 def _size(variable: str) -> int:

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Weights that nothing here reads.
 FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -83,4 +84,14 @@ def unfinished_folder(destination: str | Path) -> Iterator[Path]:
         raise
 
 
-__all__ = ["FOREIGN_WEIGHTS", "check_destination", "local_folder", "opened", "read_tensors", "unfinished_folder"]
+__all__ = [
+    "CONFIG_NAME",
+    "FOREIGN_WEIGHTS",
+    "INDEX_NAME",
+    "WEIGHTS_NAME",
+    "check_destination",
+    "local_folder",
+    "opened",
+    "read_tensors",
+    "unfinished_folder",
+]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling_deepseekmoe import DeepseekMoePreTrainedModel
+from ..modeling_pretrained import DeepseekMoePreTrainedModel
 from ..transformers_support import revert_weight_conversion
 
 _READS = "reads_official_names"

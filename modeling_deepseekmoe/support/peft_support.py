@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper
@@ -73,22 +72,14 @@ class CombiningLoraModel(LoraModel):
         return False
 
     def _svd_generalized_task_arithmetic_weighted_adapter(
-        self,
-        combination_type: str,
-        adapters: list[str],
-        weights: list[float],
-        new_rank: int,
-        target: nn.Module,
-        target_lora_A: torch.Tensor,
-        target_lora_B: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
+        self, combination_type: str, adapters: list[str], weights: list[float], *arguments: Any, **kwargs: Any
     ) -> Any:
+        new_rank, target, target_lora_A, target_lora_B, *_ = arguments
         adapter_name = next((name for name, layer in target.lora_A.items() if layer.weight is target_lora_A), None)
         if adapter_name is not None and self.combine_by_svd(target, adapters, weights, new_rank, adapter_name):
             return target_lora_A.data, target_lora_B.data
         return super()._svd_generalized_task_arithmetic_weighted_adapter(
-            combination_type, adapters, weights, new_rank, target, target_lora_A, target_lora_B, *args, **kwargs
+            combination_type, adapters, weights, *arguments, **kwargs
         )
 
 

@@ -22,16 +22,17 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from modeling_deepseekmoe import torch_support, transformers_support
 
-MODEL = ("modeling_deepseekmoe",)
+MODEL = ("modeling_pretrained",)
 
 
 # ------------------------------------------------------------------------------- transformers: what a model declares
 @relies_on(
     "transformers", "_supports_flash_attn", "_supports_sdpa", "_supports_flex_attn", "_supports_attention_backend",
     "_can_record_outputs", "_no_split_modules", "_skip_keys_device_placement",
-    "_tied_weights_keys", "_keys_to_ignore_on_load_unexpected",
-    files=MODEL, breaks="Attention would be eager only, device maps and tied heads wrong, outputs not recorded.",
+    "_keys_to_ignore_on_load_unexpected",
+    files=MODEL, breaks="Attention would be eager only, device maps wrong, outputs not recorded.",
 )  # fmt: skip
+@relies_on("transformers", "_tied_weights_keys", files=("modeling_deepseekmoe",), breaks="Heads would not be tied.")
 def test_declarations_are_read_from_the_class() -> None:
     for name in ("_supports_flash_attn", "_supports_sdpa", "_supports_flex_attn", "_supports_attention_backend",
                  "_can_record_outputs", "_no_split_modules",

@@ -31,7 +31,7 @@ from modeling_deepseekmoe import (
 )
 from modeling_deepseekmoe.esft.scoring import save_scores, selection_table
 from modeling_deepseekmoe.experts import find_experts
-from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
+from modeling_deepseekmoe.moe import DeepseekMoeExperts
 
 ESFT_DATA = DATA / "esft"
 

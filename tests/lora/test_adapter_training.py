@@ -108,8 +108,13 @@ def demo_model(source: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def run_example(name: str, **settings: object) -> None:
+    module = load(name)
+    module.main(module.Settings(**settings))
+
+
 def test_example_of_lora(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load("finetune_lora").main(
+    run_example("finetune_lora",
         model=str(demo_model), output=tmp_path / "lora", rank=4, steps=3, block_size=32, held_out=8, experts=None,
         dropout=0.05, learning_rate=1e-2,
     )  # fmt: skip
@@ -126,7 +131,7 @@ def test_example_of_lora(demo_model: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_example_of_esft(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load("finetune_esft").main(
+    run_example("finetune_esft",
         model=str(demo_model), output=tmp_path / "esft", method="token", threshold=0.3, samples=8, steps=6,
         block_size=32, held_out=8, learning_rate=1e-2,
     )  # fmt: skip
@@ -146,7 +151,9 @@ def test_example_of_trl(demo_model: Path, tmp_path: Path) -> None:
     module = load("sft_trl")
     rows = module.conversations()
     assert len(rows) > 100 and rows[0]["messages"][0]["role"] == "user"
-    module.main(model=str(demo_model), output=tmp_path / "sft", rank=4, steps=2, learning_rate=1e-2, max_length=64)
+    run_example(
+        "sft_trl", model=str(demo_model), output=tmp_path / "sft", rank=4, steps=2, learning_rate=1e-2, max_length=64
+    )
     tensors = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
     assert any(".mlp.experts.lora_B" in name and tensor.any() for name, tensor in tensors.items())
     assert any(".self_attn.q_proj.lora_B" in name and tensor.any() for name, tensor in tensors.items())

@@ -13,7 +13,7 @@ from modeling_deepseekmoe import (
     expert_lora_config,
     optimize_expert_lora,
 )
-from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeExperts
+from modeling_deepseekmoe.moe import DeepseekMoeExperts
 
 
 @pytest.mark.parametrize("first", ["gate_up", "down"])

@@ -16,7 +16,7 @@ from ranks import leave
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import experts
-from modeling_deepseekmoe.modeling_deepseekmoe import DeepseekMoeDecoderLayer
+from modeling_deepseekmoe.modeling_pretrained import DeepseekMoeDecoderLayer
 
 folder, output, options, settings, loop_from = sys.argv[1:]
 experts.LOOP_FROM = int(loop_from)

@@ -1,0 +1,244 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What all models of the family share: decoder layers, initialisation, checkpoints, parallel plans, recorded outputs.
+
+Attention, norm and dense FFN are those of transformers.
+
+Shape letters: B batch, S sequence, D hidden.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GradientCheckpointingLayer, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from .checkpoint_layout import (
+    Stored,
+    check_checkpoint,
+    config_of_what_is_saved,
+    mtp_layers,
+    refuse_single_experts,
+    register_checkpoint_layout,
+)
+from .configuration_deepseekmoe import DeepseekMoeConfig
+from .experts import IMPLEMENTATION
+from .moe import (
+    DeepseekMoeBlock,
+    DeepseekMoeExperts,
+    DeepseekMoeGate,
+    is_moe_block,
+    tell_unquantised_experts,
+)
+from .parallel_plans import expert_parallel_plan
+from .remote_code import PublishedModel
+from .router_load import (
+    NO_RECORD,
+    RoutingContext,
+)
+from .transformers_support import (
+    CACHE_NAMES,
+    DeepseekV3Attention,
+    DeepseekV3MLP,
+    LlamaAttention,
+    LlamaRMSNorm,
+    OutputRecorder,
+    cache_name,
+    normal_,
+    takes_cache,
+    zeros_,
+)
+
+ATTENTION_CLASSES: dict[str, type[nn.Module]] = {"mha": LlamaAttention, "mla": DeepseekV3Attention}
+CACHE = cache_name()  # how transformers' layers, masks and outputs call it
+
+register_checkpoint_layout()
+DeepseekMoeConfig.base_model_ep_plan = expert_parallel_plan()  # here, because it takes a second to find out
+
+
+@dataclass
+class DeepseekMoeModelOutput(MoeModelOutputWithPast):
+    """Output of the decoder.
+
+    Attributes:
+        aux_loss (`torch.FloatTensor` of shape ()): sum of the layers' auxiliary losses, coefficients included; in
+            training, and in evaluation if `output_router_logits` is set.
+    """
+
+    aux_loss: torch.Tensor | None = None
+
+
+class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then a MoE block or a dense FFN, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DeepseekMoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = ATTENTION_CLASSES[config.attention_type](config=config, layer_idx=layer_idx)
+        self.mlp = DeepseekMoeBlock(config) if config.is_moe_layer(layer_idx) else DeepseekV3MLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @partial(takes_cache, name=CACHE)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        routing: RoutingContext = NO_RECORD,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Apply the layer; returns the hidden states (B, S, D) and, where they were asked for, the fields of the
+        block's [`RoutingRecord`]. They are outputs, one by one, and not something kept on the side, so that the
+        losses have a gradient under both modes of gradient checkpointing."""
+        attention_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
+        )
+        hidden_states = hidden_states + attention_output
+        residual, hidden_states, record = hidden_states, self.post_attention_layernorm(hidden_states), None
+        if is_moe_block(self.mlp):
+            hidden_states, record = self.mlp(hidden_states, routing)
+        else:
+            hidden_states = self.mlp(hidden_states)
+        return (residual + hidden_states, *(record or ()))
+
+
+class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
+    """What all models of the family share: initialisation, checkpoints, parallel plans, recorded outputs."""
+
+    config_class = DeepseekMoeConfig
+    config: DeepseekMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepseekMoeDecoderLayer"]  # noqa: RUF012 - read, never changed; as transformers declares it
+    _skip_keys_device_placement = CACHE_NAMES
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": DeepseekMoeDecoderLayer,
+        "attentions": [OutputRecorder(attention, index=1) for attention in ATTENTION_CLASSES.values()],
+        "router_logits": OutputRecorder(DeepseekMoeGate, index=0),
+    }
+
+    def __init__(self, config: DeepseekMoeConfig, *args: Any, **kwargs: Any) -> None:
+        config.check_fields()
+        super().__init__(config, *args, **kwargs)
+        # Read from the checkpoint's names by transformers; what is left out is reported by `check_checkpoint`.
+        self._keys_to_ignore_on_load_unexpected = [rf"(^|\.)layers\.{idx}\." for idx in mtp_layers(config)]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the decorator in the source of the class's own module; this family has two modules.
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The experts implementation to use: this package's own unless another one is asked for.
+
+        Raises:
+            ValueError: for this package's own where the experts are quantised: those are modules of transformers, with
+                implementations of their own.
+        """
+        quantised = getattr(self.config, "quantization_config", None) is not None
+        if requested_experts == IMPLEMENTATION and quantised:
+            raise ValueError(f"experts_implementation={IMPLEMENTATION!r} is not allowed for a quantised checkpoint.")
+        if requested_experts is None and not quantised:
+            requested_experts = IMPLEMENTATION
+        return super().get_correct_experts_implementation(requested_experts)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter as transformers does; see its `PeftAdapterMixin.add_adapter`.
+
+        Raises:
+            ValueError: among others where transformers wants another PEFT; the message says what works without it.
+        """
+        try:
+            super().add_adapter(*args, **kwargs)
+        except ValueError as error:
+            if "version of PEFT" not in str(error):
+                raise
+            advice = "Call peft.get_peft_model(model, config) instead: with LoRA it works with the installed PEFT."
+            raise ValueError(f"model.add_adapter is not allowed: {error}. {advice}") from error
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DeepseekMoeGate):
+            normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.e_score_correction_bias is not None:
+                zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepseekMoeExperts):
+            normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
+            normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: "DeepseekMoePreTrainedModel",
+        state_dict: dict[str, torch.Tensor] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        """Check names and shapes first: transformers would stack whatever experts it finds. Where it says itself what
+        it expects, these are the tensors of an adapter alone."""
+        stored = None
+        if expected_keys is not None:
+            names = state_dict if state_dict is not None else Stored.of_files(checkpoint_files or ()).shapes
+            refuse_single_experts(names, expected_keys)
+        elif state_dict is not None:
+            stored = Stored.of_state_dict(state_dict)
+        elif checkpoint_files and not any(str(file).endswith(".gguf") for file in checkpoint_files):
+            stored = Stored.of_files(checkpoint_files)
+        if stored is not None:
+            as_stored = load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes
+            expected = Stored.of_state_dict(model.state_dict()).shapes if as_stored else {}
+            check_checkpoint(model.config, stored.shapes, expected)
+            for name, module in model.named_modules():
+                if isinstance(module, DeepseekMoeGate):
+                    module.keep_precision(stored.gates.get(f"{name}.weight".removeprefix("model.")))
+        result = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+        quantizer = None if expected_keys is not None else load_config.hf_quantizer
+        if quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False):
+            tell_unquantised_experts(model)
+        return result
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model as transformers does; see its `PreTrainedModel.save_pretrained`. The config in the folder
+        says what the files hold: no multi-token-prediction layers.
+
+        Raises:
+            ValueError: among others where layers were taken out, put in or exchanged, and the config says otherwise.
+        """
+        with config_of_what_is_saved(self):
+            super().save_pretrained(*args, **kwargs)
+
+    def _loss_with_auxiliary(
+        self, loss: torch.Tensor, aux_loss: torch.Tensor | None, items: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """Add the auxiliary loss to the task loss, in training only.
+
+        A trainer that passes `num_items_in_batch` does not divide by the number of accumulated micro-batches, so the
+        auxiliary loss of each one counts by its share of the items: `items` of this micro-batch over
+        `num_items_in_batch`. With micro-batches of equal item counts this is their plain mean.
+        """
+        if not self.training or aux_loss is None:
+            return loss
+        return loss + (aux_loss * share_of_items(items, aux_loss.device, **kwargs)).to(loss.device)
+
+
+def share_of_items(items: torch.Tensor, device: torch.device, **kwargs: Any) -> torch.Tensor | float:
+    """`items` of this micro-batch over a trainer's `num_items_in_batch`; 1 without it."""
+    num_items = kwargs.get("num_items_in_batch")
+    return 1.0 if num_items is None else items.to(device) / torch.as_tensor(num_items, device=device)
+
+
+__all__ = [
+    "CACHE",
+    "DeepseekMoeDecoderLayer",
+    "DeepseekMoeModelOutput",
+    "DeepseekMoePreTrainedModel",
+    "share_of_items",
+]
