@@ -32,13 +32,13 @@ from .moe import (
     moe_layers_of,
     tell_widened_experts,
 )
+from .reminders import Reminders
 from .router_load import (
     RouterLoadCounter,
     RoutingContext,
     RoutingRecord,
     counts_as_training,
     load_of_records,
-    remind_while_training,
     sum_of_losses,
     token_mask_of,
 )
@@ -71,17 +71,9 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.router_load = RouterLoadCounter(config.moe_layers, config.n_routed_experts or 0)
+        self.reminders = Reminders()
         self.register_load_state_dict_pre_hook(report_lost_adapters)
-        self._remind_while_training()
         self.post_init()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._remind_while_training()  # a copy is another model
-
-    def _remind_while_training(self) -> None:
-        if self.moe_layers:
-            remind_while_training(self, balanced_by_bias=self.config.topk_method == "noaux_tc")
 
     @takes_cache
     @merge_with_config_defaults
@@ -144,7 +136,10 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         )
         aux_loss = sum_of_losses(records, hidden_states.device) if routing.record else None
         if records and counts_as_training(self):
-            self._count(records, routing.token_mask, inputs_embeds.shape[:2].numel(), aux_loss)
+            self.reminders.remind(self)
+            self._count(records, routing.token_mask, inputs_embeds.shape[:2].numel())
+            if self.config.loss_alphas and aux_loss is not None:
+                self.router_load.watch(aux_loss, hidden_states)
         return DeepseekMoeModelOutput(
             last_hidden_state=self.norm(hidden_states), aux_loss=aux_loss, **{CACHE: past_key_values}
         )
@@ -161,19 +156,11 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
                 records[layer_idx] = RoutingRecord(*record)
         return hidden_states, records
 
-    def _count(
-        self,
-        records: dict[int, RoutingRecord],
-        token_mask: torch.Tensor | None,
-        num_tokens: int,
-        aux_loss: torch.Tensor | None,
-    ) -> None:
+    def _count(self, records: dict[int, RoutingRecord], token_mask: torch.Tensor | None, num_tokens: int) -> None:
         """Count what the gates did with a micro-batch of training."""
         layers = self.moe_layers
         self.router_load.add(load_of_records(records, layers, token_mask, num_tokens), layers)
         tell_widened_experts(self)
-        if self.config.loss_alphas and aux_loss is not None:
-            self.router_load.watch(aux_loss)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

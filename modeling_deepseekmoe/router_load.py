@@ -10,24 +10,15 @@ Shape letters: L MoE layers, E routed experts.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from transformers.utils import logging
 
 from .auxiliary_losses import LOSS_NAMES
-from .configuration_checks import LOSS_FIELDS
 from .routing import shares_of
 from .torch_support import in_backward_pass
-
-logger = logging.get_logger(__name__)
-
-STEPS_UNTIL_WARNING = 50
 
 
 class RoutingContext(NamedTuple):
@@ -144,10 +135,10 @@ class RouterLoadCounter:
         num_experts (`int`): E, of the latest training step.
         measure_entropy (`bool`): whether blocks are asked for the entropy too.
         load ([`RouterLoad`], *optional*): what was counted since the last `take`; `None` if nothing was.
-        trained (`bool`): whether a training forward ran since the last optimizer step.
-        watched (`bool`): whether it has auxiliary losses, and it is seen if something trains them.
-        reached (`bool`): whether a backward pass has come to them, with a gradient of any size.
-        steps_without_update (`int`): optimizer steps after such forwards since the bias was updated last.
+        watched (`bool`): whether there were auxiliary losses of which it is seen if something trains them.
+        passed (`bool`): whether a backward pass has come to the decoder's output since.
+        reached (`bool`): whether one has come to these losses, with a gradient of any size.
+        steps_without_update (`int`): optimizer steps since the bias was updated last, as `reminders` counts them.
     """
 
     def __init__(self, layers: tuple[int, ...], num_experts: int) -> None:
@@ -155,8 +146,8 @@ class RouterLoadCounter:
         self.num_experts = num_experts
         self.measure_entropy = False
         self.load: RouterLoad | None = None
-        self.trained = False
         self.watched = False
+        self.passed = False
         self.reached = False
         self.steps_without_update = 0
 
@@ -172,17 +163,25 @@ class RouterLoadCounter:
         if (layers, num_experts) != (self.layers, self.num_experts):
             self.layers, self.num_experts, self.load = layers, num_experts, None
         self.begin(load.tokens_per_expert.device).add_(load)
-        self.trained = True
 
-    def watch(self, aux_loss: torch.Tensor) -> None:
+    def watch(self, aux_loss: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """Note in the backward pass whether a gradient reaches the auxiliary loss of the micro-batch that was added
         last: whether whoever made the loss put it in. Not known inside `torch.compile`, and nothing to know where it
-        depends on nothing that is trained."""
+        depends on nothing that is trained.
+
+        Args:
+            aux_loss: of the micro-batch.
+            hidden_states: the decoder's output, which a backward pass comes to in any case.
+        """
         if self.load is None or torch.compiler.is_compiling() or not aux_loss.requires_grad:
             return
         self.load.losses_watched += 1
         self.watched = True
         aux_loss.register_hook(self._weigh)
+        hidden_states.register_hook(self._pass)
+
+    def _pass(self, gradient: torch.Tensor) -> None:
+        self.passed = True
 
     def _weigh(self, gradient: torch.Tensor) -> None:
         self.reached = True
@@ -296,71 +295,6 @@ def load_of_records(
     )
 
 
-# ------------------------------------------------------------------------------------------ reminders while training
-_of_updates: WeakSet[nn.Module] = WeakSet()
-_of_losses: WeakSet[nn.Module] = WeakSet()
-
-
-def remind_while_training(model: nn.Module, balanced_by_bias: bool) -> None:
-    """Warn, once, if `model` trains for 50 optimizer steps while nothing updates the bias of its gates, and if nothing
-    trains its auxiliary losses in the first step.
-
-    Args:
-        model: a decoder with a [`RouterLoadCounter`] as `router_load`.
-        balanced_by_bias: whether its gates have a bias.
-    """
-    _count_optimizer_steps()
-    _of_losses.add(model)
-    if balanced_by_bias:
-        _of_updates.add(model)
-
-
-@cache
-def _count_optimizer_steps() -> None:
-    register_optimizer_step_post_hook(_count_optimizer_step)
-
-
-def _count_optimizer_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-    # Another model's optimizer, or a second one of this model, comes without a forward pass; one that steps inside the
-    # backward pass, before that has come to the losses.
-    watched = [] if in_backward_pass() else [model for model in _of_losses if model.router_load.watched]
-    for model in [model for model in watched if _has_gradients(model)]:
-        _of_losses.discard(model)
-        if not model.router_load.reached:
-            logger.warning(
-                f"The auxiliary losses of {type(model).__name__}, {fields_of_losses(model.config)}, are computed and "
-                "NOT trained: whoever made the loss of the first step left out outputs.aux_loss (no labels given to "
-                "the model, label smoothing, a loss function of your own, a trainer that takes the logits alone, "
-                "router_aux_loss_coef=0 in TRL). Where it can be told to, let it add outputs.aux_loss; else set these "
-                "fields of model.config to 0."
-            )
-    for model in [model for model in _of_updates if model.router_load.trained and _gates_train(model)]:
-        counter: RouterLoadCounter = model.router_load
-        counter.trained = False
-        counter.steps_without_update += 1
-        if counter.steps_without_update >= STEPS_UNTIL_WARNING:
-            _of_updates.discard(model)
-            logger.warning(
-                f"{type(model).__name__} has trained for {STEPS_UNTIL_WARNING} steps, and nothing updates the bias of "
-                "its gates (topk_method='noaux_tc'): nothing balances its experts. Add "
-                "callbacks=[LoadBalancingCallback()] to the Trainer, or call update_router_bias(model) after every "
-                "optimizer.step(); both are in the package modeling_deepseekmoe."
-            )
-
-
-def fields_of_losses(config: Any) -> dict[str, float]:
-    """The coefficients of the auxiliary losses that are switched on, by the config's fields."""
-    return {LOSS_FIELDS[name]: alpha for name, alpha in config.loss_alphas.items()}
-
-
-def _has_gradients(model: nn.Module) -> bool:
-    return any(parameter.grad is not None for parameter in model.parameters())
-
-
-def _gates_train(model: nn.Module) -> bool:
-    return any(parameter.requires_grad for name, parameter in model.named_parameters() if ".gate." in name)
-
-
 __all__ = [
     "NO_RECORD",
     "RouterLoad",
@@ -370,7 +304,6 @@ __all__ = [
     "count_tokens",
     "counts_as_training",
     "load_of_records",
-    "remind_while_training",
     "sum_of_entropies",
     "sum_of_losses",
     "token_mask_of",

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What the package takes from torch beyond its documented interface: four things that have no public form.
+"""What the package takes from torch beyond its documented interface: five things that have no public form.
 
 No other file uses a private name of torch. `tests/test_canaries.py` states what is relied on for each.
 """
@@ -36,6 +36,11 @@ def without_wrappers(name: str) -> str:
     return re.sub(r"(^|\.)(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)(?=\.)", "", name).lstrip(".")
 
 
+def changes_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place: an optimizer changes its parameters so."""
+    return tensor._version
+
+
 def set_group_timeout(group: Any, seconds: float) -> None:
     """Let the ranks of a process group wait for each other that long, in seconds."""
     from torch.distributed import distributed_c10d  # some builds of torch are without it
@@ -43,4 +48,4 @@ def set_group_timeout(group: Any, seconds: float) -> None:
     distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-__all__ = ["Float32Buffers", "in_backward_pass", "set_group_timeout", "without_wrappers"]
+__all__ = ["Float32Buffers", "changes_of", "in_backward_pass", "set_group_timeout", "without_wrappers"]

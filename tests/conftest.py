@@ -27,7 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 import modeling_deepseekmoe
-from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, experts, router_load
+from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, experts
 from modeling_deepseekmoe.moe import DeepseekMoeExperts
 
 GOLDEN_NAMES = sorted(path.name for path in GOLDEN_ROOT.iterdir() if path.is_dir())
@@ -83,12 +83,10 @@ def override_native() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def fresh_state() -> None:
     """The same random numbers in every test, and nothing of another one: no compiled code, no warning that was given
-    already, no model that is watched for updates of its bias."""
+    already."""
     torch.manual_seed(0)
     torch.compiler.reset()
     logging.get_logger("modeling_deepseekmoe").warning_once.cache_clear()
-    router_load._of_updates.clear()
-    router_load._of_losses.clear()
 
 
 @pytest.fixture

@@ -207,6 +207,7 @@ def write_card(
         _put_away(path, "" if card == remote.card else card)  # which leaves the repository's as it is
         return
     if is_hand_written(card):
+        logger.warning_once(f"{path} stays as it is, because somebody wrote it. Delete it to have a new one.")
         return
     try:
         candidate = find_candidate(folder)

@@ -24,7 +24,7 @@ from modeling_deepseekmoe import (
     update_router_bias,
 )
 from modeling_deepseekmoe.balancing.gates import find_biased_gates
-from modeling_deepseekmoe.router_load import STEPS_UNTIL_WARNING
+from modeling_deepseekmoe.reminders import STEPS_UNTIL_WARNING
 
 COUNTS = torch.tensor([[5, 1, 3, 3], [12, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0], [2**40 + 1, 2**40, 2**40, 2**40]])
 SIGNS = torch.tensor([[-1, 1, 0, 0], [-1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0], [-1, 1, 1, 1]], dtype=torch.float32)
@@ -330,9 +330,9 @@ def loop(
 
 def test_a_loop_without_updates_is_warned_once(tiny_model: Callable, warnings_of_the_library: Callable) -> None:
     model = tiny_model(**V3_LIKE)
-    loop(model, STEPS_UNTIL_WARNING - 1, accumulate=2, optimizers=2)
+    loop(model, STEPS_UNTIL_WARNING, accumulate=2, optimizers=2)
     assert not warnings_of_the_library()
-    loop(model, 1)
+    loop(model, 1)  # its forward pass finds the steps before
     (message,) = warnings_of_the_library()
     assert "50 steps" in message and "callbacks=[LoadBalancingCallback()]" in message
     assert "update_router_bias(model)" in message

@@ -18,7 +18,7 @@ from modeling_deepseekmoe import (
     track_router_load,
     untrack_router_load,
 )
-from modeling_deepseekmoe.router_load import STEPS_UNTIL_WARNING
+from modeling_deepseekmoe.reminders import STEPS_UNTIL_WARNING
 from modeling_deepseekmoe.support.official_names import read_official_names
 
 
@@ -46,7 +46,7 @@ def test_a_copy_counts_for_itself(tiny_model: Callable, kind: str, part: str) ->
 def test_a_copy_is_reminded_too(tiny_model: Callable, warnings_of_package: list[str]) -> None:
     model = copy.deepcopy(tiny_model(**V3_LIKE))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for _ in range(STEPS_UNTIL_WARNING):
+    for _ in range(STEPS_UNTIL_WARNING + 1):
         model(batch[:1], labels=batch[:1]).loss.backward()
         optimizer.step()
     assert sum("nothing updates the bias" in text for text in warnings_of_package) == 1

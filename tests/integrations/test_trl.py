@@ -166,7 +166,7 @@ def test_the_third_generation_has_its_own_loss(tiny_config: Callable, tmp_path: 
 def test_losses_that_a_trainer_leaves_out_are_reported(
     tiny_model: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sft(tiny_model(**VARIANTS["noaux"], **SIZES), tmp_path, 0.0, max_steps=1)
+    sft(tiny_model(**VARIANTS["noaux"], **SIZES), tmp_path, 0.0, max_steps=2)
     assert caplog.text.count("NOT trained") == 1 and "'sequence_balance_alpha': 0.02" in caplog.text
 
 
