@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the results of the benchmarks.
+"""Write docs/benchmarks.md, and the table of figures in README.md, from the results of the benchmarks.
 
 Every figure of the page comes from a file in benchmarks/results. The demo's figures are those of
 benchmarks/results/demo.json, which `--demo` copies from the folder of a full `make demo`; without that file the page
@@ -20,6 +20,11 @@ from page_sections import SECTIONS, Figures, Section
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
+README, BEGIN, END = (
+    ROOT / "README.md",
+    "<!-- figures, by benchmarks/make_page.py -->\n",
+    "<!-- end of the figures -->",
+)
 WIDTH = 120
 # Under which names the results hold versions and sizes of the machine.
 VERSIONS = {"python": "Python", "torch": "torch", "transformers": "transformers", "peft": "PEFT",
@@ -84,6 +89,44 @@ def make_page() -> str:
     return "\n\n".join([*blocks, AFTERWORD.strip()]) + "\n"
 
 
+def load(name: str) -> Figures:
+    """Read a file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def headline() -> str:
+    """Make the table of README: a few figures, each of another benchmark."""
+    lora = load("expert_lora")["cases"][0]
+    step, token = lora["seconds"]["step"], lora["seconds"]["decode"]
+    shape = "{experts} experts, {tokens} tokens, rank {rank}".format(**lora["shape"])
+    layer = next(
+        case
+        for case in load("experts")["cases"]
+        if case["shape"]["name"] == "16B and V2-Lite" and case["tokens"] > 1 and case["kind"] == "forward"
+    )
+    best, name = layer["seconds"][layer["best"]], layer["best"]
+    resumed = {side: found["resumed"]["v3-noaux"] for side, found in load("against_transformers")["sides"].items()}
+    rows = [
+        ("", "peer", "this package"),
+        ("---", "---", "---"),
+        (f"LoRA on experts, a training step ({shape})", f"plain PEFT {1e3 * step['peft']:,.0f} ms",
+         f"{1e3 * step['ours']:,.0f} ms; frozen base {1e3 * step['base']:,.0f} ms"),
+        ("the same, one token decoded", f"plain PEFT {1e3 * token['peft']:,.0f} ms",
+         f"{1e3 * token['ours']:,.0f} ms; frozen base {1e3 * token['base']:,.0f} ms"),
+        (f"a layer of 16B's experts, {layer['tokens']:,} tokens", f"transformers {1e3 * best:,.0f} ms ({name})",
+         f"{1e3 * layer['seconds']['deepseekmoe']:,.0f} ms"),
+        ("V3 resumed by Trainer: how far the experts are off", f"transformers {resumed['transformers']:.1f}",
+         f"{resumed['modeling_deepseekmoe']:.0f}"),
+    ]  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def with_headline(readme: str) -> str:
+    """Put the table into README's text, between its marks."""
+    before, _, rest = readme.partition(BEGIN)
+    return before + BEGIN + headline() + END + rest.partition(END)[2]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page, or check the one on the disk; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,13 +134,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--demo", type=Path, help="metrics.json of the demo, copied to benchmarks/results/demo.json")
     options = parser.parse_args(arguments)
     if options.check:
-        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == make_page():
+        readme = README.read_text(encoding="utf-8")
+        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == make_page() and readme == with_headline(readme):
             return 0
-        print(f"{PAGE} is not what the results say: run python benchmarks/make_page.py", file=sys.stderr)
+        print(f"{PAGE} or README is not what the results say: run python benchmarks/make_page.py", file=sys.stderr)
         return 1
     if options.demo:
         shutil.copyfile(options.demo, RESULTS / "demo.json")
     PAGE.write_text(make_page(), encoding="utf-8")
+    README.write_text(with_headline(README.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"Written: {PAGE}")
     return 0
 

@@ -7,6 +7,9 @@ the routing, which the host does not know: there are programs for the most that 
 the experts' offsets, and those without one end. What belongs to the same token is added up by a kernel of its own, in
 the order of the token's choices: no atomics, the same bits in every run.
 
+A choice is one token at one of its experts, numbered as in the flattened (T, K). Its place is where it stands in the
+order of the experts.
+
 "Rows" lie in the order of the experts, (S, width), or, where a flag says so, are the tokens' (T, width), read through
 the permutation. Sums are float32.
 """
@@ -21,7 +24,7 @@ _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 # -------------------------------------------------------------------------------------------------- inside a kernel
 @jit
 def _tile(tile, offsets, E: tl.constexpr, E_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Expert, first choice and end of its choices, of a block of rows; with expert E or above there is none."""
+    """Expert, first place and end of its choices, of a block of rows; with expert E or above there is none."""
     lane = tl.arange(0, E_WIDTH)
     begins = tl.load(offsets + lane, mask=lane < E, other=0)
     ends = tl.load(offsets + lane + 1, mask=lane < E, other=0)
@@ -34,19 +37,19 @@ def _tile(tile, offsets, E: tl.constexpr, E_WIDTH: tl.constexpr, BLOCK_ROWS: tl.
 
 
 @jit
-def _places(choice, exists, permutation, TOP_K: tl.constexpr, BY_TOKEN: tl.constexpr):
+def _places(place, exists, permutation, TOP_K: tl.constexpr, BY_TOKEN: tl.constexpr):
     """The rows that choices are read from."""
     if BY_TOKEN:
-        return tl.load(permutation + choice, mask=exists, other=0) // TOP_K
+        return tl.load(permutation + place, mask=exists, other=0) // TOP_K
     else:
-        return choice.to(tl.int64)
+        return place.to(tl.int64)
 
 
 @jit
-def _dropped(values, choice, column, seed, probability, WIDTH: tl.constexpr):
+def _dropped(values, place, column, seed, probability, WIDTH: tl.constexpr):
     """Values of choices and columns with the adapter's dropout, the same in every pass."""
-    place = choice[:, None] * WIDTH + column[None, :]
-    return tl.where(tl.rand(seed, place) >= probability, values / (1.0 - probability), 0.0)
+    cell = place[:, None] * WIDTH + column[None, :]
+    return tl.where(tl.rand(seed, cell) >= probability, values / (1.0 - probability), 0.0)
 
 
 @jit
@@ -61,8 +64,8 @@ def _dot(left, right, sums, PRECISION: tl.constexpr):
 def _multiply(
     sums,
     rows,
+    row,
     place,
-    choice,
     exists,
     matrix,
     stride_in,
@@ -80,9 +83,9 @@ def _multiply(
     inside = tl.arange(0, BLOCK_IN)
     for start in range(0, IN, BLOCK_IN):
         k = start + inside
-        left = tl.load(rows + place[:, None] * IN + k[None, :], mask=exists[:, None] & (k < IN)[None, :], other=0.0)
+        left = tl.load(rows + row[:, None] * IN + k[None, :], mask=exists[:, None] & (k < IN)[None, :], other=0.0)
         if DROPOUT:
-            left = _dropped(left.to(tl.float32), choice, k, seed, probability, IN).to(left.dtype)
+            left = _dropped(left.to(tl.float32), place, k, seed, probability, IN).to(left.dtype)
         there = (k < IN)[:, None] & (column < OUT)[None, :]
         right = tl.load(matrix + k[:, None] * stride_in + column[None, :] * stride_out, mask=there, other=0.0)
         sums = _dot(left, right, sums, PRECISION)
@@ -93,7 +96,7 @@ def _multiply(
 def _add_adapter(
     sums,
     inner,
-    choice,
+    place,
     exists,
     factor,
     stride_r,
@@ -107,13 +110,13 @@ def _add_adapter(
     probability,
 ):
     """Adds inner rows (BLOCK_ROWS, R) times columns of a factor (R, OUT), or what the dropout leaves of that."""
-    place = choice.to(tl.int64)
+    row = place.to(tl.int64)
     added = tl.zeros_like(sums) if seed is not None else sums
     added = _multiply(
-        added, inner, place, choice, exists, factor, stride_r, stride_out, column, R, OUT, BLOCK_R, PRECISION
+        added, inner, row, place, exists, factor, stride_r, stride_out, column, R, OUT, BLOCK_R, PRECISION
     )
     if seed is not None:
-        added = sums + _dropped(added, choice, column, tl.load(seed), probability, OUT)
+        added = sums + _dropped(added, place, column, tl.load(seed), probability, OUT)
     return added
 
 
@@ -122,7 +125,7 @@ def _multiply_twice(
     gate,
     up,
     rows,
-    place,
+    row,
     exists,
     matrix,
     stride_in,
@@ -137,7 +140,7 @@ def _multiply_twice(
     inside = tl.arange(0, BLOCK_IN)
     for start in range(0, IN, BLOCK_IN):
         k = start + inside
-        left = tl.load(rows + place[:, None] * IN + k[None, :], mask=exists[:, None] & (k < IN)[None, :], other=0.0)
+        left = tl.load(rows + row[:, None] * IN + k[None, :], mask=exists[:, None] & (k < IN)[None, :], other=0.0)
         there = (k < IN)[:, None] & (column < OUT)[None, :]
         right = matrix + k[:, None] * stride_in + column[None, :] * stride_out
         gate = _dot(left, tl.load(right, mask=there, other=0.0), gate, PRECISION)
@@ -180,32 +183,32 @@ def first_product_kernel(
     expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
     if expert >= E:
         return
-    choice = first + tl.arange(0, BLOCK_ROWS)
-    exists = choice < end
+    place = first + tl.arange(0, BLOCK_ROWS)
+    exists = place < end
     column = tl.program_id(0) % COLUMN_TILES * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    token = _places(choice, exists, permutation, TOP_K, True)
+    token = _places(place, exists, permutation, TOP_K, True)
     gate = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     up = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     matrix = gate_up + expert.to(tl.int64) * stride_e
     gate, up = _multiply_twice(
         gate, up, hidden, token, exists, matrix, stride_in, stride_out, column, D, WIDTH, BLOCK_IN, PRECISION
     )
-    place = choice.to(tl.int64)
+    row = place.to(tl.int64)
     if inner is not None:
         matrix = factor_b + expert.to(tl.int64) * factor_stride_e
         gate, up = _multiply_twice(
-            gate, up, inner, place, exists, matrix, factor_stride_r, factor_stride_out, column, R, WIDTH, BLOCK_R,
+            gate, up, inner, row, exists, matrix, factor_stride_r, factor_stride_out, column, R, WIDTH, BLOCK_R,
             PRECISION,
         )  # fmt: skip
     there = exists[:, None] & (column < WIDTH)[None, :]
     if kept is not None:
-        target = kept + place[:, None] * (2 * WIDTH) + column[None, :]
+        target = kept + row[:, None] * (2 * WIDTH) + column[None, :]
         tl.store(target, gate, mask=there)
         tl.store(target + WIDTH, up, mask=there)
     # What the backward pass reads, and the same where none follows.
     gate = gate.to(act.dtype.element_ty).to(tl.float32)
     up = up.to(act.dtype.element_ty).to(tl.float32)
-    tl.store(act + place[:, None] * WIDTH + column[None, :], gate / (1.0 + tl.exp(-gate)) * up, mask=there)
+    tl.store(act + row[:, None] * WIDTH + column[None, :], gate / (1.0 + tl.exp(-gate)) * up, mask=there)
 
 
 @kernel
@@ -247,28 +250,28 @@ def product_kernel(
     expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
     if expert >= E:
         return
-    choice = first + tl.arange(0, BLOCK_ROWS)
-    exists = choice < end
+    place = first + tl.arange(0, BLOCK_ROWS)
+    exists = place < end
     column = tl.program_id(0) % COLUMN_TILES * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    place = _places(choice, exists, permutation, TOP_K, BY_TOKEN)
+    row = _places(place, exists, permutation, TOP_K, BY_TOKEN)
     noise = 0
     if seed is not None:
         noise = tl.load(seed)
     sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     matrix = matrices + expert.to(tl.int64) * stride_e
     sums = _multiply(
-        sums, rows, place, choice, exists, matrix, stride_in, stride_out, column, IN, OUT, BLOCK_IN, PRECISION,
+        sums, rows, row, place, exists, matrix, stride_in, stride_out, column, IN, OUT, BLOCK_IN, PRECISION,
         noise, probability, seed is not None and inner is None,
     )  # fmt: skip
     if inner is not None:
         matrix = factors + expert.to(tl.int64) * factor_stride_e
         sums = _add_adapter(
-            sums, inner, choice, exists, matrix, factor_stride_r, factor_stride_out, column, R, OUT, BLOCK_R,
-            PRECISION, seed, probability,
+            sums, inner, place, exists, matrix, factor_stride_r, factor_stride_out, column, R, OUT, BLOCK_R, PRECISION,
+            seed, probability,
         )  # fmt: skip
-    target = choice.to(tl.int64)
+    target = place.to(tl.int64)
     if TO_CHOICES:
-        target = tl.load(permutation + choice, mask=exists, other=0)
+        target = tl.load(permutation + place, mask=exists, other=0)
     if weights is not None:
         sums = sums * tl.load(weights + target, mask=exists, other=0.0).to(tl.float32)[:, None]
     else:
@@ -314,26 +317,26 @@ def activation_gradient_kernel(
     expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
     if expert >= E:
         return
-    choice = first + tl.arange(0, BLOCK_ROWS)
-    exists = choice < end
+    place = first + tl.arange(0, BLOCK_ROWS)
+    exists = place < end
     column_tile = tl.program_id(0) % COLUMN_TILES
     column = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    choice = tl.load(permutation + choice, mask=exists, other=0)
+    choice = tl.load(permutation + place, mask=exists, other=0)
     grad_act = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     matrix = down + expert.to(tl.int64) * stride_e
     grad_act = _multiply(
-        grad_act, grad, choice // TOP_K, choice, exists, matrix, stride_in, stride_out, column, D, WIDTH, BLOCK_IN,
+        grad_act, grad, choice // TOP_K, place, exists, matrix, stride_in, stride_out, column, D, WIDTH, BLOCK_IN,
         PRECISION,
     )  # fmt: skip
     if inner is not None:
         matrix = factor_a + expert.to(tl.int64) * factor_stride_e
         grad_act = _add_adapter(
-            grad_act, inner, choice, exists, matrix, factor_stride_r, factor_stride_out, column, R, WIDTH, BLOCK_R,
+            grad_act, inner, place, exists, matrix, factor_stride_r, factor_stride_out, column, R, WIDTH, BLOCK_R,
             PRECISION, seed, probability,
         )  # fmt: skip
-    place = choice.to(tl.int64)
+    row = place.to(tl.int64)
     there = exists[:, None] & (column < WIDTH)[None, :]
-    source = kept + place[:, None] * (2 * WIDTH) + column[None, :]
+    source = kept + row[:, None] * (2 * WIDTH) + column[None, :]
     gate = tl.load(source, mask=there, other=0.0).to(tl.float32)
     up = tl.load(source + WIDTH, mask=there, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
@@ -342,9 +345,9 @@ def activation_gradient_kernel(
     tl.store(weight_parts + choice * COLUMN_TILES + column_tile, part, mask=exists)
     weight = tl.load(weights + choice, mask=exists, other=0.0).to(tl.float32)[:, None]
     if weighted_act is not None:
-        tl.store(weighted_act + place[:, None] * WIDTH + column[None, :], silu * up * weight, mask=there)
+        tl.store(weighted_act + row[:, None] * WIDTH + column[None, :], silu * up * weight, mask=there)
     grad_act = grad_act * weight
-    target = grad_both + place[:, None] * (2 * WIDTH) + column[None, :]
+    target = grad_both + row[:, None] * (2 * WIDTH) + column[None, :]
     tl.store(target, grad_act * up * (sigmoid + silu * (1.0 - sigmoid)), mask=there)
     tl.store(target + WIDTH, grad_act * silu, mask=there)
 
@@ -382,14 +385,14 @@ def outer_kernel(
         noise = tl.load(seed)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(begin, end, BLOCK_ROWS):
-        choice = start + tl.arange(0, BLOCK_ROWS)
-        exists = choice < end
-        place = _places(choice, exists, permutation, TOP_K, LEFT_BY_TOKEN)
-        across = tl.load(left + place[None, :] * M + m[:, None], mask=exists[None, :] & (m < M)[:, None], other=0.0)
-        place = _places(choice, exists, permutation, TOP_K, RIGHT_BY_TOKEN)
-        values = tl.load(right + place[:, None] * N + n[None, :], mask=exists[:, None] & (n < N)[None, :], other=0.0)
+        place = start + tl.arange(0, BLOCK_ROWS)
+        exists = place < end
+        row = _places(place, exists, permutation, TOP_K, LEFT_BY_TOKEN)
+        across = tl.load(left + row[None, :] * M + m[:, None], mask=exists[None, :] & (m < M)[:, None], other=0.0)
+        row = _places(place, exists, permutation, TOP_K, RIGHT_BY_TOKEN)
+        values = tl.load(right + row[:, None] * N + n[None, :], mask=exists[:, None] & (n < N)[None, :], other=0.0)
         if seed is not None:
-            values = _dropped(values.to(tl.float32), choice, n, noise, probability, N).to(values.dtype)
+            values = _dropped(values.to(tl.float32), place, n, noise, probability, N).to(values.dtype)
         sums = _dot(across, values, sums, PRECISION)
     target = out + expert.to(tl.int64) * (M * N) + m[:, None].to(tl.int64) * N + n[None, :]
     tl.store(target, sums, mask=(m < M)[:, None] & (n < N)[None, :])

@@ -28,7 +28,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from modeling_deepseekmoe import DeepseekMoeForCausalLM, experts, register
+from modeling_deepseekmoe import DeepseekMoeForCausalLM, experts_operator, register
 from modeling_deepseekmoe.experts import choose_backend, experts_forward, run_experts
 from modeling_deepseekmoe.experts_operator import experts_op
 from modeling_deepseekmoe.experts_triton import why_not_fused
@@ -221,7 +221,7 @@ def test_another_activation_takes_the_products_of_torch(
         with caplog.at_level("INFO", "modeling_deepseekmoe"):
             logits.append(model(IDS).logits)
     assert_same(logits[1], logits[0])
-    way = "DeepseekMoeExperts: experts_implementation='deepseekmoe' computes the backend 'grouped' on cpu"
+    way = "DeepseekMoeExperts: experts_implementation='deepseekmoe' computes with the backend 'grouped' on cpu"
     assert f"{way}, because their activation is not silu(gate) * up." in caplog.messages
 
 
@@ -264,7 +264,7 @@ def test_autocast_decides_the_dtype(tiny_model: Callable) -> None:
         return experts_op(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
-        patch.setattr(experts, "experts_op", note)
+        patch.setattr(experts_operator, "experts_op", note)
         hidden = torch.randn(4, 32)
         output = experts_forward(module, hidden, torch.tensor([[0, 1, 2]] * 4), torch.rand(4, 3))
     assert seen == [torch.bfloat16] and output.dtype == torch.float32

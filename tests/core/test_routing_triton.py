@@ -159,10 +159,10 @@ def test_compiled_with_its_gradient() -> None:
 def test_auto_is_eager_on_the_cpu_and_says_so_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    routing._tell.cache_clear()
+    routing_triton._tell.cache_clear()
     monkeypatch.setattr(logging.getLogger("modeling_deepseekmoe"), "propagate", True)
-    monkeypatch.setattr(routing.logger, "propagate", True)
-    with caplog.at_level(logging.INFO, logger="modeling_deepseekmoe.routing"):
+    monkeypatch.setattr(routing_triton.logger, "propagate", True)
+    with caplog.at_level(logging.INFO, logger="modeling_deepseekmoe.routing_triton"):
         for _ in range(3):
             route(torch.randn(2, 4), 2)
     lines = [record.getMessage() for record in caplog.records if "Routing on" in record.getMessage()]
@@ -227,7 +227,7 @@ def test_gates_behind_a_hook_of_accelerate() -> None:
 def test_a_plan_of_other_sequences_is_refused(tiny_config: Callable) -> None:
     config, logits = tiny_config(), torch.randn(2, 5, 8)
     for options in ({"num_sequences": 1}, {"statistics": False}):
-        with pytest.raises(ValueError, match=r"plan is not allowed: .* 10 tokens, .* num_sequences=2"):
+        with pytest.raises(ValueError, match=r"routing is not allowed: .* 10 tokens, .* num_sequences=2"):
             auxiliary_losses(config, logits, route(logits.flatten(0, 1), 3, **options), None)
 
 

@@ -19,6 +19,7 @@ from modeling_deepseekmoe import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
 )
+from modeling_deepseekmoe.remote_code import attach_code, carries_code
 
 _SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16,
           "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8,
@@ -51,6 +52,8 @@ def fill_hub(server: HubServer, folder: Path) -> None:
         place = folder / name
         model.save_pretrained(place)
         tokenizer().save_pretrained(place)
+        if carries_code(model.config.model_type):
+            attach_code(place)
         files = {path.name: keep(server.storage, path.read_bytes()) for path in sorted(place.iterdir())}
         content = {"owner": name.split("/")[0], "private": False, "branches": {}, "commits": {}}
         server.storage.commit(content, "main", files, "Upload model")
