@@ -19,7 +19,7 @@ OF_VERSIONS = $(foreach name,canaries canaries_of_others generation golden model
 NOT_OF_VERSIONS = not compiled and not quantised and not every_snippet and not token_is_nowhere \
 	and not by_its_code_alone and not two_processes
 
-.PHONY: help demo test test-slow test-gpu test-oldest test-previous test-newest environments lint kernels format benchmark docs \
+.PHONY: help demo test test-slow test-gpu test-oldest test-previous test-newest environments lint kernels format benchmark docs notebook \
 	clean
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make lint | format        ruff and mypy | ruff's formatter"
 	@echo "make kernels              compile the kernels for four GPUs, without one, and show their registers"
 	@echo "make benchmark            compare with transformers and PEFT, and measure the rest (more than an hour)"
+	@echo "make notebook             run examples/quickstart.ipynb on the demo's model"
 	@echo "make docs                 build the documentation site into site/, with every link checked"
 
 demo: $(VENV)/.installed
@@ -84,6 +85,12 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/sharded_training.py
 	$(BIN)/python benchmarks/balancing_overhead.py
 	$(BIN)/python benchmarks/balancing.py
+
+# On the model that `make demo` leaves; what it draws and prints goes to runs/notebook.
+notebook: $(VENV)/.docs
+	test -d runs/demo/model || $(MAKE) demo ARGS=--quick
+	mkdir -p runs/notebook
+	cd examples && $(abspath $(BIN))/jupyter execute quickstart.ipynb --output ../runs/notebook/quickstart.ipynb
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site

@@ -26,6 +26,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 import transformers
@@ -225,6 +226,33 @@ def smooth(values: list[float], width: int = 20) -> list[float]:
     return [statistics.mean(values[start : start + width]) for start in range(0, len(values), width)]
 
 
+def curves_of(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The MaxVio of the training batches of every method, mean of the seeds, smoothed."""
+    by_method = {
+        method.name: [run["batch_violations"] for run in runs if run["method"] == method.name] for method in METHODS
+    }
+    return {
+        name: smooth([statistics.mean(values) for values in zip(*violations, strict=True)])
+        for name, violations in by_method.items()
+    }
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """Print what README shows."""
+    print(f"\n{figures['parameters']:,} parameters, {figures['training_tokens']:,} training tokens,", end=" ")
+    print(f"{figures['seeds']} seeds, {figures['minutes']:.0f} minutes")
+    print(
+        "| | validation perplexity | MaxVio_global | MaxVio_batch | its last fifth |\n| --- | --- | --- | --- | --- |"
+    )
+    for row in figures["rows"]:
+        cells = [
+            f"{row[measure]['mean']:.{digits}f} ({row[measure]['min']:.{digits}f} to {row[measure]['max']:.{digits}f})"
+            for measure, digits in MEASURES.items()
+        ]
+        print(f"| {row['method']} | {' | '.join(cells)} |")
+    print(figures["verdict"])
+
+
 def main() -> None:
     """Run everything, write the results, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,18 +275,7 @@ def main() -> None:
                 f"{result['seconds']:.0f} s",
                 flush=True,
             )
-    rows = summarize(runs)
-    curves = {
-        method.name: smooth(
-            [
-                statistics.mean(values)
-                for values in zip(
-                    *(run["batch_violations"] for run in runs if run["method"] == method.name), strict=True
-                )
-            ]
-        )
-        for method in METHODS
-    }
+    rows, curves = summarize(runs), curves_of(runs)
     figures = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -289,18 +306,7 @@ def main() -> None:
         step=20,
         log_scale=True,
     )
-    print(f"\n{figures['parameters']:,} parameters, {figures['training_tokens']:,} training tokens,", end=" ")
-    print(f"{options.seeds} seeds, {figures['minutes']:.0f} minutes")
-    print(
-        "| | validation perplexity | MaxVio_global | MaxVio_batch | its last fifth |\n| --- | --- | --- | --- | --- |"
-    )
-    for row in rows:
-        cells = [
-            f"{row[measure]['mean']:.{digits}f} ({row[measure]['min']:.{digits}f} to {row[measure]['max']:.{digits}f})"
-            for measure, digits in MEASURES.items()
-        ]
-        print(f"| {row['method']} | {' | '.join(cells)} |")
-    print(figures["verdict"])
+    print_table(figures)
 
 
 if __name__ == "__main__":

@@ -95,36 +95,13 @@ def run_demo(
         train, held_out = reference_blocks(tokenizer, settings.block_size)
         held_out = sample_blocks(held_out, settings.held_out_blocks)
         echo(f"   {len(train)} blocks to train on, {len(held_out)} held out, {settings.block_size} tokens each")
-    with step("Upcycle to DeepSeekMoE and compare with the dense model"):
-        model = upcycle_model(dense, settings.plan)
-        check = verify_upcycling(dense, model, held_out[:2], tolerance=LOGIT_TOLERANCE)
-        echo(f"   {check}")
-        if not check.passed:
-            raise DemoError(f"the upcycled model does not equal the dense model: {check}")
-    batches = held_out.split(8)
-    with step("Held-out perplexity before training"):
-        dense_perplexity, before = perplexity(dense, batches), perplexity(model, batches)
-        echo(f"   dense {dense_perplexity:.3f}, upcycled {before:.3f}")
+    model, figures = _upcycle(dense, held_out, settings, step)
     del dense
     with step("Save the upcycled model"):
         model.save_pretrained(output / "model")
         tokenizer.save_pretrained(output / "model")
-    with step("Fine-tune with LoRA on the experts: peft and transformers.Trainer"):
-        adapted, history = fine_tune(model, train, settings, output)
-        trained, parameters = adapted.get_nb_trainable_parameters()
-        parameters -= trained
-        echo(f"   {trained:,} parameters trained, beside {parameters:,} frozen ones")
-    with step("Held-out perplexity after training"):
-        after = perplexity(adapted, batches)
-        gain = 1 - after / before
-        echo(f"   {after:.3f}, {gain:.1%} lower")
-        if gain < settings.required_gain:
-            raise DemoError(f"the perplexity fell by {gain:.1%}, less than {settings.required_gain:.0%}")
-    with step("Plot the loss and the expert load"):
-        plot_loss_curve([row["step"] for row in history], [row["loss"] for row in history], output / "loss.png")
-        plot_expert_load(
-            expert_load(model, batches), output / "expert_load.png", "Expert load on held-out text, after training"
-        )
+    adapted, trained = _train(model, train, held_out, figures["perplexity_before"], settings, output, step)
+    figures |= trained
     with step("Save the adapter, merge it into the model, and load that in a fresh process"):
         difference = _merge_and_reload(adapted, held_out[:2], output, echo)
         echo(f"   merged against unmerged, max |logit difference| {difference:.2e}")
@@ -133,21 +110,10 @@ def run_demo(
     with step("Generate"):
         text = _generate(adapted, tokenizer, settings.new_tokens)
         echo(f"   {text!r}")
-
     figures = {
         "model": origin,
-        "experts": f"{model.config.n_shared_experts} shared + {model.config.n_routed_experts} routed, "
-        f"top-{model.config.num_experts_per_tok}, width {model.config.moe_intermediate_size}",
-        "parameters": parameters,
-        "trained_parameters": trained,
+        **figures,
         "adapter_bytes": (output / "adapter" / "adapter_model.safetensors").stat().st_size,
-        "dense_vs_upcycled_max_logit_difference": check.max_logit_difference,
-        "dense_vs_upcycled_same_greedy_text": check.same_text,
-        "optimizer_steps": settings.steps,
-        "perplexity_dense": dense_perplexity,
-        "perplexity_before": before,
-        "perplexity_after": after,
-        "perplexity_gain": gain,
         "merged_max_logit_difference": difference,
         "generated": text,
         "seconds": round(time.monotonic() - started, 1),
@@ -155,6 +121,65 @@ def run_demo(
     (output / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     echo("\n" + _table(figures) + f"\n\nPlots and figures: {output}/loss.png, expert_load.png, metrics.json")
     return figures
+
+
+def _upcycle(
+    dense: PreTrainedModel, held_out: torch.Tensor, settings: DemoSettings, step: "_Steps"
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The DeepSeekMoE of the dense model, and how far they are apart."""
+    with step("Upcycle to DeepSeekMoE and compare with the dense model"):
+        model = upcycle_model(dense, settings.plan)
+        check = verify_upcycling(dense, model, held_out[:2], tolerance=LOGIT_TOLERANCE)
+        step.echo(f"   {check}")
+        if not check.passed:
+            raise DemoError(f"the upcycled model does not equal the dense model: {check}")
+    with step("Held-out perplexity before training"):
+        batches = held_out.split(8)
+        of_dense, before = perplexity(dense, batches), perplexity(model, batches)
+        step.echo(f"   dense {of_dense:.3f}, upcycled {before:.3f}")
+    config = model.config
+    return model, {
+        "experts": f"{config.n_shared_experts} shared + {config.n_routed_experts} routed, "
+        f"top-{config.num_experts_per_tok}, width {config.moe_intermediate_size}",
+        "dense_vs_upcycled_max_logit_difference": check.max_logit_difference,
+        "dense_vs_upcycled_same_greedy_text": check.same_text,
+        "perplexity_dense": of_dense,
+        "perplexity_before": before,
+    }
+
+
+def _train(
+    model: PreTrainedModel,
+    train: torch.Tensor,
+    held_out: torch.Tensor,
+    before: float,
+    settings: DemoSettings,
+    output: Path,
+    step: "_Steps",
+) -> tuple[PeftModel, dict[str, Any]]:
+    """The model with adapters that have learned, and what that brought."""
+    with step("Fine-tune with LoRA on the experts: peft and transformers.Trainer"):
+        adapted, history = fine_tune(model, train, settings, output)
+        trained, parameters = adapted.get_nb_trainable_parameters()
+        parameters -= trained
+        step.echo(f"   {trained:,} parameters trained, beside {parameters:,} frozen ones")
+    with step("Held-out perplexity after training"):
+        after = perplexity(adapted, held_out.split(8))
+        gain = 1 - after / before
+        step.echo(f"   {after:.3f}, {gain:.1%} lower")
+        if gain < settings.required_gain:
+            raise DemoError(f"the perplexity fell by {gain:.1%}, less than {settings.required_gain:.0%}")
+    with step("Plot the loss and the expert load"):
+        plot_loss_curve([row["step"] for row in history], [row["loss"] for row in history], output / "loss.png")
+        load = expert_load(model, held_out.split(8))
+        plot_expert_load(load, output / "expert_load.png", "Expert load on held-out text, after training")
+    return adapted, {
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "optimizer_steps": settings.steps,
+        "perplexity_after": after,
+        "perplexity_gain": gain,
+    }
 
 
 class _Steps:

@@ -77,9 +77,8 @@ def main(settings: Settings) -> None:
     if trainer.is_world_process_zero():
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} on {arguments.world_size} processes")
-        print(
-            f"merge it with: deepseekmoe merge {settings.model} {settings.output / 'adapter'} {settings.output / 'merged'}"
-        )
+        adapter, merged = settings.output / "adapter", settings.output / "merged"
+        print(f"merge it with: deepseekmoe merge {settings.model} {adapter} {merged}")
 
 
 if __name__ == "__main__":

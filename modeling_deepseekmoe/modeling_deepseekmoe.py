@@ -94,11 +94,10 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             input_ids (`torch.LongTensor` of shape (B, S), *optional*): token ids; these or `inputs_embeds`.
             attention_mask (`torch.Tensor`, *optional*): (B, past + S), 0 for padding; or a prepared 4-D mask, which
                 says nothing about padding, so that the auxiliary loss then counts every token.
-            position_ids (`torch.LongTensor` of shape (B, S), *optional*).
-            past_key_values (`Cache`, *optional*): keys and values of earlier tokens; `cache` is the same argument,
-                under transformers' name for it since 5.24.
-            inputs_embeds (`torch.FloatTensor` of shape (B, S, D), *optional*).
-            use_cache (`bool`, *optional*).
+            position_ids (`torch.LongTensor` of shape (B, S), *optional*): places in the sequence.
+            past_key_values (`Cache`, *optional*): of earlier tokens; `cache` is its name since transformers 5.24.
+            inputs_embeds (`torch.FloatTensor` of shape (B, S, D), *optional*): embeddings in place of ids.
+            use_cache (`bool`, *optional*): whether to return keys and values.
             kwargs: among others `output_hidden_states`, `output_attentions`, `output_router_logits`.
 
         Raises:
@@ -112,9 +111,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = positions.unsqueeze(0)
+            position_ids = _positions(inputs_embeds, past_key_values)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -122,8 +119,6 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             position_ids=position_ids,
             **{CACHE: past_key_values},
         )
-        if self.training:
-            check_number_of_layers(self)
         routing = self._routing_context(token_mask, inputs_embeds, kwargs.get("output_router_logits"))
         hidden_states, records = self._run_layers(
             inputs_embeds,
@@ -171,6 +166,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         self, token_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, output_router_logits: bool | None
     ) -> RoutingContext:
         config, protected = self.config, None
+        if self.training:
+            check_number_of_layers(self)
         if self.training and config.moe_layers:
             config.check_device_groups()
         if self.training and config.token_drop_capacity_factor is not None:
@@ -183,6 +180,12 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             record=bool(self.training or wants_router_logits),
             measure_entropy=self.training and self.router_load.measure_entropy,
         )
+
+
+def _positions(inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
+    """The places (1, S) of new tokens in their sequences, behind those that a cache holds."""
+    past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens).unsqueeze(0)
 
 
 class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):

@@ -90,14 +90,12 @@ def upcycle(
 ) -> UpcyclingCheck:
     """Upcycle a checkpoint folder, after a check of the result against the dense model.
 
-    Everything is streamed: the check reads the weights of one layer at a time (in float32, with the values that will
-    be stored), and the writing one block. Tokenizer, generation config and other small files come along.
+    Everything is streamed: the check holds one layer in float32, the writing one block. Small files come along.
     `destination` appears only when it is complete.
 
     Args:
         source: folder or hub id of a dense checkpoint (Llama, Mistral, Qwen2, SmolLM2) in safetensors files.
-        destination: folder to write; it must not exist or be empty.
-        plan: how the FFNs are divided.
+        destination, plan: folder to write, which must not exist or be empty; how the FFNs are divided.
         dtype: what to store: `"keep"` (the source's dtype), `"float32"`, `"bfloat16"` or `"float16"`.
         gguf_file: name of a GGUF file inside `source` (needs the `gguf` package), which is dequantised as a whole.
         tolerance: largest allowed difference of the logits.
@@ -129,16 +127,14 @@ def upcycle(
         check = _check_streamed(dense, config, checkpoint, matrices, exact, tolerance, check_tokens)
         how.report(f"Compared with the dense model: {check}")
         if not check.passed:
-            raise UpcyclingError(
-                f"The upcycled model differs from the dense model: {check}.{_rounding_hint(plan, stored or plain)}"
-            )
+            raise UpcyclingError(_difference(check, plan, stored or plain))
         noisy = upcycled_tensors(config, matrices, plan, stored, noise=True) if plan.noise else exact
         tensors = list(outputs(entries(config), noisy, "per-expert", config.n_routed_experts))
         # A GGUF file's tensors are written out anew for every run.
         identity = _gguf_identity(Path(source), gguf_file) if gguf_file else checkpoint.identity
         origin = {"version": CODE_VERSION, "plan": asdict(plan), "dtype": dtype, "source": identity}
-        texts, copies = {CONFIG_NAME: config.to_json_string().encode()}, small_files(folder, code=False)
-        folder_plan = FolderPlan(make_shards(tensors, how.max_shard_size), texts, copies, origin)
+        texts, shards = {CONFIG_NAME: config.to_json_string().encode()}, make_shards(tensors, how.max_shard_size)
+        folder_plan = FolderPlan(shards, texts, small_files(folder, code=False), origin)
         write_folder(folder_plan, checkpoint, path, resume=how.resume, report=how.report, progress=how.progress)
     return check
 
@@ -186,11 +182,13 @@ def save_dequantized(model: PreTrainedModel, folder: str | Path) -> None:
     plain.save_pretrained(folder)
 
 
-def _rounding_hint(plan: UpcyclingPlan, dtype: torch.dtype) -> str:
+def _difference(check: UpcyclingCheck, plan: UpcyclingPlan, dtype: torch.dtype) -> str:
+    """What to say of a check that failed, with a hint where rounding explains it."""
+    said = f"The upcycled model differs from the dense model: {check}."
     if plan.dialect != "deepseek" or dtype == torch.float32:
-        return ""
+        return said
     return (
-        f" Dialect 'deepseek' folds the factor num_shards={plan.num_shards} into the down projections: exact in "
+        f"{said} Dialect 'deepseek' folds the factor num_shards={plan.num_shards} into the down projections: exact in "
         f"{dtype} only for a power of two. Choose one, or dtype='float32'."
     )
 

@@ -108,6 +108,7 @@ def _ids_and_mask(batch: Any, vocabulary: int) -> tuple[torch.Tensor, torch.Tens
                 f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor)
             )
             raise ValueError(f"dataloader: {name} as {found} is not allowed: it must hold whole numbers (B, S).")
+    assert isinstance(input_ids, torch.Tensor)
     if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
         raise ValueError(f"dataloader: token {int(input_ids.max())} is not allowed: there are {vocabulary}.")
     return input_ids, torch.ones_like(input_ids, dtype=torch.bool).cpu() if mask is None else mask.bool().cpu()

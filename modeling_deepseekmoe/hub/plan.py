@@ -170,8 +170,7 @@ def plan_push(
     api = client(options.token) if options.ask_hub else None
     repo_id = full_repo_id(repo_id, api)
     candidate = find_candidate(folder, options.with_training_state)
-    card = _read_card(candidate)
-    remote = look(api, repo_id, options.revision) if api else Remote()
+    card, remote = _read_card(candidate), look(api, repo_id, options.revision) if api else Remote()
     if options.private and remote.exists and not remote.private:
         raise ValueError(f"private=True is not allowed: {repo_id} exists and is public.")
     facts = options.facts.completed(candidate, (card,) if options.replace_content else (card, remote.card))
@@ -189,8 +188,7 @@ def plan_push(
     if api and CARD_NAME in files:
         check_metadata(api, card)
     states = {name: file_identity(content) for name, content in files.items() if isinstance(content, Path)}
-    checks = check_candidate(candidate, progress)
-    check_secrets(files, api.token if api and isinstance(api.token, str) else None)
+    checks = (*check_candidate(candidate, progress), _no_secrets(files, api))
     return PushPlan(
         repo_id=repo_id,
         revision=options.revision,
@@ -200,12 +198,17 @@ def plan_push(
         files=files,
         deleted=tuple(name for name in dict.fromkeys(deleted) if name not in files),
         left_out=candidate.left_out,
-        checks=(*checks, "no file holds what looks like a token or a key"),
+        checks=checks,
         notes=tuple(notes),
         parent=remote.head,
         states=states,
         is_complete=options.ask_hub,
     )
+
+
+def _no_secrets(files: dict[str, Path | bytes], api: HfApi | None) -> str:
+    check_secrets(files, api.token if api and isinstance(api.token, str) else None)
+    return "no file holds what looks like a token or a key"
 
 
 def _files_of(

@@ -28,7 +28,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from modeling_deepseekmoe import DeepseekMoeForCausalLM, experts_operator, register
+from modeling_deepseekmoe import DeepseekMoeForCausalLM, experts, experts_operator, register
 from modeling_deepseekmoe.experts import choose_backend, experts_forward, run_experts
 from modeling_deepseekmoe.experts_operator import experts_op
 from modeling_deepseekmoe.experts_triton import why_not_fused

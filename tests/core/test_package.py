@@ -148,6 +148,22 @@ def test_files_are_short_enough_to_read() -> None:
         assert len(path.read_text().splitlines()) <= limit, path.name
 
 
+def test_functions_are_short_and_take_few_arguments() -> None:
+    """Kernels take what Triton passes, and `forward`, `route` and the operators what their callers do."""
+    free = {"forward", "route", "_route"}
+    for path in [path for folder in PYTHON for path in (ROOT / folder).rglob("*.py")]:
+        if path.stem.endswith("_kernels"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                given = node.args
+                names = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+                count = sum(name is not None and name.arg not in ("self", "cls") for name in names)
+                assert lines <= 60, f"{path.name}: {node.name} has {lines} lines"
+                assert count <= 8 or node.name in free, f"{path.name}: {node.name} takes {count} arguments"
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_everything_and_nothing_beside_the_package(tmp_path: Path) -> None:
     """Installed elsewhere and used from another folder; building it fetches setuptools."""

@@ -19,7 +19,7 @@ from torch.library import opcheck
 from transformers import AutoModelForCausalLM
 
 import modeling_deepseekmoe
-from modeling_deepseekmoe import group_by_expert, route, route_native_gates, routing, routing_triton
+from modeling_deepseekmoe import group_by_expert, route, route_native_gates, routing_triton
 from modeling_deepseekmoe.auxiliary_losses import auxiliary_losses
 from modeling_deepseekmoe.triton_support import INTERPRETED
 

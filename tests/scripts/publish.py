@@ -115,6 +115,12 @@ def main() -> None:
     upload(plan_push(FOLDER / "v1", "alice/v1", facts=CardFacts(license="other", license_name="deepseek")))
     note("v1", v1)
 
+    publish_native_types()
+    publish_the_rest(tokenizer)
+
+
+def publish_native_types() -> None:
+    """Models of the types that transformers has classes of its own for."""
     v3 = DeepseekV3ForCausalLM.from_pretrained(GOLDEN / "v3-noaux")
     v3.push_to_hub("alice/v3", license="mit", max_shard_size="300KB")
     note("v3", v3)
@@ -124,6 +130,9 @@ def main() -> None:
     v2.push_to_hub("alice/v2-code", license="mit", code="always")
     note("v2-code", v2)
 
+
+def publish_the_rest(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A classifier, an adapter, and what a Trainer uploads."""
     classifier = DeepseekMoeForSequenceClassification(DeepseekMoeConfig(**SIZES, num_labels=3))
     classifier.save_pretrained(FOLDER / "saved", push_to_hub=True, repo_id="alice/classifier")
     note("classifier", classifier)
