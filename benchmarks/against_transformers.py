@@ -1,4 +1,4 @@
-"""The tiny official checkpoints through this package and through transformers' own classes, in one run.
+"""Compare this package with transformers' own classes on the tiny official checkpoints, in one run.
 
 Prints a table and writes benchmarks/results/against_transformers.json:
 - the largest difference of the logits from the figures of the official code;
@@ -43,7 +43,7 @@ class RandomRows(Dataset):
 
 
 def logit_difference(folder: Path) -> float | str:
-    """Largest difference from the official logits, or why there is none."""
+    """Compute the largest difference from the official logits, or return why there is none."""
     expected = load_file(folder / "expected.safetensors")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -54,7 +54,7 @@ def logit_difference(folder: Path) -> float | str:
 
 
 def resumed_difference(folder: Path) -> float | str:
-    """Largest difference of the experts' parameters between a run of four steps and one resumed after two."""
+    """Compute how far the experts' parameters differ at most after four steps, with and without a resume after two."""
     try:
         models = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(2)]
     except (ValueError, KeyError, OSError) as error:
@@ -71,7 +71,7 @@ def resumed_difference(folder: Path) -> float | str:
 
 
 def reinitialize(model: PreTrainedModel) -> None:
-    """Other weights, as a new process would have before it resumes."""
+    """Give the model other weights, as a new process would have before it resumes."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -79,13 +79,13 @@ def reinitialize(model: PreTrainedModel) -> None:
 
 
 def import_seconds(statement: str) -> float:
-    """Time of an import statement in a new process."""
+    """Time an import statement in a new process, in seconds."""
     script = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
     return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
 
 
 def measure_side(side: str) -> dict[str, dict[str, float | str]]:
-    """The figures of one side."""
+    """Measure the figures of one side."""
     if side != "transformers":
         import modeling_deepseekmoe
 
@@ -97,7 +97,7 @@ def measure_side(side: str) -> dict[str, dict[str, float | str]]:
 
 
 def measure() -> dict[str, Any]:
-    """All figures."""
+    """Measure all figures."""
     sides = {}
     for side in ("transformers", "modeling_deepseekmoe"):  # in a process each: nothing of the other's is registered
         output = subprocess.run(
@@ -124,7 +124,7 @@ def measure() -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """Format the figures as Markdown."""
     lines = [
         "| tiny official checkpoint | figure | transformers | modeling-deepseekmoe |",
         "| --- | --- | --- | --- |",

@@ -1,14 +1,14 @@
-"""How balanced, and how good: no balancing, the auxiliary loss, loss-free balancing, loss-free plus sequence loss.
+"""Compare ways to balance experts: none, the auxiliary loss, loss-free balancing, loss-free plus sequence loss.
 
-Trains a small DeepSeekMoE from scratch on the docstrings of Python's standard library and the pages of its language
-reference, with every method and several seeds, and compares them as arXiv 2408.15664 does: validation perplexity,
-MaxVio of the whole validation set (MaxVio_global) and of every training batch (MaxVio_batch). All methods have the
-same sigmoid gate, data order, schedule and, for a seed, initial weights. The bias moves by the paper's constant 0.001;
-the auxiliary loss is taken over the whole batch, as the bias is, and its best coefficient is chosen in its favour, by
-the validation perplexity itself.
+A small DeepSeekMoE is trained from scratch with every method and several seeds, on the docstrings of Python's standard
+library and the pages of its language reference. The methods are compared as in arXiv 2408.15664: by validation
+perplexity, by MaxVio of the whole validation set (MaxVio_global) and by MaxVio of every training batch (MaxVio_batch).
+All methods have the same sigmoid gate, data order and schedule and, for a seed, the same initial weights. The bias
+moves by the paper's constant 0.001. The auxiliary loss is taken over the whole batch, as the bias is. Its best
+coefficient is chosen by the validation perplexity itself, which favours it.
 
-Prints a table, and writes benchmarks/results/balancing.json and balancing.png. The runs share the cores: one thread
-and one process a core. Under an hour on two cores; `--steps 20 --seeds 1` to try it.
+Prints a table, and writes benchmarks/results/balancing.json and balancing.png. The runs share the cores: each process
+has one thread and one core. Under an hour on two cores; `--steps 20 --seeds 1` to try it.
 """
 
 import argparse
@@ -63,7 +63,7 @@ MODEL = {
 
 @dataclass(frozen=True)
 class Training:
-    """One run's settings; the learning rate rises for 5% of the steps and falls to 0 as a cosine."""
+    """Settings of a run. The learning rate rises for 5% of the steps and falls to 0 as a cosine."""
 
     steps: int = 1200
     batch_size: int = 8
@@ -74,7 +74,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to balance: a balancing bias or not, and the coefficients of the losses."""
+    """A way to balance: with a balancing bias or not, and the coefficients of the losses."""
 
     name: str
     bias: bool = False
@@ -91,7 +91,7 @@ METHODS = (
 
 
 def documents() -> list[str]:
-    """Docstrings of the standard library, tests left out, and pages of the language reference; each text once."""
+    """Collect docstrings of the standard library without its tests, and pages of the language reference, each once."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = dict.fromkeys(topics[name] for name in sorted(topics))
     for path in sorted(root.rglob("*.py")):
@@ -110,8 +110,10 @@ def documents() -> list[str]:
 
 
 def split(texts: list[str]) -> tuple[list[str], list[str]]:
-    """Training and validation texts: a tenth, by their hash, is for validation, without those that copy more than half
-    of their runs of twelve words from a training text."""
+    """Divide texts into training and validation texts. A tenth, chosen by a hash, is for validation.
+
+    Validation texts are left out if more than half of their runs of twelve words are also in a training text.
+    """
     held_out = [text for text in texts if hashlib.sha256(text.encode()).digest()[0] < 26]
     training = [text for text in texts if hashlib.sha256(text.encode()).digest()[0] >= 26]
     known = {run for text in training for run in runs_of_words(text)}
@@ -120,13 +122,13 @@ def split(texts: list[str]) -> tuple[list[str], list[str]]:
 
 
 def runs_of_words(text: str, length: int = 12) -> set[tuple[str, ...]]:
-    """All runs of so many words."""
+    """Return all runs of so many words."""
     words = text.split()
     return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 
 def token_blocks(block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and validation blocks (N, block_size) of a byte-level BPE that is trained on the training texts."""
+    """Make training and validation blocks (N, block_size) with a byte-level BPE, trained on the training texts."""
     training, validation = split(documents())
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -190,7 +192,7 @@ def run(job: tuple[Method, int, Training, torch.Tensor, torch.Tensor]) -> dict:
 
 
 def summarize(runs: list[dict]) -> list[dict]:
-    """Mean, lowest and highest over the seeds for every method."""
+    """Compute mean, lowest and highest value over the seeds, for every method."""
     rows = []
     for method in METHODS:
         mine = [run for run in runs if run["method"] == method.name]
@@ -203,7 +205,7 @@ def summarize(runs: list[dict]) -> list[dict]:
 
 
 def verdict(runs: list[dict]) -> str:
-    """Loss-free balancing against the auxiliary loss with the best coefficient, seed by seed."""
+    """Compare loss-free balancing with the auxiliary loss at its best coefficient, seed by seed."""
     perplexities: dict[str, dict[int, float]] = {}
     for run in runs:
         perplexities.setdefault(run["method"], {})[run["seed"]] = run["perplexity"]
@@ -222,12 +224,12 @@ def verdict(runs: list[dict]) -> str:
 
 
 def smooth(values: list[float], width: int = 20) -> list[float]:
-    """Means of neighbouring steps, `width` at a time."""
+    """Compute means of neighbouring steps, `width` at a time."""
     return [statistics.mean(values[start : start + width]) for start in range(0, len(values), width)]
 
 
 def curves_of(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The MaxVio of the training batches of every method, mean of the seeds, smoothed."""
+    """Compute the MaxVio of the training batches of every method: the mean over the seeds, smoothed."""
     by_method = {
         method.name: [run["batch_violations"] for run in runs if run["method"] == method.name] for method in METHODS
     }

@@ -1,4 +1,4 @@
-"""What counting, statistics and the update of the bias cost: a share of a training step.
+"""Measure what counting, statistics and the update of the bias cost, as a share of a training step.
 
 A DeepSeekMoE of 64 routed experts (top-6) trains with AdamW, in three ways that take turns in blocks of steps:
 
@@ -6,8 +6,8 @@ A DeepSeekMoE of 64 routed experts (top-6) trains with AdamW, in three ways that
 - counting: as every model of this package trains, without a callback,
 - balancing: what `LoadBalancingCallback` does after every step, entropy included, and a log every 10 steps.
 
-Prints medians and the median of the ratios of neighbouring blocks; writes benchmarks/results/balancing_overhead.json.
-Runs on a GPU where there is one.
+Prints medians and the median of the ratios of neighbouring blocks. Writes benchmarks/results/balancing_overhead.json.
+Runs on a GPU if there is one.
 """
 
 import json
@@ -59,7 +59,7 @@ def main() -> None:
         return context(self, *args)._replace(record=False)
 
     def block(way: str) -> float:
-        """Seconds of one step, mean of a block."""
+        """Time a step, in seconds, as the mean of a block of steps."""
         DeepseekMoeModel._routing_context = without_records if way == "nothing" else context
         model.model.router_load.measure_entropy = way == "balancing"
         begin = time.perf_counter()

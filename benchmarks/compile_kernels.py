@@ -1,9 +1,9 @@
-"""Compile the kernels ahead of time, without a GPU: registers, spills and shared memory of every one.
+"""Compile the kernels ahead of time, without a GPU, and report registers, spills and shared memory of each.
 
-Those of routing for the released models' gates and the largest one; those of the experts for all that a layer launches
-in a training step and in decoding, in bfloat16; for CUDA's sm_80, sm_90 and sm_100 and ROCm's gfx942.
-Prints a table, and with --save writes benchmarks/results/compile_kernels.json. Exit code 1 if a kernel of
-a released model spills registers. A minute on two cores. Needs Triton, and TRITON_INTERPRET not set.
+The kernels of routing are compiled for the released models' gates and the largest one. The kernels of the experts are
+compiled for all that a layer launches in a training step and in decoding, in bfloat16. Targets are CUDA's sm_80, sm_90
+and sm_100 and ROCm's gfx942. Prints a table, and with --save writes benchmarks/results/compile_kernels.json. Exit code
+1 if a kernel of a released model spills registers. A minute on two cores. Needs Triton, and TRITON_INTERPRET not set.
 """
 
 import json
@@ -65,7 +65,7 @@ POINTERS = {
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], target: str, num_warps: int) -> CompiledKernel:
-    """One variant for one target; what is neither a constant nor a pointer is an int32."""
+    """Compile one variant for one target. What is neither a constant nor a pointer is an int32."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
@@ -75,7 +75,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], target: str, num_warp
 
 @dataclass(frozen=True)
 class Launch:
-    """What a kernel was launched with, as far as it decides what is compiled."""
+    """How a kernel was launched, as far as it decides what is compiled."""
 
     kernel: str
     signature: tuple[tuple[str, str], ...]
@@ -93,7 +93,7 @@ class Launch:
 
 
 class Recorder:
-    """Stands for a kernel, and writes down how it is launched."""
+    """Stands in for a kernel, and records how it is launched."""
 
     def __init__(self, name: str, launches: dict[Launch, None]) -> None:
         self.kernel, self.name, self.launches = getattr(experts_kernels, name), name, launches
@@ -102,7 +102,7 @@ class Recorder:
         return self.record
 
     def record(self, *args: Any, **kwargs: Any) -> None:
-        """Specialise as Triton does: on numbers that are 1, and on those and pointers that are multiples of 16."""
+        """Specialise as Triton does: on numbers that are 1, and on numbers and pointers that are multiples of 16."""
         names = self.kernel.arg_names
         values = {**dict(zip(names, args, strict=False)), **{key: kwargs[key] for key in names if key in kwargs}}
         signature, constants, aligned = {}, {}, []
@@ -123,7 +123,7 @@ class Recorder:
 
 
 def launches_of_experts(num_experts: int, top_k: int, hidden: int, width: int, tokens: int, rank: int) -> list[Launch]:
-    """Everything that a layer launches: a training step, or, for one token, its forward pass."""
+    """Record all that a layer launches: a training step or, for one token, its forward pass."""
     launches: dict[Launch, None] = {}
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -153,8 +153,10 @@ def launches_of_experts(num_experts: int, top_k: int, hidden: int, width: int, t
 
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
-    """Registers of a thread, what it spills (CUDA: bytes, ROCm: registers), and bytes of shared memory: what the
-    assembler reports."""
+    """Read from the assembler's report: registers of a thread, spills, and bytes of shared memory.
+
+    CUDA counts spills in bytes, ROCm in registers.
+    """
     if "amdgcn" in kernel.asm:
         numbers = dict(re.findall(r"\.([sv]gpr_(?:spill_)?count):\s+(\d+)", kernel.asm["amdgcn"]))
         spills = int(numbers["sgpr_spill_count"]) + int(numbers["vgpr_spill_count"])
@@ -180,7 +182,7 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
 
 
 def variants(shape: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any], int]]:
-    """The kernels that a gate of this shape runs, with their constants and warps."""
+    """Return the kernels that a gate of this shape runs, with their constants and warps."""
     sizes = route_options(shape["experts"], shape["top_k"], shape["groups"], shape["kept"])
     gate = {"SCORE_FUNCTION": shape["score_function"], "NORMALIZE": shape["normalize"]}
     absent = {} if shape["biased"] else {"bias": None}
@@ -202,7 +204,7 @@ def variants(shape: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any], int]
 
 
 def compile_row(job: tuple[str, str | Launch]) -> dict[str, Any]:
-    """A kernel of routing, by its name, or of the experts, by its launch, for all targets."""
+    """Compile a kernel for all targets. It is one of routing, by its name, or one of the experts, by its launch."""
     model, kernel = job
     if isinstance(kernel, Launch):
         name = f"experts, {kernel.kernel.removesuffix('_kernel').replace('_', ' ')}"
@@ -214,7 +216,7 @@ def compile_row(job: tuple[str, str | Launch]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Compile everything, print the table, write JSON if it is asked for."""
+    """Compile everything, print the table, and write JSON if it is asked for."""
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, and nothing can be compiled.")
     jobs = [(model, name) for model, shape in SHAPES.items() for name in variants(shape)]

@@ -1,14 +1,14 @@
-"""Converting checkpoints: memory, and speed against `cp`.
+"""Measure the conversion of checkpoints: its memory, and its speed against `cp`.
 
-A synthetic checkpoint with the tensors of DeepSeekMoE 16B (hidden 2048, 64 experts of width 1408, vocabulary 102400),
-random, in bfloat16, with as many layers as the size asks for. Every conversion runs in a process of its own, whose
+The synthetic checkpoint has the tensors of DeepSeekMoE 16B (hidden 2048, 64 experts of width 1408, vocabulary 102400),
+random, in bfloat16, with as many layers as the size asks for. Every conversion runs in a process of its own. Its
 anonymous resident memory (`RssAnon`) and mapped files are sampled from the operating system. `cp` and the conversions
-take turns, in both orders; what one has left in the page cache is written to the disk before the next one begins.
-Every result is verified against its source, value by value. SmolLM2-135M is upcycled before.
+take turns, in both orders. Before the next one begins, what the last one left in the page cache is written to the
+disk. Every result is verified against its source, value by value. Before all this, SmolLM2-135M is upcycled.
 
     python benchmarks/conversion.py [--sizes 2 8] [--rounds 3] [--folder FOLDER]
 
-Prints a table and whether the limits are kept; writes benchmarks/results/conversion.json.
+Prints a table and whether the limits are kept. Writes benchmarks/results/conversion.json.
 """
 
 import argparse
@@ -65,12 +65,12 @@ class RandomTensors(TensorSource):
         self.values = (torch.randn(2**24) * 0.02).to(torch.bfloat16)
 
     def read(self, tensor: StoredTensor, first: int, last: int) -> torch.Tensor:
-        """A part of the values."""
+        """Return a part of the values."""
         return self.values[: last - first]
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> int:
-    """Write the synthetic checkpoint; returns its size in bytes."""
+    """Write the synthetic checkpoint. Return its size in bytes."""
     layers = 2
     while size_of(config_of(layers)) < gigabytes * 1e9:
         layers += 1
@@ -86,7 +86,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
 
 
 def config_of(layers: int) -> DeepseekConfig:
-    """DeepSeekMoE 16B with fewer layers."""
+    """Make the config of DeepSeekMoE 16B with fewer layers."""
     return DeepseekConfig(
         hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=layers,
         num_attention_heads=16, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
@@ -95,17 +95,17 @@ def config_of(layers: int) -> DeepseekConfig:
 
 
 def size_of(config: DeepseekConfig) -> int:
-    """Bytes of the weights in bfloat16."""
+    """Count the bytes of the weights in bfloat16."""
     return sum(2 * StoredTensor("", torch.bfloat16, entry.shape).numel for entry in entries(config).values())
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files."""
+    """Count the bytes of all files."""
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def copy(source: Path, destination: Path) -> dict[str, float]:
-    """`cp -r`, timed."""
+    """Run `cp -r`, and time it."""
     os.sync()
     started = time.perf_counter()
     subprocess.run(["cp", "-r", source, destination], check=True)
@@ -113,7 +113,7 @@ def copy(source: Path, destination: Path) -> dict[str, float]:
 
 
 def run(*arguments: object) -> dict[str, float]:
-    """`deepseekmoe` in a process of its own: time, peaks of its memory, most files mapped at once."""
+    """Run `deepseekmoe` in its own process. Return its time, peaks of memory, and most files mapped at once."""
     os.sync()
     command = [sys.executable, "-m", "modeling_deepseekmoe.cli", *map(str, arguments)]
     started = time.perf_counter()
@@ -140,13 +140,16 @@ def run(*arguments: object) -> dict[str, float]:
 
 
 def convert(source: Path, destination: Path, arguments: tuple[str, ...]) -> dict[str, float]:
-    """A conversion, measured."""
+    """Convert a checkpoint, and measure that."""
     result = run("convert", source, destination, *arguments, "--max-shard-size", SHARD)
     return result | {"bytes": folder_size(destination)}
 
 
 def measure_upcycling(folder: Path) -> list[dict[str, Any]]:
-    """Upcycle SmolLM2-135M in both dialects: what the check says, and, loaded as a user would, logits and text."""
+    """Upcycle SmolLM2-135M in both dialects.
+
+    Return what the check says, and logits and text of the model when it is loaded as a user would.
+    """
     dense_folder, prompt = folder / "dense", "The `for` statement is used to iterate over"
     dense, tokenizer, _ = obtain_dense_model(folder, print)
     save_dequantized(dense, dense_folder)
@@ -170,7 +173,7 @@ def measure_upcycling(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
-    """All cases for one size."""
+    """Measure all cases for one size."""
     source = folder / "source"
     size = make_checkpoint(source, gigabytes)
     result: dict[str, Any] = {"gigabytes": size / 1e9, "files": len(list(source.glob("*.safetensors"))), "cases": {}}
@@ -214,7 +217,7 @@ def measure(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
 
 
 def verdict(results: list[dict[str, Any]], upcycling: list[dict[str, Any]]) -> list[str]:
-    """What is not within the limits."""
+    """List what is not within the limits."""
     failures = []
     for name in CASES:
         cases = [result["cases"][name] for result in results]
@@ -240,7 +243,7 @@ def verdict(results: list[dict[str, Any]], upcycling: list[dict[str, Any]]) -> l
 
 
 def main() -> None:
-    """Measure, print and save."""
+    """Measure, print and save the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[2.0, 8.0], help="GB")
     parser.add_argument("--rounds", type=int, default=3)

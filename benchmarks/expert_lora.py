@@ -1,10 +1,10 @@
-"""LoRA on stacked experts: plain PEFT, this package and the frozen base, in one run.
+"""Compare LoRA on stacked experts by plain PEFT, LoRA by this package, and the frozen base, in one run.
 
-For several numbers of experts, ranks and tokens, small models of MoE layers: a training step (forward and backward,
-the base frozen, gradients down to the input embeddings), its forward pass, a decoded token, and the peak memory of a
-training step, in a process of its own. On a GPU other, larger shapes take their place.
+Small models of MoE layers are measured for several numbers of experts, ranks and tokens: a training step (forward and
+backward, the base frozen, gradients down to the input embeddings), its forward pass, a decoded token, and the peak
+memory of a training step, in a process of its own. On a GPU, other and larger shapes are measured.
 
-Prints medians and the medians of ratios of neighbouring measurements; writes benchmarks/results/expert_lora.json, or
+Prints medians and the medians of ratios of neighbouring measurements. Writes benchmarks/results/expert_lora.json, or
 expert_lora_gpu.json.
 """
 
@@ -67,7 +67,7 @@ GPU_SHAPES = (
 
 
 def make_model(shape: Shape, way: str, device: str) -> nn.Module:
-    """The model of a case, the same random weights for every way."""
+    """Make the model of a case. Its random weights are the same for plain PEFT, this package and the base."""
     torch.manual_seed(0)
     config = DeepseekMoeConfig(
         vocab_size=512, hidden_size=shape.hidden, intermediate_size=shape.width, moe_intermediate_size=shape.width,
@@ -88,7 +88,7 @@ def make_model(shape: Shape, way: str, device: str) -> nn.Module:
 
 
 def training_step(model: nn.Module, embeddings: torch.Tensor) -> tuple[float, float]:
-    """Seconds of the forward pass and of the whole step."""
+    """Time the forward pass and the whole step, in seconds."""
     embeddings = embeddings.requires_grad_()
     _wait(embeddings)
     begin = time.perf_counter()
@@ -105,7 +105,7 @@ def training_step(model: nn.Module, embeddings: torch.Tensor) -> tuple[float, fl
 
 @torch.no_grad()
 def decode(model: nn.Module, device: str, new_tokens: int) -> float:
-    """Seconds for one token, in one sequence with a cache."""
+    """Time one token, in seconds, in one sequence with a cache."""
     cache = DynamicCache()
     model(input_ids=torch.arange(PROMPT, device=device)[None], past_key_values=cache, use_cache=True)
     token = torch.tensor([[7]], device=device)
@@ -123,13 +123,16 @@ def _wait(tensor: torch.Tensor) -> None:
 
 
 def peak_memory(shape: Shape, way: str, device: str) -> int:
-    """Bytes at the peak of a training step, weights included: resident memory of a fresh process, or the GPU's."""
+    """Measure the peak bytes of a training step, weights included.
+
+    They are the resident memory of a fresh process, or the GPU's.
+    """
     command = [sys.executable, __file__, "--memory", json.dumps(asdict(shape)), way, device]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def measure_memory(shape: Shape, way: str, device: str) -> int:
-    """In the fresh process."""
+    """Measure the peak in the fresh process."""
     model = make_model(shape, way, device).train()
     embeddings = _embeddings(shape, device)
     gc.collect()
@@ -152,7 +155,7 @@ def _embeddings(shape: Shape, device: str) -> torch.Tensor:
 
 
 def measure(shape: Shape, device: str, rounds: int) -> dict:
-    """All figures of a case: the ways take turns, and every ratio is one of neighbours."""
+    """Measure all figures of a case. PEFT, this package and the base take turns; every ratio is one of neighbours."""
     models = {way: make_model(shape, way, device) for way in WAYS}
     embeddings = _embeddings(shape, device)
     kinds = ("forward", "step", "decode")
@@ -184,7 +187,7 @@ def _ratio(mine: list[float], other: list[float]) -> float:
 
 
 def table(case: dict) -> str:
-    """One case as Markdown."""
+    """Format one case as Markdown."""
     rows = [
         f"{Shape(**case['shape'])}\n",
         "| | training step | over base | one-token decode | over base | peak memory |",

@@ -1,12 +1,12 @@
-"""The experts: this package's implementation against transformers' own, on the same module with the same weights.
+"""Compare this package's implementation of the experts with transformers' own, on the same module and weights.
 
-For several shapes and numbers of tokens: the forward pass, a training step with frozen experts (gradients of hidden
-states and gate weights alone), a full training step, and the memory of a layer beside its parameters, each in a
-process of its own. Then whole models: tokens a second in training and in decoding.
+For several shapes and numbers of tokens it measures the forward pass, a training step with frozen experts (gradients
+only of hidden states and gate weights) and a full training step. It measures the memory of a layer beside its
+parameters, each in a process of its own. Then it measures whole models: tokens a second in training and in decoding.
 
-All ways take turns within each round, and so does a large matrix product, whose rate is the peak: every ratio is one
-of neighbours, but for whole models. Prints tables and writes benchmarks/results/experts.json, or experts_gpu.json. Ten
-minutes on two cores.
+All implementations take turns within each round, and so does a large matrix product, whose rate is the peak. So every
+ratio is one of neighbouring measurements, except for whole models. Prints tables and writes
+benchmarks/results/experts.json, or experts_gpu.json. Ten minutes on two cores.
 
     python benchmarks/experts.py [--quick]
 """
@@ -53,7 +53,7 @@ class Shape:
     rounds: int = 7
 
     def flops(self, tokens: int, kind: str) -> int:
-        """Of the products."""
+        """Count the floating-point operations of the matrix products."""
         return FLOPS[kind] * 6 * tokens * self.top_k * self.hidden * self.width
 
 
@@ -71,7 +71,7 @@ GPU_SHAPES = (
 
 
 class Layer:
-    """transformers' DeepSeek-V3 experts with random weights, computed in any way."""
+    """transformers' DeepSeek-V3 experts with random weights, computed by any implementation."""
 
     def __init__(self, shape: Shape, device: str) -> None:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -87,7 +87,7 @@ class Layer:
         self.shape, self.device, self.dtype = shape, device, dtype
 
     def inputs(self, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states, ids and weights."""
+        """Make hidden states, ids and weights."""
         generator = torch.Generator().manual_seed(tokens + seed)
         hidden = torch.randn(tokens, self.shape.hidden, generator=generator).to(self.device, self.dtype)
         ids = torch.rand(tokens, self.shape.experts, generator=generator).topk(self.shape.top_k).indices
@@ -95,7 +95,7 @@ class Layer:
         return hidden.requires_grad_(), ids.to(self.device), weights.to(self.device).requires_grad_()
 
     def run(self, way: str, kind: str, inputs: tuple[torch.Tensor, ...]) -> tuple[float, list[torch.Tensor]]:
-        """Seconds, and the results: the output, or the gradients."""
+        """Run the experts once. Return the seconds, and the results: the output, or the gradients."""
         self.module.config = self.config_of(way)
         self.module.requires_grad_(kind == "full")
         hidden, _, weights = inputs
@@ -115,7 +115,7 @@ class Layer:
         return seconds, results
 
     def ways(self, tokens: int, kind: str) -> list[str]:
-        """Implementations that are installed and can compute this."""
+        """List the implementations that are installed and can compute this."""
         # eager takes a part of the stack for every expert, and each part has a gradient as large as the stack: a full
         # step of the first shape takes 15 seconds, where grouped_mm needs 0.4.
         found = ["grouped_mm"] if kind == "full" else ["grouped_mm", "eager"]
@@ -141,7 +141,7 @@ class Peak:
         self.device, self.size = device, size
 
     def flops_a_second(self) -> float:
-        """Floating-point operations."""
+        """Measure floating-point operations a second."""
         left, right, out = self.matrices
         _wait(self.device)
         begin = time.perf_counter()
@@ -151,7 +151,7 @@ class Peak:
 
 
 def measure(shape: Shape, device: str) -> list[dict[str, Any]]:
-    """Seconds of all ways, kinds and numbers of tokens."""
+    """Measure the seconds of all implementations, kinds and numbers of tokens."""
     layer, peak, cases = Layer(shape, device), Peak(device), []
     for tokens in shape.tokens:
         inputs = layer.inputs(tokens)
@@ -174,7 +174,7 @@ def measure(shape: Shape, device: str) -> list[dict[str, Any]]:
 
 
 def check_equal(layer: Layer, kind: str, inputs: tuple[torch.Tensor, ...], ways: list[str]) -> None:
-    """All ways give the same; this is the warm-up too."""
+    """Check that all implementations give the same. This is also the warm-up."""
     _, expected = layer.run("grouped_mm", kind, inputs)
     for way in ways:
         _, found = layer.run(way, kind, inputs)
@@ -187,7 +187,7 @@ def check_equal(layer: Layer, kind: str, inputs: tuple[torch.Tensor, ...], ways:
 def summary(
     shape: Shape, tokens: int, kind: str, seconds: dict[str, list[float]], peaks: list[float]
 ) -> dict[str, Any]:
-    """Medians; how many times as fast as the best of transformers, round by round; and the share of the peak."""
+    """Compute medians, the ratio to the best of transformers round by round, and the share of the peak."""
     peers = {way: statistics.median(times) for way, times in seconds.items() if way != OURS}
     best = min(peers, key=peers.__getitem__)
     flops, weights = shape.flops(tokens, kind), 3 * tokens * shape.top_k * shape.hidden * shape.width
@@ -211,8 +211,11 @@ def _ratio(mine: list[float], other: list[float]) -> float:
 
 
 def memory(shape: Shape, tokens: int, kind: str, device: str) -> dict[str, float]:
-    """Bytes beside parameters: of a step with frozen experts at its peak, and of a full step between its two passes,
-    where there are no gradients yet; each way in a process of its own."""
+    """Measure the bytes beside parameters, for each implementation in a process of its own.
+
+    For a step with frozen experts this is the peak. For a full step it is measured between the two passes, where there
+    are no gradients yet.
+    """
     found = {}
     for way in ("grouped_mm", OURS):
         arguments = json.dumps([asdict(shape), tokens, kind, way, device])
@@ -223,7 +226,7 @@ def memory(shape: Shape, tokens: int, kind: str, device: str) -> dict[str, float
 
 
 def measure_memory(shape: Shape, tokens: int, kind: str, way: str, device: str) -> float:
-    """In the fresh process: what is allocated, or by how much the resident memory grows."""
+    """Measure, in the fresh process, what is allocated, or by how much the resident memory grows."""
     layer = Layer(shape, device)
     layer.run(way, kind, layer.inputs(2))  # libraries load, and keep some memory
     inputs = layer.inputs(tokens)
@@ -250,7 +253,7 @@ def _status(field: str) -> int:
 
 
 def whole_model(device: str, rounds: int = 4, tokens: int = 1024) -> dict[str, Any]:
-    """Tokens a second of a small model in training (all parameters) and in decoding one sequence."""
+    """Measure the tokens a second of a small model: in training (all parameters), and in decoding one sequence."""
     config = DeepseekMoeConfig(
         vocab_size=8192, hidden_size=1024, intermediate_size=2816, moe_intermediate_size=704, num_hidden_layers=4,
         num_attention_heads=16, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
@@ -274,7 +277,7 @@ def whole_model(device: str, rounds: int = 4, tokens: int = 1024) -> dict[str, A
 
 
 def training(model: nn.Module, ids: torch.Tensor, device: str) -> float:
-    """Seconds of a forward and a backward pass."""
+    """Time a forward and a backward pass, in seconds."""
     model.train()
     _wait(device)
     begin = time.perf_counter()
@@ -287,7 +290,7 @@ def training(model: nn.Module, ids: torch.Tensor, device: str) -> float:
 
 @torch.no_grad()
 def decoding(model: nn.Module, prompt: torch.Tensor, device: str) -> float:
-    """Seconds of 32 tokens, one after the other."""
+    """Time 32 tokens, one after the other, in seconds."""
     model.eval()
     cache = DynamicCache()
     model(prompt, past_key_values=cache, use_cache=True)
@@ -308,7 +311,7 @@ NAMES: dict[str, Callable[[int], str]] = {
 
 
 def line(case: dict[str, Any]) -> str:
-    """A case as a row of Markdown."""
+    """Format a case as a row of Markdown."""
     times = case["seconds"]
     cells = [
         f"{1e3 * times[way]:.1f} ms" if way in times else "" for way in ("eager", "batched_mm", "grouped_mm", OURS)

@@ -1,7 +1,7 @@
 """Write docs/benchmarks.md, and the table of figures in README.md, from the results of the benchmarks.
 
-Every figure of the page comes from a file in benchmarks/results. The demo's figures are those of
-benchmarks/results/demo.json, which `--demo` copies from the folder of a full `make demo`; without that file the page
+Every figure of the page comes from a file in benchmarks/results. The demo's figures come from
+benchmarks/results/demo.json, which `--demo` copies from the folder of a full `make demo`. Without that file the page
 has no section about the demo.
 
     python benchmarks/make_page.py [--demo runs/demo/metrics.json]
@@ -66,12 +66,12 @@ def conditions(figures: Figures) -> str:
 
 
 def is_text(block: str) -> bool:
-    """Tell a paragraph, which is broken into lines, from a table or a picture."""
+    """Tell whether a block is a paragraph, which is broken into lines, and not a table or a picture."""
     return not block.startswith(("|", "!["))
 
 
 def section(part: Section) -> list[str]:
-    """Make a section, or nothing where there are no results."""
+    """Make a section, or nothing if there are no results."""
     path = RESULTS / f"{part.results}.json"
     if not path.exists():
         return []
@@ -95,7 +95,7 @@ def load(name: str) -> Figures:
 
 
 def headline() -> str:
-    """Make the table of README: a few figures, each of another benchmark."""
+    """Make the table of README: a few figures, each from another benchmark."""
     lora = load("expert_lora")["cases"][0]
     step, token = lora["seconds"]["step"], lora["seconds"]["decode"]
     shape = "{experts} experts, {tokens} tokens, rank {rank}".format(**lora["shape"])
@@ -128,7 +128,7 @@ def with_headline(readme: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page, or check the one on the disk; returns the exit code."""
+    """Write the page, or check the one on the disk. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not up to date")
     parser.add_argument("--demo", type=Path, help="metrics.json of the demo, copied to benchmarks/results/demo.json")

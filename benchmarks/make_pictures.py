@@ -1,7 +1,7 @@
 """Make the pictures of the documentation, in docs/images, from the folder that `make demo` has written.
 
-- `routing_report.png`: the top of the page that `deepseekmoe report` makes of the demo's model, as a browser shows it;
-  where no browser is installed, the plots of that page one below the other.
+- `routing_report.png`: the top of the page that `deepseekmoe report` makes of the demo's model, as a browser shows it.
+  If no browser is installed, it shows the plots of that page, one below the other.
 - `loss.png` and `expert_load.png` of the demo, and `balancing.png` of benchmarks/balancing.py.
 
     python benchmarks/make_pictures.py [--demo runs/demo] [--data text.txt]
@@ -30,7 +30,7 @@ MOST_BYTES = 200_000
 
 
 def write_report(model: Path, data: Path | None, folder: Path) -> Path:
-    """Run `deepseekmoe report` in a folder of its own, where no path of this machine comes into the page."""
+    """Run `deepseekmoe report` in a folder of its own, so that no path of this machine comes into the page."""
     (folder / MODEL).symlink_to(model.resolve(), target_is_directory=True)
     if data is None:
         data = folder / "python_language_reference.txt"
@@ -70,7 +70,7 @@ def make_routing_report(model: Path, data: Path | None, browser: str | None) -> 
 
 
 def check_size(picture: Path) -> None:
-    """Print the size of a picture; raise a `ValueError` if it is too large for a page."""
+    """Print the size of a picture. Raise ValueError if it is too large for a page."""
     size = picture.stat().st_size
     if size > MOST_BYTES:
         raise ValueError(f"{picture} has {size:,} bytes: it may have {MOST_BYTES:,}.")

@@ -1,7 +1,7 @@
-"""The sections of docs/benchmarks.md: what is compared, the tables, and how to read them.
+"""Describe the results of the benchmarks for docs/benchmarks.md: what is compared, the tables, and how to read them.
 
-Each section has a function that takes a file of results and returns paragraphs, tables and pictures. No figure stands
-in the texts here: all of them come from the results. `make_page.py` makes the page of them.
+Each section has a function that takes a file of results and returns paragraphs, tables and pictures. The texts here
+hold no figure: all figures come from the results. `make_page.py` makes the page of them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -74,7 +74,7 @@ def official_checkpoints(figures: Figures) -> list[str]:
 
 
 def sharded_training(figures: Figures) -> list[str]:
-    """Describe the memory of loading and training, alone and sharded."""
+    """Describe the memory of loading and training, in one process and sharded."""
     header = ("method", "ranks", "while loading", "loaded", "while training", "of one process", "resident", "planned",
               "off")  # fmt: skip
 
@@ -157,7 +157,7 @@ def compiled_kernels(figures: Figures) -> list[str]:
 
 
 def balancing(figures: Figures) -> list[str]:
-    """Describe how balanced, and how good, models are that were trained with every method."""
+    """Describe how balanced, and how good, models are after training with every method."""
     model, training = figures["model"], figures["training"]
     dense = model["first_k_dense_replace"]
 
@@ -343,7 +343,14 @@ def demo(figures: Figures) -> list[str]:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: its heading, the file of results, what runs, and the function that describes the figures."""
+    """A section of the page.
+
+    Attributes:
+        title: its heading.
+        results: the file of results, without its ending.
+        script: what runs.
+        describe: the function that describes the figures.
+    """
 
     title: str
     results: str

@@ -1,9 +1,8 @@
-"""How fast an upcycled model learns, by the standard deviation of its router's rows; beside it, the dense model.
+"""Measure how fast an upcycled model learns, by the standard deviation of its router's rows, beside the dense model.
 
-SmolLM2-135M-Instruct, 2 shared and 24 routed experts (top-6), 20 AdamW steps of 4 x 128 tokens of Python's language
-reference on FFNs, experts and gates; perplexity on held-out pages. Prints a table and writes
-benchmarks/results/router_std.json.
-About six minutes on two cores.
+SmolLM2-135M-Instruct gets 2 shared and 24 routed experts (top-6). FFNs, experts and gates are trained for 20 AdamW
+steps of 4 x 128 tokens of Python's language reference. The perplexity is measured on held-out pages. Prints a table
+and writes benchmarks/results/router_std.json. About six minutes on two cores.
 """
 
 import json
@@ -28,7 +27,7 @@ STEPS, LEARNING_RATE = 20, 1e-4
 
 
 def train(model: transformers.PreTrainedModel, blocks: torch.Tensor) -> None:
-    """The same batches for every model, without a schedule."""
+    """Train a model without a schedule. Every model gets the same batches."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".mlp." in name)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

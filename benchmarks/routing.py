@@ -1,12 +1,12 @@
-"""Routing: the kernels and the plain torch of this package against transformers' routers, from logits to weights.
+"""Compare routing by this package (kernels and plain torch) with transformers' routers, from logits to weights.
 
-For the gates of DeepSeekMoE 16B, V2, V3 and Kimi K2 and 1 to 65536 tokens: first a comparison of all ways with each
-other, then the median microseconds of the forward pass, of forward and backward, and of bringing the choices into the
-order of the experts, which transformers does by sorting. On a GPU also the bytes that must move at least, and their
-share of the bandwidth of a copy that is measured in the same run; the kernels run only there.
+It runs the gates of DeepSeekMoE 16B, V2, V3 and Kimi K2 on 1 to 65536 tokens. First it checks that all implementations
+agree. Then it measures median microseconds: of the forward pass, of forward and backward, and of bringing the choices
+into the order of the experts, which transformers does by sorting. On a GPU it also gives the bytes that must move at
+least, and their share of the bandwidth of a copy in the same run. The kernels run only there.
 
-All ways are timed in turn within each round, so that a busy machine slows all of them. Prints tables and writes
-benchmarks/results/routing.json. About ten minutes on two cores.
+All implementations are timed in turn within each round, so that a busy machine slows all of them. Prints tables and
+writes benchmarks/results/routing.json. About ten minutes on two cores.
 
     python benchmarks/routing.py [--quick]
 """
@@ -50,14 +50,14 @@ class Gate:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of `route`, without the bias."""
+        """Return the arguments of `route`, without the bias."""
         options = {"num_groups": self.groups, "top_k_groups": self.kept, "scaling_factor": self.scaling_factor}
         if self.sigmoid:
             options |= {"score_function": "sigmoid", "group_score": "top2_sum", "normalize": True}
         return options
 
     def native(self, bias: torch.Tensor | None, hidden_size: int = 1) -> torch.nn.Module:
-        """transformers' router of this shape."""
+        """Make transformers' router of this shape."""
         fields = {
             "hidden_size": hidden_size, "n_routed_experts": self.experts, "num_experts_per_tok": self.top_k,
             "n_group": self.groups, "topk_group": self.kept, "routed_scaling_factor": self.scaling_factor,
@@ -80,7 +80,7 @@ GATES = (
 
 
 class Inputs:
-    """Logits, bias and a gradient of the weights, the same for every way."""
+    """Logits, bias and a gradient of the weights, the same for every implementation."""
 
     def __init__(self, gate: Gate, tokens: int, device: str) -> None:
         generator = torch.Generator().manual_seed(tokens)
@@ -95,7 +95,7 @@ given_logits: list[torch.Tensor] = [torch.empty(0)]
 
 
 def ways(gate: Gate, inputs: Inputs, device: str, compiled: Callable) -> dict[str, Callable]:
-    """Functions from logits to weights and ids."""
+    """Return functions from logits to weights and ids, by the name of their implementation."""
     router = gate.native(inputs.bias).to(device)
     nothing = torch.empty(len(inputs.logits), 1, device=device)
 
@@ -119,7 +119,7 @@ def ways(gate: Gate, inputs: Inputs, device: str, compiled: Callable) -> dict[st
 
 
 def moe_ops_way(gate: Gate) -> Callable | None:
-    """The gate of the package moe-ops, where there is one: a softmax over the chosen logits, without groups."""
+    """Return the gate of the package moe-ops, if there is one: a softmax over the chosen logits, without groups."""
     try:
         from moe_ops import fused_topk_softmax
     except ImportError:
@@ -128,8 +128,11 @@ def moe_ops_way(gate: Gate) -> Callable | None:
 
 
 def agree(gate: Gate, inputs: Inputs, found: dict[str, Callable]) -> float:
-    """The share of tokens that a way routes otherwise than plain torch: rounding, and in transformers ties. Raises if
-    there are more than that can explain, or if weights of the same choices differ."""
+    """Check that all implementations agree with plain torch. Return the largest share of tokens routed otherwise.
+
+    Rounding explains a small share, and so do transformers' ties. Raise if the share is larger than that, or if
+    weights of the same choices differ.
+    """
     weights, ids = (values.detach() for values in found["eager"](inputs.logits))
     largest = 0.0
     for name, way in found.items():
@@ -146,7 +149,7 @@ def agree(gate: Gate, inputs: Inputs, found: dict[str, Callable]) -> float:
 
 
 def whole_gates(gate: Gate, inputs: Inputs, device: str) -> dict[str, Step]:
-    """transformers' routers from hidden states on, with the product: as they are, and with `route_native_gates`."""
+    """Return transformers' routers from hidden states on, product included: plain, and with `route_native_gates`."""
     hidden = torch.randn(len(inputs.logits), gate.hidden_size, device=device)
     weight = torch.randn(gate.experts, gate.hidden_size, device=device) / gate.hidden_size**0.5
     steps = {}
@@ -160,7 +163,7 @@ def whole_gates(gate: Gate, inputs: Inputs, device: str) -> dict[str, Step]:
 
 
 def medians(steps: dict[str, Step], device: str, seconds: float) -> dict[str, float]:
-    """Median microseconds of every step; on the CPU all in turn, for as long as `seconds` each."""
+    """Measure the median microseconds of every step. On the CPU all take turns, for as long as `seconds` each."""
     if device == "cuda":
         from triton.testing import do_bench
 
@@ -179,7 +182,7 @@ def medians(steps: dict[str, Step], device: str, seconds: float) -> dict[str, fl
 
 
 def native_groups(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What transformers' grouped experts do with the ids: sort them, count them, and invert the permutation."""
+    """Do what transformers' grouped experts do with the ids: sort them, count them, and invert the permutation."""
     ids, permutation = torch.sort(ids.reshape(-1))
     counts = torch.histc(ids.float() if ids.device.type == "cpu" else ids.int(), bins=experts, min=0, max=experts - 1)
     inverse = torch.empty_like(permutation)
@@ -188,7 +191,7 @@ def native_groups(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written in a second by a large copy on the GPU."""
+    """Measure the bytes that a large copy on the GPU reads and writes in a second."""
     from triton.testing import do_bench
 
     source = torch.randn(2**28, device="cuda")
@@ -197,7 +200,7 @@ def copy_bandwidth() -> float:
 
 
 def compile_of(gate: Gate) -> Callable:
-    """Plain torch through torch.compile, for any number of tokens."""
+    """Compile plain torch with torch.compile, for any number of tokens."""
 
     def run(logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         plan = route(logits, gate.top_k, correction_bias=bias, **gate.options, statistics=False,
@@ -208,7 +211,7 @@ def compile_of(gate: Gate) -> Callable:
 
 
 def measure(gate: Gate, tokens: int, device: str, compiled: Callable, bandwidth: float | None, seconds: float) -> dict:
-    """All figures of one gate and one number of tokens."""
+    """Measure all figures of one gate and one number of tokens."""
     inputs = Inputs(gate, tokens, device)
     found = ways(gate, inputs, device, compiled)
     patch = mock.patch.object(torch.nn.functional, "linear", lambda hidden, weight: given_logits[0])
@@ -245,7 +248,7 @@ def measure(gate: Gate, tokens: int, device: str, compiled: Callable, bandwidth:
 
 
 def table(rows: list[dict], device: str) -> str:
-    """Microseconds, and how many times as fast as transformers."""
+    """Format microseconds, and how many times as fast as transformers this is."""
     mine = "triton" if device == "cuda" else "eager"
     lines = [
         f"| gate | tokens | transformers, us | {mine}, us | with statistics | eager compiled | times as fast "

@@ -1,15 +1,17 @@
-"""Memory of loading and training a model of a billion parameters, alone and sharded over ranks, and as planned.
+"""Measure the memory of loading and training a model of a billion parameters, alone and sharded, and compare the plan.
 
 A random `deepseekmoe` model in float32 (12 layers of 1024, 32 routed experts of width 704, two shared ones) is written
-once, then loaded and trained for two steps of AdamW by `ShardedTrainer`: alone, and by two gloo processes that FSDP2
-shards it over while it is loaded; with all parameters, and with LoRA on attention, shared and routed experts. Every
-rank samples its own anonymous resident memory (`RssAnon`), from which that of the imported libraries is taken off. To
-that of training are added the frozen weights that lie in mapped files still. The peak of all resident memory
-(`VmHWM`), with every page of the files that was read, is given beside it.
+once. `ShardedTrainer` then loads it and trains it for two steps of AdamW: in one process, and in two gloo processes
+that FSDP2 shards it over while it is loaded. It trains all parameters, or LoRA on attention, shared and routed
+experts.
+
+Every rank samples its own anonymous resident memory (`RssAnon`), less that of the imported libraries. Frozen weights
+that still lie in mapped files are added to the memory of training. Beside it stands the peak of all resident memory
+(`VmHWM`), which includes every page of the files that was read.
 
     python benchmarks/sharded_training.py [--folder FOLDER]
 
-Prints a table and whether the limits are kept; writes benchmarks/results/sharded_training.json.
+Prints a table and whether the limits are kept. Writes benchmarks/results/sharded_training.json.
 """
 
 import argparse
@@ -55,13 +57,13 @@ class Memory(threading.Thread):
 
     @staticmethod
     def read(field: str) -> int:
-        """A line of the operating system's status of this process."""
+        """Read a field of the operating system's status of this process, in bytes."""
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
     @classmethod
     def now(cls) -> int:
-        """Anonymous resident memory."""
+        """Read the anonymous resident memory, in bytes."""
         return cls.read("RssAnon")
 
     def run(self) -> None:
@@ -71,13 +73,13 @@ class Memory(threading.Thread):
             time.sleep(0.005)
 
     def peak_since(self) -> int:
-        """The peak above the libraries since the last call."""
+        """Return the peak since the last call, above the libraries' memory."""
         peak, self.peak = max(self.peak, self.now()) - self.base, self.now()
         return peak
 
 
 def mapped_weights(model: torch.nn.Module) -> int:
-    """Bytes of frozen weights that lie in mapped files still, and so not in anonymous memory."""
+    """Count the bytes of frozen weights that still lie in mapped files, and so not in anonymous memory."""
     lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     ranges = [line.split()[0].split("-") for line in lines if line.endswith(".safetensors")]
     size = 0
@@ -100,7 +102,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def train(folder: str, method: str, output: str) -> None:
-    """As one rank: load, train, write what was measured."""
+    """Load and train as one rank, and write what was measured."""
     torch.set_num_threads(1)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
@@ -130,7 +132,7 @@ def train(folder: str, method: str, output: str) -> None:
 
 
 def measure(folder: str, method: str, ranks: int, scratch: Path) -> dict[str, int]:
-    """The largest figures of all ranks of one case, in processes of their own."""
+    """Measure one case in processes of its own. Return the largest figures of all ranks."""
     output = scratch / f"{method}-{ranks}"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, __file__, "--rank-of", method, "--folder", folder, "--output", str(output)]
@@ -140,7 +142,7 @@ def measure(folder: str, method: str, ranks: int, scratch: Path) -> dict[str, in
 
 
 def main() -> None:
-    """All cases."""
+    """Measure and report all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is, or is written")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
@@ -169,7 +171,7 @@ def main() -> None:
 
 
 def report(rows: list[dict[str, Any]], parameters: int, layer: int) -> bool:
-    """Print the table and what of the limits is kept, and write the results; returns whether all are."""
+    """Print the table and which limits are kept, and write the results. Return whether all limits are kept."""
     alone = {row["method"]: row for row in rows if row["ranks"] == 1}
     print(f"\n{parameters:,} parameters, float32, GB\n")
     print("| method | ranks | while loading | loaded | while training | of one process | resident | planned | off |")

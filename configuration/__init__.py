@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Configs by name: the shapes of released and published models, and configs of checkpoint folders."""
+"""Load configs: presets with the shapes of released and published models, and configs of checkpoint folders."""
 
 import copy
 import json
@@ -16,14 +16,14 @@ _PRESETS = resources.files(__name__) / "presets"
 
 @dataclass(frozen=True)
 class Preset:
-    """A published model's shape.
+    """The shape of a published model.
 
     Attributes:
         name: the preset's name.
         config: its config, of the model's own dialect.
         source: where the shape was published, and what of it is inferred.
-        ffn_multiple: the size of a token's activated experts in standard FFNs (8 * hidden_size**2 parameters) where
-            the paper counts FLOPs with a rounded value; `None` where the real widths give it.
+        ffn_multiple: the size of a token's activated experts in standard FFNs (8 * hidden_size**2 parameters), if the
+            paper counts FLOPs with a rounded value. `None` if the real widths give it.
     """
 
     name: str
@@ -33,15 +33,15 @@ class Preset:
 
 
 def list_presets() -> list[str]:
-    """Names of all presets, sorted."""
+    """List the names of all presets, sorted."""
     return sorted(entry.name.removesuffix(".json") for entry in _PRESETS.iterdir() if entry.name.endswith(".json"))
 
 
 def read_preset(name: str) -> Preset:
-    """The preset `name`.
+    """Read the preset `name`.
 
     Raises:
-        ValueError: for an unknown name; the message lists the known ones.
+        ValueError: if the name is unknown. The message lists the known ones.
     """
     if name not in list_presets():
         raise ValueError(f"preset={name!r} is not allowed: it must be one of {', '.join(list_presets())}.")
@@ -50,15 +50,17 @@ def read_preset(name: str) -> Preset:
 
 
 def load_preset(name: str) -> DeepseekMoeConfig:
-    """The config of the preset `name`; raises `ValueError` for an unknown name."""
+    """Load the config of the preset `name`. Raise ValueError if the name is unknown."""
     return read_preset(name).config
 
 
 def config_from_dict(content: dict[str, Any]) -> DeepseekMoeConfig:
-    """A config of this package from the content of an official `config.json`, whatever is registered with AutoConfig.
+    """Make a config of this package from the content of an official `config.json`.
+
+    It does not matter which classes are registered with AutoConfig.
 
     Raises:
-        ValueError: for a model type that is not of the family, or a field that is not allowed.
+        ValueError: if the model type is not of the family, or if a field is not allowed.
     """
     if not isinstance(content, dict):
         raise ValueError(f"A config of type {type(content).__name__} is not allowed: it must be a dictionary.")
@@ -70,7 +72,7 @@ def config_from_dict(content: dict[str, Any]) -> DeepseekMoeConfig:
 
 
 def load_config(folder: str | Path) -> DeepseekMoeConfig:
-    """The config of a checkpoint folder, read as this package's class.
+    """Load the config of a checkpoint folder, as this package's class.
 
     Raises:
         ValueError: if the folder has no `config.json`, or one that is not of the family.

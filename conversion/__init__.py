@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoint conversion: between dialects, layouts and dtypes, from dense models, with adapters; and its proof."""
+"""Convert, upcycle, merge and verify checkpoints and adapters as files: dialects, layouts, dtypes, dense models."""
 
 from importlib import import_module
 from typing import Any

@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""DeepSeek-V3's FP8 format (arXiv 2412.19437, 3.3): float8_e4m3 values, a float32 scale for every 128 x 128 block.
+"""Quantise matrices to DeepSeek-V3's FP8 format (arXiv 2412.19437, 3.3), and back.
 
-`weight = values * scale of its block`. The scales of `<name>` are a tensor `<name>_scale_inv` of shape
-(ceil(rows / 128), ceil(columns / 128)); the last blocks of a row or column may be smaller (`kv_a_proj_with_mqa` of the
-released V3 has 576 rows).
+Values are float8_e4m3, with a float32 scale for every 128 x 128 block: `weight = values * scale of its block`. The
+scales of `<name>` are a tensor `<name>_scale_inv` of shape (ceil(rows / 128), ceil(columns / 128)). The last blocks of
+a row or column may be smaller: `kv_a_proj_with_mqa` of the released V3 has 576 rows.
 """
 
 import torch
@@ -18,13 +18,13 @@ Block = tuple[int, int]
 
 
 def scale_shape(shape: tuple[int, ...], block: Block = BLOCK) -> tuple[int, int]:
-    """Shape of the scales of a matrix."""
+    """Return the shape of the scales of a matrix."""
     rows, columns = shape
     return -(-rows // block[0]), -(-columns // block[1])
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor, block: Block = BLOCK) -> torch.Tensor:
-    """The float32 matrix of FP8 values.
+    """Compute the float32 matrix of FP8 values.
 
     Args:
         values (`torch.float8_e4m3fn` of shape (rows, columns)).
@@ -37,8 +37,10 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor, block: Block = BLOCK)
 
 
 def block_scales(weight: torch.Tensor, block: Block = BLOCK) -> torch.Tensor:
-    """The scales (float32, `scale_shape(weight.shape)`) that map the largest value of every block to 448, the largest
-    of the format. A block of zeros has the scale 1."""
+    """Compute the scales (float32, `scale_shape(weight.shape)`) of all blocks.
+
+    A scale maps the largest value of its block to 448, the largest of the format. A block of zeros has the scale 1.
+    """
     rows, columns = scale_shape(tuple(weight.shape), block)
     scales = torch.empty(rows, columns)
     for row in range(rows):
@@ -49,9 +51,9 @@ def block_scales(weight: torch.Tensor, block: Block = BLOCK) -> torch.Tensor:
 
 
 def quantize(weight: torch.Tensor, scales: torch.Tensor, block: Block = BLOCK) -> torch.Tensor:
-    """The FP8 values of a matrix, rounded to nearest.
+    """Round a matrix to FP8 values, to nearest.
 
-    Every value is off by at most 2**-4 of itself, or by 2**-10 of its block's scale where it is subnormal.
+    A value is off by at most 2**-4 of itself. If it is subnormal, it is off by at most 2**-10 of its block's scale.
     """
     values = torch.empty(weight.shape, dtype=FP8)
     for row, scale in enumerate(scales):
@@ -62,7 +64,7 @@ def quantize(weight: torch.Tensor, scales: torch.Tensor, block: Block = BLOCK) -
 
 
 def _spread(scale: torch.Tensor, columns: int, width: int) -> torch.Tensor:
-    """A row of scales, one for every column."""
+    """Repeat a row of scales, one for every column."""
     return scale.repeat_interleave(width)[:columns]
 
 

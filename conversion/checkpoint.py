@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoint folders, read tensor by tensor: headers and index are checked first, one file at a time is mapped."""
+"""Read checkpoint folders tensor by tensor. Headers and index are checked first; one file at a time is mapped."""
 
 import json
 import math
@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from modeling_deepseekmoe.support.folders import FOREIGN_WEIGHTS
+from modeling_deepseekmoe.support.folders import CONFIG_NAME, FOREIGN_WEIGHTS, INDEX_NAME, WEIGHTS_NAME
 
-WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
-CONFIG_NAME, MANIFEST_NAME = "config.json", "tensors.sha256.json"
+MANIFEST_NAME = "tensors.sha256.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,9 +32,9 @@ class StoredTensor:
     """Where a tensor lies.
 
     Attributes:
-        name, dtype, shape: what it is.
-        file: the safetensors file; `None` for tensors in memory, or of a plan without weights.
-        offset: of its first byte in the file.
+        name, dtype, shape: what the tensor is.
+        file: the safetensors file. `None` for tensors in memory, or of a plan without weights.
+        offset: offset of its first byte in the file.
     """
 
     name: str
@@ -56,14 +55,16 @@ class StoredTensor:
 
 
 class TensorSource:
-    """Named tensors that can be read piece by piece. This one is a plan: it has names and shapes, and no values."""
+    """Named tensors that can be read piece by piece. This class is a plan: it has names and shapes, and no values."""
 
     def __init__(self, tensors: Iterable[StoredTensor]) -> None:
         self.tensors = {tensor.name: tensor for tensor in tensors}
 
     def read(self, tensor: StoredTensor, first: int, last: int) -> torch.Tensor:
-        """Values `first` to `last` (exclusive) of a tensor taken as one row; not to be written to, and to be let go of
-        before a tensor of another file is read."""
+        """Read values `first` to `last` (exclusive) of a tensor taken as one row.
+
+        Do not write to them, and let go of them before a tensor of another file is read.
+        """
         raise ValueError(f"{tensor.name} has no values here: this is a plan.")
 
 
@@ -75,7 +76,7 @@ class StateDict(TensorSource):
         self._tensors = tensors
 
     def read(self, tensor: StoredTensor, first: int, last: int) -> torch.Tensor:
-        """As [`TensorSource.read`]."""
+        """Do as [`TensorSource.read`]."""
         return self._tensors[tensor.name].detach().reshape(-1)[first:last]
 
 
@@ -88,8 +89,8 @@ class Checkpoint(TensorSource):
         tensors: all tensors by name, in the order of the files.
 
     Raises:
-        ValueError: naming the file, for pickled weights, an index that cannot be read, that names a file outside the
-            folder or that does not fit the files, a file that is damaged, and a tensor in two files.
+        ValueError: if weights are pickled, if the index cannot be read, names a file outside the folder or does not
+            fit the files, if a file is damaged, or if a tensor is in two files. The message names the file.
         OSError: if a file is missing or cannot be read.
     """
 
@@ -115,12 +116,12 @@ class Checkpoint(TensorSource):
 
     @property
     def identity(self) -> list[object]:
-        """What a change of the files would change, as far as can be told without reading them."""
+        """What would differ if the files changed, as far as can be told without reading them."""
         places = {tensor.name: tensor.offset for tensor in self.tensors.values()}
         return [places, *(file_identity(file) for file in self.files)]
 
     def read(self, tensor: StoredTensor, first: int, last: int) -> torch.Tensor:
-        """As [`TensorSource.read`]; the tensor is a view of the mapped file."""
+        """Do as [`TensorSource.read`]. The tensor is a view of the mapped file."""
         if first == last:
             return torch.empty(0, dtype=tensor.dtype)
         assert tensor.file is not None
@@ -142,7 +143,7 @@ class Checkpoint(TensorSource):
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """The file of every tensor as the index has it; `None` for a checkpoint of one file, which has no index.
+    """Read the file of every tensor from the index. Return `None` for a checkpoint of one file, which has no index.
 
     Raises:
         ValueError: if the index is not readable, names a file that is not in the folder, or stands beside a
@@ -171,7 +172,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def weight_files(folder: Path, weight_map: dict[str, str] | None = None) -> list[Path]:
-    """The safetensors files of a checkpoint, those of its index if it has one; raises as [`read_index`]."""
+    """List the safetensors files of a checkpoint: those of its index, if it has one. Raise as [`read_index`] does."""
     weight_map = read_index(folder) if weight_map is None else weight_map
     names = [WEIGHTS_NAME] if weight_map is None else sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
@@ -188,7 +189,7 @@ def weight_files(folder: Path, weight_map: dict[str, str] | None = None) -> list
 
 
 def read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file, in the order of their bytes.
+    """Read the names and places of a safetensors file's tensors, in the order of their bytes.
 
     Raises:
         ValueError: if the header is damaged, or does not fit the size of the file.
@@ -249,7 +250,7 @@ def _check_index(weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -
 
 
 def parse_json(file: Path) -> Any:
-    """The content of a JSON file.
+    """Read the content of a JSON file.
 
     Raises:
         ValueError: naming the file, if it is not JSON or has a key twice.
@@ -269,7 +270,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_inside(file: Path, folder: Path) -> None:
-    """That a file is in the folder, and no link to another place.
+    """Raise ValueError if a file is not in the folder, but a link to another place.
 
     The links of the hub's cache, from a snapshot to the blobs of the same repository, are allowed.
 
@@ -283,16 +284,18 @@ def check_inside(file: Path, folder: Path) -> None:
 
 
 def small_files(folder: Path, code: bool) -> dict[str, Path]:
-    """The files of a checkpoint beside weights and config, by their names in it, sorted: tokenizer, generation config,
-    chat templates, texts.
+    """List the files of a checkpoint beside weights and config: tokenizer, generation config, chat templates, texts.
 
     Args:
         folder: the checkpoint.
         code: whether to include Python files that `auto_map` in the config may name. Those that the tokenizer's
-            settings name are always there.
+            settings name are always included.
+
+    Returns:
+        The files by their names in the checkpoint, sorted.
 
     Raises:
-        ValueError: for a link to another place, or tokenizer settings that are no JSON.
+        ValueError: if a file is a link to another place, or if the tokenizer's settings are no JSON.
     """
     files = [file for file in folder.iterdir() if file.is_file()]
     files += [file for name in TEMPLATE_FOLDERS for file in (folder / name).glob("*.jinja") if file.is_file()]
@@ -311,12 +314,12 @@ def small_files(folder: Path, code: bool) -> dict[str, Path]:
 
 
 def file_identity(file: Path) -> list[object]:
-    """Name, size and time of the last change of a file."""
+    """Return name, size and time of the last change of a file."""
     return [file.name, file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def listed(names: Iterable[str]) -> str:
-    """Some names for a message, with the number of the others."""
+    """Format names for a message: the first ones, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
     return ", ".join(names[:_LISTED_NAMES]) + more

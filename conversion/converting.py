@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Converting checkpoints: dialect, layout and dtype, streamed from one folder to another."""
+"""Convert checkpoints to another dialect, layout or dtype, streamed from one folder to another."""
 
 import gc
 import json
@@ -44,12 +44,12 @@ _FP8_CONFIG = {
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What a conversion will write, made without reading a weight.
+    """What a conversion will write. It is made without reading a weight.
 
     Attributes:
-        source: what is read; a plan of names and shapes where the weights are not there.
+        source: what is read. It is a plan of names and shapes if the weights are not there.
         folder: what is written.
-        dialect, layout, dtype: as asked for; the source's own where nothing was.
+        dialect, layout, dtype: as asked for, or else the source's own.
         notes: what the user should know.
         has_weights: whether the source's weights are there.
     """
@@ -64,11 +64,11 @@ class ConversionPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight files; what `progress` of [`convert`] adds up to."""
+        """Bytes of the weight files. The `progress` of [`convert`] adds up to this."""
         return sum(shard.nbytes for shard in self.folder.shards)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain numbers and strings."""
+        """Return the plan as plain numbers and strings."""
         return {
             "dialect": self.dialect,
             "layout": self.layout,
@@ -84,7 +84,7 @@ class ConversionPlan:
         }
 
     def to_text(self) -> str:
-        """The plan as lines."""
+        """Return the plan as lines."""
         facts = self.to_dict()
         files = [f"  {name}  {size / 1e9:,.3f} GB" for name, size in facts["files"].items()]
         if len(files) > 12:
@@ -113,7 +113,10 @@ class ConversionPlan:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A plan is made of some hundred thousand objects without cycles, among which the collector would search."""
+    """Stop the garbage collector while a plan is made.
+
+    It would search some hundred thousand objects, which have no cycles.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -134,22 +137,22 @@ def plan_conversion(
     drop_mtp: bool = False,
     without_weights: bool = False,
 ) -> ConversionPlan:
-    """Work out what [`convert`] would write: every file, tensor and size. No weight is read.
+    """Plan what [`convert`] would write: every file, tensor and size. No weight is read.
 
     Args:
-        source: folder or hub id of a checkpoint of the family; without weights also a preset's name, or a folder with
-            a config and an index alone.
-        to: dialect; the source's by default.
-        layout: `"per-expert"` or `"stacked"`; the source's by default, and per-expert where the dialect changes.
+        source: folder or hub id of a checkpoint of the family. Without weights, it may also be a preset's name, or a
+            folder with only a config and an index.
+        to: dialect. The default is the source's.
+        layout: `"per-expert"` or `"stacked"`. The default is the source's, or per-expert if the dialect changes.
         dtype: `"keep"`, `"float32"`, `"bfloat16"`, `"float16"` or `"fp8"` (DeepSeek-V3's blocks).
-        max_shard_size: bytes or a text such as `"5GB"`; a larger tensor gets a file of its own.
+        max_shard_size: bytes or a text such as `"5GB"`. A larger tensor gets a file of its own.
         drop_mtp: leave the multi-token-prediction layers out.
-        without_weights: plan from the config, and the index where there is one, if the weights are not there.
+        without_weights: if the weights are not there, plan from the config, and from the index if there is one.
 
     Raises:
-        ValueError: for an option that is not allowed, a source that is damaged or does not fit its config, and a
-            target that cannot express it.
-        OSError: for a file that is missing.
+        ValueError: if an option is not allowed, if the source is damaged or does not fit its config, or if the target
+            cannot express it.
+        OSError: if a file is missing.
     """
     _check_options(to, layout, dtype)
     folder, found, missing = _source(source, without_weights)
@@ -181,7 +184,7 @@ def _check_options(to: str | None, layout: str | None, dtype: str) -> None:
 
 
 def _notes_on(found: Description, missing: list[str], drop_mtp: bool) -> list[str]:
-    """What is to be said of the source."""
+    """Return notes on the source."""
     notes = []
     if missing:
         notes.append(
@@ -207,7 +210,7 @@ def convert(
     progress: Callable[[int], None] = lambda size: None,
     **options: Any,
 ) -> ConversionPlan:
-    """Convert a checkpoint: dialect, layout of the experts, and dtype.
+    """Convert a checkpoint to another dialect, layout of the experts, or dtype.
 
     Tensors are streamed: one file of the source is mapped at a time, and one block of a tensor is in memory. What is
     not computed is copied byte for byte, FP8 values and their scales included. Config, generation config, tokenizer
@@ -215,19 +218,19 @@ def convert(
 
     Args:
         source: as for [`plan_conversion`].
-        destination: folder to write; must not exist or be empty.
+        destination: folder to write. It must not exist or be empty.
         resume: go on with what an interrupted run has left.
         report: receives a line for every file.
-        progress: receives numbers of bytes that were written; they add up to the plan's `nbytes`.
-        options: those of [`plan_conversion`]: `to`, `layout`, `dtype`, `max_shard_size`, `drop_mtp`.
+        progress: receives numbers of bytes that were written. They add up to the plan's `nbytes`.
+        options: options of [`plan_conversion`]: `to`, `layout`, `dtype`, `max_shard_size`, `drop_mtp`.
 
     Returns:
         The plan that was carried out.
 
     Raises:
-        ValueError: as [`plan_conversion`]; for a destination in use; for a value that the dtype cannot hold.
-        OSError: for a file that is missing, or a disk that is full or cannot be written to. What is finished is kept
-            beside the destination, for `resume`.
+        ValueError: as [`plan_conversion`]; also if the destination is in use, or if the dtype cannot hold a value.
+        OSError: if a file is missing, or if the disk is full or cannot be written to. What is finished is kept beside
+            the destination, for `resume`.
     """
     plan = plan_conversion(source, **options)
     carry_out(plan, destination, resume=resume, report=report, progress=progress)
@@ -242,7 +245,7 @@ def carry_out(
     report: Callable[[str], None] = lambda line: None,
     progress: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """The second half of [`convert`], for those who want to see the plan first."""
+    """Carry out a plan: the second half of [`convert`], for those who want to see the plan first."""
     if not plan.has_weights:
         raise ValueError("The plan cannot be carried out: the source's weights are not there.")
     write_folder(plan.folder, plan.source, destination, resume=resume, report=report, progress=progress)
@@ -250,7 +253,7 @@ def carry_out(
 
 # ---------------------------------------------------------------------------------------------------------- the source
 def _source(source: str | Path, without_weights: bool) -> tuple[Path | None, Description, list[str]]:
-    """The source's folder, what it holds, and which of its weight files are not there."""
+    """Return the source's folder, what it holds, and which of its weight files are not there."""
     if without_weights and not Path(source).is_dir() and str(source) in list_presets():
         with without_model_classes():
             config = load_preset(str(source))
@@ -269,7 +272,7 @@ def _source(source: str | Path, without_weights: bool) -> tuple[Path | None, Des
 
 # ---------------------------------------------------------------------------------------------------------- the target
 def _tensors(found: Description, config: DeepseekMoeConfig, layout: str, dtype: str, drop_mtp: bool) -> list[Output]:
-    """The tensors of the target config, made of the source's."""
+    """Make the tensors of the target config from the source's."""
     wanted = found.wanted if config is found.config else entries(config, mtp=found.has_mtp)
     parts: dict[str, tuple[Part, Part | None]] = {}
     used = set()
@@ -295,7 +298,7 @@ def _tensors(found: Description, config: DeepseekMoeConfig, layout: str, dtype: 
 def _translated_config(
     found: Description, dialect: str, dtype: str, drop_mtp: bool
 ) -> tuple[DeepseekMoeConfig, bytes]:
-    """The target's config, and the text of its file: the source's own but for what changes."""
+    """Return the target's config, and the text of its file. Both are the source's own, except for what changes."""
     raw, config = dict(found.raw), found.config
     if dialect not in ("deepseekmoe", "deepseek_v3") and found.has_mtp and not drop_mtp:
         raise ValueError(

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""A checkpoint of the family, understood: its config, its tensors, and which of them is what."""
+"""Describe a checkpoint of the family: read its config and headers, and find out which tensor is what."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ _ODD = (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 @dataclass(frozen=True)
 class Description:
-    """A checkpoint of the family, understood.
+    """A checkpoint of the family, with its tensors matched to its config.
 
     Attributes:
         source: its tensors.
@@ -59,7 +59,7 @@ class Description:
 
     @property
     def layout(self) -> str:
-        """Of the experts, as stored."""
+        """Layout of the experts, as stored."""
         stacked = any(entry.stack in self.source.tensors for entry in self.wanted.values())
         return "stacked" if stacked else "per-expert"
 
@@ -74,7 +74,7 @@ class Description:
         return self.config.n_routed_experts or 0
 
     def matrix(self, name: str) -> Matrix | None:
-        """Where an official tensor lies; a tied head is the embedding."""
+        """Find where an official tensor lies. For a tied head, this is the embedding."""
         found = self.located.matrices.get(name)
         if found is None and name == "lm_head.weight" and self.config.tie_word_embeddings:
             return self.located.matrices["model.embed_tokens.weight"]
@@ -85,8 +85,8 @@ def describe(folder: str | Path) -> Description:
     """Read the config, the index and all headers of a checkpoint of the family.
 
     Raises:
-        ValueError: for a config that is not allowed, damaged files, and tensors that do not fit the config.
-        OSError: for a file that is missing.
+        ValueError: if the config is not allowed, if files are damaged, or if the tensors do not fit the config.
+        OSError: if a file is missing.
     """
     folder = Path(folder)
     raw = read_config(folder)
@@ -94,7 +94,7 @@ def describe(folder: str | Path) -> Description:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a folder.
+    """Read the `config.json` of a folder.
 
     Raises:
         ValueError: if it is not readable, or a link to another place.
@@ -108,7 +108,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def as_config(raw: dict[str, Any], folder: Path | None = None) -> DeepseekMoeConfig:
-    """A `config.json` as this package's class; raises `ValueError`, with the file's name, for what cannot be read."""
+    """Make a config of this package from a `config.json`. Raise ValueError, naming the file, if it cannot be read."""
     try:
         if isinstance(raw, dict):
             _check_raw(raw)
@@ -119,7 +119,7 @@ def as_config(raw: dict[str, Any], folder: Path | None = None) -> DeepseekMoeCon
 
 
 def _check_raw(raw: dict[str, Any]) -> None:
-    """What would do harm before a config is made of it."""
+    """Raise ValueError if a field would do harm when a config is made of it."""
     for name in raw:
         if callable(getattr(DeepseekMoeConfig, name, None)):
             raise ValueError(f"{name!r} is not allowed as a field.")
@@ -139,7 +139,7 @@ def _check_raw(raw: dict[str, Any]) -> None:
 def understand(
     source: TensorSource, raw: dict[str, Any], config: DeepseekMoeConfig, wanted: dict[str, Entry] | None = None
 ) -> Description:
-    """Match tensors with a config, which is also there as its file has it; raises `ValueError` if they do not fit."""
+    """Match tensors with a config, of which `raw` is the file's content. Raise ValueError if they do not fit."""
     if wanted is None:
         with_mtp = _check_sizes(config, source)
         wanted = entries(config, mtp=with_mtp)
@@ -149,8 +149,10 @@ def understand(
 
 
 def _check_sizes(config: DeepseekMoeConfig, source: TensorSource) -> bool:
-    """That the config's numbers of layers and experts are those of the tensors, before all of them are named; returns
-    whether there are multi-token-prediction layers."""
+    """Check that config and tensors agree on the numbers of layers and experts, before all tensors are named.
+
+    Return whether there are multi-token-prediction layers.
+    """
     layers = 1 + max((layer for name in source.tensors if (layer := layer_of(name)) is not None), default=-1)
     if config.num_hidden_layers > layers:
         raise ValueError(
@@ -172,8 +174,10 @@ def _check_sizes(config: DeepseekMoeConfig, source: TensorSource) -> bool:
 
 
 def fp8_block(raw: dict[str, Any]) -> Block:
-    """Rows and columns of a checkpoint's FP8 blocks, from its `config.json`; raises `ValueError` for other
-    quantisations."""
+    """Read the rows and columns of a checkpoint's FP8 blocks from its `config.json`.
+
+    Raise ValueError if the quantisation is another one.
+    """
     quantization = raw.get("quantization_config")
     if quantization is None:
         return BLOCK
@@ -193,8 +197,9 @@ def fp8_block(raw: dict[str, Any]) -> Block:
 
 
 def planned(raw: dict[str, Any], config: DeepseekMoeConfig, weight_map: dict[str, str] | None) -> Description:
-    """The checkpoint of a config, without its values: with the tensors of an index, or all but those of
-    multi-token-prediction layers.
+    """Describe the checkpoint of a config without its values.
+
+    It has the tensors of an index. Without an index, it has all tensors but those of multi-token-prediction layers.
 
     Raises:
         ValueError: listing the tensors of the index that the config has no place for, or that are missing.

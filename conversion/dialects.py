@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Configs from one dialect to another, or a refusal: the translated config must describe the same computation."""
+"""Translate configs from one dialect to another. Refuse if the new config would describe another computation."""
 
 import dataclasses
 from typing import Any
@@ -47,12 +47,12 @@ _ROUTING_FIELDS = (
 
 
 def translate(config: DeepseekMoeConfig, dialect: str) -> DeepseekMoeConfig:
-    """The config of the same model in another dialect.
+    """Translate a config into another dialect, for the same model.
 
-    A tied head becomes a tensor of its own in the official dialects, whose other readers do not tie.
+    A tied head becomes a tensor of its own in the official dialects, because their other readers do not tie.
 
     Args:
-        config: of any dialect.
+        config: config of any dialect.
         dialect: `"deepseekmoe"`, `"deepseek"`, `"deepseek_v2"` or `"deepseek_v3"`.
 
     Raises:
@@ -80,20 +80,22 @@ def translate(config: DeepseekMoeConfig, dialect: str) -> DeepseekMoeConfig:
 
 
 def architectures_of(dialect: str, architectures: list[str] | None) -> list[str]:
-    """The field `architectures` of a dialect's `config.json`, with the heads that another one names; a language model
-    where none is named, since readers such as llama.cpp's converter look there first."""
+    """Return the field `architectures` of a dialect's `config.json`, with the heads that `architectures` names.
+
+    If it names none, return a language model's: readers such as llama.cpp's converter look at this field first.
+    """
     prefix = _CLASSES[dialect].__name__.removesuffix("Config")
     return [prefix + head_of(name) for name in architectures or ["ForCausalLM"]]
 
 
 def check_dialect(dialect: str) -> None:
-    """Raises `ValueError` unless it is one."""
+    """Raise ValueError unless this is the name of a dialect."""
     if dialect not in DIALECTS:
         raise ValueError(f"to={dialect!r} is not allowed: it must be one of {', '.join(DIALECTS)}.")
 
 
 def forward_fields(config: DeepseekMoeConfig) -> dict[str, Any]:
-    """What a forward pass depends on, in the same words for every dialect."""
+    """Collect what a forward pass depends on, under the same names for every dialect."""
     found = {name: getattr(config, name) for name in _FORWARD_FIELDS}
     rope = dict(config.rope_parameters or {})
     rope.pop("type", None)
@@ -114,7 +116,7 @@ def forward_fields(config: DeepseekMoeConfig) -> dict[str, Any]:
 
 
 def _gate_fields(config: DeepseekMoeConfig, dialect: str) -> dict[str, Any]:
-    """The gate's fields in the words of a dialect; what it cannot say is found when the configs are compared."""
+    """Return the gate's fields in a dialect's words. `check_same` finds later what the dialect cannot say."""
     if not config.n_routed_experts:
         return {}
     fields: dict[str, Any] = {"routed_scaling_factor": config.gate_scaling_factor}
@@ -129,7 +131,7 @@ def _gate_fields(config: DeepseekMoeConfig, dialect: str) -> dict[str, Any]:
 
 
 def check_same(config: DeepseekMoeConfig, translated: DeepseekMoeConfig) -> None:
-    """That a translated config describes the same computation.
+    """Raise ValueError if a translated config describes another computation.
 
     Raises:
         ValueError: naming the first difference.
@@ -147,7 +149,7 @@ def check_same(config: DeepseekMoeConfig, translated: DeepseekMoeConfig) -> None
 
 
 def _check_released_code(config: DeepseekMoeConfig, dialect: str) -> None:
-    """What a dialect's config could say, and its released code would not compute."""
+    """Raise ValueError if a dialect's config can express a setting, but its released code would not compute it."""
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if dialect == "deepseek" and rope_type not in DEEPSEEK_ROPE_TYPES:
         raise ValueError(

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Running a model whose weights are read when they are needed: one layer at a time is in memory, in float32."""
+"""Run a model that does not fit into memory: weights are read when needed, one layer at a time, in float32."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -17,11 +17,11 @@ Reader = Callable[[str], torch.Tensor]
 
 
 def streamed_model(config: PreTrainedConfig, architecture: str | None, read: Reader) -> PreTrainedModel:
-    """A model in evaluation mode that asks for its weights in every forward pass.
+    """Make a model in evaluation mode that reads its weights in every forward pass.
 
     Args:
-        config: of this family or of transformers'.
-        architecture: class of this package; `None` for the language model of transformers that the config names.
+        config: config of this family or of transformers'.
+        architecture: class of this package. `None` for the language model of transformers that the config names.
         read: returns a weight (float32) by its name in the model's state dict, where experts are stacked.
     """
     with torch.device("meta"):
@@ -53,7 +53,7 @@ def _stream(unit: nn.Module, prefix: str, read: Reader) -> None:
 
 
 def checkpoint_model(found: Description) -> PreTrainedModel:
-    """The streamed model of a checkpoint of the family."""
+    """Make the streamed model of a checkpoint of the family."""
     parts = {}
     for name, entry in found.wanted.items():
         matrix = found.matrix(name)
@@ -67,14 +67,14 @@ def checkpoint_model(found: Description) -> PreTrainedModel:
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """What the model's head returns for tokens (B, S): logits, or the hidden states of a model without one."""
+    """Compute the output of the model's head for tokens (B, S): logits, or hidden states if there is no head."""
     output = model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
     return output.logits if "logits" in output else output.last_hidden_state
 
 
 @torch.no_grad()
 def greedy_text(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """A prompt (1, S) and its greedy continuation (1, S + new_tokens). Every token reads all weights once."""
+    """Continue a prompt (1, S) greedily, and return both (1, S + new_tokens). Every token reads all weights once."""
     tokens = prompt
     for _ in range(new_tokens):
         tokens = torch.cat([tokens, logits_of(model, tokens)[:, -1:].argmax(-1)], dim=1)

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Tensors to write, as plans: what each one is made of, read and computed block by block.
+"""Plan the tensors to write: what each is made of, and how its values are read and computed block by block.
 
-Memory never holds more than one block, whatever the size of a tensor: blocks of bytes where nothing is computed, else
-of whole rows, as many as 128-row blocks of FP8 allow.
+Memory never holds more than one block, however large a tensor is. Where nothing is computed, a block is a range of
+bytes. Else it is a number of whole rows, a multiple of the 128 rows of an FP8 block.
 """
 
 import math
@@ -34,14 +34,14 @@ class Part(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
+        """Dtype of the values."""
 
     @property
     def numel(self) -> int:
         """Number of values."""
 
     def blocks(self, source: TensorSource) -> Iterator[torch.Tensor]:
-        """The values in order, in tensors of the part's dtype. Let go of one before asking for the next."""
+        """Yield the values in order, in tensors of the part's dtype. Let go of one before asking for the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +52,16 @@ class Copied:
 
     @property
     def dtype(self) -> torch.dtype:
-        """As stored."""
+        """The stored dtype."""
         return self.matrix.tensor.dtype
 
     @property
     def numel(self) -> int:
-        """As stored."""
+        """The stored number of values."""
         return math.prod(self.matrix.shape)
 
     def blocks(self, source: TensorSource) -> Iterator[torch.Tensor]:
-        """Rows are contiguous, so the blocks are ranges of values."""
+        """Yield the values. Whole rows are contiguous, so that their blocks are ranges of values."""
         matrix = self.matrix
         if len(matrix.columns) != matrix.width:
             for first, last in row_blocks(matrix):
@@ -74,7 +74,7 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """The stored values, multiplied by a factor and rounded to another dtype; FP8 values are dequantised.
+    """The stored values, multiplied by a factor and rounded to another dtype. FP8 values are dequantised.
 
     Raises:
         ValueError: from `blocks`, if a finite value is too large for the dtype.
@@ -86,11 +86,11 @@ class Cast:
 
     @property
     def numel(self) -> int:
-        """As stored."""
+        """The stored number of values."""
         return math.prod(self.matrix.shape)
 
     def blocks(self, source: TensorSource) -> Iterator[torch.Tensor]:
-        """Computed in float32, in float64 where the values are."""
+        """Yield the values, computed in float32, or in float64 if they are stored so."""
         for first, last in row_blocks(self.matrix):
             exact = values(self.matrix, source, first, last)
             cast = (exact * self.factor if self.factor != 1 else exact).to(self.dtype)
@@ -125,7 +125,7 @@ class Quantized:
         return math.prod(scale_shape(self.matrix.shape, self.block) if self.scales else self.matrix.shape)
 
     def blocks(self, source: TensorSource) -> Iterator[torch.Tensor]:
-        """The scales are computed twice, for themselves and for the values: that is cheaper than to keep them."""
+        """Yield the values or the scales. The values compute the scales again, which is cheaper than to keep them."""
         for first, last in row_blocks(self.matrix, self.block[0]):
             exact = values(self.matrix, source, first, last)
             if not bool(torch.isfinite(exact).all()):
@@ -142,16 +142,16 @@ class Constant:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The tensor's."""
+        """Dtype of the tensor."""
         return self.tensor.dtype
 
     @property
     def numel(self) -> int:
-        """The tensor's."""
+        """Number of the tensor's values."""
         return self.tensor.numel()
 
     def blocks(self, source: TensorSource) -> Iterator[torch.Tensor]:
-        """The tensor."""
+        """Yield the tensor, as one block."""
         yield self.tensor.reshape(-1)
 
 
@@ -160,8 +160,8 @@ class Output:
     """A tensor to write.
 
     Attributes:
-        name, shape: of the tensor.
-        parts: what it is made of, in the order of its values; all of one dtype.
+        name, shape: name and shape of the tensor.
+        parts: what it is made of, in the order of its values. All are of one dtype.
     """
 
     name: str
@@ -170,7 +170,7 @@ class Output:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its values."""
+        """Dtype of its values."""
         return self.parts[0].dtype
 
     @property
@@ -179,7 +179,7 @@ class Output:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, source: TensorSource) -> torch.Tensor:
-        """The whole tensor, in memory of its own."""
+        """Read the whole tensor into memory of its own."""
         tensor, place = torch.empty(math.prod(self.shape), dtype=self.dtype), 0
         for part in self.parts:
             for block in part.blocks(source):
@@ -189,7 +189,7 @@ class Output:
         return tensor.view(self.shape)
 
     def check(self) -> None:
-        """That the parts fit together.
+        """Check that the parts fit together.
 
         Raises:
             ValueError: if the experts of a stack are stored in several dtypes.
@@ -204,14 +204,17 @@ class Output:
 
 
 def value_blocks(number: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    """Ranges of a number of stored values that are small enough to have in memory."""
+    """Divide a number of stored values into ranges that are small enough to have in memory."""
     step = max(1, BLOCK_BYTES // dtype.itemsize)
     for first in range(0, number, step):
         yield first, min(first + step, number)
 
 
 def row_blocks(matrix: Matrix, high: int | None = None) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are small enough to compute with in float32, multiples of an FP8 block's `high` rows."""
+    """Divide rows into ranges that are small enough to compute with in float32.
+
+    Ranges are multiples of the `high` rows of an FP8 block.
+    """
     high = matrix.block[0] if high is None else high
     step = max(1, BLOCK_BYTES // max(1, 4 * high * matrix.width)) * high
     for first in range(0, len(matrix.rows), step):
@@ -219,7 +222,7 @@ def row_blocks(matrix: Matrix, high: int | None = None) -> Iterator[tuple[int, i
 
 
 def values(matrix: Matrix, source: TensorSource, first: int, last: int) -> torch.Tensor:
-    """Rows `first` to `last` of a matrix as numbers: FP8 dequantised, in float32 or, where stored so, float64."""
+    """Read rows `first` to `last` of a matrix as float32, or as float64 if they are stored so. FP8 is dequantised."""
     if matrix.scales is None:
         stored = _stored(matrix, source, first, last)
         return stored.to(torch.promote_types(stored.dtype, torch.float32))
@@ -237,13 +240,13 @@ def _stored(matrix: Matrix, source: TensorSource, first: int, last: int) -> torc
 
 # -------------------------------------------------------------------------------------------------- dtypes and layouts
 def parts_of(entry: Entry, matrix: Matrix, dtype: str, block: Block = BLOCK) -> tuple[Part, Part | None]:
-    """How a tensor is written: its values and, if they are FP8, their scales.
+    """Return how a tensor is written: its values and, if they are FP8, their scales.
 
     Args:
-        entry: what it is.
+        entry: what the tensor is.
         matrix: where it lies.
-        dtype: `"keep"`, `"fp8"` (the linear layers; the rest is kept), or a dtype's name (all of it; the gates' bias
-            stays or becomes float32, as in every model of the family).
+        dtype: `"keep"`, `"fp8"` (for the linear layers; the rest is kept), or a dtype's name (for all tensors but the
+            gates' bias, which is float32 in every model of the family).
         block: rows and columns of the FP8 blocks to make.
     """
     if dtype == "fp8" and entry.linear and matrix.scales is None:
@@ -259,7 +262,7 @@ def parts_of(entry: Entry, matrix: Matrix, dtype: str, block: Block = BLOCK) -> 
 def outputs(
     wanted: Mapping[str, Entry], parts: Mapping[str, tuple[Part, Part | None]], layout: str, experts: int
 ) -> Iterator[Output]:
-    """The tensors to write, in the order of `wanted`.
+    """Yield the tensors to write, in the order of `wanted`.
 
     Args:
         wanted: all official tensors.
@@ -285,7 +288,7 @@ def outputs(
 def _pair(
     name: str, shape: tuple[int, ...], members: list[tuple[Part, Part | None]], experts: int = 1
 ) -> Iterable[Output]:
-    """A tensor, and its scales where it has some."""
+    """Make a tensor and, if it has some, its scales."""
     found = [Output(name, shape, tuple(part for part, _ in members))]
     scales = tuple(scale for _, scale in members if scale is not None)
     found[0].check()

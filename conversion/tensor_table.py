@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Which tensors a checkpoint holds: one declarative table per dialect, read in both directions.
+"""List which tensors a checkpoint holds: one declarative table per dialect, for reading and for writing.
 
 A row names a tensor of the official per-expert layout, its shape in named dimensions, and what the config must say for
-it to exist. The stacked layout follows from the rows of the experts: a stack is the concatenation of its experts'
-matrices, expert by expert, so that every layout change is a matter of where the same bytes lie.
+the tensor to exist. The stacked layout follows from the rows of the experts: a stack is the concatenation of its
+experts' matrices, expert by expert. So a change of layout only changes where the same bytes lie.
 """
 
 import re
@@ -21,9 +21,9 @@ class Row:
     """One kind of tensor.
 
     Attributes:
-        name: official name, below its section (the model, a layer); `{expert}` stands for the experts' numbers.
+        name: official name, below its section (the model, a layer). `{expert}` stands for the experts' numbers.
         shape: names of its dimensions.
-        needs: name of what the config must have; a `!` before it: must not have.
+        needs: names of what the config must have. A `!` before a name: must not have.
         linear: whether it is a weight that FP8 checkpoints hold in FP8.
         optional: whether a checkpoint may lack it.
     """
@@ -104,8 +104,13 @@ DERIVED = re.compile(r"^(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq$"
 
 @dataclass(frozen=True)
 class Table:
-    """The tensors of a dialect: its attentions by type, its MoE block, and what a multi-token-prediction layer adds to
-    a decoder layer."""
+    """The tensors of a dialect.
+
+    Attributes:
+        attention: rows of an attention, by its type.
+        moe: rows of a MoE block.
+        mtp: rows that a multi-token-prediction layer adds to a decoder layer.
+    """
 
     attention: Mapping[str, tuple[Row, ...]]
     moe: tuple[Row, ...]
@@ -128,8 +133,8 @@ class Entry:
         name, shape: in the official per-expert layout.
         linear: whether FP8 checkpoints hold it in FP8.
         optional: whether a checkpoint may lack it.
-        stack: of an expert's matrix, the name of its stack.
-        mtp_layer: number of its multi-token-prediction layer; such a layer may be missing as a whole.
+        stack: for an expert's matrix, the name of its stack.
+        mtp_layer: number of its multi-token-prediction layer. Such a layer may be missing as a whole.
     """
 
     name: str
@@ -142,14 +147,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Where the values of one official tensor lie: a range of rows of a stored tensor taken as a matrix.
+    """Where the values of one official tensor lie: a range of rows of a stored tensor, which is taken as a matrix.
 
     Attributes:
         tensor: the stored tensor.
-        rows: its rows; a vector is one row.
-        columns: its columns; all of them, but for a part of a down projection.
-        scales: of FP8 values, where their scales lie.
-        block: of FP8 values, rows and columns of a block.
+        rows: its rows. A vector is one row.
+        columns: its columns. Only a part of a down projection has fewer than all.
+        scales: for FP8 values, where their scales lie.
+        block: for FP8 values, rows and columns of a block.
     """
 
     tensor: StoredTensor
@@ -169,7 +174,7 @@ class Matrix:
         return len(self.rows), len(self.columns)
 
     def part(self, rows: range | None = None, columns: range | None = None) -> "Matrix":
-        """Some of its rows or columns. Not for FP8 values, whose blocks it would cut."""
+        """Take some of its rows or columns. This is not for FP8 values: it would cut their blocks."""
         assert self.scales is None
         rows = range(len(self.rows)) if rows is None else rows
         columns = range(len(self.columns)) if columns is None else columns
@@ -185,7 +190,7 @@ class Located:
     """The tensors of a checkpoint, matched with what its config asks for.
 
     Attributes:
-        matrices: by official name, where each one lies.
+        matrices: by official name, where each tensor lies.
         absent: official names of optional tensors, and of multi-token-prediction layers, that are not there.
         derived: names of stored tensors that follow from the config and are not read.
     """
@@ -196,10 +201,10 @@ class Located:
 
 
 def entries(config: DeepseekMoeConfig, *, mtp: bool = True) -> dict[str, Entry]:
-    """All tensors that a config asks for, by official name: embedding, layers, norm, head, multi-token prediction.
+    """List all tensors that a config asks for, by official name: embedding, layers, norm, head, MTP layers.
 
     Args:
-        config: of any dialect.
+        config: config of any dialect.
         mtp: whether to include the multi-token-prediction layers that the config promises.
     """
     table, dimensions, has = TABLES[config.model_type], _dimensions(config), _properties(config)
@@ -229,10 +234,10 @@ def entries(config: DeepseekMoeConfig, *, mtp: bool = True) -> dict[str, Entry]:
 
 
 def head_of(architecture: str) -> str:
-    """The ending of a class name that says what head the model has.
+    """Return the ending of a class name that says what head the model has.
 
     Raises:
-        ValueError: for a class without a table.
+        ValueError: if there is no table for the class.
     """
     for head in HEADS:
         if architecture.endswith(head):
@@ -241,7 +246,7 @@ def head_of(architecture: str) -> str:
 
 
 def stacks(wanted: Mapping[str, Entry]) -> dict[str, list[Entry]]:
-    """The matrices of every stack, in their order: expert by expert, gate before up."""
+    """Collect the matrices of every stack, in their order: expert by expert, gate before up."""
     members: dict[str, list[Entry]] = {}
     for entry in wanted.values():
         if entry.stack is not None:
@@ -250,7 +255,7 @@ def stacks(wanted: Mapping[str, Entry]) -> dict[str, list[Entry]]:
 
 
 def stack_shape(members: list[Entry], number: int) -> tuple[int, int, int]:
-    """(E, rows, columns) of a stack of `number` experts."""
+    """Return the shape (E, rows, columns) of a stack of `number` experts."""
     rows, columns = members[0].shape
     return number, len(members) // number * rows, columns
 
@@ -258,7 +263,7 @@ def stack_shape(members: list[Entry], number: int) -> tuple[int, int, int]:
 def locate(
     wanted: Mapping[str, Entry], tensors: Mapping[str, StoredTensor], experts: int = 0, block: Block = BLOCK
 ) -> Located:
-    """Match stored tensors with what a config asks for; each expert's matrices are per expert or in a stack.
+    """Match stored tensors with what a config asks for. The matrices of experts may be stored per expert or in stacks.
 
     Args:
         wanted: [`entries`] of the config.
@@ -335,7 +340,7 @@ def _wanted(row: Row, has: dict[str, bool]) -> bool:
 
 
 def _expanded(rows: tuple[Row, ...], experts: int) -> Iterator[tuple[Row, str, str | None]]:
-    """Rows with the names of their tensors and, of an expert's, its stack; all matrices of an expert together."""
+    """Yield every row with the names of its tensors and of their stack. All matrices of an expert come together."""
     per_expert = []
     for row in rows:
         if "{expert}" not in row.name:
@@ -410,7 +415,7 @@ def _locate_stack(
 
 
 def _lacking(located: Located, wanted: Mapping[str, Entry], missing: list[str]) -> list[str]:
-    """The names that may not be missing; the others are noted."""
+    """Return the missing names that must not be missing, and note the others as absent."""
     present = {wanted[name].mtp_layer for name in located.matrices}
     some_mtp = present != {None}  # all such layers may be missing, but not one of several
     located.absent = {
@@ -420,7 +425,7 @@ def _lacking(located: Located, wanted: Mapping[str, Entry], missing: list[str]) 
 
 
 def _place(tensor: StoredTensor) -> str:
-    """The name of a tensor, and its file."""
+    """Return the name of a tensor, and of its file."""
     return f"{tensor.name} ({tensor.file.name})" if tensor.file else tensor.name
 
 

@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The unfinished work on a folder: `<destination>.unfinished`, with the folder to be, a mark and a lock.
+"""Keep the unfinished work on a folder in `<destination>.unfinished`: the folder to be, a mark and a lock.
 
-The mark holds a digest of all that decides on the content, so that only the same work is resumed. The folder takes the
-destination's name in one step; the mark is deleted afterwards, so that what a killed run leaves can always be told.
+The mark holds a digest of all that the content depends on, so that only the same work is resumed. The folder takes the
+destination's name in one step. The mark is deleted afterwards, so that what a killed run leaves can always be
+recognised.
 """
 
 import errno
@@ -22,29 +23,33 @@ _FOLDER, _MARK, _LOCK = "folder", "conversion.json", "lock"
 
 
 def unfinished_path(destination: str | Path) -> Path:
-    """Where the unfinished work on a destination lies."""
+    """Return the path of the unfinished work on a destination."""
     path = Path(destination).resolve()
     return path.with_name(f"{path.name}.unfinished")
 
 
 def is_finished(path: Path, fingerprint: str) -> bool:
-    """Whether a killed run had given a folder its name, and no more."""
+    """Tell whether a killed run had given a folder its name, but had not cleaned up."""
     work = unfinished_path(path)
     return path.is_dir() and not (work / _FOLDER).exists() and _marked(work) == fingerprint
 
 
 @contextmanager
 def claimed(path: Path, fingerprint: str, resume: bool) -> Iterator[tuple[Path, bool]]:
-    """The folder to write to, for this process alone, and whether what it holds was written since the machine was
-    started, so that no failure of its power can have spoilt it. At the end the folder takes the destination's name.
+    """Claim the folder to write to, for this process alone. At the end the folder takes the destination's name.
 
     Args:
         path: the destination, which must not exist or be empty.
-        fingerprint: of the work.
+        fingerprint: digest of the work.
         resume: whether to go on with unfinished work.
 
+    Yields:
+        The folder, and whether its content can be trusted: if it was written since the machine was started, no power
+        failure can have spoilt it.
+
     Raises:
-        ValueError: for a destination in use, unfinished work that is not to be resumed, or is of another conversion.
+        ValueError: if the destination is in use, or if unfinished work is not to be resumed or is of another
+            conversion.
         OSError: if it cannot be written, or another process does so.
     """
     check_destination(path)
@@ -90,7 +95,7 @@ def claimed(path: Path, fingerprint: str, resume: bool) -> Iterator[tuple[Path, 
 
 
 def clean_up(path: Path) -> None:
-    """Remove what is left beside a finished folder: the mark at the end, and nothing that is not ours."""
+    """Remove what is left beside a finished folder. The mark goes last, and nothing is removed that is not ours."""
     work = unfinished_path(path)
     with suppress(OSError):
         for name in (_LOCK, _MARK + PARTIAL, _MARK):
@@ -99,7 +104,7 @@ def clean_up(path: Path) -> None:
 
 
 def write_small(path: Path, content: bytes) -> None:
-    """Write a file that is there with its whole content or not at all."""
+    """Write a file so that it is there with its whole content or not at all."""
     partial = path.with_name(path.name + PARTIAL)
     with partial.open("wb", buffering=0) as file:
         write_all(file.fileno(), path, content)
@@ -107,7 +112,7 @@ def write_small(path: Path, content: bytes) -> None:
 
 
 def write_all(descriptor: int, path: Path, data: bytes | memoryview) -> None:
-    """Write bytes to an open file; an error names `path`."""
+    """Write bytes to an open file. The message of an error names `path`."""
     view = memoryview(data)
     try:
         while view:
@@ -141,13 +146,13 @@ def _is_ours(work: Path) -> bool:
 
 
 def _machine_start() -> str:
-    """What is another one after every start of the machine; the same always where the system does not tell."""
+    """Return a text that differs after every start of the machine, or a constant if the system does not tell."""
     file = Path("/proc/sys/kernel/random/boot_id")
     return file.read_text().strip() if file.is_file() else "unknown"
 
 
 def _marked(work: Path, field: str = "fingerprint") -> str | None:
-    """A field of the mark; `None` without a mark that can be read."""
+    """Read a field of the mark. Return `None` if there is no mark that can be read."""
     try:
         return str(json.loads((work / _MARK).read_text())[field])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Proof that a checkpoint is whole, and that two of them hold the same model, whatever their layouts and dtypes."""
+"""Verify that a checkpoint is whole, or that two of them hold the same model, in whatever layouts and dtypes."""
 
 import hashlib
 import json
@@ -34,20 +34,20 @@ _BITS = {FP8: 8, torch.bfloat16: 16, torch.float16: 16, torch.float32: 32, torch
 
 
 class VerificationError(RuntimeError):
-    """A checkpoint is not whole, or two of them do not hold the same model; the message lists what was found."""
+    """A checkpoint is not whole, or two of them do not hold the same model. The message lists what was found."""
 
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """What was verified; all of it holds.
+    """What was verified. All of it holds.
 
     Attributes:
         tensors, nbytes: number and size of the tensors that were read.
         digest: SHA-256 over the hashes of all tensors, in the order of their names.
-        manifest: `"written"`, `"checked"`, or `None` where there was none.
-        compared: of a comparison, the number of tensors by how they are equal.
+        manifest: `"written"`, `"checked"`, or `None` if there was none.
+        compared: for a comparison, the number of tensors by how they are equal.
         notes: what else was found.
-        max_logit_difference: of a comparison with logits, the largest absolute difference.
+        max_logit_difference: for a comparison with logits, the largest absolute difference.
     """
 
     tensors: int
@@ -82,25 +82,25 @@ def verify(
 ) -> VerificationReport:
     """Check a checkpoint, and compare it with another one.
 
-    The headers must fit the files and the index, the tensors the config, and all values must be finite. Every tensor
-    is hashed; where the folder has a manifest, the hashes must be its own. In a comparison every tensor of one is
-    looked up in the other: the same bytes, or, where the dtypes differ, one the rounded, the quantised or the
-    dequantised other. The configs must describe the same computation.
+    The headers must fit the files and the index, and the tensors the config. All values must be finite. Every tensor
+    is hashed, and the hashes must be those of the folder's manifest, if it has one. A comparison looks up every tensor
+    of one checkpoint in the other. Both must have the same bytes; if the dtypes differ, one must be the other one
+    rounded, quantised or dequantised. The configs must describe the same computation.
 
     Args:
         folder: folder or hub id of a checkpoint of the family.
         other: another one, of any layout, dtype and dialect.
-        write_manifest: write the hashes to `tensors.sha256.json` in the folder, instead of checking them, where all
-            holds.
-        logits: of a comparison, also run both models on random tokens, one layer in memory at a time.
+        write_manifest: if all holds, write the hashes to `tensors.sha256.json` in the folder, instead of checking
+            them.
+        logits: in a comparison, also run both models on random tokens, with one layer in memory at a time.
         tolerance: largest absolute difference of the logits.
         report: receives a line at every step.
-        progress: receives numbers of bytes that were read; they add up to about [`bytes_to_read`].
+        progress: receives numbers of bytes that were read. They add up to about [`bytes_to_read`].
 
     Raises:
         ValueError: if the files cannot be read, or do not fit the index or the config.
         VerificationError: if they can, and something else does not hold.
-        OSError: for a file that is missing or cannot be written.
+        OSError: if a file is missing or cannot be written.
     """
     if logits and other is None:
         raise ValueError("logits=True is not allowed without another checkpoint to compare with.")
@@ -133,12 +133,12 @@ def verify(
 
 
 def _digest(hashes: dict[str, dict[str, Any]]) -> str:
-    """One hash of all hashes."""
+    """Compute one hash of all hashes."""
     return hashlib.sha256("".join(hashes[name]["sha256"] for name in sorted(hashes)).encode()).hexdigest()
 
 
 def bytes_to_read(folder: str | Path, other: str | Path | None = None) -> int:
-    """What the progress of [`verify`] adds up to, but for tied weights; raises as it does."""
+    """Return what the progress of [`verify`] adds up to, except for tied weights. Raise as `verify` does."""
     size = _size(describe(local_folder(folder)))
     return size if other is None else 2 * size
 
@@ -202,7 +202,10 @@ def _check_manifest(path: Path, hashes: dict[str, dict[str, Any]], problems: lis
 
 
 def _index_notes(folder: Path, size: int) -> Iterator[str]:
-    """The index's total size decides nothing, and the released V3's is that of other files."""
+    """Yield a note if the index's total size is wrong.
+
+    Nothing depends on it, and the released V3's is that of other files.
+    """
     if (folder / INDEX_NAME).is_file():
         metadata = parse_json(folder / INDEX_NAME).get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
@@ -211,7 +214,7 @@ def _index_notes(folder: Path, size: int) -> Iterator[str]:
 
 
 def _config_notes(found: Description) -> Iterator[str]:
-    """What other readers would look for in vain, or pass over."""
+    """Yield notes on what other readers of the checkpoint would look for in vain, or ignore."""
     config, promised = found.config, found.config.num_nextn_predict_layers
     if promised and not found.has_mtp:
         yield (
@@ -273,14 +276,14 @@ def _compare_configs(first: Description, second: Description, problems: list[str
 
 
 def _largest(found: Description, name: str) -> float:
-    """Largest absolute value of a vector."""
+    """Find the largest absolute value of a vector."""
     matrix = found.matrix(name)
     assert matrix is not None
     return float(values(matrix, found.source, 0, 1).abs().max())
 
 
 def _how_equal(first: Description, here: Matrix, second: Description, there: Matrix) -> str | None:
-    """How two tensors are equal, or `None`."""
+    """Find out how two tensors are equal; return `None` if they are not."""
     if here.tensor.dtype == there.tensor.dtype and _same_values(first, here, second, there):
         return IDENTICAL
     if here.scales is None and there.scales is None:
@@ -295,7 +298,7 @@ def _how_equal(first: Description, here: Matrix, second: Description, there: Mat
 
 
 def _same_values(first: Description, here: Matrix, second: Description, there: Matrix) -> bool:
-    """Whether two tensors of one dtype have the same bytes, and their scales, where they have some."""
+    """Tell whether two tensors of one dtype have the same bytes, and the same scales if they have some."""
     if (
         here.scales is not None
         and there.scales is not None
@@ -315,7 +318,7 @@ def _bytes(found: Description, matrix: Matrix, start: int, stop: int) -> torch.T
 
 
 def _same_rounded(first: Description, here: Matrix, second: Description, there: Matrix) -> bool:
-    """Whether one of two tensors is the other one, rounded to fewer bits; FP8 counts by what it stands for."""
+    """Tell whether one of two tensors is the other one, rounded to fewer bits. FP8 is dequantised first."""
 
     def is_rounded(exact: tuple[Description, Matrix], rounded: tuple[Description, Matrix]) -> bool:
         dtype = rounded[1].tensor.dtype
@@ -335,7 +338,7 @@ def _same_rounded(first: Description, here: Matrix, second: Description, there: 
 
 
 def _is_quantized(plain: Description, weight: Matrix, packed: Description, quantized: Matrix) -> bool:
-    """Whether FP8 values and scales are what the other tensor is quantised to."""
+    """Tell whether FP8 values and scales are what the other tensor is quantised to."""
     assert quantized.scales is not None
     high = quantized.block[0]
     for start, stop in _ranges(weight, quantized):
@@ -349,7 +352,7 @@ def _is_quantized(plain: Description, weight: Matrix, packed: Description, quant
 
 
 def _ranges(here: Matrix, there: Matrix) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that cut no FP8 block of either tensor."""
+    """Divide rows into ranges that cut no FP8 block of either tensor."""
     return row_blocks(here, math.lcm(here.block[0], there.block[0]))
 
 

@@ -1,10 +1,11 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Writing a checkpoint folder that can be interrupted at any moment and resumed, and appears only when it is complete.
+"""Write a checkpoint folder that can be interrupted and resumed at any moment, and appears only when complete.
 
-Shard by shard, each under another name until it is whole, then the small files, the config, and the index last; then
-the folder takes the destination's name, in one step. All headers are known before the first byte, so that a finished
-shard can be told by its header and its size. As with `cp`, it is the system that brings the weights to the disk: after
-a restart of the machine, finished shards are compared with what they should hold.
+Shards are written first, each under another name until it is whole. Then come the small files and the config, and last
+the index. Then the folder takes the destination's name, in one step. All headers are known before the first byte is
+written, so that a finished shard can be recognised by its header and its size. As with `cp`, the system decides when
+the weights reach the disk. After a restart of the machine, finished shards are therefore compared with what they
+should hold.
 """
 
 import errno
@@ -47,7 +48,7 @@ class Writing:
     """How a folder is written.
 
     Attributes:
-        max_shard_size: of a weight file, bytes or a text such as `"5GB"`.
+        max_shard_size: size of a weight file, in bytes or as a text such as `"5GB"`.
         resume: go on with what an interrupted run has left.
         report: receives a line at every step.
         progress: receives numbers of bytes that were written.
@@ -64,7 +65,7 @@ class Shard:
     """A safetensors file to write.
 
     Attributes:
-        name: of the file.
+        name: name of the file.
         outputs: its tensors, in the order of their bytes.
         header: the first bytes of the file.
     """
@@ -85,9 +86,9 @@ class FolderPlan:
 
     Attributes:
         shards: the weight files.
-        texts: other files by name, with what they hold; the config among them.
+        texts: content of the other files by name, the config among them.
         copies: files to copy, by their names in the folder.
-        origin: whatever else decides on the content (the source's files, the options), for the fingerprint.
+        origin: all else that the content depends on (the source's files, the options), for the fingerprint.
     """
 
     shards: tuple[Shard, ...]
@@ -97,7 +98,7 @@ class FolderPlan:
 
     @cached_property
     def index(self) -> bytes | None:
-        """The index; `None` for a single file, which has none."""
+        """The index. `None` for a single file, which has none."""
         if len(self.shards) == 1:
             return None
         sizes = sum(output.nbytes for shard in self.shards for output in shard.outputs)
@@ -116,7 +117,7 @@ class FolderPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of all that decides on the content."""
+        """A digest of all that the content depends on."""
         digest = hashlib.sha256(_json(self.origin))
         for shard in self.shards:
             digest.update(shard.name.encode() + shard.header)
@@ -132,11 +133,11 @@ def make_shards(tensors: list[Output], max_shard_size: str | int) -> tuple[Shard
     """Divide tensors among files, in order, as transformers does.
 
     Args:
-        tensors: what to write.
-        max_shard_size: bytes, or a text such as "5GB"; a larger tensor gets a file of its own.
+        tensors: the tensors to write.
+        max_shard_size: bytes, or a text such as "5GB". A larger tensor gets a file of its own.
 
     Raises:
-        ValueError: for a size that is none.
+        ValueError: if `max_shard_size` is no size.
     """
     size = bytes_of("max_shard_size", max_shard_size)
     split = split_state_dict_into_shards_factory(
@@ -182,16 +183,16 @@ def write_folder(
     Args:
         plan: what to write.
         source: what its tensors are read from.
-        destination: the folder; must not exist or be empty.
-        resume: go on with what an interrupted run has left; with nothing left, begin.
+        destination: the folder. It must not exist or be empty.
+        resume: go on with what an interrupted run has left. If nothing is left, begin.
         report: receives a line for every file.
-        progress: receives the number of bytes, for every piece that is written or found finished.
+        progress: receives the number of bytes of every piece that is written or found finished.
 
     Raises:
-        ValueError: for a destination in use, one with unfinished work of an interrupted run unless `resume` is set,
-            unfinished work of another conversion, or a value that cannot be written.
-        OSError: for a disk that is full or cannot be written to, or work that another process is doing. What is
-            finished is kept for `resume`.
+        ValueError: if the destination is in use, if unfinished work is there and `resume` is not set, if the
+            unfinished work is of another conversion, or if a value cannot be written.
+        OSError: if the disk is full or cannot be written to, or if another process does this work. What is finished is
+            kept for `resume`.
     """
     path = Path(destination).resolve()
     if path.is_mount():
@@ -222,7 +223,7 @@ def _write_shards(
     report: Callable[[str], None],
     progress: Callable[[int], None],
 ) -> None:
-    """Write the shards that are not finished; unless they are trusted, finished ones are read and compared."""
+    """Write the shards that are not finished. Finished ones are read and compared, unless they are trusted."""
     for number, shard in enumerate(plan.shards, start=1):
         path, partial = folder / shard.name, folder / (shard.name + PARTIAL)
         if _is_written(path, shard) and (trusted or _holds(path, shard, source)):
@@ -250,7 +251,7 @@ def _write_shard(shard: Shard, source: TensorSource, path: Path, progress: Calla
 
 
 def _for_each_piece(shard: Shard, source: TensorSource, use: Callable[[memoryview], Result]) -> Iterator[Result]:
-    """What a function returns for every piece of a shard's tensors, in the order of their bytes."""
+    """Call a function with every piece of a shard's tensors, in the order of their bytes. Yield what it returns."""
     for output in shard.outputs:
         for part in output.parts:
             for block in part.blocks(source):
@@ -269,7 +270,7 @@ def _is_written(path: Path, shard: Shard) -> bool:
 
 
 def _is_complete(path: Path, plan: FolderPlan, source: TensorSource, report: Callable[[str], None]) -> bool:
-    """Whether a folder holds the plan's files and nothing else, compared byte by byte."""
+    """Tell whether a folder holds the plan's files and nothing else. Compare them byte by byte."""
     texts = dict(plan.texts) if plan.index is None else {**plan.texts, INDEX_NAME: plan.index}
     names = {*texts, *(shard.name for shard in plan.shards), *plan.copies}
     there = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
@@ -286,7 +287,7 @@ def _is_complete(path: Path, plan: FolderPlan, source: TensorSource, report: Cal
 
 
 def _holds(path: Path, shard: Shard, source: TensorSource) -> bool:
-    """Whether the tensors of a finished file are those of the plan."""
+    """Tell whether the tensors of a finished file are those of the plan."""
     with path.open("rb") as file:
         file.seek(len(shard.header))
         return all(_for_each_piece(shard, source, lambda data: file.read(len(data)) == data))

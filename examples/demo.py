@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The demo: a real dense model becomes a DeepSeekMoE and learns with LoRA on its experts; then merged and used.
+"""Run the demo: upcycle a real dense model, fine-tune it with LoRA on its experts, merge the adapter, generate.
 
 Run it with `make demo`, or with `make demo ARGS=--quick`.
 """
@@ -48,8 +48,8 @@ class DemoSettings:
         steps: optimizer steps.
         batch_size: sequences in a step.
         block_size: tokens in a sequence.
-        learning_rate: of AdamW, with a linear decay to 0.
-        lora_rank: of the adapters on routed and shared experts.
+        learning_rate: learning rate of AdamW, with a linear decay to 0.
+        lora_rank: rank of the adapters on routed and shared experts.
         held_out_blocks: sequences on which the perplexity is measured.
         new_tokens: tokens that are generated at the end.
         plan: how the dense FFNs are divided.
@@ -75,11 +75,13 @@ def run_demo(
     settings: DemoSettings | None = None,
     echo: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run the demo and return its figures, which also lie in `metrics.json` under `output`, beside `loss.png`,
-    `expert_load.png`, the upcycled model (`model/`), the adapter (`adapter/`) and both merged (`merged/`).
+    """Run the demo and return its figures.
+
+    The folder `output` then holds the figures (`metrics.json`), `loss.png`, `expert_load.png`, the upcycled model
+    (`model/`), the adapter (`adapter/`) and both merged (`merged/`).
 
     Raises:
-        DemoError: if a step fails; the message names it.
+        DemoError: if a step fails. The message names it.
     """
     settings = settings or DemoSettings()
     output = Path(output)
@@ -126,7 +128,7 @@ def run_demo(
 def _upcycle(
     dense: PreTrainedModel, held_out: torch.Tensor, settings: DemoSettings, step: "_Steps"
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The DeepSeekMoE of the dense model, and how far they are apart."""
+    """Make the DeepSeekMoE of the dense model, and measure how far they are apart."""
     with step("Upcycle to DeepSeekMoE and compare with the dense model"):
         model = upcycle_model(dense, settings.plan)
         check = verify_upcycling(dense, model, held_out[:2], tolerance=LOGIT_TOLERANCE)
@@ -157,7 +159,7 @@ def _train(
     output: Path,
     step: "_Steps",
 ) -> tuple[PeftModel, dict[str, Any]]:
-    """The model with adapters that have learned, and what that brought."""
+    """Train adapters on the model. Return the adapted model, and figures of the training and its gain."""
     with step("Fine-tune with LoRA on the experts: peft and transformers.Trainer"):
         adapted, history = fine_tune(model, train, settings, output)
         trained, parameters = adapted.get_nb_trainable_parameters()
@@ -183,7 +185,7 @@ def _train(
 
 
 class _Steps:
-    """Numbers and times the steps, and turns any failure into one line that says which step and why."""
+    """Numbers and times the steps. Turns any failure into one line that says which step failed, and why."""
 
     def __init__(self, echo: Callable[[str], None]) -> None:
         self.echo, self.number = echo, 0
@@ -204,8 +206,7 @@ class _Steps:
 def fine_tune(
     model: PreTrainedModel, blocks: torch.Tensor, settings: DemoSettings, output: Path
 ) -> tuple[PeftModel, list[dict[str, float]]]:
-    """Train LoRA adapters on routed and shared experts; returns the model with them, and the logged steps with their
-    losses."""
+    """Train LoRA adapters on routed and shared experts. Return the adapted model, and the logged steps with losses."""
     from transformers import Trainer, TrainingArguments
 
     config = expert_lora_config(model, r=settings.lora_rank, target_modules=("shared_experts",))

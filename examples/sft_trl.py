@@ -1,9 +1,9 @@
-"""Supervised fine-tuning with TRL's SFTTrainer and LoRA on the experts.
+"""Fine-tune a DeepSeekMoE on conversations, with TRL's SFTTrainer and LoRA on the experts.
 
     make demo                             # leaves a small model in runs/demo/model
     python examples/sft_trl.py            # questions and answers about Python's own functions
 
-The data are conversations made from the documentation of Python's built-in functions.
+The conversations are made from the documentation of Python's built-in functions.
 """
 
 import builtins
@@ -21,7 +21,7 @@ from modeling_deepseekmoe import expert_lora_config, load_tokenizer
 
 
 def conversations() -> list[dict[str, list[dict[str, str]]]]:
-    """One question and its answer for everything built in that is documented."""
+    """Make one question and its answer for every built-in name that is documented."""
     rows = []
     for name in sorted(dir(builtins)):
         text = inspect.getdoc(getattr(builtins, name))
@@ -33,7 +33,7 @@ def conversations() -> list[dict[str, list[dict[str, str]]]]:
 
 @dataclass
 class Settings:
-    """What is trained, and how."""
+    """Options of the example: what is trained, and how."""
 
     model: str = field(
         default="runs/demo/model",
@@ -47,7 +47,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Train and save the adapter."""
+    """Train an adapter and save it."""
     modeling_deepseekmoe.register(override_native=True)
     tokenizer = load_tokenizer(settings.model)
     base = AutoModelForCausalLM.from_pretrained(settings.model)

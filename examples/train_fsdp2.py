@@ -1,4 +1,4 @@
-"""Train all parameters of a DeepSeekMoE, on one process or many, with checkpoints that resume on another number.
+"""Train all parameters of a DeepSeekMoE, in one process or many. A checkpoint resumes on another number of processes.
 
     make demo                                                    # leaves a small model in runs/demo/model
     python examples/train_fsdp2.py                               # one process
@@ -30,7 +30,7 @@ from modeling_deepseekmoe import (
 
 @dataclass
 class Settings:
-    """What is trained, and how the processes share the work."""
+    """Options of the example: what is trained, and how the processes share the work."""
 
     model: str = field(default="runs/demo/model", metadata={"help": "Checkpoint folder or hub id."})
     output: Path = field(default=Path("runs/train"), metadata={"help": "Folder of the checkpoints and the model."})
@@ -46,7 +46,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Train, with checkpoints, and save the settings.model under the official names."""
+    """Train with checkpoints, and save the model under the official names."""
     sharding = sharding_of_launch(tp_size=settings.tp_size if settings.tp_size > 1 else None, ep_size=settings.ep_size)
     batches = int(os.environ.get("WORLD_SIZE", "1")) // (1 if sharding is None else sharding.tp_size)
     arguments = TrainingArguments(

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""DeepSeekMoE for the Hugging Face ecosystem. Importing the package registers the family with AutoModel."""
+"""DeepSeekMoE for Hugging Face: the public names of the package. Importing it registers the family with AutoModel."""
 
 from importlib import import_module
 from typing import Any

@@ -1,11 +1,11 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Balance losses and the measure of imbalance, as pure functions of affinities and choices.
+"""The balance losses of training, and the measure of imbalance, as pure functions of affinities and choices.
 
 Shape letters: B batch, S sequence, E routed experts, K chosen experts of a token, D device groups.
 
-In every loss only the affinities carry a gradient; how often an expert or a device was chosen is a constant. Padding
-enters neither the frequencies nor the means, and a sequence of nothing but padding does not enter the mean over
-sequences. The arithmetic is float32, and float64 for float64 input.
+Only the affinities carry a gradient. How often an expert or a device was chosen is a constant. Padding enters neither
+the frequencies nor the means. A sequence of nothing but padding does not enter the mean over sequences. The arithmetic
+is float32, or float64 for float64 input.
 """
 
 import math
@@ -29,25 +29,25 @@ def expert_balance_loss(
     token_mask: torch.Tensor | None = None,
     sequence_wise: bool = True,
 ) -> torch.Tensor:
-    """Expert-level balance loss, alpha * sum_i f_i P_i (arXiv 2401.06066, eq. 12 to 14).
+    """Compute the expert-level balance loss, alpha * sum_i f_i P_i (arXiv 2401.06066, eq. 12 to 14).
 
-    f_i = E / (K T) * (tokens that chose expert i) and P_i = mean over tokens of the affinity s_it. A perfectly
-    balanced router gives exactly alpha. Affinities that do not sum to one (a sigmoid gate's) are divided by their sum
-    over the experts first (2412.19437, eq. 19).
+    f_i = E / (K T) * (tokens that chose expert i). P_i is the mean over tokens of the affinity s_it. A perfectly
+    balanced gate gives exactly alpha. Affinities that do not sum to one, as a sigmoid gate's, are first divided by
+    their sum over the experts (2412.19437, eq. 19).
 
     Args:
         scores (`torch.Tensor` of shape (B, S, E)): affinities of every token and routed expert.
         expert_ids (`torch.LongTensor` of shape (B, S, K)): the chosen experts.
         alpha (`float`): coefficient, at least 0.
         token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens.
-        sequence_wise (`bool`): compute f and P for each sequence and average the losses (`seq_aux` in the official
-            configs), instead of over all tokens of the batch.
+        sequence_wise (`bool`): compute f and P for each sequence, and average the losses (`seq_aux` in the official
+            configs). If `False`, compute them over all tokens of the batch.
 
     Returns:
         `torch.Tensor`: a scalar; 0 where every token is padding.
 
     Raises:
-        ValueError: for a negative `alpha`, or shapes that do not belong together.
+        ValueError: if `alpha` is negative, or if the shapes do not fit together.
     """
     _check(alpha, scores, token_mask, expert_ids)
     return alpha * _balance(scores, expert_ids, token_mask, sequence_wise).expert_loss()
@@ -62,10 +62,11 @@ def device_balance_loss(
     token_mask: torch.Tensor | None = None,
     sequence_wise: bool = True,
 ) -> torch.Tensor:
-    """Device-level balance loss, alpha * sum_d f'_d P'_d (arXiv 2401.06066, eq. 15 to 17).
+    """Compute the device-level balance loss, alpha * sum_d f'_d P'_d (arXiv 2401.06066, eq. 15 to 17).
 
-    The experts lie on D devices in equal groups of consecutive ones; f'_d is the mean of f_i over the group and P'_d
-    the sum of P_i, with f and P of [`expert_balance_loss`]. Perfectly balanced devices give exactly alpha.
+    The experts lie on D devices, in equal groups of consecutive experts. f'_d is the mean of f_i over the group of
+    device d, and P'_d is the sum of P_i. f and P are those of [`expert_balance_loss`]. Perfectly balanced devices give
+    exactly alpha.
 
     Args:
         scores, expert_ids, token_mask, sequence_wise: as for [`expert_balance_loss`].
@@ -76,7 +77,7 @@ def device_balance_loss(
         `torch.Tensor`: a scalar.
 
     Raises:
-        ValueError: for a negative `alpha`, a D that does not divide E, or shapes that do not belong together.
+        ValueError: if `alpha` is negative, if D does not divide E, or if the shapes do not fit together.
     """
     _check(alpha, scores, token_mask, expert_ids)
     _check_device_groups(num_device_groups, scores.shape[-1])
@@ -93,11 +94,11 @@ def communication_balance_loss(
     token_mask: torch.Tensor | None = None,
     sequence_wise: bool = True,
 ) -> torch.Tensor:
-    """Communication balance loss, alpha * sum_d f''_d P''_d (arXiv 2405.04434, eq. 29 to 31).
+    """Compute the communication balance loss, alpha * sum_d f''_d P''_d (arXiv 2405.04434, eq. 29 to 31).
 
-    f''_d = D / (M T) * (tokens sent to device d), each token counted once however many of its experts lie there, and
-    P''_d is the sum of P_i over the group. Where every token is sent to M devices, and every device gets equally
-    many, the loss is alpha.
+    f''_d = D / (M T) * (tokens sent to device d). A token counts once for a device, however many of its experts lie
+    there. P''_d is the sum of P_i over the group of the device. The loss is alpha where every token is sent to M
+    devices and every device gets equally many tokens.
 
     Args:
         scores, expert_ids, token_mask, sequence_wise: as for [`expert_balance_loss`].
@@ -109,8 +110,8 @@ def communication_balance_loss(
         `torch.Tensor`: a scalar.
 
     Raises:
-        ValueError: for a negative `alpha`, a D that does not divide E, an M outside 1 to D, or shapes that do not
-            belong together.
+        ValueError: if `alpha` is negative, if D does not divide E, if M is outside 1 to D, or if the shapes do not fit
+            together.
     """
     _check(alpha, scores, token_mask, expert_ids)
     _check_device_groups(num_device_groups, scores.shape[-1])
@@ -127,11 +128,11 @@ def communication_balance_loss(
 def sequence_balance_loss(
     scores: torch.Tensor, top_k: int, alpha: float, *, token_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Complementary sequence-wise balance loss, alpha * sum_i f_i P_i for every sequence, averaged (arXiv 2412.19437,
-    eq. 17 to 20).
+    """Compute the complementary sequence-wise balance loss (arXiv 2412.19437, eq. 17 to 20).
 
-    As [`expert_balance_loss`] for every sequence, except that f counts the K highest affinities themselves: neither
-    the balancing bias nor the groups, which decide where the token really goes, enter it.
+    The loss is alpha * sum_i f_i P_i for every sequence, averaged over the sequences. It differs from
+    [`expert_balance_loss`] in one point: f counts the K highest affinities themselves. The balancing bias and the
+    groups decide where a token really goes, but they do not enter f.
 
     Args:
         scores (`torch.Tensor` of shape (B, S, E)): affinities, without bias.
@@ -143,7 +144,7 @@ def sequence_balance_loss(
         `torch.Tensor`: a scalar.
 
     Raises:
-        ValueError: for a negative `alpha`, a K outside 1 to E, or shapes that do not belong together.
+        ValueError: if `alpha` is negative, if K is outside 1 to E, or if the shapes do not fit together.
     """
     _check(alpha, scores, token_mask)
     if not 1 <= top_k <= scores.shape[-1]:
@@ -154,7 +155,7 @@ def sequence_balance_loss(
 def router_z_loss(
     router_logits: torch.Tensor, alpha: float, *, token_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Router z-loss, alpha * mean over tokens of (log sum_i exp(logit_i))^2 (arXiv 2202.08906, eq. 5).
+    """Compute the router z-loss, alpha * mean over tokens of (log sum_i exp(logit_i))^2 (arXiv 2202.08906, eq. 5).
 
     Args:
         router_logits (`torch.Tensor` of shape (B, S, E)): raw gate logits.
@@ -165,7 +166,7 @@ def router_z_loss(
         `torch.Tensor`: a scalar; 0 where every token is padding.
 
     Raises:
-        ValueError: for a negative `alpha` or a mask of another shape.
+        ValueError: if `alpha` is negative, or if the mask has another shape.
     """
     _check(alpha, router_logits, token_mask)
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
@@ -179,17 +180,17 @@ def router_z_loss(
 def auxiliary_losses(
     config: DeepseekMoeConfig, router_logits: torch.Tensor, routing: Routing, token_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """The losses that a config asks for, coefficients included.
+    """Compute the losses that a config asks for, coefficients included.
 
     Args:
-        config: gives the coefficients, `config.loss_alphas`.
+        config: holds the coefficients, in `config.loss_alphas`.
         router_logits (`torch.Tensor` of shape (B, S, E)): raw gate logits.
         routing: the [`Routing`] of the B * S tokens, with the statistics of B sequences and the same mask.
         token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens.
 
     Returns:
-        `torch.Tensor` of shape (5,) in the order of `LOSS_NAMES`, 0 for losses that are switched off; `None` if all
-        of them are.
+        `torch.Tensor` of shape (5,) in the order of `LOSS_NAMES`, 0 for losses that are switched off; `None` if all of
+        them are.
     """
     alphas = config.loss_alphas
     if not alphas:
@@ -227,7 +228,7 @@ def auxiliary_losses(
 
 
 def max_violation(tokens_per_expert: torch.Tensor) -> torch.Tensor:
-    """MaxVio, (max_i load_i - mean load) / mean load (arXiv 2408.15664, eq. 4).
+    """Compute MaxVio, (max_i load_i - mean load) / mean load (arXiv 2408.15664, eq. 4).
 
     Args:
         tokens_per_expert (`torch.Tensor` of shape (..., E)): tokens of every expert, for example (layers, E).
@@ -242,7 +243,7 @@ def max_violation(tokens_per_expert: torch.Tensor) -> torch.Tensor:
 
 
 class _Balance(NamedTuple):
-    """What the losses on choices are made of, for every sequence, or for the whole batch as one row."""
+    """The terms of the losses on choices: a row for every sequence, or one row for the whole batch."""
 
     f: torch.Tensor  # (B, E)
     p: torch.Tensor  # (B, E)
@@ -256,21 +257,21 @@ class _Balance(NamedTuple):
         return self._mean(f.mean(dim=-1) * p.sum(dim=-1))
 
     def communication_loss(self, sent: torch.Tensor, max_devices: int) -> torch.Tensor:
-        """`sent` (sequences, D): tokens sent to every device."""
+        """Compute the loss from `sent` (sequences, D), the tokens that are sent to every device."""
         num_groups = sent.shape[-1]
         sent = sent.sum(dim=0, keepdim=True) if len(self.tokens) == 1 else sent
         f = sent * num_groups / (max_devices * self.tokens.clamp(min=1))
         return self._mean(f * self.p.unflatten(-1, (num_groups, -1)).sum(dim=-1))
 
     def _mean(self, products: torch.Tensor) -> torch.Tensor:
-        """Sum of (B, ...), divided by the rows that hold a real token."""
+        """Sum products (B, ...), and divide by the number of rows that hold a real token."""
         return products.sum() / (self.tokens > 0).sum().clamp(min=1)
 
 
 def _balance(
     scores: torch.Tensor, expert_ids: torch.Tensor, token_mask: torch.Tensor | None, sequence_wise: bool
 ) -> _Balance:
-    """From affinities (B, S, E) and choices (B, S, K)."""
+    """Make the terms of the losses from affinities (B, S, E) and choices (B, S, K)."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
     shares = shares_of(scores)
     chosen = torch.ones_like(expert_ids)
@@ -285,7 +286,7 @@ def _balance(
 def _balance_of_sums(
     counts: torch.Tensor, score_sums: torch.Tensor, tokens: torch.Tensor, top_k: int, sequence_wise: bool
 ) -> _Balance:
-    """From what was counted and added up over every sequence, (B, E), and their real tokens, (B, 1)."""
+    """Make the terms of the losses from every sequence's counts and score sums, (B, E), and real tokens, (B, 1)."""
     if not sequence_wise:
         counts, score_sums, tokens = (values.sum(dim=0, keepdim=True) for values in (counts, score_sums, tokens))
     divisor = tokens.clamp(min=1)
@@ -301,7 +302,7 @@ def _tokens_per_sequence(token_mask: torch.Tensor | None, batch_shape: torch.Siz
 def _tokens_per_device(
     expert_ids: torch.Tensor, token_mask: torch.Tensor | None, num_groups: int, num_experts: int
 ) -> torch.Tensor:
-    """Real tokens of every sequence that are sent to each device (B, D), once for several experts there."""
+    """Count every sequence's real tokens that are sent to each device (B, D). Several experts there count once."""
     devices = expert_ids // (num_experts // num_groups)
     shape = (*expert_ids.shape[:2], num_groups)
     sent = torch.zeros(shape, dtype=torch.float32, device=expert_ids.device).scatter_(-1, devices, 1.0)
@@ -313,8 +314,10 @@ def _tokens_per_device(
 def _counts_by_affinity(
     config: DeepseekMoeConfig, router_logits: torch.Tensor, routing: Routing, token_mask: torch.Tensor | None
 ) -> Any:
-    """Real tokens of every sequence that have each expert among their K highest affinities (B, E), whatever the bias
-    and the groups choose."""
+    """Count every sequence's real tokens that have each expert among their K highest affinities (B, E).
+
+    The bias and the groups do not matter here.
+    """
     groups, kept = config.gate_groups
     if config.topk_method != "noaux_tc" and kept == groups:
         return routing.counts_by_sequence

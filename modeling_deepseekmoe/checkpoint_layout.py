@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The official per-expert tensor layout: its mapping to stacked parameters, and what a checkpoint must hold.
+"""The official per-expert layout of checkpoints: its mapping to stacked parameters, and the checks of a checkpoint.
 
 On disk every routed expert has three tensors, `...mlp.experts.N.{gate,up,down}_proj.weight`. In memory they are two
 stacked parameters, `...mlp.experts.gate_up_proj` (E, 2I, D) and `...mlp.experts.down_proj` (E, D, I).
@@ -35,7 +35,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def layer_of(name: str) -> int | None:
-    """The index of the decoder layer that a module or a tensor of this name lies in; `None` outside of them."""
+    """Return the index of the decoder layer that a module or tensor of this name lies in, or `None` outside of
+    them."""
     match = LAYER.search(f"{name}.")
     return None if match is None else int(match[1])
 
@@ -43,8 +44,8 @@ def layer_of(name: str) -> int | None:
 def register_checkpoint_layout() -> None:
     """Tell transformers how per-expert tensors become stacked parameters, and back when saving.
 
-    The mapping of `deepseek_v2` and `deepseek_v3` equals the one that transformers holds for its own classes; it is
-    registered again because transformers applies a mapping to classes from outside only where they registered it.
+    The mapping of `deepseek_v2` and `deepseek_v3` equals the one that transformers holds for its own classes. It is
+    registered again, because transformers applies a mapping to classes from outside only where they registered it.
     """
     # Slow to import, and the models that call this have loaded it anyway.
     from .transformers_support import (
@@ -72,10 +73,10 @@ def register_checkpoint_layout() -> None:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a checkpoint or a state dict says of its tensors before any is read.
+    """The shapes of a checkpoint's or state dict's tensors, and the dtypes of its gates, before any tensor is read.
 
     Attributes:
-        shapes: of all tensors, by name.
+        shapes: shapes of all tensors, by name.
         gates (`dict[str, torch.dtype]`): dtypes of the gates' weights, by name without `model.`.
     """
 
@@ -84,7 +85,7 @@ class Stored:
 
     @classmethod
     def of_files(cls, files: Iterable[str]) -> "Stored":
-        """That of some checkpoint files; no weight is read (a pickled one is mapped)."""
+        """Read the shapes and dtypes from checkpoint files. No weight is read (a pickled one is mapped)."""
         stored = cls()
         for file in files:
             if not str(file).endswith(".safetensors"):
@@ -102,22 +103,22 @@ class Stored:
 
     @classmethod
     def of_state_dict(cls, state_dict: Mapping[str, torch.Tensor]) -> "Stored":
-        """That of a state dict."""
+        """Collect the shapes and dtypes of a state dict."""
         gates = {name: tensor for name, tensor in state_dict.items() if name.endswith(_GATE_WEIGHT)}
         dtypes = {name.removeprefix("model."): tensor.dtype for name, tensor in gates.items()}
         return cls({name: tuple(tensor.shape) for name, tensor in state_dict.items()}, dtypes)
 
 
 def mtp_layers(config: DeepseekMoeConfig) -> range:
-    """Indices of the multi-token-prediction layers in a checkpoint: they follow the decoder layers."""
+    """Return the indices of the multi-token-prediction layers in a checkpoint: they follow the decoder layers."""
     return range(config.num_hidden_layers, config.num_hidden_layers + (config.num_nextn_predict_layers or 0))
 
 
 def check_number_of_layers(decoder: Any) -> None:
-    """Before a training step: that no layer would be left out, and say once what saving will ask for.
+    """Check before a training step that no layer is left out, and warn once of what saving will ask for.
 
     Raises:
-        ValueError: if there are more layers than the config has, which would not be trained.
+        ValueError: if there are more layers than the config has: the last of them would not be trained.
     """
     there, wanted = len(decoder.layers), decoder.config.num_hidden_layers
     problem = f"num_hidden_layers={wanted} is not that of this model, which has {there} layers"
@@ -130,10 +131,10 @@ def check_number_of_layers(decoder: Any) -> None:
 
 @contextmanager
 def config_of_what_is_saved(model: Any) -> Iterator[None]:
-    """While a model is saved: its config says what the files will hold, which is no multi-token-prediction layers.
+    """Let a model's config say what the files will hold, while they are saved: no multi-token-prediction layers.
 
     Raises:
-        ValueError: if the model's layers are not those of its config, which nobody could load.
+        ValueError: if the model's layers are not those of its config: nobody could load the files.
     """
     config = model.config
     decoder = next((module for module in model.modules() if hasattr(module, "router_load")), None)
@@ -166,7 +167,7 @@ def check_checkpoint(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, .
 
     Raises:
         ValueError: if an expert of a MoE layer is missing, if there is one too many, or if a tensor has the wrong
-            shape. Tensors other than experts that are missing or unknown are left to transformers' loading report.
+            shape. Other tensors that are missing or unknown are left to transformers' loading report.
     """
     found = {name.removeprefix("model."): shape for name, shape in found.items()}
     expected = {name.removeprefix("model."): shape for name, shape in expected.items()}
@@ -240,8 +241,8 @@ def stack_expert_tensors(
 ) -> None:
     """Let `load_state_dict` of the stacked experts read per-expert tensors too (a `load_state_dict` pre-hook).
 
-    `from_pretrained` stacks through transformers' mapping, but Trainer resumes with a plain `load_state_dict` of the
-    saved file, which is in the official names: without this the experts of a resumed run would be random. A shard
+    `from_pretrained` stacks them through transformers' mapping. Trainer resumes with a plain `load_state_dict` of the
+    saved file, which has the official names. Without this hook the experts of a resumed run would be random. A shard
     that holds only some of the experts sets those and leaves the others.
     """
     intermediate = module.gate_up_proj.shape[1] // 2
@@ -272,8 +273,9 @@ def stack_expert_tensors(
 
 
 def refuse_single_experts(given: Iterable[str], own: Iterable[str]) -> None:
-    """Raise a `ValueError` where an adapter has factors for experts, and the model takes none there: PEFT knows how to
-    put those of single experts together for V2 and V3 alone.
+    """Raise a `ValueError` if an adapter has factors for experts, and the model takes none there.
+
+    PEFT knows how to put the factors of single experts together for V2 and V3 alone.
 
     Args:
         given: names in the adapter.
@@ -293,8 +295,9 @@ def refuse_single_experts(given: Iterable[str], own: Iterable[str]) -> None:
 
 
 def report_lost_adapters(module: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, *args: Any) -> None:
-    """Say which tensors of an adapter have no place in a decoder (a `load_state_dict` pre-hook): PEFT would drop them
-    without a word.
+    """Warn of an adapter's tensors that have no place in a decoder (a `load_state_dict` pre-hook).
+
+    PEFT would drop them without a word.
 
     Raises:
         ValueError: for adapters of single experts, which are stacked here.

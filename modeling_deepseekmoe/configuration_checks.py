@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The checks of a config's fields: each error names the field, its value and what is allowed."""
+"""The checks of all configs' fields. Each error names the field, its value and what is allowed."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -26,15 +26,18 @@ MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_di
 
 
 class ChecksFields:
-    """The checks, mixed into the configs, which have the fields."""
+    """The checks as a mixin of the configs, which have the fields."""
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
 
     def check_fields(self) -> None:
-        """Check all fields and derive what depends on them: when the config is made, and again when a model is made
-        of it, since fields can be set in between. A `ValueError` names the field, its value and what is allowed."""
+        """Check all fields, and derive what depends on them.
+
+        This runs when the config is made, and again when a model is made of it: fields can be set in between. A
+        `ValueError` names the field, its value and what is allowed.
+        """
         self._check_one_of("attention_type", self.allowed_attention_types)
         self._check_sizes()
         self._check_kinds()
@@ -92,7 +95,7 @@ class ChecksFields:
             )
 
     def _check_kinds(self) -> None:
-        """Fields that are neither sizes nor part of the routing."""
+        """Check the fields that are neither sizes nor part of the routing."""
         if self.hidden_act != "silu":  # the list of all others is slow to import
             from .transformers_support import ACT2CLS
 
@@ -116,7 +119,7 @@ class ChecksFields:
             self._refuse("rope_parameters", f"rope_type {rope_type!r} must be one of {known}")
 
     def _default_head_dim(self) -> int | None:
-        """The width that the other fields give a head in the rotary embedding; `None` if they give none."""
+        """Return the width that the other fields give a head in the rotary embedding, or `None` if they give none."""
         if self.attention_type == "mla":
             return int(self.qk_rope_head_dim)
         width, rest = divmod(self.hidden_size, self.num_attention_heads)
@@ -199,8 +202,11 @@ class ChecksFields:
             self.check_device_groups()
 
     def check_device_groups(self) -> None:
-        """Raise a `ValueError` if what balances devices has none: with the other checks if `n_device_groups` is set,
-        else when training begins, because the expert-parallel ranks are not known before."""
+        """Raise a `ValueError` if a field balances devices, and there are too few of them.
+
+        If `n_device_groups` is set, this runs with the other checks. Otherwise it runs when training begins, because
+        the expert-parallel ranks are not known before.
+        """
         devices, limit = self.device_groups
         if limit > devices:
             self._refuse("max_devices_per_token", f"it must lie between 1 and n_device_groups={devices}")

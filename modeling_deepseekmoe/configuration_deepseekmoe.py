@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of the DeepSeekMoE family: one config, a superset of the official ones."""
+"""The config of the DeepSeekMoE family: one class, a superset of the official configs."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ warn_of_untested_version()
 
 
 def _prepare_first_config() -> None:
-    """Run the hook of the package once; after a failure it is run again at the next config."""
+    """Run the package's hook before the first config, once. After a failure it runs again at the next config."""
     hook = DeepseekMoeConfig.before_first_config
     if hook is not None:
         hook()
@@ -39,8 +39,10 @@ def _prepare_first_config() -> None:
 
 @contextmanager
 def without_model_classes() -> Iterator[None]:
-    """Inside, make configs without importing the model classes, which takes seconds: for reading files alone. The
-    first config afterwards registers the classes, as always."""
+    """Make configs inside without importing the model classes, which takes seconds: for reading files alone.
+
+    The first config afterwards registers the classes, as always.
+    """
     hook, DeepseekMoeConfig.before_first_config = DeepseekMoeConfig.before_first_config, None
     try:
         yield
@@ -52,7 +54,7 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
     r"""
     Configuration of a DeepSeekMoE model of any generation (arXiv 2401.06066, 2405.04434, 2412.19437).
 
-    The fields carry the names of the official `config.json` files, so that one of any generation can be read as it
+    The fields carry the names of the official `config.json` files, so that a file of any generation can be read as it
     is. The defaults are those of DeepSeekMoE 16B.
 
     Args:
@@ -63,52 +65,55 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
         num_hidden_layers (`int`): number of decoder layers.
         num_attention_heads (`int`): number of query heads.
         num_key_value_heads (`int`, *optional*): number of key and value heads; `num_attention_heads` when absent.
-        n_routed_experts (`int`, *optional*): routed experts in a MoE layer (aliases `num_experts`,
-            `num_local_experts`). `None` or 0: no MoE layer at all, a dense transformer.
-        n_shared_experts (`int`, *optional*): shared experts, held as one FFN of `n_shared_experts *
-            moe_intermediate_size`. `None` or 0: none.
-        num_experts_per_tok (`int`, *optional*): K, the routed experts that a token is sent to.
-        first_k_dense_replace (`int`): the first layers that stay dense.
+        n_routed_experts (`int`, *optional*): number of routed experts in a MoE layer (aliases `num_experts`,
+            `num_local_experts`). With `None` or 0 there is no MoE layer: the model is a dense transformer.
+        n_shared_experts (`int`, *optional*): number of shared experts. They are held as one FFN of width
+            `n_shared_experts * moe_intermediate_size`. `None` or 0: none.
+        num_experts_per_tok (`int`, *optional*): K, the number of routed experts that a token is sent to.
+        first_k_dense_replace (`int`): number of first layers that stay dense.
         moe_layer_freq (`int`): of the layers after these, those with `layer_index % moe_layer_freq == 0` are MoE
-            layers (1: every one; 2 with `first_k_dense_replace=0`: every second one, as GShard).
+            layers. 1 gives every one; 2 with `first_k_dense_replace=0` gives every second one, as in GShard.
         scoring_func (`str`): `"softmax"`, `"sigmoid"` or `"sqrtsoftplus"`, the affinity of token and expert.
-        topk_method (`str`): `"greedy"`; `"group_limited_greedy"` (V2: groups ranked by their best expert);
-            `"noaux_tc"` (V3: the choice, and only the choice, uses scores plus `e_score_correction_bias`; groups
-            ranked by the sum of their best two).
+        topk_method (`str`): how experts are chosen. `"greedy"`: by their scores alone. `"group_limited_greedy"` (V2):
+            inside the best groups, which are ranked by their best expert. `"noaux_tc"` (V3): by score plus
+            `e_score_correction_bias`, inside groups that are ranked by the sum of their best two. The bias enters the
+            choice alone, not the weights.
         n_group, topk_group (`int`, *optional*): number of expert groups and of groups that a token may use.
         norm_topk_prob (`bool`): divide the chosen scores by their sum (only if `num_experts_per_tok > 1`).
         routed_scaling_factor (`float`): factor on the chosen scores. Each dialect keeps its generation's rule.
-        router_dtype (`str`): `"float32"`: gate logits from float32 input and weight, under autocast too; `"auto"`:
-            from the input's dtype (V1). Everything after the logits is float32 in both.
-        router_implementation (`str`): `"triton"`, fused kernels; `"eager"`, plain torch; `"auto"`, the kernels on CUDA
+        router_dtype (`str`): `"float32"`: gate logits come from float32 input and weight, under autocast too.
+            `"auto"`: they are computed in the input's dtype (V1). Everything after the logits is float32 in both.
+        router_implementation (`str`): `"triton"`: fused kernels. `"eager"`: plain torch. `"auto"`: the kernels on CUDA
             and ROCm devices, else plain torch. Not written to `config.json`.
         aux_loss_alpha (`float`): coefficient of the expert-level balance loss in training (alias
-            `router_aux_loss_coef`), counted on the experts that were chosen, bias included; 0 turns it off.
-        seq_aux (`bool`): compute this loss and the next two for each row of the batch and average, else over all
-            tokens of the batch. Sequences packed into one row count as one.
+            `router_aux_loss_coef`). The loss counts the experts that were chosen, bias included. 0 turns it off.
+        seq_aux (`bool`): compute this loss and the next two for each row of the batch, and average. If `False`,
+            compute them over all tokens of the batch. Sequences packed into one row count as one.
         device_balance_alpha, communication_balance_alpha (`float`): coefficients of the losses that balance devices
             and what is sent to them (0.05 and 0.02 in V2).
-        sequence_balance_alpha (`float`): coefficient of V3's sequence-wise balance loss, which ignores the bias
-            (1e-4 there).
+        sequence_balance_alpha (`float`): coefficient of V3's sequence-wise balance loss, which ignores the bias (1e-4
+            there).
         router_z_loss_alpha (`float`): coefficient of the router z-loss.
-        n_device_groups (`int`, *optional*): D, devices that the experts are thought to lie on, in equal groups of
-            consecutive ones; when absent, the expert-parallel group's size, else the groups of the gate. The device
-            losses and token dropping need at least 2.
-        max_devices_per_token (`int`, *optional*): M of the communication loss; when absent, `topk_group` if the
+        n_device_groups (`int`, *optional*): D, the number of devices that the experts are thought to lie on, in equal
+            groups of consecutive experts. When absent, it is the size of the expert-parallel group, else the number of
+            the gate's groups. The device losses and token dropping need at least 2.
+        max_devices_per_token (`int`, *optional*): M of the communication loss. When absent, it is `topk_group` if the
             groups of the gate are the devices, else at most K.
         token_drop_capacity_factor (`float`, *optional*): in training, drop the choices of lowest affinity beyond this
-            multiple of a device's mean load (1.0 in V2; absent: none). A dropped choice has the weight 0.
-        token_drop_protected_share (`float`): chance of a sequence to have none of its tokens dropped.
+            multiple of a device's mean load (1.0 in V2). When absent, none is dropped. A dropped choice has the weight
+            0.
+        token_drop_protected_share (`float`): probability that a sequence has none of its tokens dropped.
         output_router_logits (`bool`): return the raw gate logits of every MoE layer.
         attention_type (`str`, *optional*): `"mha"` (also grouped-query) or `"mla"`; when absent, `"mla"` if
             `kv_lora_rank` is set.
-        kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim (`int`, *optional*): MLA. All but
-            `q_lora_rank` are required by it.
+        kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim (`int`, *optional*): sizes of MLA. It
+            needs all but `q_lora_rank`.
         rope_interleave (`bool`): MLA's rotary dimensions are stored in pairs, as in every released checkpoint.
-        num_nextn_predict_layers (`int`): multi-token-prediction layers in the checkpoint. They are not loaded.
+        num_nextn_predict_layers (`int`): number of multi-token-prediction layers in the checkpoint. They are not
+            loaded.
 
     Raises:
-        ValueError: for a value that is not allowed; the message names the field, the value and what is allowed.
+        ValueError: for a value that is not allowed. The message names the field, the value and what is allowed.
     """
 
     model_type = "deepseekmoe"
@@ -212,7 +217,7 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, except that overrides of fields are applied before the checks, not after."""
+        """Do as transformers does, except that overrides of fields are applied before the checks, not after."""
         fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"} | set(cls.attribute_map)
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
         overridden = {cls.attribute_map.get(name, name) for name in overrides}
@@ -223,7 +228,7 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
 
     # ------------------------------------------------------------------------------------------------ derived values
     def is_moe_layer(self, layer_idx: int) -> bool:
-        """Whether decoder layer `layer_idx` (from 0) holds routed experts instead of a dense FFN."""
+        """Tell whether decoder layer `layer_idx` (from 0) holds routed experts instead of a dense FFN."""
         return (
             bool(self.n_routed_experts)
             and layer_idx >= self.first_k_dense_replace
@@ -242,7 +247,7 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
 
     @property
     def gate_normalizes(self) -> bool:
-        """Whether the chosen scores are divided by their sum: the official code never does for a single expert."""
+        """Whether the chosen scores are divided by their sum. The official code never divides for a single expert."""
         return bool(self.norm_topk_prob) and (self.num_experts_per_tok or 0) > 1
 
     @property
@@ -253,7 +258,7 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
 
     @property
     def device_groups(self) -> tuple[int, int]:
-        """D, the number of devices, and M, how many of them a token is sent to at most."""
+        """D, the number of devices, and M, the most of them that a token is sent to."""
         groups, kept = self.gate_groups
         spread = expert_parallel_size(self)
         devices = self.n_device_groups or (spread if spread > 1 else groups)
@@ -267,14 +272,14 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
 
     @property
     def gate_groups(self) -> tuple[int, int]:
-        """Number of expert groups and of groups that a token may use; (1, 1) where the method ignores groups."""
+        """Number of expert groups, and of groups that a token may use; (1, 1) if the method ignores groups."""
         if self.topk_method == "greedy":
             return 1, 1
         return self.n_group or 1, self.topk_group or self.n_group or 1
 
     # -------------------------------------------------------------------------------------------------- serialization
     def to_dict(self) -> dict[str, Any]:
-        """The config as a dictionary, without what can be derived from the other fields."""
+        """Return the config as a dictionary, without what can be derived from the other fields."""
         output = super().to_dict()
         output.pop("qk_head_dim", None)
         output.pop("router_implementation", None)  # the machine's matter, as the kind of attention is
@@ -286,14 +291,16 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to `config.json`: [`to_dict`] without transformers' own defaults, and without an `auto_map`
-        to files beside the original, which are not saved with it."""
+        """Return what is written to `config.json`: [`to_dict`] without transformers' own defaults.
+
+        An `auto_map` to files beside the original is left out too, because these are not saved with it.
+        """
         output = super().to_diff_dict()
         output["auto_map"] = without_local_code(output.get("auto_map"))
         return output if output["auto_map"] else without(output, "auto_map")
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        """Write `config.json`. It names the code of the models (`auto_map`) where that lies in the same folder."""
+        """Write `config.json`. It names the code of the models (`auto_map`) if that code lies in the same folder."""
         file, content = Path(json_file_path), json.loads(self.to_json_string(use_diff=use_diff))
         there = [path.name for path in file.parent.glob("*.py")]
         content["auto_map"] = auto_map_among(there, self.model_type, getattr(self, "auto_map", None))

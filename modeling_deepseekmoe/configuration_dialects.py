@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The released generations: thin subclasses with the model type, the defaults and the rules of each one's code."""
+"""The configs of the released generations: thin subclasses with each one's model type, defaults and rules."""
 
 from typing import Any, ClassVar
 
@@ -18,18 +18,22 @@ _OWN_FIELDS = (
 
 
 class OfficialConfig(DeepseekMoeConfig):
-    """What the dialects share: their `config.json` keeps to the names that the official code reads."""
+    """The base of the dialects, whose `config.json` keeps to the names that the official code reads."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`DeepseekMoeConfig.to_dict`], with `rope_theta` and `rope_scaling` for the rotary embedding; and for the
-        default theta with YaRN, `rope_parameters` in place of the first."""
+        """Do as [`DeepseekMoeConfig.to_dict`] does, with `rope_theta` and `rope_scaling` for the rotary embedding.
+
+        YaRN with the default theta has `rope_parameters` in place of `rope_theta`.
+        """
         output = super().to_dict()
         _rename_rope_parameters(output, self.default_theta)
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """As [`DeepseekMoeConfig.to_diff_dict`], with the dtype also under its older name, `torch_dtype`, and without
-        the fields of this package that the official code does not know, unless they are set."""
+        """Do as [`DeepseekMoeConfig.to_diff_dict`] does, with the dtype also under its older name, `torch_dtype`.
+
+        The official code does not know some fields of this package. They are left out unless they are set.
+        """
         output = super().to_diff_dict()
         if output.get("dtype") is not None:
             output["torch_dtype"] = output["dtype"]
@@ -56,8 +60,11 @@ def _rename_rope_parameters(output: dict[str, Any], default_theta: float) -> Non
 
 
 class DeepseekConfig(OfficialConfig):
-    """The first generation, `model_type: deepseek` (DeepSeekMoE 16B; arXiv 2401.06066): plain multi-head attention,
-    softmax gate in the input's dtype, no scaling factor. Defaults are those of the official configuration class."""
+    """The config of the first generation, `model_type: deepseek` (DeepSeekMoE 16B; arXiv 2401.06066).
+
+    It has plain multi-head attention, a softmax gate in the input's dtype, and no scaling factor. The defaults are
+    those of the official configuration class.
+    """
 
     model_type = "deepseek"
     allowed_attention_types = ("mha",)
@@ -78,7 +85,7 @@ class DeepseekConfig(OfficialConfig):
 
     @property
     def gate_scaling_factor(self) -> float:
-        """Always 1: the first generation has no scaling factor."""
+        """1 always: the first generation has no scaling factor."""
         return 1.0
 
     def _check_routing(self) -> None:
@@ -93,8 +100,10 @@ class DeepseekConfig(OfficialConfig):
 
 
 class DeepseekV2Config(OfficialConfig):
-    """The second generation, `model_type: deepseek_v2` (arXiv 2405.04434): MLA, softmax gate, device-limited routing.
-    Defaults are those of the official configuration class."""
+    """The config of the second generation, `model_type: deepseek_v2` (arXiv 2405.04434).
+
+    It has MLA, a softmax gate and device-limited routing. The defaults are those of the official configuration class.
+    """
 
     model_type = "deepseek_v2"
     allowed_attention_types = ("mla",)
@@ -124,16 +133,19 @@ class DeepseekV2Config(OfficialConfig):
 
     @property
     def gate_scaling_factor(self) -> float:
-        """The second generation scales only where it does not normalise."""
+        """Factor on the chosen scores. The second generation scales only where it does not normalise."""
         return 1.0 if self.gate_normalizes else float(self.routed_scaling_factor)
 
 
 class DeepseekV3Config(OfficialConfig):
-    """The third generation, `model_type: deepseek_v3` (arXiv 2412.19437; R1, Moonlight): MLA, sigmoid gate,
-    auxiliary-loss-free balancing through a bias. Defaults are those of the official configuration class.
+    """The config of the third generation, `model_type: deepseek_v3` (arXiv 2412.19437; R1, Moonlight).
+
+    It has MLA, a sigmoid gate, and auxiliary-loss-free balancing through a bias. The defaults are those of the
+    official configuration class.
 
     Its `aux_loss_alpha` has no effect, as in the released code, which computes no auxiliary loss. The loss of this
-    generation is the sequence-wise one: `router_aux_loss_coef` is an alias of `sequence_balance_alpha` here."""
+    generation is the sequence-wise one: `router_aux_loss_coef` is an alias of `sequence_balance_alpha` here.
+    """
 
     model_type = "deepseek_v3"
     allowed_attention_types = ("mla",)
@@ -171,8 +183,7 @@ class DeepseekV3Config(OfficialConfig):
 
     @property
     def loss_alphas(self) -> dict[str, float]:
-        """As [`DeepseekMoeConfig.loss_alphas`], without the expert-level loss, which the released code does not
-        compute."""
+        """[`DeepseekMoeConfig.loss_alphas`] without the expert-level loss: the released code does not compute it."""
         alphas = super().loss_alphas
         alphas.pop("expert", None)
         return alphas

@@ -1,14 +1,16 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The experts implementation `"deepseekmoe"`, for every model of transformers with experts that are stacked as
-`gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I): DeepSeek-V2 and V3, Qwen3-MoE, Mixtral, OLMoE, and this family.
+"""The experts implementation `"deepseekmoe"`, for this family and other models of transformers with stacked experts.
 
-The backend that computes them is chosen for every call ([`choose_backend`]):
+It computes experts that are stacked as `gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I): DeepSeek-V2 and V3,
+Qwen3-MoE, Mixtral, OLMoE, and this family.
+
+The backend is chosen for every call ([`choose_backend`]):
 - `"triton"`: fused kernels for all experts (`experts_triton`), on CUDA and ROCm;
 - `"loop"`: one expert after the other (`experts_loop`), on the CPU;
 - `"grouped"`: torch's grouped products (`experts_grouped`), everywhere else, and for small experts on the CPU.
 
-Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert width, S = T * K choices (a
-token at one of its experts).
+Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert width, S = T * K choices (a token at
+one of its experts).
 """
 
 import functools
@@ -38,7 +40,7 @@ LOOP_FROM = 2**18
 
 
 def refuse_offloaded(experts: nn.Module) -> None:
-    """Raise a `ValueError` for adapted or partly trained experts whose weights are offloaded."""
+    """Raise a `ValueError` if the weights of adapted or partly trained experts are offloaded."""
     if experts.gate_up_proj.is_meta:
         raise ValueError("Offloaded weights are not allowed together with adapted or partly trained experts.")
 
@@ -46,14 +48,14 @@ def refuse_offloaded(experts: nn.Module) -> None:
 def experts_forward(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of the chosen experts' outputs, weighted: what `experts_implementation="deepseekmoe"` calls.
+    """Compute the weighted sum of the chosen experts' outputs. `experts_implementation="deepseekmoe"` calls this.
 
     Under autocast the products are in its dtype, as those of `nn.Linear` are.
 
     Args:
         experts: the module that holds the stacks.
         hidden_states (`torch.Tensor` of shape (T, D)).
-        top_k_index (`torch.LongTensor` of shape (T, K)): expert ids; the id E stands for an expert that another rank
+        top_k_index (`torch.LongTensor` of shape (T, K)): expert ids. The id E stands for an expert that another rank
             of an expert-parallel group holds, and is passed over.
         top_k_weights (`torch.Tensor` of shape (T, K)): of any floating dtype.
 
@@ -61,7 +63,7 @@ def experts_forward(
         `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: for experts that are stored in another way.
+        ValueError: if the experts are not supported; [`why_unsupported`] gives the reason.
     """
     reason = why_unsupported(experts)
     if reason is not None:
@@ -87,19 +89,20 @@ def run_experts(
     adapters: Sequence[Adapter | None] = (None, None),
     backend: str | None = None,
 ) -> torch.Tensor:
-    """[`experts_forward`] without its checks.
+    """Do as [`experts_forward`] does, without its checks.
 
     Args:
         experts, hidden_states, top_k_index, top_k_weights: as there.
         stacks: weights to compute with instead of the module's own.
-        adapters ([`Adapter`], *optional*): beside `gate_up_proj` and `down_proj`; `"triton"` and `"loop"` alone.
+        adapters ([`Adapter`], *optional*): those beside `gate_up_proj` and `down_proj`. Only `"triton"` and `"loop"`
+            take them.
         backend: one of `BACKENDS`; by default what [`choose_backend`] says.
 
     Returns:
         `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: for another backend, or for adapters with one that does not take them.
+        ValueError: for another backend, or for adapters with a backend that does not take them.
     """
     gate_up, down = (experts.gate_up_proj, experts.down_proj) if stacks is None else stacks
     dtype = compute_dtype(gate_up)
@@ -124,8 +127,11 @@ def run_experts(
 
 
 def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
-    """The stacked experts of a model by their layers' indices: the name of the module (without PEFT's wrappers), and
-    the module that holds the parameters."""
+    """Find the stacked experts of a model, by the indices of their layers.
+
+    Returns:
+        For every layer the name of the module (without PEFT's wrappers), and the module that holds the parameters.
+    """
     found = {}
     for name, module in model.named_modules():
         own, layer = dict(module.named_parameters(recurse=False)), layer_of(name)
@@ -135,7 +141,7 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
 
 
 def why_unsupported(experts: nn.Module) -> str | None:
-    """Why these experts cannot be computed by [`run_experts`], or `None` if they can."""
+    """Return the reason why [`run_experts`] cannot compute these experts, or `None` if it can."""
     for name in STACKS:
         parameter = getattr(experts, name, None)
         if not isinstance(parameter, torch.Tensor) or parameter.ndim != 3:
@@ -160,7 +166,7 @@ def why_unsupported(experts: nn.Module) -> str | None:
 def choose_backend(
     experts: nn.Module, hidden_states: torch.Tensor, stack: torch.Tensor | None = None
 ) -> tuple[str, str]:
-    """Choose the backend for an input, and say why it is not a fused one, where that is so.
+    """Choose the backend for an input. If it is not a fused one, say why.
 
     Args:
         experts: the module that holds the stacks.
@@ -168,7 +174,7 @@ def choose_backend(
         stack (`torch.Tensor` of shape (E, 2I, D), *optional*): weights other than the module's `gate_up_proj`.
 
     Returns:
-        One of `BACKENDS`, and the reason, empty for the fused ones.
+        One of `BACKENDS`, and the reason, which is empty for the fused ones.
     """
     stack = experts.gate_up_proj if stack is None else stack
     num_experts, columns, hidden_size = stack.shape
@@ -185,7 +191,7 @@ def choose_backend(
 
 
 def compute_dtype(stack: torch.Tensor) -> torch.dtype:
-    """The dtype of the products with a stack: its own, or autocast's, which leaves float64 alone."""
+    """Return the dtype of the products with a stack: its own, or autocast's. Autocast leaves float64 alone."""
     kind = stack.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast and stack.dtype != torch.float64 else stack.dtype
@@ -196,7 +202,7 @@ def _is_silu(activation: Any) -> bool:
 
 
 def tell_backend(experts: nn.Module, hidden_states: torch.Tensor, backend: str, reason: str) -> None:
-    """Log once with which backend a class of experts is computed, and why not with a fused one; a warning on a GPU."""
+    """Log once which backend computes a class of experts. If it is not a fused one, say why: on a GPU as a warning."""
     if not torch.compiler.is_compiling():
         _tell(type(experts).__name__, hidden_states.device.type, backend, reason)
 
@@ -213,7 +219,7 @@ def register_experts(override: bool = True) -> None:
     """Make the implementation known to transformers.
 
     Args:
-        override: replace one of the same name, which a copy of this code may have registered.
+        override: replace an implementation of the same name, which a copy of this code may have registered.
     """
     if override or IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

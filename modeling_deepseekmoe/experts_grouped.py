@@ -1,10 +1,11 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The routed experts as a chain of torch's operations: grouping by expert, one product for all groups, weighted sum.
+"""The backend `"grouped"` of the routed experts: a chain of torch's operations.
 
-For what the fused operator does not take: other activations, other devices, several adapters at once, small experts.
+It groups the choices by expert, computes one product for all groups, and sums with the weights. It is for what the
+fused operator does not take: other activations, other devices, several adapters at once, small experts.
 
-Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert width, S = T * K choices (a
-token at one of its experts).
+Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert width, S = T * K choices (a token at
+one of its experts).
 """
 
 from collections.abc import Callable
@@ -26,9 +27,9 @@ class GroupedChoices(NamedTuple):
 
     Attributes:
         expert_ids (`torch.LongTensor` of shape (S,)): the expert of every choice, ascending.
-        order (`torch.LongTensor` of shape (S,)): where each of them was in the flattened (T, K).
-        offsets (`torch.IntTensor` of shape (E,)): where the choices of every expert end. Behind the last one are those
-            of experts that another rank of an expert-parallel group holds, with the id E.
+        order (`torch.LongTensor` of shape (S,)): the index of each choice in the flattened (T, K).
+        offsets (`torch.IntTensor` of shape (E,)): the end of every expert's choices. Behind the last end lie the
+            choices with the id E: their experts are held by another rank of an expert-parallel group.
     """
 
     expert_ids: torch.Tensor
@@ -36,7 +37,7 @@ class GroupedChoices(NamedTuple):
     offsets: torch.Tensor
 
     def select(self, places: torch.Tensor) -> "GroupedChoices":
-        """Some of the choices, (N,) ascending places."""
+        """Select some of the choices by their places, (N,) in ascending order."""
         ids, experts = self.expert_ids[places], torch.arange(len(self.offsets), device=places.device)
         return GroupedChoices(ids, self.order[places], torch.searchsorted(ids, experts, right=True, out_int32=True))
 
@@ -47,10 +48,11 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, choices: GroupedCho
     Args:
         rows (`torch.Tensor` of shape (S, in)): in the order of their experts.
         weight (`torch.Tensor` of shape (E, out, in)): any strides.
-        choices ([`GroupedChoices`]): whose rows these are.
+        choices ([`GroupedChoices`]): the choices that the rows belong to.
 
     Returns:
-        `torch.Tensor` of shape (S, out), in the dtype of `weight`; rows behind the last expert's have any content.
+        `torch.Tensor` of shape (S, out), in the dtype of `weight`. Rows behind those of the last expert have any
+        content.
     """
     rows, offsets = rows.to(weight.dtype), choices.offsets
     if len(rows) == 0:
@@ -61,8 +63,11 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, choices: GroupedCho
 
 
 def _takes_grouped_mm(weight: torch.Tensor) -> bool:
-    """torch's grouped product wants rows of whole 16 bytes, on a GPU of NVIDIA at least Ampere, and, to be compiled,
-    bfloat16."""
+    """Tell whether torch's grouped product takes a stack.
+
+    Its rows must be whole multiples of 16 bytes. A GPU of NVIDIA must be at least Ampere. To be compiled, the stack
+    must be bfloat16.
+    """
     if torch.compiler.is_compiling() and weight.dtype != torch.bfloat16:
         return False
     known = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -71,7 +76,7 @@ def _takes_grouped_mm(weight: torch.Tensor) -> bool:
 
 
 def alignment(dtype: torch.dtype) -> int:
-    """Elements in 16 bytes, of which torch's grouped product wants a multiple in every row."""
+    """Return the number of elements in 16 bytes. torch's grouped product wants a multiple of it in every row."""
     return 16 // dtype.itemsize
 
 
@@ -83,12 +88,12 @@ def run_grouped(
     project: Project,
     num_experts: int,
 ) -> torch.Tensor:
-    """Sum of the chosen experts' outputs, weighted.
+    """Compute the weighted sum of the chosen experts' outputs.
 
     Args:
         experts: the module with the activation.
         hidden_states (`torch.Tensor` of shape (T, D)).
-        top_k_index (`torch.LongTensor` of shape (T, K)): expert ids; the id E, of an expert elsewhere, is passed over.
+        top_k_index (`torch.LongTensor` of shape (T, K)): expert ids. The id E, of an expert elsewhere, is passed over.
         top_k_weights (`torch.Tensor` of shape (T, K)).
         project: computes `gate_up_proj` and `down_proj` of all choices.
         num_experts: E.

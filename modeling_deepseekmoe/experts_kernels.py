@@ -1,17 +1,18 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The kernels of the experts, for CUDA and ROCm from one source. `experts_loop` says what they compute,
-`experts_triton` calls them.
+"""The Triton kernels of the routed experts, for CUDA and ROCm from one source.
 
-A program of a product has a tile: some choices of one expert, and some columns. How many tiles there are depends on
-the routing, which the host does not know: there are programs for the most that are possible, each finds its tile from
-the experts' offsets, and those without one end. What belongs to the same token is added up by a kernel of its own, in
-the order of the token's choices: no atomics, the same bits in every run.
+`experts_loop` says what they compute, and `experts_triton` calls them.
+
+A program of a product has a tile: some choices of one expert, and some columns. The number of tiles depends on the
+routing, which the host does not know. So as many programs are started as there can be tiles at most. Each finds its
+tile from the experts' offsets, and those without a tile end. A kernel of its own adds up the choices of each token, in
+the order of the token's choices. It needs no atomics, and gives the same bits in every run.
 
 A choice is one token at one of its experts, numbered as in the flattened (T, K). Its place is where it stands in the
 order of the experts.
 
-"Rows" lie in the order of the experts, (S, width), or, where a flag says so, are the tokens' (T, width), read through
-the permutation. Sums are float32.
+"Rows" lie in the order of the experts, (S, width). If a flag says so, they are the tokens' rows (T, width), read
+through the permutation. Sums are float32.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 # -------------------------------------------------------------------------------------------------- inside a kernel
 @jit
 def _tile(tile, offsets, E: tl.constexpr, E_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Expert, first place and end of its choices, of a block of rows; with expert E or above there is none."""
+    """Find the expert of a block of rows, the block's first place, and the end of the expert's choices.
+
+    If the expert is E or above, there is no such block.
+    """
     lane = tl.arange(0, E_WIDTH)
     begins = tl.load(offsets + lane, mask=lane < E, other=0)
     ends = tl.load(offsets + lane + 1, mask=lane < E, other=0)
@@ -38,7 +42,7 @@ def _tile(tile, offsets, E: tl.constexpr, E_WIDTH: tl.constexpr, BLOCK_ROWS: tl.
 
 @jit
 def _places(place, exists, permutation, TOP_K: tl.constexpr, BY_TOKEN: tl.constexpr):
-    """The rows that choices are read from."""
+    """Return the rows that choices are read from."""
     if BY_TOKEN:
         return tl.load(permutation + place, mask=exists, other=0) // TOP_K
     else:
@@ -47,14 +51,14 @@ def _places(place, exists, permutation, TOP_K: tl.constexpr, BY_TOKEN: tl.conste
 
 @jit
 def _dropped(values, place, column, seed, probability, WIDTH: tl.constexpr):
-    """Values of choices and columns with the adapter's dropout, the same in every pass."""
+    """Apply the adapter's dropout to values of choices and columns. It is the same in every pass."""
     cell = place[:, None] * WIDTH + column[None, :]
     return tl.where(tl.rand(seed, cell) >= probability, values / (1.0 - probability), 0.0)
 
 
 @jit
 def _dot(left, right, sums, PRECISION: tl.constexpr):
-    """sums + left @ right; the interpreter, which computes in numpy, has no product of bfloat16."""
+    """Compute sums + left @ right. The interpreter computes in numpy, which has no product of bfloat16."""
     if _INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, sums, input_precision=PRECISION)
@@ -79,7 +83,7 @@ def _multiply(
     probability=0.0,
     DROPOUT: tl.constexpr = False,
 ):
-    """Adds rows (BLOCK_ROWS, IN), with dropout or without, times columns of a matrix (IN, OUT)."""
+    """Add rows (BLOCK_ROWS, IN), with dropout or without, times columns of a matrix (IN, OUT)."""
     inside = tl.arange(0, BLOCK_IN)
     for start in range(0, IN, BLOCK_IN):
         k = start + inside
@@ -109,7 +113,7 @@ def _add_adapter(
     seed,
     probability,
 ):
-    """Adds inner rows (BLOCK_ROWS, R) times columns of a factor (R, OUT), or what the dropout leaves of that."""
+    """Add inner rows (BLOCK_ROWS, R) times columns of a factor (R, OUT), or what the dropout leaves of that."""
     row = place.to(tl.int64)
     added = tl.zeros_like(sums) if seed is not None else sums
     added = _multiply(
@@ -136,7 +140,7 @@ def _multiply_twice(
     BLOCK_IN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds rows times columns of the gates (IN, OUT), and of the ups, which are OUT columns further."""
+    """Add rows times columns of the gates (IN, OUT), and of the ups, which are OUT columns further."""
     inside = tl.arange(0, BLOCK_IN)
     for start in range(0, IN, BLOCK_IN):
         k = start + inside
@@ -178,7 +182,7 @@ def first_product_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tokens' first product at their experts, and its activation silu(gate) * up."""
+    """Compute the tokens' first product at their experts, and its activation silu(gate) * up."""
     COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
     if expert >= E:
@@ -244,8 +248,10 @@ def product_kernel(
     BY_TOKEN: tl.constexpr,
     TO_CHOICES: tl.constexpr,
 ):
-    """Rows times their experts' matrices, with a scale or with the choices' weights. With a seed the dropout falls on
-    what the adapter adds, or, without an adapter, on the rows."""
+    """Multiply rows by their experts' matrices, and by a scale or by the choices' weights.
+
+    With a seed there is dropout: on what the adapter adds or, without an adapter, on the rows.
+    """
     COLUMN_TILES: tl.constexpr = (OUT + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
     if expert >= E:
@@ -312,7 +318,7 @@ def activation_gradient_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient through the second product and the activation; and the parts of the weights' gradient."""
+    """Compute the gradient through the second product and the activation, and the parts of the weights' gradient."""
     COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
     if expert >= E:
@@ -371,7 +377,7 @@ def outer_kernel(
     LEFT_BY_TOKEN: tl.constexpr,
     RIGHT_BY_TOKEN: tl.constexpr,
 ):
-    """For each expert the sum of its rows' outer products, left.T @ right: gradients of parameters."""
+    """Sum for each expert the outer products of its rows, left.T @ right: gradients of parameters."""
     M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     expert = tl.program_id(0) // (M_TILES * N_TILES)
@@ -410,7 +416,7 @@ def combine_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """The sum of each token's choices, in the order of its choices."""
+    """Sum the rows of each token's choices, in the order of the choices."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     there = (token < num_tokens)[:, None] & (column < D)[None, :]

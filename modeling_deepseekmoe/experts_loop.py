@@ -1,15 +1,15 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The routed experts in plain torch, one expert after the other, for the CPU.
+"""The backend `"loop"` of the routed experts: plain torch, one expert after the other, for the CPU.
 
-An expert's tokens are brought together in a buffer, go through its two products and are added to the output before the
-next expert's turn. Nothing has the size of all choices but the first product, and that only where a backward pass
-follows; every expert uses the same buffers, which stay in the cache.
+An expert's tokens are brought together in a buffer, go through its two products, and are added to the output. Then
+comes the next expert. Only the first product is kept for all choices, and only if a backward pass follows. Every
+expert uses the same buffers, which stay in the cache.
 
-Each product is given to BLAS as several, of some of the columns each: MKL divides one with few rows badly among
-threads. Their results lie one after the other, "blocked": (C, n, width / C) instead of (n, width).
+Each product is given to BLAS as several products, of some of the columns each: MKL divides a product with few rows
+badly among threads. Their results lie one after the other, "blocked": (C, n, width / C) instead of (n, width).
 
 Shape letters: T tokens, D hidden, E experts, K chosen experts, I expert width, S = T * K choices (a token at one of
-its experts), R rank of an adapter, n choices of one expert, in 32 bits at most MAX_ROWS at a time, C column blocks.
+its experts), R rank of an adapter, n choices of one expert (in 32 bits at most MAX_ROWS at a time), C column blocks.
 """
 
 import itertools
@@ -26,14 +26,14 @@ _aten = torch.ops.aten
 
 
 class Adapter(NamedTuple):
-    """A product of low rank beside a projection: `scale * dropout(rows) @ factor_a[i].T @ factor_b[i].T` is added.
+    """A product of low rank beside a projection. It adds `scale * dropout(rows) @ factor_a[i].T @ factor_b[i].T`.
 
     Attributes:
         factor_a (`torch.Tensor` of shape (E, R, in)): in the dtype of the stacks.
         factor_b (`torch.Tensor` of shape (E, out, R)): in the same dtype, with any strides.
         scale (`float`).
         dropout (`float`): the probability with which a number of the rows is left out.
-        seed (`torch.LongTensor` of shape ()): of the dropout.
+        seed (`torch.LongTensor` of shape ()): the seed of the dropout.
     """
 
     factor_a: torch.Tensor
@@ -44,14 +44,14 @@ class Adapter(NamedTuple):
 
 
 class ExpertOperands(NamedTuple):
-    """What the routed experts are computed from.
+    """The tensors that the routed experts are computed from.
 
     Attributes:
         hidden (`torch.Tensor` of shape (T, D)): in the dtype of the stacks.
         expert_ids (`torch.LongTensor` of shape (T, K)): the id E stands for an expert that is elsewhere.
         weights (`torch.Tensor` of shape (T, K)): the gate's.
         gate_up, down (`torch.Tensor` of shapes (E, 2I, D) and (E, D, I)): the stacks.
-        gate_up_adapter, down_adapter ([`Adapter`], *optional*): beside each of them.
+        gate_up_adapter, down_adapter ([`Adapter`], *optional*): the adapters beside the stacks.
     """
 
     hidden: torch.Tensor
@@ -63,13 +63,13 @@ class ExpertOperands(NamedTuple):
     down_adapter: Adapter | None = None
 
     def differentiable(self) -> "ExpertGradients":
-        """What can have a gradient; `None` for the factors of an adapter that is none."""
+        """Collect what can have a gradient. The factors of an absent adapter are `None`."""
         factors = factors_of(self.gate_up_adapter, self.down_adapter)
         return ExpertGradients(self.hidden, self.weights, self.gate_up, self.down, *factors)
 
 
 class ExpertGradients(NamedTuple):
-    """One value for everything that can have a gradient: the gradient, whether it is wanted, or the tensor itself."""
+    """One value for every tensor that can have a gradient: the gradient, whether it is wanted, or the tensor."""
 
     hidden: Any
     weights: Any
@@ -82,22 +82,22 @@ class ExpertGradients(NamedTuple):
 
     @property
     def of_first_product(self) -> tuple[Any, Any, Any]:
-        """Of the parameters of the first product: the stack and both factors."""
+        """Values of the first product's parameters: the stack and both factors."""
         return self.gate_up, self.gate_up_a, self.gate_up_b
 
     @property
     def of_second_product(self) -> tuple[Any, Any, Any]:
-        """Of the parameters of the second product: the stack and both factors."""
+        """Values of the second product's parameters: the stack and both factors."""
         return self.down, self.down_a, self.down_b
 
 
 def factors_of(*adapters: Adapter | None) -> list[torch.Tensor | None]:
-    """Both factors of every adapter, two `None` for one that is none."""
+    """Return both factors of every adapter, and two `None` for an absent one."""
     return [factor for adapter in adapters for factor in ((None, None) if adapter is None else adapter[:2])]
 
 
 class _Block(NamedTuple):
-    """Choices of one expert, `permutation[choices]`; `begin` is False where they follow others of the same expert."""
+    """Choices of one expert, `permutation[choices]`. `begin` is False if they follow others of the same expert."""
 
     expert: int
     choices: slice
@@ -105,7 +105,10 @@ class _Block(NamedTuple):
 
 
 def _blocks(offsets: torch.Tensor, dtype: torch.dtype) -> list[_Block]:
-    """All choices; those of an expert are one block in 16 bits, in which parameters' gradients are not added up."""
+    """Divide all choices into blocks.
+
+    In 16 bits an expert has one block, because gradients of parameters are not added up there.
+    """
     ends = offsets.tolist()
     most = MAX_ROWS if dtype.itemsize > 2 else max(ends[-1], 1)
     return [
@@ -126,21 +129,21 @@ class _Scratch:
         self.views: dict[int, _Views] = {}
 
     def of(self, block: _Block) -> "_Views":
-        """The buffers as large as a block needs them."""
+        """Return the buffers in the size that a block needs."""
         rows = block.choices.stop - block.choices.start
         if rows not in self.views:
             self.views[rows] = _Views(self, rows)
         return self.views[rows]
 
     def take(self, name: str, rows: int, width: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """(rows, width), contiguous, with any content. A name has one width and one dtype."""
+        """Return a contiguous buffer (rows, width) with any content. A name has one width and one dtype."""
         if name not in self.buffers:
             self.buffers[name] = self.like.new_empty(self.max_rows * width, dtype=dtype)
         return self.buffers[name][: rows * width].view(rows, width)
 
 
 class _Views:
-    """The buffers for n choices. Many are one buffer in another shape, since making a view takes as long as a call."""
+    """The buffers for n choices. Many are one buffer in another shape: making a view takes as long as a call."""
 
     def __init__(self, scratch: _Scratch, rows: int) -> None:
         width, hidden_size = scratch.width, scratch.hidden_size
@@ -165,16 +168,16 @@ class _Views:
 def experts_forward_loop(
     operands: ExpertOperands, permutation: torch.Tensor, offsets: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the chosen experts' outputs, weighted.
+    """Compute the weighted sum of the chosen experts' outputs.
 
     Args:
         operands ([`ExpertOperands`]): contiguous.
-        permutation, offsets: of `grouping.ExpertGroups`.
+        permutation, offsets: those of `grouping.ExpertGroups`.
         keep: whether a backward pass follows.
 
     Returns:
-        The output (T, D) in the dtype of `hidden`; and the first product of all choices, (S, 2I), if `keep` is set,
-        else (0, 2I): the rows of a block hold its gates (n, I) and then its ups (n, I).
+        The output (T, D) in the dtype of `hidden`, and the first product of all choices: (S, 2I) if `keep` is set,
+        else (0, 2I). The rows of a block hold its gates (n, I) and then its ups (n, I).
     """
     hidden, down = operands.hidden, operands.down
     width, blocks = down.shape[-1], _blocks(offsets, hidden.dtype)
@@ -212,15 +215,15 @@ def experts_backward_loop(
     kept: torch.Tensor,
     needs: ExpertGradients,
 ) -> ExpertGradients:
-    """The gradients of [`experts_forward_loop`].
+    """Compute the gradients of [`experts_forward_loop`].
 
-    That of the weights is <dA', A> of the activation A and the gradient dA' that it would have with a weight of 1
-    (SonicMoE, arXiv 2512.14080), so that the second product's output is never kept.
+    The gradient of the weights is <dA', A>. A is the activation, and dA' is the gradient that it would have with a
+    weight of 1 (SonicMoE, arXiv 2512.14080). So the second product's output is never kept.
 
     Args:
-        grad (`torch.Tensor` of shape (T, D)): of the output.
+        grad (`torch.Tensor` of shape (T, D)): the gradient of the output.
         operands, permutation, offsets: as for the forward pass.
-        kept (`torch.Tensor` of shape (S, 2I)): the forward pass's.
+        kept (`torch.Tensor` of shape (S, 2I)): what the forward pass has kept.
         needs ([`ExpertGradients`]): which gradients are wanted.
 
     Returns:
@@ -230,7 +233,7 @@ def experts_backward_loop(
 
 
 class _BackwardPass:
-    """The gradients of all experts, one block after the other."""
+    """The backward pass of all experts, one block after the other."""
 
     def __init__(
         self,
@@ -263,7 +266,7 @@ class _BackwardPass:
         self.down_columns = down.unflatten(2, (self.parts, -1)).transpose(1, 2)  # (E, C, D, I / C)
 
     def run(self) -> ExpertGradients:
-        """Add up the gradients of all blocks."""
+        """Compute the gradients of all blocks, and add them up."""
         for block in self.blocks:
             own, places = self.scratch.of(block), self.tokens[block.choices]
             self._pass_second_product(block, own, places)
@@ -287,7 +290,7 @@ class _BackwardPass:
         return results._replace(hidden=None if self.grad_hidden is None else self.grad_hidden.to(hidden.dtype))
 
     def _pass_second_product(self, block: "_Block", own: "_Views", places: torch.Tensor) -> None:
-        """Through the second product and the activation, to the gradient of the first product in `own.both`."""
+        """Go back through the second product and the activation. `own.both` is then the first product's gradient."""
         # Into an activation of weight 1.
         torch.index_select(self.grad, 0, places, out=own.rows)
         torch.bmm(own.rows_for_act, self.down_columns[block.expert], out=own.grad_act)
@@ -303,7 +306,7 @@ class _BackwardPass:
         _aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=own.grad_gate)
 
     def _add_parameters(self, block: "_Block", own: "_Views", places: torch.Tensor) -> None:
-        """The parameters of the second product, while its gradient is in the buffer; then those of the first one."""
+        """Add the gradients of the parameters: the second product's first, while its gradient is in the buffer."""
         results = self.results
         if any(self.needs.of_second_product):
             act = own.act.mul_(self.choice_weights[block.choices])
@@ -317,7 +320,7 @@ class _BackwardPass:
 
 
 def _by_choice(weights: torch.Tensor, permutation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token and weight (S,) and (S, 1) of every choice, in the order of the experts."""
+    """Return the token (S,) and the weight (S, 1) of every choice, in the order of the experts."""
     return permutation // weights.shape[1], weights.flatten().index_select(0, permutation).unsqueeze(1)
 
 
@@ -326,12 +329,12 @@ def _column_blocks(width: int) -> int:
 
 
 def _blocked(rows: torch.Tensor) -> torch.Tensor:
-    """A view of rows (n, width) as (C, n, width / C)."""
+    """View rows (n, width) as (C, n, width / C)."""
     return rows.unflatten(1, (_column_blocks(rows.shape[1]), -1)).transpose(0, 1)
 
 
 def _add_outer(stack: torch.Tensor | None, block: _Block, left: torch.Tensor, right: torch.Tensor) -> None:
-    """left.T (M, n) times right (n, N), into the expert's place in a stack (E, M, N), or onto what is there."""
+    """Write left.T (M, n) times right (n, N) to an expert's part of a stack (E, M, N), or add it to what is there."""
     if stack is not None and block.begin:
         torch.mm(left.t(), right, out=stack[block.expert])
     elif stack is not None:
@@ -344,14 +347,17 @@ def _readable_adapters(operands: ExpertOperands, blocks: Sequence[_Block]) -> tu
 
 
 def _readable(adapter: Adapter | None, blocks: Sequence[_Block]) -> Adapter | None:
-    """With `factor_b` contiguous: as a whole where most experts are at work, else one by one, when it is used."""
+    """Make `factor_b` contiguous as a whole, if most experts are at work.
+
+    Otherwise each expert's part is copied when it is used.
+    """
     if adapter is None or 2 * len(blocks) < len(adapter.factor_b):
         return adapter
     return adapter._replace(factor_b=adapter.factor_b.contiguous())
 
 
 def _dropout(rows: torch.Tensor, adapter: Adapter, block: _Block) -> torch.Tensor:
-    """The rows with zeros where the dropout falls, the same in every pass."""
+    """Apply the adapter's dropout to the rows. Its zeros are the same in every pass."""
     if adapter.dropout == 0:
         return rows
     assert adapter.seed is not None
@@ -361,17 +367,17 @@ def _dropout(rows: torch.Tensor, adapter: Adapter, block: _Block) -> torch.Tenso
 
 
 def _inner(rows: torch.Tensor, adapter: Adapter, block: _Block) -> torch.Tensor:
-    """(n, R): rows with dropout times factor_a, with the scale."""
+    """Compute the inner rows (n, R): rows with dropout, times factor_a, with the scale."""
     return _dropout(rows, adapter, block) @ adapter.factor_a[block.expert].t() * adapter.scale
 
 
 def _add_adapter(rows: torch.Tensor, adapter: Adapter, block: _Block, out: torch.Tensor) -> None:
-    """What the adapter adds to the product of rows (n, in), onto the blocked product."""
+    """Add what the adapter makes of rows (n, in) to the blocked product."""
     _add_product(_inner(rows, adapter, block), adapter.factor_b[block.expert].contiguous().t(), out)
 
 
 def _add_adapter_transposed(rows: torch.Tensor, adapter: Adapter, block: _Block, out: torch.Tensor) -> None:
-    """The same for the gradient: for rows (n, out) of the product's, onto the blocked one of its input."""
+    """Add what the adapter makes of rows (n, out) of the product's gradient to the blocked gradient of its input."""
     inner = rows @ adapter.factor_b[block.expert] * adapter.scale
     if adapter.dropout:
         out += _blocked(_dropout(inner @ adapter.factor_a[block.expert], adapter, block))
@@ -380,7 +386,7 @@ def _add_adapter_transposed(rows: torch.Tensor, adapter: Adapter, block: _Block,
 
 
 def _add_product(inner: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
-    """(n, R) times (R, width), onto a blocked product."""
+    """Add (n, R) times (R, width) to a blocked product."""
     columns = factor.unflatten(1, (len(out), -1)).transpose(0, 1)
     torch.baddbmm(out, inner.expand(len(out), *inner.shape), columns, out=out)
 
@@ -392,7 +398,10 @@ def _add_factor_gradients(
     rows: torch.Tensor,
     grad_rows: torch.Tensor,
 ) -> None:
-    """Of both factors, for rows (n, in) and the gradient (n, out) of the product; one of the two has the weights."""
+    """Add the gradients of both factors, from rows (n, in) and the gradient (n, out) of the product.
+
+    One of these two is multiplied by the choices' weights.
+    """
     if adapter is None:
         return
     inner_grad = grad_rows @ adapter.factor_b[block.expert] * adapter.scale

@@ -1,9 +1,10 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """The routed experts as one operator of `torch.library` with its gradient, so that `torch.compile` takes it whole.
 
-Forward and backward are those of `experts_loop` (plain torch, one expert after the other) or of `experts_triton` (all
-experts in each launch). What both keep for the backward pass is the input, the routing and the first product (S, 2I),
-whose layout is that of the implementation. There is no gradient of the gradient, and none of forward mode.
+The forward and backward passes are those of `experts_loop` (plain torch, one expert after the other) or of
+`experts_triton` (all experts in each launch). Both keep the input, the routing and the first product (S, 2I) for the
+backward pass. How the numbers of the first product are arranged depends on the implementation. There is no gradient of
+the gradient, and none of forward mode.
 """
 
 import re
@@ -25,7 +26,7 @@ _INPUTS = "Tensor hidden, Tensor expert_ids, Tensor weights, Tensor gate_up, Ten
 
 
 class _Inputs(NamedTuple):
-    """The operator's inputs one by one, as `torch.library` wants them; or a value for each of them."""
+    """The operator's inputs one by one, as `torch.library` wants them; or one value for each of them."""
 
     hidden: Any = None
     expert_ids: Any = None
@@ -45,7 +46,7 @@ class _Inputs(NamedTuple):
 
     @classmethod
     def of(cls, operands: ExpertOperands) -> "_Inputs":
-        """The inputs that operands are."""
+        """Make the inputs from operands."""
         inputs = cls(*operands[:5])
         for name, adapter in (("gate_up", operands.gate_up_adapter), ("down", operands.down_adapter)):
             if adapter is not None:
@@ -61,7 +62,7 @@ class _Inputs(NamedTuple):
         return inputs
 
     def operands(self) -> ExpertOperands:
-        """The other way round, contiguous."""
+        """Make operands from the inputs, contiguous."""
         return ExpertOperands(
             self.hidden.contiguous(),
             self.expert_ids.contiguous(),
@@ -77,12 +78,12 @@ class _Inputs(NamedTuple):
         return None if factor_a is None else Adapter(factor_a, *others)
 
     def differentiable(self) -> ExpertGradients:
-        """The values of those that can have a gradient."""
+        """Collect the values of the inputs that can have a gradient."""
         return ExpertGradients(*(getattr(self, name) for name in ExpertGradients._fields))
 
 
 def run_operator(operands: ExpertOperands, implementation: str) -> torch.Tensor:
-    """Compute the experts, differentiably.
+    """Compute the weighted sum of the chosen experts' outputs, differentiably.
 
     Args:
         operands ([`ExpertOperands`]): with any strides.

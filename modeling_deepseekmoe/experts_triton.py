@@ -1,12 +1,14 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The routed experts in fused kernels: the same functions as in `experts_loop`, all experts in each launch.
+"""The backend `"triton"` of the routed experts: the functions of `experts_loop` in fused kernels.
 
-Forward: the first product reads the tokens where they lie and ends with the activation. The second one ends with the
-weights and writes each choice to its token. One launch adds up the choices of each token: that is what a sum costs
-without atomics. Backward: the gradient of the activation and of the weights in one launch, that of the tokens in two,
-and one for each parameter. Nothing waits for the host.
+Each launch computes all experts. Forward: the first product reads the tokens where they lie, and ends with the
+activation. The second product ends with the weights, and writes each choice to its token. A third launch adds up the
+choices of each token: that is what a sum costs without atomics. Backward: one launch gives the gradients of the
+activation and of the weights, two give that of the tokens, and each parameter takes one more. Nothing waits for the
+host.
 
-An adapter's product of low rank goes on inside the same sums: a launch for its inner rows (S, R), and R more columns.
+An adapter's product of low rank goes on inside the same sums. It costs a launch for its inner rows (S, R), and R more
+columns.
 """
 
 from typing import NamedTuple
@@ -28,7 +30,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not_fused(device: torch.device, dtype: torch.dtype, num_experts: int) -> str:
-    """The reason why the kernels do not take experts of a dtype; empty if they do."""
+    """Return the reason why the kernels do not take experts of a dtype; it is empty if they do."""
     if reason := why_no_triton(device):
         return reason
     if dtype not in _DTYPES:
@@ -42,9 +44,12 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, num_experts: int) ->
 
 
 def block_options(num_choices: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype) -> dict[str, int]:
-    """The tile of a product, and the warps for it. An expert's choices should fill a tile; float32, which the matrix
-    units of a GPU do not multiply, has smaller ones. Chosen from registers and shared memory (in bfloat16 nothing
-    spills), and not yet by measurement on a GPU."""
+    """Choose the tile of a product, and the warps for it.
+
+    An expert's choices should fill a tile. float32 has smaller tiles, because the matrix units of a GPU do not
+    multiply it. The sizes come from registers and shared memory (in bfloat16 nothing spills), and not yet from
+    measurement on a GPU.
+    """
     narrow = dtype == torch.float32
     rows = power_of_two(max(num_choices // num_experts, 1))
     rows = min(max(rows, 16), 64 if narrow else 128)
@@ -60,7 +65,7 @@ def block_options(num_choices: int, num_experts: int, columns: int, inside: int,
 def first_product_options(
     num_choices: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype
 ) -> dict[str, int]:
-    """The same for the first product, which has two sums for each place."""
+    """Choose the same for the first product, which has two sums for each element of the tile."""
     options = block_options(num_choices, num_experts, columns, inside, dtype)
     return {**options, "BLOCK_COLUMNS": min(options["BLOCK_COLUMNS"], 64)}
 
@@ -68,14 +73,14 @@ def first_product_options(
 def gradient_options(
     num_choices: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype
 ) -> dict[str, int]:
-    """The same for the gradient of the activation, which ends with five numbers for each place."""
+    """Choose the same for the gradient of the activation, which ends with five numbers for each element."""
     options = first_product_options(num_choices, num_experts, columns, inside, dtype)
     rows = min(options["BLOCK_ROWS"], 64)
     return {**options, "BLOCK_ROWS": rows, "num_warps": 8 if rows == 64 else 4}
 
 
 def outer_options(rows: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """The tile of a parameter's gradient."""
+    """Choose the tile of a parameter's gradient, and the warps for it."""
     largest = 64 if dtype == torch.float32 else 128
     blocks = {"BLOCK_M": rows, "BLOCK_N": columns}
     blocks = {name: min(max(power_of_two(size), 16), largest) for name, size in blocks.items()}
@@ -84,18 +89,18 @@ def outer_options(rows: int, columns: int, dtype: torch.dtype) -> dict[str, int]
 
 
 def precision(dtype: torch.dtype) -> str:
-    """What torch's own products do with float32 on this machine: TF32 where the user has allowed it."""
+    """Return how torch's own products compute float32 on this machine: in TF32 if the user has allowed it."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 
 class _LowRank(NamedTuple):
-    """What goes on inside the sums of a product: inner rows times factors.
+    """The part of a product that goes on inside its sums: inner rows times factors.
 
     Attributes:
-        inner (`torch.Tensor` of shape (S, R), *optional*): an adapter's inner rows; none where it is absent.
+        inner (`torch.Tensor` of shape (S, R), *optional*): the inner rows of an adapter; `None` without one.
         factors (`torch.Tensor` of shape (E, R, out), *optional*): the other factor, with any strides.
-        dropout, seed: of the adapter, where its mask falls on this product.
+        dropout, seed: those of the adapter, if its mask falls on this product.
     """
 
     inner: torch.Tensor | None = None
@@ -105,12 +110,12 @@ class _LowRank(NamedTuple):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Those of the factors."""
+        """Strides of the factors."""
         return (0, 0, 0) if self.factors is None else self.factors.stride()
 
     @property
     def rank(self) -> dict[str, int]:
-        """The sizes that a kernel is compiled for."""
+        """Sizes of the adapter that a kernel is compiled for."""
         rank = 1 if self.inner is None else self.inner.shape[1]
         return {"R": rank, "BLOCK_R": min(max(power_of_two(rank), 16), 64)}
 
@@ -119,7 +124,7 @@ _NOTHING = _LowRank()
 
 
 class _Launcher:
-    """The launches for one routing, with what all of them are given."""
+    """The launches for one routing, with the arguments that all of them share."""
 
     def __init__(self, permutation: torch.Tensor, offsets: torch.Tensor, top_k: int, dtype: torch.dtype) -> None:
         self.permutation, self.offsets, self.dtype = permutation, offsets, dtype
@@ -128,7 +133,10 @@ class _Launcher:
         self.sizes = {**self.constants, "E": self.num_experts, "E_WIDTH": power_of_two(self.num_experts)}
 
     def grid(self, options: dict[str, int], columns: int) -> tuple[int]:
-        """Programs for the most tiles that there can be: an expert with choices has at most one that is not full."""
+        """Return the number of programs for the most tiles that there can be.
+
+        An expert with choices has at most one tile that is not full.
+        """
         rows = self.num_choices // options["BLOCK_ROWS"] + min(self.num_choices, self.num_experts)
         return (rows * triton.cdiv(columns, options["BLOCK_COLUMNS"]),)
 
@@ -143,7 +151,7 @@ class _Launcher:
         beside: _LowRank = _NOTHING,
         scale: float = 1.0,
     ) -> torch.Tensor:
-        """Rows times (E, in, out), (S, out): see the kernel."""
+        """Multiply rows by matrices (E, in, out); the result is (S, out). See `product_kernel`."""
         _, inside, columns = matrices.shape
         out = rows.new_empty(self.num_choices, columns)
         options = block_options(self.num_choices, self.num_experts, columns, inside, self.dtype)
@@ -174,14 +182,14 @@ class _Launcher:
         return out
 
     def inner(self, rows: torch.Tensor, adapter: Adapter | None, by_token: bool) -> torch.Tensor | None:
-        """An adapter's inner rows (S, R), with dropout and scale."""
+        """Compute an adapter's inner rows (S, R), with dropout and scale."""
         if adapter is None:
             return None
         factor = adapter.factor_a.transpose(1, 2)
         return self.product(rows, factor, by_token=by_token, scale=adapter.scale, beside=_noise(adapter))
 
     def inner_gradient(self, grad: torch.Tensor, adapter: Adapter | None, by_token: bool) -> torch.Tensor | None:
-        """The gradient at an adapter's inner rows (S, R), with the scale."""
+        """Compute the gradient at an adapter's inner rows (S, R), with the scale."""
         if adapter is None:
             return None
         return self.product(grad, adapter.factor_b, by_token=by_token, scale=adapter.scale)
@@ -195,7 +203,7 @@ class _Launcher:
         right_by_token: bool = False,
         noise: _LowRank = _NOTHING,
     ) -> torch.Tensor:
-        """A parameter's gradient (E, M, N): see the kernel."""
+        """Compute a parameter's gradient (E, M, N). See `outer_kernel`."""
         rows, columns = left.shape[1], right.shape[1]
         out = left.new_empty(self.num_experts, rows, columns)
         options = outer_options(rows, columns, self.dtype)
@@ -218,7 +226,7 @@ class _Launcher:
         return out
 
     def combine(self, by_choice: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
-        """The sums of the tokens' choices, (T, D)."""
+        """Sum the choices of every token, (T, D)."""
         num_tokens, top_k = expert_ids.shape
         hidden_size = by_choice.shape[1]
         out = by_choice.new_empty(num_tokens, hidden_size)
@@ -240,7 +248,10 @@ class _Launcher:
 def experts_forward_triton(
     operands: ExpertOperands, permutation: torch.Tensor, offsets: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`experts_loop.experts_forward_loop`] in kernels; `kept` has each choice's gates and ups beside each other."""
+    """Do as [`experts_loop.experts_forward_loop`] does, in kernels.
+
+    In `kept` a choice's gates and ups lie side by side.
+    """
     hidden, gate_up, down = operands.hidden, operands.gate_up, operands.down
     width, num_choices = down.shape[-1], len(permutation)
     kept = hidden.new_empty(num_choices if keep else 0, 2 * width)
@@ -287,7 +298,7 @@ def experts_backward_triton(
     kept: torch.Tensor,
     needs: ExpertGradients,
 ) -> ExpertGradients:
-    """[`experts_loop.experts_backward_loop`] in kernels."""
+    """Do as [`experts_loop.experts_backward_loop`] does, in kernels."""
     differentiable = operands.differentiable()
     if not len(permutation):
         empty = zip(differentiable, needs, strict=True)
@@ -316,8 +327,12 @@ def _pass_second_product(
     kept: torch.Tensor,
     needs: ExpertGradients,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The gradient of the first product (S, 2I), the activation (S, I) where parameters need it, and the gradient of
-    the gate's weights (T, K) where it is wanted: one launch."""
+    """Go back through the second product and the activation, in one launch.
+
+    Returns:
+        The gradient of the first product (S, 2I), the activation (S, I) if parameters need it, and the gradient of the
+        gate's weights (T, K) if it is wanted.
+    """
     hidden, weights, down = operands.hidden, operands.weights, operands.down
     width, num_choices = down.shape[-1], launch.num_choices
     options = gradient_options(num_choices, len(down), width, hidden.shape[1], hidden.dtype)
@@ -358,7 +373,7 @@ def _pass_first_product(
     needs: ExpertGradients,
     results: ExpertGradients,
 ) -> ExpertGradients:
-    """The results with the gradients of the tokens and of the first product's parameters."""
+    """Add the gradients of the tokens and of the first product's parameters to the results."""
     hidden, adapter = operands.hidden, operands.gate_up_adapter
     needs_inner = needs.hidden or needs.gate_up_a
     inner = launch.inner_gradient(both, adapter, by_token=False) if needs_inner else None
@@ -377,7 +392,7 @@ def _pass_first_product(
 
 
 def _noise(adapter: Adapter | None) -> _LowRank:
-    """An adapter's dropout alone."""
+    """Return an adapter's dropout alone."""
     if adapter is None or not adapter.dropout:
         return _NOTHING
     return _LowRank(dropout=adapter.dropout, seed=adapter.seed)

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The choices of all tokens in the order of their experts, so that each expert computes its tokens together.
+"""The order of all tokens' choices by expert, so that each expert computes its tokens together.
 
-Two implementations of the same function: `"eager"` in plain torch here, and `"triton"` in `routing_triton`.
+There are two implementations of the same function: `"eager"` in plain torch here, and `"triton"` in `routing_triton`.
 
 Shape letters: T tokens, E routed experts, K chosen experts of a token.
 """
@@ -17,11 +17,11 @@ class ExpertGroups(NamedTuple):
     """The choices of all tokens, in the order of their experts. Choice `s` is the `s % K`-th of token `s // K`.
 
     Attributes:
-        permutation (`torch.LongTensor` of shape (T * K,)): the choices expert by expert, and each expert's in the
+        permutation (`torch.LongTensor` of shape (T * K,)): the choices expert by expert. Those of an expert are in the
             order of the tokens.
-        inverse (`torch.LongTensor` of shape (T * K,)): where each choice stands in `permutation`.
-        offsets (`torch.IntTensor` of shape (E + 1,)): expert `i` has `permutation[offsets[i] : offsets[i + 1]]`;
-            `offsets[1:]` is what `torch._grouped_mm` takes.
+        inverse (`torch.LongTensor` of shape (T * K,)): the place of each choice in `permutation`.
+        offsets (`torch.IntTensor` of shape (E + 1,)): expert `i` has `permutation[offsets[i] : offsets[i + 1]]`.
+            `torch._grouped_mm` takes `offsets[1:]`.
     """
 
     permutation: torch.Tensor
@@ -35,7 +35,7 @@ def group_by_expert(expert_ids: torch.Tensor, num_experts: int, *, implementatio
     Args:
         expert_ids (`torch.LongTensor` or `torch.IntTensor` of shape (T, K)): the choices, from 0 to E - 1. The id E
             stands for an expert that another rank of an expert-parallel group holds: such choices come last, behind
-            `offsets[E]`. Other ids are not looked for, and give an order that means nothing.
+            `offsets[E]`. Other ids are not checked for, and give an order that means nothing.
         num_experts (`int`): E.
         implementation (`str`): as for [`route`].
 
@@ -43,7 +43,7 @@ def group_by_expert(expert_ids: torch.Tensor, num_experts: int, *, implementatio
         [`ExpertGroups`].
 
     Raises:
-        ValueError: for ids that are no integers of shape (T, K), or fewer than one expert.
+        ValueError: if the ids are not integers of shape (T, K), or if there is less than one expert.
     """
     if expert_ids.ndim != 2 or expert_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(

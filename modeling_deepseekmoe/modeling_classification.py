@@ -54,8 +54,9 @@ class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DeepseekMoeSequenceClassifierOutput:
-        """Classify sequences; arguments as for [`DeepseekMoeModel`]; `labels` (B,) are classes, or targets of a
-        regression. `logits` have the shape (B, num_labels).
+        """Classify sequences. `logits` have the shape (B, num_labels).
+
+        The arguments are those of [`DeepseekMoeModel`], and `labels` (B,): classes, or targets of a regression.
 
         Raises:
             ValueError: for several sequences without `attention_mask` and `config.pad_token_id`.
@@ -94,7 +95,7 @@ class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
     def _last_real_token(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, logits: torch.Tensor
     ) -> torch.Tensor:
-        """Index (B,) of the rightmost token that is not padding, whichever side the padding is on."""
+        """Find the index (B,) of the rightmost token that is not padding, whichever side the padding is on."""
         batch_size, length = logits.shape[:2]
         if attention_mask is not None and attention_mask.ndim == 2:
             real = attention_mask != 0
@@ -112,7 +113,10 @@ class DeepseekMoeForSequenceClassification(DeepseekMoePreTrainedModel):
 
 
 class DeepseekMoeForTokenClassification(DeepseekMoePreTrainedModel):
-    """The decoder with a classification head on every token, behind a dropout of `config.classifier_dropout` (0)."""
+    """The decoder with a classification head on every token, behind a dropout of `config.classifier_dropout`.
+
+    The default of the dropout is 0.
+    """
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__(config)
@@ -134,8 +138,10 @@ class DeepseekMoeForTokenClassification(DeepseekMoePreTrainedModel):
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DeepseekMoeTokenClassifierOutput:
-        """Classify tokens; arguments as for [`DeepseekMoeModel`]; `labels` (B, S) are classes, -100 where there is no
-        loss. `logits` have the shape (B, S, num_labels)."""
+        """Classify tokens. `logits` have the shape (B, S, num_labels).
+
+        The arguments are those of [`DeepseekMoeModel`], and `labels` (B, S): classes, -100 where there is no loss.
+        """
         outputs: DeepseekMoeModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

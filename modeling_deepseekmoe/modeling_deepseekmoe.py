@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The DeepSeekMoE model family.
+"""The DeepSeekMoE decoder and language model, under the class names of every generation.
 
-Attention, norm, rotary embedding, dense FFN, masks, cache and losses are those of transformers. What is ours is the
+Attention, norm, rotary embedding, dense FFN, masks, cache and losses are those of transformers. This package adds the
 MoE: the gate, the stacked routed experts, the block that adds the shared experts, and the auxiliary loss on its way
 from the block to `outputs.loss`.
 
@@ -92,10 +92,10 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
 
         Args:
             input_ids (`torch.LongTensor` of shape (B, S), *optional*): token ids; these or `inputs_embeds`.
-            attention_mask (`torch.Tensor`, *optional*): (B, past + S), 0 for padding; or a prepared 4-D mask, which
-                says nothing about padding, so that the auxiliary loss then counts every token.
-            position_ids (`torch.LongTensor` of shape (B, S), *optional*): places in the sequence.
-            past_key_values (`Cache`, *optional*): of earlier tokens; `cache` is its name since transformers 5.24.
+            attention_mask (`torch.Tensor`, *optional*): (B, past + S), 0 for padding; or a prepared 4-D mask. That
+                says nothing about padding: the auxiliary loss then counts every token.
+            position_ids (`torch.LongTensor` of shape (B, S), *optional*): positions in the sequence.
+            past_key_values (`Cache`, *optional*): cache of earlier tokens, named `cache` since transformers 5.24.
             inputs_embeds (`torch.FloatTensor` of shape (B, S, D), *optional*): embeddings in place of ids.
             use_cache (`bool`, *optional*): whether to return keys and values.
             kwargs: among others `output_hidden_states`, `output_attentions`, `output_router_logits`.
@@ -140,7 +140,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         )
 
     def _run_layers(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, dict[int, RoutingRecord]]:
-        """All decoder layers, one after the other; the records of the MoE layers by their indices."""
+        """Run all decoder layers, one after the other, and collect the records of the MoE layers by their indices."""
         records = {}
         # Not all of them while transformers lets the first layers draft for the whole model.
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
@@ -159,7 +159,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Places of the layers with routed experts: those of the config, unless layers were taken out or put in."""
+        """Indices of the layers with routed experts: those of the config, unless layers were taken out or put in."""
         return moe_layers_of(self.layers, self.config)
 
     def _routing_context(
@@ -183,7 +183,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
 
 
 def _positions(inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
-    """The places (1, S) of new tokens in their sequences, behind those that a cache holds."""
+    """Return the positions (1, S) of new tokens in their sequences, behind those that a cache holds."""
     past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
     return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens).unsqueeze(0)
 
@@ -191,9 +191,9 @@ def _positions(inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> to
 class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
     """The decoder with a language-modelling head.
 
-    In training `outputs.loss` is the cross entropy plus the auxiliary loss, and `outputs.aux_loss` the latter alone,
-    coefficient included; in evaluation `outputs.loss` is the cross entropy alone. Under gradient accumulation with
-    `num_items_in_batch` the auxiliary loss of a micro-batch counts by its share of the items.
+    In training `outputs.loss` is the cross entropy plus the auxiliary loss. `outputs.aux_loss` is the auxiliary loss
+    alone, coefficient included. In evaluation `outputs.loss` is the cross entropy alone. Under gradient accumulation
+    with `num_items_in_batch` the auxiliary loss of a micro-batch counts by its share of the items.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -214,8 +214,11 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
 
     @partial(takes_cache, name=CACHE)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate tokens; see transformers' `GenerationMixin.generate`. A cache may be given under both of its names.
-        With a version of transformers that is not tested yet, the first call of a process checks the use of caches."""
+        """Generate tokens; see transformers' `GenerationMixin.generate`.
+
+        A cache may be given under either of its names. With a version of transformers that is not tested yet, the
+        first call of a process checks the use of caches.
+        """
         refuse_prompt_learning(self)
         check_cached_generation(self, *args, *kwargs.values())
         return super().generate(*args, **kwargs)
@@ -234,11 +237,11 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
-        """Predict the next tokens; arguments as for [`DeepseekMoeModel`], and:
+        """Predict the next tokens. The arguments are those of [`DeepseekMoeModel`], and:
 
         Args:
-            labels (`torch.LongTensor` of shape (B, S), *optional*): token ids, -100 where there is no loss; shifted
-                inside.
+            labels (`torch.LongTensor` of shape (B, S), *optional*): token ids, -100 where there is no loss. They are
+                shifted inside.
             logits_to_keep (`int` or `torch.Tensor`): compute only the last logits (0: all), or those at these indices.
             kwargs: `num_items_in_batch` and `shift_labels` go to the loss.
 

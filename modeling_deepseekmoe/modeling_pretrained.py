@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What all models of the family share: decoder layers, initialisation, checkpoints, parallel plans, recorded outputs.
+"""The base of all models of the family: decoder layers, initialisation, checkpoints, parallel plans, recorded outputs.
 
 Attention, norm and dense FFN are those of transformers.
 
@@ -63,8 +63,8 @@ class DeepseekMoeModelOutput(MoeModelOutputWithPast):
     """Output of the decoder.
 
     Attributes:
-        aux_loss (`torch.FloatTensor` of shape ()): sum of the layers' auxiliary losses, coefficients included; in
-            training, and in evaluation if `output_router_logits` is set.
+        aux_loss (`torch.FloatTensor` of shape ()): sum of the layers' auxiliary losses, coefficients included. It is
+            there in training, and in evaluation if `output_router_logits` is set.
     """
 
     aux_loss: torch.Tensor | None = None
@@ -88,9 +88,13 @@ class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
         routing: RoutingContext = NO_RECORD,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, ...]:
-        """Apply the layer; returns the hidden states (B, S, D) and, where they were asked for, the fields of the
-        block's [`RoutingRecord`]. They are outputs, one by one, and not something kept on the side, so that the
-        losses have a gradient under both modes of gradient checkpointing."""
+        """Apply the layer.
+
+        Returns:
+            The hidden states (B, S, D) and, if they were asked for, the fields of the block's [`RoutingRecord`]. The
+            fields are outputs, one by one, and are not kept on the side. So the losses have a gradient under both
+            modes of gradient checkpointing.
+        """
         attention_output, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
         )
@@ -104,7 +108,7 @@ class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
 
 
 class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
-    """What all models of the family share: initialisation, checkpoints, parallel plans, recorded outputs."""
+    """The base class of all models of the family: initialisation, checkpoints, parallel plans, recorded outputs."""
 
     config_class = DeepseekMoeConfig
     config: DeepseekMoeConfig
@@ -134,10 +138,10 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The experts implementation to use: this package's own unless another one is asked for.
+        """Choose the experts implementation: this package's own unless another one is asked for.
 
         Raises:
-            ValueError: for this package's own where the experts are quantised: those are modules of transformers, with
+            ValueError: for this package's own if the experts are quantised. Those are modules of transformers, with
                 implementations of their own.
         """
         quantised = getattr(self.config, "quantization_config", None) is not None
@@ -148,10 +152,10 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         return super().get_correct_experts_implementation(requested_experts)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter as transformers does; see its `PeftAdapterMixin.add_adapter`.
+        """Do as transformers does: add an adapter; see its `PeftAdapterMixin.add_adapter`.
 
         Raises:
-            ValueError: among others where transformers wants another PEFT; the message says what works without it.
+            ValueError: among others if transformers wants another PEFT. The message says what works without it.
         """
         try:
             super().add_adapter(*args, **kwargs)
@@ -180,8 +184,10 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         load_config: Any,
         expected_keys: list[str] | None = None,
     ) -> Any:
-        """Check names and shapes first: transformers would stack whatever experts it finds. Where it says itself what
-        it expects, these are the tensors of an adapter alone."""
+        """Check names and shapes before loading, because transformers would stack whatever experts it finds.
+
+        If transformers passes `expected_keys`, the tensors are those of an adapter alone.
+        """
         stored = None
         if expected_keys is not None:
             names = state_dict if state_dict is not None else Stored.of_files(checkpoint_files or ()).shapes
@@ -206,11 +212,12 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         return result
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save the model as transformers does; see its `PreTrainedModel.save_pretrained`. The config in the folder
-        says what the files hold: no multi-token-prediction layers.
+        """Do as transformers does: save the model; see its `PreTrainedModel.save_pretrained`.
+
+        The config in the folder says what the files hold: no multi-token-prediction layers.
 
         Raises:
-            ValueError: among others where layers were taken out, put in or exchanged, and the config says otherwise.
+            ValueError: among others if layers were taken out, put in or exchanged, and the config says otherwise.
         """
         with config_of_what_is_saved(self):
             super().save_pretrained(*args, **kwargs)
@@ -220,9 +227,10 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
     ) -> torch.Tensor:
         """Add the auxiliary loss to the task loss, in training only.
 
-        A trainer that passes `num_items_in_batch` does not divide by the number of accumulated micro-batches, so the
-        auxiliary loss of each one counts by its share of the items: `items` of this micro-batch over
-        `num_items_in_batch`. With micro-batches of equal item counts this is their plain mean.
+        A trainer that passes `num_items_in_batch` does not divide by the number of accumulated micro-batches. So the
+        auxiliary loss of each micro-batch is multiplied by its share of the items: its `items` over
+        `num_items_in_batch`. With micro-batches of equal item counts this gives the plain mean of their auxiliary
+        losses.
         """
         if not self.training or aux_loss is None:
             return loss
@@ -230,7 +238,7 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
 
 
 def share_of_items(items: torch.Tensor, device: torch.device, **kwargs: Any) -> torch.Tensor | float:
-    """`items` of this micro-batch over a trainer's `num_items_in_batch`; 1 without it."""
+    """Return `items` of this micro-batch over a trainer's `num_items_in_batch`, or 1 without it."""
     num_items = kwargs.get("num_items_in_batch")
     return 1.0 if num_items is None else items.to(device) / torch.as_tensor(num_items, device=device)
 

@@ -23,8 +23,10 @@ logger = logging.get_logger(__name__)
 
 
 class DeepseekMoeGate(Float32Buffers):
-    """The router: one centroid per routed expert (the rows of `weight`), and for `noaux_tc` the balancing bias, a
-    buffer that stays in float32: its updates are far below bfloat16's resolution."""
+    """The gate: one centroid per routed expert (the rows of `weight`), and for `noaux_tc` the balancing bias.
+
+    The bias is a buffer that stays in float32: its updates are far below bfloat16's resolution.
+    """
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
@@ -36,12 +38,13 @@ class DeepseekMoeGate(Float32Buffers):
             self.e_score_correction_bias = None
 
     def keep_precision(self, stored: torch.dtype | None) -> None:
-        """Before a checkpoint is read: let the weight become float32 where the dtype of the model would round what is
-        stored, and products are in float32 (`router_dtype`), so that a checkpoint chooses the same experts in every
+        """Make the weight float32 before a checkpoint is read, if the model's dtype would round what is stored.
+
+        This holds where products are in float32 (`router_dtype`): a checkpoint then chooses the same experts in every
         dtype. A weight that is sharded already is rounded, with a warning.
 
         Args:
-            stored (`torch.dtype`, *optional*): of the weight in the checkpoint; `None` where it is not there.
+            stored (`torch.dtype`, *optional*): dtype of the weight in the checkpoint; `None` if it is not there.
         """
         dtype = self.weight.dtype
         if self.config.router_dtype != "float32" or stored is None or torch.promote_types(stored, dtype) == dtype:
@@ -90,7 +93,7 @@ class DeepseekMoeGate(Float32Buffers):
 
     @property
     def options(self) -> RoutingOptions:
-        """How this gate chooses, by the fields of the config as they are now."""
+        """The options by which this gate chooses, from the fields of the config as they are now."""
         config = self.config
         num_groups, top_k_groups = config.gate_groups
         return RoutingOptions(
@@ -107,8 +110,11 @@ class DeepseekMoeGate(Float32Buffers):
 
 @use_experts_implementation
 class DeepseekMoeExperts(nn.Module):
-    """The routed experts, stacked: `gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I). This forward is the `"eager"`
-    implementation; the default is `experts_implementation="deepseekmoe"`, in `experts`."""
+    """The routed experts, stacked: `gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I).
+
+    The forward pass of this class is the `"eager"` implementation. The default is
+    `experts_implementation="deepseekmoe"`, in `experts`.
+    """
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
@@ -123,11 +129,11 @@ class DeepseekMoeExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Sum of the chosen experts' outputs, weighted.
+        """Compute the weighted sum of the chosen experts' outputs.
 
         Args:
             hidden_states (`torch.Tensor` of shape (T, D)).
-            top_k_index (`torch.LongTensor` of shape (T, K)): expert ids; the id E stands for an expert that another
+            top_k_index (`torch.LongTensor` of shape (T, K)): expert ids. The id E stands for an expert that another
                 rank of an expert-parallel group holds, and is passed over.
             top_k_weights (`torch.Tensor` of shape (T, K)).
 
@@ -215,13 +221,15 @@ class DeepseekMoeBlock(nn.Module):
 
 
 def is_moe_block(module: nn.Module) -> bool:
-    """Whether a layer's `mlp` is a MoE block, perhaps inside a wrapper: PEFT's copies, FSDP, compiled modules."""
+    """Tell whether a layer's `mlp` is a MoE block, perhaps inside a wrapper: PEFT's copies, FSDP, compiled modules."""
     return hasattr(module, "experts")
 
 
 def moe_layers_of(layers: nn.ModuleList, config: DeepseekMoeConfig) -> tuple[int, ...]:
-    """Places (from 0) of the decoder layers with routed experts, whatever was done to the list. What is no decoder
-    layer stands for one that another pipeline stage holds, and counts by the config."""
+    """Return the indices (from 0) of the decoder layers with routed experts, whatever was done to the list.
+
+    A module that is no decoder layer stands for one that another pipeline stage holds. It counts by the config.
+    """
     return tuple(
         idx
         for idx, layer in enumerate(layers)
@@ -230,8 +238,10 @@ def moe_layers_of(layers: nn.ModuleList, config: DeepseekMoeConfig) -> tuple[int
 
 
 def tell_unquantised_experts(model: PreTrainedModel) -> None:
-    """Warn if a quantiser that was asked for has left out the routed experts, which most of them do: they look for
-    modules of type `nn.Linear`."""
+    """Warn if a quantiser that was asked for has left out the routed experts.
+
+    Most quantisers do: they look for modules of type `nn.Linear`.
+    """
     blocks = [module for module in model.modules() if type(module) is DeepseekMoeExperts]
     stacks = [stack for experts in blocks for stack in experts.parameters()]
     left = [stack for stack in stacks if stack.is_floating_point() and stack.element_size() > 1]
@@ -246,8 +256,10 @@ def tell_unquantised_experts(model: PreTrainedModel) -> None:
 
 
 def tell_widened_experts(decoder: nn.Module) -> None:
-    """Warn once if experts that a quantiser has left out have become float32: PEFT's `prepare_model_for_kbit_training`
-    does that to whatever is not quantised."""
+    """Warn once if experts that a quantiser has left out have become float32.
+
+    PEFT's `prepare_model_for_kbit_training` does that to everything that is not quantised.
+    """
     if getattr(decoder.config, "quantization_config", None) is None or torch.compiler.is_compiling():
         return
     for module in decoder.modules():

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Plans that tell transformers how to spread a model over devices: by tensor, by expert and by layer."""
+"""The plans by which transformers spreads a model over devices: by tensor, by expert and by layer."""
 
 from typing import Any
 
@@ -33,8 +33,10 @@ _ROUTED = {
 
 
 def expert_parallel_plan() -> dict[str, str] | None:
-    """The expert-parallel plan; `None` for a transformers that cannot dispatch tokens to experts on other devices
-    without help from the gate (5.17 cannot, 5.23 can)."""
+    """Return the expert-parallel plan, or `None` if the installed transformers cannot follow it.
+
+    It must dispatch tokens to experts on other devices without help from the gate (5.17 cannot, 5.23 can).
+    """
     from .transformers_support import ALL_PARALLEL_STYLES
 
     known = set(ALL_PARALLEL_STYLES.keys())
@@ -42,7 +44,7 @@ def expert_parallel_plan() -> dict[str, str] | None:
 
 
 def expert_parallel_size(config: Any) -> int:
-    """Number of ranks that hold distinct experts; 1 where transformers has not spread the model over any."""
+    """Return the number of ranks that hold distinct experts, or 1 if transformers has not spread the model."""
     return getattr(getattr(config, "distributed_config", None), "ep_size", None) or 1
 
 
@@ -51,8 +53,10 @@ def _ffn(prefix: str) -> dict[str, str]:
 
 
 def tensor_parallel_plan(config: Any) -> dict[str, str]:
-    """The tensor-parallel plan of a [`DeepseekMoeConfig`]: a rule for every kind of module that the model has, and
-    none for others, because transformers warns of rules that match nothing."""
+    """Make the tensor-parallel plan of a [`DeepseekMoeConfig`].
+
+    It has a rule for every kind of module in the model, and no others: transformers warns of rules that match nothing.
+    """
     if config.attention_type == "mla":
         query = "q_proj" if config.q_lora_rank is None else "q_b_proj"
         plan = {**_MLA, f"layers.*.self_attn.{query}": "colwise"}

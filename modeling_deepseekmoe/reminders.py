@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What a model says once while it trains, where something is missing that its config asks for.
+"""The warnings that a model gives once while it trains, if something is missing that its config asks for.
 
-Both are found when a training forward begins: that nothing updates the balancing bias, and that whoever made the loss
-left the auxiliary losses out.
+There are two: nothing updates the balancing bias, or whoever made the loss left the auxiliary losses out. Both are
+found when a training forward begins.
 """
 
 from typing import Any
@@ -20,7 +20,10 @@ STEPS_UNTIL_WARNING = 50
 
 
 class Reminders:
-    """What a decoder has said, and what it has seen of its training. A copy of the decoder has its own."""
+    """The warnings that a decoder has given, and what it has seen of its training.
+
+    A copy of the decoder has its own.
+    """
 
     def __init__(self) -> None:
         self.told_of_updates = False
@@ -28,7 +31,7 @@ class Reminders:
         self.changes: int | None = None  # of the gates' weights, when the last training forward began
 
     def remind(self, model: Any) -> None:
-        """Look at the steps that were made since the last training forward, and warn where something is missing.
+        """Look at the steps since the last training forward, and warn if something is missing.
 
         Args:
             model: a decoder with a `RouterLoadCounter` as `router_load`.
@@ -71,7 +74,7 @@ class Reminders:
 
 
 def fields_of_losses(config: Any) -> dict[str, float]:
-    """The coefficients of the auxiliary losses that are switched on, by the config's fields."""
+    """Return the coefficients of the auxiliary losses that are switched on, by the config's fields."""
     return {LOSS_FIELDS[name]: alpha for name, alpha in config.loss_alphas.items()}
 
 

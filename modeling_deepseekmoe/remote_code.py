@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The code that travels to the Hub beside the weights, and the `auto_map` that names its classes.
+"""The code that travels to the Hub beside a model's weights, and the `auto_map` that names its classes.
 
-Ordinary checkpoints carry no code. [`attach_code`] puts it into a folder that is being published; a config that is
+Ordinary checkpoints carry no code. [`attach_code`] puts it into a folder that is being published. A config that is
 saved into such a folder names it again.
 """
 
@@ -39,11 +39,11 @@ _IS_COPY = __name__.startswith("transformers_modules.")
 
 
 def carries_code(model_type: str, code: str = "auto") -> bool:
-    """Whether the code is published with a model of this type.
+    """Tell whether the code is published with a model of this type.
 
     Args:
-        model_type: of the config.
-        code: `"auto"` (where transformers has no classes of its own), `"always"` or `"never"`.
+        model_type: the config's.
+        code: `"auto"` (only where transformers has no classes of its own), `"always"` or `"never"`.
 
     Raises:
         ValueError: for another `code`.
@@ -54,7 +54,7 @@ def carries_code(model_type: str, code: str = "auto") -> bool:
 
 
 def auto_map_of(model_type: str) -> dict[str, str]:
-    """The `auto_map` of a config of the family: for every Auto class, the file and the class in it."""
+    """Return the `auto_map` of a config of the family: for every Auto class, the file and the class in it."""
     prefix = _PREFIXES[model_type]
     config_module = "configuration_deepseekmoe" if model_type == "deepseekmoe" else "configuration_dialects"
     classes = {name: f"{module}.{prefix}{head}" for name, (module, head) in _AUTO_CLASSES.items()}
@@ -62,19 +62,20 @@ def auto_map_of(model_type: str) -> dict[str, str]:
 
 
 def auto_classes_of(model_type: str) -> dict[str, str]:
-    """For every model class of a type, by its name, the Auto class that loads it."""
+    """Return for every model class of a type, by its name, the Auto class that loads it."""
     return {target.partition(".")[2]: name for name, target in auto_map_of(model_type).items() if name != "AutoConfig"}
 
 
 @cache
 def code_files() -> Mapping[str, Path]:
-    """The files that travel, by name: those of the `auto_map`, and what they import from beside them."""
+    """Return the files that travel, by name: those of the `auto_map`, and what they import from beside them."""
     return MappingProxyType(code_files_from(Path(__file__).parent))
 
 
 def code_files_from(folder: Path) -> dict[str, Path]:
-    """[`code_files`] of another folder that holds them, perhaps among others; what was fine-tuned elsewhere may be
-    without the entry points for other heads.
+    """Return the [`code_files`] that lie in another folder, perhaps among other files.
+
+    A model that was fine-tuned elsewhere may lack the entry points for other heads.
 
     Raises:
         FileNotFoundError: if a file is missing that another one imports.
@@ -93,8 +94,10 @@ def code_files_from(folder: Path) -> dict[str, Path]:
 
 
 def code_names_in(folder: str | Path) -> set[str]:
-    """The names of the family's code in a folder, of any released version; empty where there is none. A file of
-    somebody else that has such a name, and that the code does not import, is not among them."""
+    """Return the names of the family's code in a folder, of any released version; none if the code is not there.
+
+    A file of somebody else that has such a name, and that the code does not import, is not among them.
+    """
     folder = Path(folder)
     if not (folder / CODE_MARK).is_file():
         return set()
@@ -106,22 +109,24 @@ def code_names_in(folder: str | Path) -> set[str]:
 
 
 def without(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """A dictionary without one of its keys."""
+    """Return a dictionary without one of its keys."""
     return {key: value for key, value in content.items() if key != name}
 
 
 def without_local_code(auto_map: dict[str, Any] | None) -> dict[str, Any]:
-    """The entries of an `auto_map` that name the code of other repositories, `repository--module.Class`."""
+    """Return the entries of an `auto_map` that name the code of other repositories, `repository--module.Class`."""
     return auto_map_among((), "", auto_map)
 
 
 def auto_map_among(files: Iterable[str], model_type: str, auto_map: dict[str, Any] | None) -> dict[str, Any]:
-    """The `auto_map` of a config that lies beside these files: it names this code where it is among them, and keeps
-    what another one named in them or in other repositories. In an ordinary folder nothing is left.
+    """Make the `auto_map` of a config that lies beside these files.
+
+    It names this code if that is among the files. It keeps what the config named so far in these files or in other
+    repositories. In an ordinary folder nothing is left.
 
     Args:
         files: names of the files beside the config.
-        model_type: of the config.
+        model_type: the config's.
         auto_map: what the config has named so far.
     """
     there = set(files)
@@ -135,12 +140,12 @@ def auto_map_among(files: Iterable[str], model_type: str, auto_map: dict[str, An
 
 
 def _list(targets: Any) -> list[str]:
-    """An entry of an `auto_map` may hold several classes, or none in place of one."""
+    """Return an entry of an `auto_map` as a list. It may hold several classes, or none in place of one."""
     return [target for target in (targets if isinstance(targets, (list, tuple)) else [targets]) if target]
 
 
 def check_place_for_code(folder: str | Path) -> None:
-    """Raise a `ValueError` that names somebody's own files, of which the code would take the place."""
+    """Raise a `ValueError` if somebody's own files have the names of the code, which would replace them."""
     folder = Path(folder)
     own = [name for name in code_files() if (folder / name).is_file()]
     if own and not (folder / CODE_MARK).is_file():
@@ -148,8 +153,7 @@ def check_place_for_code(folder: str | Path) -> None:
 
 
 def attach_code(folder: str | Path) -> None:
-    """Copy the code into a checkpoint folder that is being published, and name it in its `config.json`, if there is
-    one.
+    """Copy the code into a checkpoint folder that is being published, and name it in the `config.json` there, if any.
 
     Raises:
         ValueError: if files of the same names lie there that are not this code.
@@ -170,12 +174,12 @@ def attach_code(folder: str | Path) -> None:
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
-    """A config as transformers writes it."""
+    """Return a config as JSON, in the form that transformers writes."""
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Replace a file at once, if it is another."""
+    """Replace a file in one step, unless it has this content already."""
     if file.is_file() and file.read_bytes() == content:
         return
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as unfinished:
@@ -185,8 +189,11 @@ def _write(file: Path, content: bytes) -> None:
 
 
 class NoCode:
-    """A class's `auto_map` until an instance has one: empty. Trainers of other libraries read it without asking if it
-    is there, and transformers writes into what it finds, which makes it the instance's own."""
+    """An empty `auto_map` of a class, until an instance has one.
+
+    Trainers of other libraries read it without asking if it is there. transformers writes into what it finds, which
+    makes it the instance's own.
+    """
 
     def __get__(self, config: Any, owner: Any) -> dict[str, Any]:
         return _Unwritten(config)
@@ -206,12 +213,12 @@ class _Unwritten(dict):
 
 
 class CarriesCode:
-    """What is published with the code of the family, where transformers does not know its model type."""
+    """A mixin for what is published with the code of the family, if transformers does not know its model type."""
 
     def _upload_modified_files(
         self, working_dir: Any, repo_id: str, files_timestamps: dict[str, float], *args: Any, **kwargs: Any
     ) -> Any:
-        """What transformers calls to upload what has changed in a folder since these times."""
+        """Do as transformers does: upload what has changed in a folder since these times. Attach the code before."""
         config: Any = getattr(self, "config", self)
         if not _IS_COPY and carries_code(config.model_type):
             attach_code(working_dir)
@@ -222,19 +229,19 @@ class CarriesCode:
 
 
 class PublishedModel(CarriesCode):
-    """What a model of the family has beside `PreTrainedModel`: the package publishes it."""
+    """A mixin for the models of the family: the package publishes them."""
 
     # The package sets these: its `push_to_hub`, and its check of a folder that transformers is about to upload.
     publisher: ClassVar[Callable[..., str] | None] = None
     preflight: ClassVar[Callable[[str | Path], None] | None] = None
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the model to the Hub: checked first, in one commit, with a model card, and with its code.
+        """Upload the model to the Hub in one commit, after checks, with a model card and with its code.
 
         Args:
-            repo_id (`str`): repository, `user/name`; it is made where it does not exist.
-            kwargs: those of `modeling_deepseekmoe.hub.push_model`, or of transformers' `push_to_hub` where the
-                package is not installed.
+            repo_id (`str`): repository, `user/name`. It is made if it does not exist.
+            kwargs: those of `modeling_deepseekmoe.hub.push_model`, or of transformers' `push_to_hub` if the package is
+                not installed.
 
         Returns:
             The address of the commit.
@@ -245,7 +252,7 @@ class PublishedModel(CarriesCode):
         return publisher(self, repo_id, **kwargs)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """As [`CarriesCode`]'s, after a check: `save_pretrained(push_to_hub=True)` comes here."""
+        """Do as [`CarriesCode`] does, after a check. `save_pretrained(push_to_hub=True)` calls this."""
         preflight = type(self).preflight
         if preflight is not None:
             preflight(working_dir)

@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What the gates did in training since the last optimizer step: counted exactly, kept on the device.
+"""The counts of what the gates did in training since the last optimizer step: exact, and kept on the device.
 
-A block's record leaves its layer as an output and is added up by the model: a checkpointed layer that is recomputed
-makes a record that nobody reads, so that nothing is counted twice. What is added up is no buffer,
-because DDP overwrites buffers with those of rank 0 at every forward.
+A block's record leaves its layer as an output, and the model adds it up. A checkpointed layer that is computed again
+makes a record that nobody reads, so nothing is counted twice. What is added up is no buffer, because DDP overwrites
+buffers with those of rank 0 at every forward.
 
 Shape letters: L MoE layers, E routed experts.
 """
@@ -22,8 +22,9 @@ from .torch_support import in_backward_pass
 
 
 class RoutingContext(NamedTuple):
-    """What the layers are told about the batch. A named tuple, so that hooks which move tensors between devices look
-    inside.
+    """The information about the batch that the layers are given.
+
+    It is a named tuple, so that hooks which move tensors between devices look inside.
 
     Attributes:
         token_mask (`torch.Tensor` of shape (B, S), *optional*): nonzero for real tokens.
@@ -42,7 +43,7 @@ NO_RECORD = RoutingContext()
 
 
 class RoutingRecord(NamedTuple):
-    """What one MoE block did with one micro-batch.
+    """The record of what one MoE block did with one micro-batch.
 
     Attributes:
         losses (`torch.FloatTensor` of shape (5,), *optional*): auxiliary losses in the order of `LOSS_NAMES`,
@@ -61,21 +62,23 @@ class RoutingRecord(NamedTuple):
 
 @dataclass
 class RouterLoad:
-    """What the gates of a model did with one or several micro-batches. Tensors can be added up and reduced.
+    """The counts of what a model's gates did with one or several micro-batches.
+
+    The tensors can be added up and reduced.
 
     Attributes:
         tokens_per_expert (`torch.LongTensor` of shape (L, E)): real tokens that chose each expert.
-        tokens (`torch.LongTensor` of shape ()): real tokens.
-        micro_batches (`torch.LongTensor` of shape ()): micro-batches.
+        tokens (`torch.LongTensor` of shape ()): number of real tokens.
+        micro_batches (`torch.LongTensor` of shape ()): number of micro-batches.
         dropped (`torch.LongTensor` of shape (L,)): choices that were dropped.
-        entropy (`torch.FloatTensor` of shape (L,)): sum over the tokens of the entropy of their affinities, in nats;
-            0 where it was not measured.
+        entropy (`torch.FloatTensor` of shape (L,)): sum over the tokens of the entropy of their affinities, in nats; 0
+            if it was not measured.
         losses (`torch.FloatTensor` of shape (5,)): sum over micro-batches and layers of the auxiliary losses in the
             order of `LOSS_NAMES`.
-        losses_watched (`torch.LongTensor` of shape ()): micro-batches of which is known whether something trained
-            these losses.
-        loss_weight (`torch.FloatTensor` of shape ()): sum over these of the size of the gradient of what was trained
-            by the auxiliary loss; 0 where nothing trained it.
+        losses_watched (`torch.LongTensor` of shape ()): number of micro-batches for which it is known whether
+            something trained these losses.
+        loss_weight (`torch.FloatTensor` of shape ()): sum over these micro-batches of the absolute gradient that
+            reached the auxiliary loss; 0 if nothing trained it.
     """
 
     tokens_per_expert: torch.Tensor
@@ -89,7 +92,7 @@ class RouterLoad:
 
     @classmethod
     def zeros(cls, num_layers: int, num_experts: int, device: torch.device | str | None = None) -> "RouterLoad":
-        """Nothing, for L layers of E experts."""
+        """Make an empty load for L layers of E experts."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -112,11 +115,12 @@ class RouterLoad:
             mine.add_(getattr(other, field.name).to(mine.device))
 
     def all_reduce(self, process_group: Any = None, replicas: int = 1) -> "RouterLoad":
-        """The sum over the ranks of a process group, in one collective; this load where there is none.
+        """Sum the load over the ranks of a process group, in one collective. Without process groups return this load.
 
         Args:
             process_group: the group; `None` for all ranks.
-            replicas: ranks of the group that hold the same tokens, and so count each of them (tensor parallelism).
+            replicas: number of ranks in the group that hold the same tokens, and so count each of them (tensor
+                parallelism).
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
@@ -128,14 +132,14 @@ class RouterLoad:
 
 
 class RouterLoadCounter:
-    """Adds up the records of a model's blocks until somebody takes them.
+    """The counter that adds up the records of a model's blocks until somebody takes them.
 
     Attributes:
         layers (`tuple[int, ...]`): indices of the MoE layers, those of the latest training step.
         num_experts (`int`): E, of the latest training step.
         measure_entropy (`bool`): whether blocks are asked for the entropy too.
         load ([`RouterLoad`], *optional*): what was counted since the last `take`; `None` if nothing was.
-        watched (`bool`): whether there were auxiliary losses of which it is seen if something trains them.
+        watched (`bool`): whether there were auxiliary losses that were watched for being trained.
         passed (`bool`): whether a backward pass has come to the decoder's output since.
         reached (`bool`): whether one has come to these losses, with a gradient of any size.
         steps_without_update (`int`): optimizer steps since the bias was updated last, as `reminders` counts them.
@@ -152,25 +156,26 @@ class RouterLoadCounter:
         self.steps_without_update = 0
 
     def begin(self, device: torch.device | str | None = None) -> RouterLoad:
-        """What was counted so far, to be added to; zeros on `device` at first."""
+        """Return the load that was counted so far, to be added to. At first it is zero, on `device`."""
         if self.load is None:
             self.load = RouterLoad.zeros(len(self.layers), self.num_experts, device)
         return self.load
 
     def add(self, load: RouterLoad, layers: tuple[int, ...]) -> None:
-        """Add the load of one micro-batch. What was counted while there were other layers or experts is forgotten."""
+        """Add the load of one micro-batch. Forget what was counted if it was for other layers or experts."""
         num_experts = load.tokens_per_expert.shape[1]
         if (layers, num_experts) != (self.layers, self.num_experts):
             self.layers, self.num_experts, self.load = layers, num_experts, None
         self.begin(load.tokens_per_expert.device).add_(load)
 
     def watch(self, aux_loss: torch.Tensor, hidden_states: torch.Tensor) -> None:
-        """Note in the backward pass whether a gradient reaches the auxiliary loss of the micro-batch that was added
-        last: whether whoever made the loss put it in. Not known inside `torch.compile`, and nothing to know where it
-        depends on nothing that is trained.
+        """Note in the backward pass whether a gradient reaches the auxiliary loss of the latest micro-batch.
+
+        This shows whether whoever made the loss put it in. It is not known inside `torch.compile`. There is nothing to
+        know if the auxiliary loss depends on nothing that is trained.
 
         Args:
-            aux_loss: of the micro-batch.
+            aux_loss: the auxiliary loss of the micro-batch that was added last.
             hidden_states: the decoder's output, which a backward pass comes to in any case.
         """
         if self.load is None or torch.compiler.is_compiling() or not aux_loss.requires_grad:
@@ -189,17 +194,17 @@ class RouterLoadCounter:
             self.load.loss_weight += gradient.detach().abs().to(self.load.loss_weight)
 
     def take(self, device: torch.device | str | None = None) -> RouterLoad:
-        """Return what was counted and begin again; zeros on `device` if nothing was."""
+        """Return what was counted, and begin again. If nothing was counted, return zeros on `device`."""
         load, self.load = self.begin(device), None
         return load
 
 
 def token_mask_of(attention_mask: Any, batch_shape: torch.Size, *, cached: bool) -> torch.Tensor | None:
-    """Which of the tokens of a forward pass are real (B, S), from its attention mask.
+    """Return which tokens of a forward pass are real (B, S), from its attention mask.
 
     Args:
-        attention_mask: (B, S), or (B, past + S) with a cache; or a 4-D or another kind of mask, which says nothing
-            about padding: `None` is returned, and every token counts.
+        attention_mask: (B, S), or (B, past + S) with a cache. A 4-D mask, or one of another kind, says nothing about
+            padding: then `None` is returned, and every token counts.
         batch_shape: (B, S) of the input.
         cached (`bool`): whether there is a cache with tokens before these.
 
@@ -220,15 +225,18 @@ def token_mask_of(attention_mask: Any, batch_shape: torch.Size, *, cached: bool)
 
 
 def counts_as_training(model: nn.Module) -> bool:
-    """Whether a forward pass that begins now belongs to a training step: in training mode, with gradients, and no
-    recomputation of a model that is checkpointed as a whole (then a graph task is running)."""
+    """Tell whether a forward pass that begins now belongs to a training step.
+
+    It does in training mode with gradients, unless it recomputes a model that is checkpointed as a whole (then a graph
+    task is running).
+    """
     if not (model.training and torch.is_grad_enabled()):
         return False
     return torch.compiler.is_compiling() or not in_backward_pass()
 
 
 def count_tokens(expert_ids: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """Real tokens that chose each expert, without synchronising with the host.
+    """Count the real tokens that chose each expert, without synchronising with the host.
 
     Args:
         expert_ids (`torch.LongTensor` of shape (T, K)): the choices.
@@ -246,7 +254,9 @@ def count_tokens(expert_ids: torch.Tensor, num_experts: int, token_mask: torch.T
 
 
 def sum_of_entropies(scores: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """Sum over the real tokens of the entropy, in nats, of their affinities divided by their sum.
+    """Sum the entropies of the real tokens, in nats.
+
+    A token's entropy is that of its affinities, divided by their sum.
 
     Args:
         scores (`torch.FloatTensor` of shape (T, E)): affinities.
@@ -257,7 +267,7 @@ def sum_of_entropies(scores: torch.Tensor, token_mask: torch.Tensor | None) -> t
 
 
 def sum_of_losses(records: Mapping[int, RoutingRecord], device: torch.device) -> torch.Tensor:
-    """Sum of all losses of all layers, which may lie on several devices; a float32 zero where there are none."""
+    """Sum all losses of all layers, which may lie on several devices. Without any loss return a float32 zero."""
     total = torch.zeros((), dtype=torch.float32, device=device)
     for record in records.values():
         if record.losses is not None:
@@ -268,13 +278,13 @@ def sum_of_losses(records: Mapping[int, RoutingRecord], device: torch.device) ->
 def load_of_records(
     records: Mapping[int, RoutingRecord], layers: tuple[int, ...], token_mask: torch.Tensor | None, num_tokens: int
 ) -> RouterLoad:
-    """The load of one micro-batch.
+    """Make the load of one micro-batch from its records.
 
     Args:
-        records: one or more layers' records by the layer's index; they may lie on several devices.
+        records: records of one or more layers, by the layer's index. They may lie on several devices.
         layers: indices of all MoE layers; those without a record count nothing.
         token_mask (`torch.Tensor`, *optional*): nonzero for real tokens.
-        num_tokens (`int`): all tokens.
+        num_tokens (`int`): number of all tokens.
     """
     counts = next(iter(records.values())).tokens_per_expert
     nothing = RouterLoad.zeros(1, len(counts), counts.device)

@@ -1,16 +1,18 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Routing: from gate logits to the chosen experts and their weights.
 
-Two implementations of the same functions: `"eager"`, the reference in plain torch here, and `"triton"`, one kernel
-for each direction in `routing_triton`.
+There are two implementations of the same functions: `"eager"`, the reference in plain torch here, and `"triton"`, one
+kernel for each direction in `routing_triton`.
 
-Which experts are chosen: the affinity is a growing function of the logit, so that where nothing is added to it the
-logits themselves are compared, and nothing is lost where affinities round to the same number. With a bias, or with
-groups ranked by a sum, float32 affinities are compared, plus the bias. Equal values go to the lower id, of experts as
-of groups. Affinities have rounding errors: what differs by no more than those may change places between the two
-implementations, as between two devices. Infinite logits count as the largest finite float32 numbers, which gives the
-limits: a logit of +inf takes the whole softmax. The weights of a row with a NaN are NaN, and its ids are valid: where
-values are compared, a NaN is the largest number.
+How experts are compared: the affinity is a growing function of the logit. If nothing is added to the affinities, the
+logits themselves are compared, so that nothing is lost where affinities round to the same number. With a bias, or with
+groups ranked by a sum, float32 affinities are compared, plus the bias. Of equal values the lower id wins, of experts
+as of groups. Affinities have rounding errors. Values that differ by no more than these may change places between the
+two implementations, as between two devices.
+
+Infinite logits count as the largest finite float32 numbers. That gives the limits: a logit of +inf takes the whole
+softmax. The weights of a row with a NaN are NaN, and its ids are valid. Where values are compared, a NaN is the
+largest number.
 
 Shape letters: T tokens, E routed experts, K chosen experts of a token, G expert groups, N sequences of T / N tokens.
 """
@@ -37,7 +39,7 @@ _FEW_VALUES, _MANY_VALUES = 2**10, 2**17
 
 @dataclass(frozen=True)
 class Routing:
-    """What a gate decides: where every token goes.
+    """The decision of a gate: where every token goes.
 
     Attributes:
         expert_ids (`torch.LongTensor` of shape (T, K)): the chosen experts, best first by the score that chose them.
@@ -46,8 +48,8 @@ class Routing:
         counts_by_sequence (`torch.LongTensor` of shape (N, E), *optional*): real tokens of every sequence that chose
             each expert; `None` if `statistics=False`.
         score_sums (`torch.FloatTensor` of shape (N, E), *optional*): sum over the real tokens of every sequence of
-            their affinities, each token's divided by their sum over the experts, in the dtype of `weights`. With
-            `counts_by_sequence` it is what the balance losses are made of. Differentiable.
+            their affinities, in the dtype of `weights`. Each token's affinities are first divided by their sum over
+            the experts. The balance losses are made of this and of `counts_by_sequence`. Differentiable.
     """
 
     expert_ids: torch.Tensor
@@ -66,20 +68,20 @@ class Routing:
 
 @dataclass(frozen=True)
 class RoutingOptions:
-    """How a gate chooses.
+    """The options by which a gate chooses.
 
     Attributes:
         top_k: K, at most E and at most the number of experts in `top_k_groups` groups.
         score_function: `"softmax"` (arXiv 2401.06066, eq. 5), `"sigmoid"` (2412.19437, eq. 15), or `"sqrtsoftplus"`,
             the square root of log(1 + exp(logit)), the gate of DeepSeek-V4.
-        num_groups, top_k_groups: groups of consecutive experts, and how many of them a token may use (2405.04434,
-            section 2.2.2). `num_groups` divides E.
+        num_groups, top_k_groups: number of groups of consecutive experts, and of groups that a token may use
+            (2405.04434, section 2.2.2). `num_groups` divides E.
         group_score: `"max"` (V2) or `"top2_sum"` (V3) of the scores in a group.
         normalize: divide the chosen scores by their sum plus 1e-20.
         scaling_factor: factor on the weights, a finite number of at least 0.
-        implementation: `"eager"`, `"triton"`, or `"auto"`: Triton on a CUDA or ROCm device where it is installed and
-            takes the input (E up to 1024, K up to 32, G up to 64), else eager. A line in the log, at level INFO, says
-            which, and a warning where a GPU could do better. The kernels have no gradient of the gradient.
+        implementation: `"eager"`, `"triton"`, or `"auto"`: Triton on a CUDA or ROCm device if it is installed and
+            takes the input (E up to 1024, K up to 32, G up to 64), else eager. The log says which, at level INFO, or
+            as a warning if a GPU could do better. The kernels have no gradient of the gradient.
     """
 
     top_k: int
@@ -93,7 +95,7 @@ class RoutingOptions:
 
     @property
     def compared_groups(self) -> int:
-        """The groups that are ranked; 1 where none is left out."""
+        """Number of groups that are ranked; 1 if none is left out."""
         return self.num_groups if self.top_k_groups < self.num_groups else 1
 
     def check(self, num_experts: int) -> None:
@@ -137,7 +139,7 @@ def route(
     statistics: bool = True,
     implementation: str = "auto",
 ) -> Routing:
-    """Choose the top-K routed experts of every token: [`choose_experts`] with the options one by one.
+    """Choose the top-K routed experts of every token. This is [`choose_experts`] with the options one by one.
 
     Args:
         router_logits (`torch.Tensor` of shape (T, E)): gate logits.
@@ -149,7 +151,7 @@ def route(
         [`Routing`].
 
     Raises:
-        ValueError: naming the argument, its value and what is allowed.
+        ValueError: if an argument is not allowed. The message names it, its value and what is allowed.
     """
     options = RoutingOptions(
         top_k=top_k,
@@ -182,26 +184,27 @@ def choose_experts(
 ) -> Routing:
     """Choose the top-K routed experts of every token.
 
-    The choice is made on score plus bias, inside the best groups where there are groups. The weights are the scores
-    of the chosen experts without the bias (gathered, not recovered by subtraction), so that no gradient flows through
-    the choice or the bias.
+    The choice is made by score plus bias, inside the best groups if there are groups. The weights are the scores of
+    the chosen experts without the bias. They are gathered, not recovered by subtraction, so that no gradient flows
+    through the choice or the bias.
 
     Args:
-        router_logits (`torch.Tensor` of shape (T, E)): gate logits, float32, bfloat16 or float16; the arithmetic is
-            float32. Or float64, in eager only, with float64 arithmetic.
+        router_logits (`torch.Tensor` of shape (T, E)): gate logits. float32, bfloat16 and float16 are computed in
+            float32. float64 is computed in float64, in eager only.
         options ([`RoutingOptions`]): how the gate chooses.
         correction_bias (`torch.FloatTensor` of shape (E,), *optional*): the bias of auxiliary-loss-free balancing
             (2408.15664, eq. 3), finite numbers.
         token_mask (`torch.Tensor` of shape (T,), *optional*): nonzero for real tokens. The others are routed too, but
             are not counted.
-        num_sequences (`int`): N, a divisor of T: equal runs of consecutive tokens that are counted apart.
+        num_sequences (`int`): N, a divisor of T: the number of equal runs of consecutive tokens that are counted
+            apart.
         statistics (`bool`): whether `counts_by_sequence` and `score_sums` are wanted.
 
     Returns:
         [`Routing`].
 
     Raises:
-        ValueError: naming the argument, its value and what is allowed.
+        ValueError: if an argument is not allowed. The message names it, its value and what is allowed.
     """
     _check_tensors(router_logits, correction_bias, token_mask)
     num_tokens, num_experts = router_logits.shape
@@ -214,7 +217,7 @@ def choose_experts(
 
 
 def affinities(router_logits: torch.Tensor, score_function: str) -> torch.Tensor:
-    """The affinities s_it of tokens and experts.
+    """Compute the affinities s_it of tokens and experts.
 
     Args:
         router_logits (`torch.Tensor` of shape (..., E)): gate logits of any floating dtype.
@@ -237,7 +240,7 @@ def affinities(router_logits: torch.Tensor, score_function: str) -> torch.Tensor
 
 
 def shares_of(scores: torch.Tensor) -> torch.Tensor:
-    """Each token's affinities (..., E) divided by their sum, so that those of a sigmoid gate add up to one too."""
+    """Divide each token's affinities (..., E) by their sum, so that those of a sigmoid gate add up to one too."""
     return scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
 
 
@@ -277,7 +280,7 @@ def _route_eager(
     num_sequences: int,
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The fields of the [`Routing`] of checked arguments."""
+    """Compute the fields of the [`Routing`] of checked arguments."""
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
     score_function = options.score_function
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # once, for inputs of any length
@@ -304,7 +307,7 @@ def _route_eager(
 
 
 def _choose(logits: torch.Tensor, correction_bias: torch.Tensor | None, options: RoutingOptions) -> torch.Tensor:
-    """The ids (T, K) of logits without a graph."""
+    """Choose the ids (T, K) by logits without a graph."""
     largest = torch.finfo(torch.float32).max
     grouped = options.compared_groups > 1
     if correction_bias is None and not (grouped and options.group_score == "top2_sum"):
@@ -318,9 +321,12 @@ def _choose(logits: torch.Tensor, correction_bias: torch.Tensor | None, options:
 
 
 def _rounded_affinities(logits: torch.Tensor, score_function: str) -> torch.Tensor:
-    """Affinities that are equal for equal logits. On the CPU torch computes the last few elements of a tensor in
-    another way than all others, with another last bit, which would break ties: float64 rounded to float32 does not,
-    and of float64 each value is computed once. (A softmax is computed row by row.)"""
+    """Compute affinities that are equal for equal logits.
+
+    On the CPU torch computes the last few elements of a tensor in another way than all others. Their last bit may
+    differ, and equal logits would no longer tie. float64 rounded to float32 does not differ. For float64 logits each
+    distinct value is computed once. (A softmax is computed row by row.)
+    """
     if logits.device.type != "cpu" or score_function == "softmax":
         return affinities(logits, score_function)
     if logits.dtype == torch.float64:
@@ -331,7 +337,7 @@ def _rounded_affinities(logits: torch.Tensor, score_function: str) -> torch.Tens
 
 
 def _highest_in_groups(values: torch.Tensor, options: RoutingOptions) -> torch.Tensor:
-    """Ids (T, K) of the highest values of (T, E) in each row's best groups, the highest first."""
+    """Find the ids (T, K) of the highest values of (T, E) in each row's best groups, the highest first."""
     top_k, num_groups, top_k_groups = options.top_k, options.num_groups, options.top_k_groups
     size = values.shape[1] // num_groups
     grouped = values.view(-1, num_groups, size)
@@ -355,8 +361,10 @@ def _highest_in_groups(values: torch.Tensor, options: RoutingOptions) -> torch.T
 
 
 def _highest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions (T, count) of the highest values of every row (T, width), the highest first, and of equal ones the one
-    with the lower position."""
+    """Find the positions (T, count) of the highest values of every row (T, width), the highest first.
+
+    Of equal values the one at the lower position comes first.
+    """
     width, onnx = values.shape[-1], torch.onnx.is_in_onnx_export()  # which has no stable sort
     few = values.numel() <= _FEW_VALUES or width <= 16
     if (few or values.device.type != "cpu" or values.dtype == torch.float64 or width > 2**13) and not onnx:
@@ -376,7 +384,7 @@ def _statistics(
     score_function: str,
     num_sequences: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`counts_by_sequence` and `score_sums` of a [`Routing`]."""
+    """Compute `counts_by_sequence` and `score_sums` of a [`Routing`]."""
     num_tokens, num_experts = logits.shape
     if token_mask is not None:
         logits = logits.masked_fill((token_mask == 0).unsqueeze(-1), 0.0)  # so that no NaN reaches its gradient

@@ -1,11 +1,12 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The kernels of routing, for CUDA and ROCm from one source. `routing` says what they compute, `routing_triton` calls
-them.
+"""The Triton kernels of routing, for CUDA and ROCm from one source.
+
+`routing` says what they compute, and `routing_triton` calls them.
 
 A row of logits lies in the registers of one warp: E experts in lanes, each group padded to a power of two. Scores are
-compared as integers in the same order as the numbers, among which there is room for marks. Whatever several
-programs add up are integers, counts as they are and affinities in units of 2^-36, so that every run gives the same
-bits in whichever order they arrive.
+compared as integers that have the order of the numbers, and leave room for marks. Where several programs add to the
+same number, they add integers: counts as they are, and affinities in units of 2^-36. So every run gives the same bits,
+in whichever order the programs arrive.
 """
 
 from __future__ import annotations
@@ -16,26 +17,29 @@ from .triton_support import jit, kernel, tl
 # -------------------------------------------------------------------------------------------------- inside a kernel
 @jit
 def _order(value):
-    """An int32 in the order of float32 numbers, -0.0 equal to 0.0."""
+    """Return int32 numbers in the order of float32 numbers. -0.0 equals 0.0."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @jit
 def _number(order):
-    """The float32 number of an `_order`."""
+    """Return the float32 number of an `_order`."""
     return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
 
 
 @jit
 def _finite(logit):
-    """Infinities as the largest finite numbers."""
+    """Replace infinities by the largest finite numbers."""
     return tl.minimum(tl.maximum(logit, -3.4028234663852886e38), 3.4028234663852886e38)
 
 
 @jit
 def _softplus(x):
-    """log(1 + exp(x)) to float32's relative precision: log(1 + e) = 2 artanh(e / (2 + e)), which is at most 1/3."""
+    """Compute log(1 + exp(x)) to float32's relative precision.
+
+    It uses log(1 + e) = 2 artanh(z) with z = e / (2 + e), which is at most 1/3.
+    """
     e = tl.exp(-tl.abs(x))
     z = e / (2.0 + e)
     s = z * z
@@ -45,7 +49,7 @@ def _softplus(x):
 
 @jit
 def _softmax_of_rows(logit, exists, BLOCK: tl.constexpr, SCORE_FUNCTION: tl.constexpr):
-    """What `_affinity` needs of each row of a block for its softmax; for other functions it is not read."""
+    """Compute what `_affinity` needs of each row of a block for its softmax. Other functions do not read it."""
     highest = tl.zeros([BLOCK], tl.float32)
     total = tl.full([BLOCK], 1.0, tl.float32)
     if SCORE_FUNCTION == "softmax":
@@ -56,7 +60,7 @@ def _softmax_of_rows(logit, exists, BLOCK: tl.constexpr, SCORE_FUNCTION: tl.cons
 
 @jit
 def _affinity(logit, highest, total, SCORE_FUNCTION: tl.constexpr):
-    """Affinities of finite logits. `highest` and `total` belong to the softmax of their row."""
+    """Compute affinities of finite logits. `highest` and `total` belong to the softmax of their row."""
     if SCORE_FUNCTION == "softmax":
         return tl.exp(logit - highest) / total
     elif SCORE_FUNCTION == "sigmoid":
@@ -68,8 +72,10 @@ def _affinity(logit, highest, total, SCORE_FUNCTION: tl.constexpr):
 
 @jit
 def _lanes(E: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr):
-    """Which expert every lane of a row stands for, and whether there is one: a group of E / GROUPS experts has
-    GROUP_WIDTH lanes."""
+    """Return the expert that every lane of a row stands for, and whether there is one.
+
+    A group of E / GROUPS experts has GROUP_WIDTH lanes.
+    """
     lane = tl.arange(0, WIDTH)
     if WIDTH == E:
         return lane, lane, tl.full([WIDTH], True, tl.int1)
@@ -90,7 +96,7 @@ def _keep_best_groups(
     TOP2_SUM: tl.constexpr,
     NOWHERE: tl.constexpr,
 ):
-    """The `_order`s of a block (BLOCK, WIDTH), with NOWHERE outside each row's best groups."""
+    """Return the `_order`s of a block (BLOCK, WIDTH), with NOWHERE outside each row's best groups."""
     LANES_OF_GROUPS: tl.constexpr = WIDTH // GROUP_WIDTH
     grouped = tl.reshape(order, [BLOCK, LANES_OF_GROUPS, GROUP_WIDTH])
     rank = tl.max(grouped, axis=2)
@@ -138,7 +144,7 @@ def route_kernel(
     NORMALIZE: tl.constexpr,
     STATISTICS: tl.constexpr,
 ):
-    """One program routes up to `tokens_per_program` tokens of one sequence, BLOCK at a time."""
+    """Route up to `tokens_per_program` tokens of one sequence in each program, BLOCK at a time."""
     NOWHERE: tl.constexpr = -(2**31)  # below the order of every number: no expert, or one of a dropped group
     CHOSEN: tl.constexpr = 1 - 2**31
     lane, expert, exists = _lanes(E, GROUPS, WIDTH, GROUP_WIDTH)
@@ -241,7 +247,7 @@ def route_backward_kernel(
     SCORE_FUNCTION: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
-    """One program computes the gradient of BLOCK tokens' logits. Groups and bias have no part in it."""
+    """Compute the gradient of BLOCK tokens' logits in each program. Groups and bias have no part in it."""
     expert = tl.arange(0, WIDTH)
     exists = expert < E
     place = tl.arange(0, K_WIDTH)
@@ -311,7 +317,7 @@ def route_backward_kernel(
 def count_kernel(
     ids, histograms, num_choices, choices_per_program, num_experts, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program counts the experts in its run of choices: a row of `histograms` (programs, E), int32."""
+    """Count in each program the experts of its run of choices: a row of `histograms` (programs, E), int32."""
     expert = tl.arange(0, WIDTH)
     begin = tl.program_id(0) * choices_per_program
     counts = tl.zeros([WIDTH], tl.int32)
@@ -337,8 +343,11 @@ def group_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program puts its run of choices into their places: behind all choices of lower experts, behind those of
-    the same expert in earlier runs, and in its own run in their order. Choices of the id E come last."""
+    """Put the run of choices of each program into their places.
+
+    A choice comes behind all choices of lower experts, and behind those of the same expert in earlier runs. Choices of
+    one run and expert keep their order. Choices of the id E come last.
+    """
     expert = tl.arange(0, WIDTH)
     totals = tl.zeros([WIDTH], tl.int32)
     before = tl.zeros([WIDTH], tl.int32)

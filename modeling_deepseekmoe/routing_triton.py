@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Routing in fused kernels, as operators of `torch.library`, so that `torch.compile` and CUDA graphs take them.
 
-One launch chooses the experts, weighs, counts and adds up what the balance losses need; one launch is its gradient;
-two launches bring the choices into the order of the experts. Nothing waits for the host. `routing` says what they
-compute, and checks the arguments.
+One launch chooses the experts, weighs, counts, and adds up what the balance losses need. One launch is its gradient.
+Two launches bring the choices into the order of the experts. Nothing waits for the host. `routing` says what the
+operators compute, and checks the arguments.
 """
 
 import functools
@@ -30,13 +30,13 @@ _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
 def why_not_triton(tensor: torch.Tensor, num_experts: int, top_k: int = 1, num_groups: int = 1) -> str:
-    """The reason why the kernels do not take an input; empty if they do.
+    """Return the reason why the kernels do not take an input; it is empty if they do.
 
     Args:
         tensor: logits, or expert ids.
         num_experts (`int`): E.
         top_k (`int`): K.
-        num_groups (`int`): G; 1 where none is left out.
+        num_groups (`int`): G; 1 if none is left out.
     """
     if reason := why_no_triton(tensor.device):
         return reason
@@ -53,10 +53,10 @@ def why_not_triton(tensor: torch.Tensor, num_experts: int, top_k: int = 1, num_g
 
 
 def uses_triton(implementation: str, tensor: torch.Tensor, *sizes: int) -> bool:
-    """Whether an implementation means the kernels for an input; [`why_not_triton`] says what `sizes` are.
+    """Tell whether an implementation means the kernels for an input. [`why_not_triton`] says what `sizes` are.
 
     Raises:
-        ValueError: for another implementation, or for `"triton"` where the kernels do not take the input.
+        ValueError: for another implementation, or for `"triton"` if the kernels do not take the input.
     """
     if implementation not in ROUTER_IMPLEMENTATIONS:
         allowed = f"it must be one of {ROUTER_IMPLEMENTATIONS}"
@@ -76,7 +76,7 @@ def uses_triton(implementation: str, tensor: torch.Tensor, *sizes: int) -> bool:
 
 @functools.cache
 def _tell(device_type: str, reason: str) -> None:
-    """Log once which implementation "auto" means; a warning where a GPU is there and could do better."""
+    """Log once which implementation "auto" means: as a warning if there is a GPU that could do better."""
     if reason:
         log = logger.warning if device_type == "cuda" else logger.info
         log(f"Routing on {device_type}: implementation='auto' is 'eager', because {reason}.")
@@ -85,8 +85,10 @@ def _tell(device_type: str, reason: str) -> None:
 
 
 def route_options(num_experts: int, top_k: int, num_groups: int, top_k_groups: int) -> dict[str, int]:
-    """The sizes that the forward kernel is compiled for. A warp has as many rows at a time as fit into 256 lanes, 8
-    numbers for each thread."""
+    """Return the sizes that the forward kernel is compiled for.
+
+    A warp has as many rows at a time as fit into 256 lanes, 8 numbers for each thread.
+    """
     groups = num_groups if top_k_groups < num_groups else 1
     group_width = power_of_two(num_experts // groups)
     width = power_of_two(groups) * group_width
@@ -103,20 +105,20 @@ def route_options(num_experts: int, top_k: int, num_groups: int, top_k_groups: i
 
 
 def route_backward_options(num_experts: int, top_k: int) -> dict[str, int]:
-    """The sizes that the backward kernel is compiled for."""
+    """Return the sizes that the backward kernel is compiled for."""
     width = power_of_two(num_experts)
     block = min(max(256 // width, 1), 32)
     return {"E": num_experts, "K": top_k, "K_WIDTH": power_of_two(top_k), "WIDTH": width, "BLOCK": block}
 
 
 def group_options(num_experts: int) -> dict[str, int]:
-    """The sizes that the kernels of grouping are compiled for."""
+    """Return the sizes that the kernels of grouping are compiled for."""
     width = power_of_two(num_experts)
     return {"WIDTH": width, "BLOCK": min(max(2048 // width, 8), 32), "ROWS": max(4096 // width, 1)}
 
 
 class _RouteInputs(NamedTuple):
-    """What the operator takes, and, where there are gradients, those."""
+    """The operator's inputs, or the gradients of those that have one."""
 
     router_logits: Any = None
     correction_bias: Any = None
@@ -335,7 +337,7 @@ def route_triton(
     num_sequences: int,
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The fields of the `Routing` of checked arguments.
+    """Compute the fields of the `Routing` of checked arguments.
 
     Args:
         options: `RoutingOptions` of `routing`, which imports this file.
@@ -361,7 +363,7 @@ def route_triton(
 def group_by_expert_triton(
     expert_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The fields of the `ExpertGroups` of checked arguments."""
+    """Compute the fields of the `ExpertGroups` of checked arguments."""
     return group_by_expert_op(expert_ids, num_experts)
 
 

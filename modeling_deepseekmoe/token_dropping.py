@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Token dropping in training: a device that too many tokens were sent to leaves out those with the lowest affinity."""
+"""Token dropping in training: a device that gets too many tokens leaves out those with the lowest affinity."""
 
 import torch
 
@@ -15,12 +15,12 @@ def drop_tokens(
     token_mask: torch.Tensor | None = None,
     protected: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which choices are dropped (arXiv 2405.04434, section 2.2.4).
+    """Drop the choices beyond the budget of each device (arXiv 2405.04434, section 2.2.4).
 
-    The experts lie on D devices in equal groups of consecutive ones. A device's budget is `capacity_factor * T * K /
-    D` choices, rounded up, with the T real tokens of this micro-batch on this rank. Of the choices beyond it, those
-    of the lowest affinity are dropped, of equal ones the later; protected tokens use the budget up, but are never
-    dropped.
+    The experts lie on D devices in equal groups of consecutive experts. A device's budget is
+    `capacity_factor * T * K / D` choices, rounded up. T is the number of real tokens of this micro-batch on this rank.
+    The choices of the highest affinity stay inside the budget, and of equal ones the earlier. All others are dropped.
+    Protected tokens use the budget up, but are never dropped.
 
     Args:
         routing: the [`Routing`] of T tokens.

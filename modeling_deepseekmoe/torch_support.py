@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What the package takes from torch beyond its documented interface: five things that have no public form.
+"""The five things that the package takes from torch beyond its documented interface, because they have no public form.
 
-No other file uses a private name of torch. `tests/test_canaries.py` states what is relied on for each.
+No other file uses a private name of torch. `tests/core/test_canaries.py` states what is relied on for each.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def in_backward_pass() -> bool:
-    """Whether autograd runs a backward pass now: what a checkpointed layer computes again, it computes in one."""
+    """Tell whether autograd runs a backward pass now. A checkpointed layer is computed again inside of one."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -31,18 +31,20 @@ class Float32Buffers(nn.Module):
 
 
 def without_wrappers(name: str) -> str:
-    """The name of a parameter without those of the modules that torch wraps around others: for checkpointing, FSDP1,
-    `torch.compile`. State dicts have names without them."""
+    """Return a parameter's name without the names of torch's wrappers: checkpointing, FSDP1, `torch.compile`.
+
+    State dicts have names without them.
+    """
     return re.sub(r"(^|\.)(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)(?=\.)", "", name).lstrip(".")
 
 
 def changes_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place: an optimizer changes its parameters so."""
+    """Return how often a tensor was changed in place. An optimizer changes its parameters in place."""
     return tensor._version
 
 
 def set_group_timeout(group: Any, seconds: float) -> None:
-    """Let the ranks of a process group wait for each other that long, in seconds."""
+    """Set how many seconds the ranks of a process group wait for each other."""
     from torch.distributed import distributed_c10d  # some builds of torch are without it
 
     distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What the package takes from transformers beyond its documented interface, and what differs between its versions.
+"""All that the package takes from transformers beyond its documented interface, and the differences between versions.
 
-Every other file imports from transformers' top level and from a few documented modules alone. The names here are
-imported when they are first asked for, since some take a second that reading a config can do without; one that a
-version no longer has is an error that says so. `tests/test_canaries.py` states what is relied on for each.
+All other files import only from transformers' top level and from a few documented modules. The names here are imported
+when they are first asked for: some take a second, and reading a config can do without them. A name that a version no
+longer has gives an error that says so. `tests/core/test_canaries.py` states what is relied on for each.
 """
 
 import functools
@@ -101,23 +101,25 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 @functools.cache
 def cache_name() -> str:
-    """The name under which the installed transformers passes a cache to layers and masks, and returns it: `"cache"`
-    since 5.24, `"past_key_values"` before."""
+    """Return the name under which the installed transformers passes a cache to layers and masks, and returns it.
+
+    It is `"cache"` since 5.24, and `"past_key_values"` before.
+    """
     from transformers.modeling_outputs import MoeModelOutputWithPast
 
     return "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
 
 
 def takes_cache(forward: Callable[..., Any], name: str = "past_key_values") -> Callable[..., Any]:
-    """Let a method take the cache under both of its names.
+    """Let a method take the cache under either of its names.
 
     Args:
         forward: a method with `name` among its parameters, or with `**kwargs` for it.
-        name: under which `forward` wants the cache.
+        name: the name under which `forward` wants the cache.
 
     Returns:
-        The method. Its signature names the parameter as the installed transformers does, since `generate` looks there.
-        It raises a `ValueError` where two caches are given.
+        The method. Its signature names the parameter as the installed transformers does, because `generate` looks
+        there. It raises a `ValueError` if two caches are given.
     """
     signature = inspect.signature(forward)
     parameters = list(signature.parameters.values())
@@ -147,7 +149,7 @@ def takes_cache(forward: Callable[..., Any], name: str = "past_key_values") -> C
 
         @functools.wraps(forward)
         def described() -> None:
-            """Never called. On the wrapper itself, accelerate's hooks would copy the signature, with its self."""
+            """Carry the signature, and never run. On the wrapper, accelerate's hooks would copy it with its self."""
 
         vars(described)["__signature__"] = signature.replace(parameters=parameters)
         vars(wrapper)["__wrapped__"] = described
@@ -159,10 +161,12 @@ def takes_cache(forward: Callable[..., Any], name: str = "past_key_values") -> C
 
 # --------------------------------------------------------------------------------------------------------- tokenizers
 def read_tokenizers_as_they_are(model_type: str) -> None:
-    """Let AutoTokenizer read the `tokenizer.json` of this model type as it stands, and not by the class that
-    `tokenizer_config.json` names: DeepSeek's are byte-level under the name of Llama's, and would lose their spaces.
+    """Let AutoTokenizer read the `tokenizer.json` of this model type as it stands.
 
-    Since 5.22 transformers looks into the file itself, and nothing is to be done. Before, it goes by a table of model
+    Otherwise AutoTokenizer goes by the class that `tokenizer_config.json` names. DeepSeek's tokenizers are byte-level
+    under the name of Llama's, and would lose their spaces.
+
+    Since 5.22 transformers looks into the file itself, and there is nothing to do. Before, it goes by a table of model
     types. A tokenizer with code of its own in the folder keeps that in every version.
     """
     if "deepseek_v3" in __getattr__("MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS"):
@@ -171,23 +175,25 @@ def read_tokenizers_as_they_are(model_type: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- experts
 def gating_of(experts: nn.Module | type[nn.Module]) -> Any:
-    """What makes the second product's input (S, I) of the first product (S, 2I), in a module of experts or in its
-    class; `None` for experts that transformers does not exchange."""
+    """Return the gating of a module of experts or of its class, or `None` if transformers does not exchange them.
+
+    The gating makes the second product's input (S, I) from the first product (S, 2I).
+    """
     return getattr(experts, "_apply_gate", None)
 
 
 def experts_implementation_of(config: Any) -> str | None:
-    """The experts implementation that a model with this config computes with."""
+    """Return the experts implementation that a model with this config computes with."""
     return config._experts_implementation
 
 
 def plain_gating() -> Any:
-    """The gating of all classes of experts that have none of their own: `act_fn(gate) * up`."""
+    """Return the gating of all classes of experts that have none of their own: `act_fn(gate) * up`."""
 
     @__getattr__("use_experts_implementation")
     class Experts(nn.Module):
         def forward(self) -> None:
-            """Never called."""
+            """Do nothing: this is never called."""
 
     return gating_of(Experts)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Triton, where it is installed, and how this package defines its kernels."""
+"""Triton, if it is installed, and the decorators by which this package defines its kernels."""
 
 import inspect
 from collections.abc import Callable
@@ -26,12 +26,12 @@ _SIZES = (
 
 
 def jit(function: Callable) -> Any:
-    """For a function that kernels call."""
+    """Compile a function that kernels call."""
     return function if triton is None else triton.jit(function)
 
 
 def kernel(function: Callable) -> Any:
-    """For a kernel."""
+    """Compile a kernel, but not anew for sizes that change from batch to batch."""
     if triton is None:
         return function
     names = inspect.signature(function).parameters
@@ -39,7 +39,7 @@ def kernel(function: Callable) -> Any:
 
 
 def why_no_triton(device: torch.device) -> str:
-    """The reason why kernels cannot run on a device; empty if they can."""
+    """Return the reason why kernels cannot run on a device; it is empty if they can."""
     if triton is None:
         return "triton is not installed, or too old (pip install 'triton>=3.6')"
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
@@ -51,7 +51,7 @@ def why_no_triton(device: torch.device) -> str:
 
 
 def power_of_two(number: int) -> int:
-    """The smallest one that is not below a number of at least 1."""
+    """Return the smallest power of two that is not below a number of at least 1."""
     return 1 << (number - 1).bit_length()
 
 

@@ -1,12 +1,14 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Keeps the model's own auxiliary loss where a trainer replaces the `forward` of the language model.
+"""Keeps the model's own auxiliary loss if a trainer of TRL replaces the `forward` of the language model.
 
-TRL's trainers run the decoder themselves and score its output with a fused head. The auxiliary loss of their output
-is Mixtral's: a softmax over the raw logits and their top K, whatever the gate does. It is replaced here by what the
-decoder returned. Such trainers multiply it by their `router_aux_loss_coef`, by default the config's. The decoder's
-loss holds its coefficients already, so that it is divided by the config's: what is added to the task loss is exactly
-the decoder's auxiliary loss. A trainer with a coefficient of its own that it does not write into the config (all but
-SFTTrainer) scales all losses by the ratio of the two.
+TRL's trainers run the decoder themselves and score its output with a fused head. The auxiliary loss of their output is
+Mixtral's: a softmax over the raw logits and their top K, whatever the gate does. Here it is replaced by what the
+decoder returned.
+
+Such trainers multiply it by their `router_aux_loss_coef`, by default the config's. The decoder's loss holds its
+coefficients already, so it is divided by the config's. Then exactly the decoder's auxiliary loss is added to the task
+loss. Except for SFTTrainer, a trainer does not write a coefficient of its own into the config. Such a coefficient
+scales all losses by its ratio to the config's.
 """
 
 import functools
@@ -30,8 +32,8 @@ def keep_auxiliary_loss(forward: Any, model: nn.Module) -> Any:
         model: a language model whose decoder, `model.model`, returns its auxiliary loss.
 
     Returns:
-        A method with the same signature; `forward` itself if it is no method of this model, the model's own, or
-        wrapped before. Outputs that the model made itself pass through it unchanged.
+        A method with the same signature. It is `forward` itself if that is no method of this model, is the model's
+        own, or was wrapped before. Outputs that the model made itself pass through it unchanged.
     """
     function: Callable[..., Any] | None = getattr(forward, "__func__", None)
     if function is None or forward.__self__ is not model or function is type(model).forward:

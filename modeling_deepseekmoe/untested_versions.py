@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What is said, and checked once, where transformers is newer than every version that the tests ran with.
+"""The warning and the check for users whose transformers is newer than every version that the tests ran with.
 
-A release of transformers once renamed an argument, and models that knew the old name alone generated wrong text
-without an error. The next release cannot be tested before it is there, but it can be asked for that fault.
+A release of transformers once renamed an argument. Models that knew the old name alone generated wrong text without an
+error. The next release cannot be tested before it is there, but it can be checked for that fault.
 """
 
 import os
@@ -28,13 +28,13 @@ _checked: list[str] = []
 
 
 def newer_than_tested(installed: str) -> bool:
-    """Whether a version of transformers is newer than those that the tests ran with; patches do not count."""
+    """Tell whether a version of transformers is newer than those that the tests ran with. Patches do not count."""
     numbers = re.match(r"(\d+)\.(\d+)", installed)
     return numbers is not None and (int(numbers[1]), int(numbers[2])) > NEWEST_TESTED
 
 
 def warn_of_untested_version() -> None:
-    """Say once that transformers is newer than those that the tests ran with, where it is."""
+    """Warn once if transformers is newer than the versions that the tests ran with."""
     if newer_than_tested(INSTALLED):
         newest = ".".join(map(str, NEWEST_TESTED))
         logger.warning_once(
@@ -45,15 +45,16 @@ def warn_of_untested_version() -> None:
 
 
 def check_cached_generation(model: Any, *inputs: Any) -> None:
-    """Compare the second step of a short `generate`, with its cache, with a pass over the whole text, and warn if they
-    differ: once in a process, and only where transformers is newer than tested.
+    """Check generation with a cache, and warn if it is wrong.
 
-    The environment variable `DEEPSEEKMOE_CHECK_GENERATION=0` switches it off.
+    The logits of the second step of a short `generate` are compared with those of a pass over the whole text. This
+    happens once in a process, and only if transformers is newer than tested. The environment variable
+    `DEEPSEEKMOE_CHECK_GENERATION=0` switches it off.
 
     Args:
-        model: a language model. It generates two tokens and runs once more over ten, in evaluation mode and with the
-            settings that are transformers' defaults.
-        inputs: what the user generates from: a tensor among it says on which device.
+        model: a language model. It generates two tokens and runs once more over ten, in evaluation mode and with
+            transformers' default settings.
+        inputs: what the user generates from. A tensor among it says on which device.
     """
     if _checked or not newer_than_tested(INSTALLED) or os.environ.get(SWITCH, "1") == "0":
         return
@@ -83,7 +84,7 @@ def check_cached_generation(model: Any, *inputs: Any) -> None:
 
 @torch.no_grad()
 def _difference_of_cached_logits(model: Any, device: torch.device) -> float:
-    """The largest, as a part of the largest logit."""
+    """Compute the largest difference between logits with and without the cache, as a fraction of the largest logit."""
     prompt = torch.arange(1, 10, device=device)[None] % model.config.vocab_size
     settings = transformers.GenerationConfig(
         max_new_tokens=2, min_new_tokens=2, do_sample=False, use_cache=True, output_logits=True,
@@ -95,8 +96,11 @@ def _difference_of_cached_logits(model: Any, device: torch.device) -> float:
 
 
 def refuse_prompt_learning(model: Any) -> None:
-    """Raise a `ValueError` where PEFT prepares the inputs of `generate` for prompts that it has learned, and knows the
-    cache under its first name alone: prompt and prefix tuning, with transformers 5.24 and PEFT before 0.22."""
+    """Raise a `ValueError` for prompt and prefix tuning, with transformers from 5.24 on and PEFT before 0.22.
+
+    PEFT prepares the inputs of `generate` for prompts that it has learned, and there knows the cache under its first
+    name alone.
+    """
     peft_model = getattr(model.prepare_inputs_for_generation, "__self__", model)
     learned = getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False)
     if peft_model is model or not learned or cache_name() != "cache":

@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""LoRA adapters on disk: what every tensor of an adapter file does to which weight of the base.
+"""Read LoRA adapters from disk: find out what every tensor of the file does to which weight of the base.
 
-Two layouts are read. PEFT's own for stacked experts (`target_parameters`) nests one layer for each adapted parameter,
-`experts.base_layer.lora_A.weight` inside and `experts.lora_A.weight` outside, with `lora_A` expert-major (E * r, in)
-and `lora_B` rank-major (out, r * E); PEFT before 0.19 wrote (E * r, out) and (in, r * E), which is read too. The
+Two layouts are read. PEFT's own for stacked experts (`target_parameters`) nests one layer for each adapted parameter:
+`experts.base_layer.lora_A.weight` inside and `experts.lora_A.weight` outside. There `lora_A` is expert-major (E * r,
+in) and `lora_B` rank-major (out, r * E). PEFT before 0.19 wrote (E * r, out) and (in, r * E), which is read too. The
 per-expert layout has one pair for every linear map, `experts.3.gate_proj.lora_A.weight` (r, in) and `lora_B` (out, r).
 """
 
@@ -37,8 +37,8 @@ class LowRank:
     """What an adapter adds to one weight: `scaling * factor_b @ factor_a`.
 
     Attributes:
-        factor_a: (r, in), or of a stack (E, r, in).
-        factor_b: (out, r), or of a stack (E, out, r).
+        factor_a: (r, in), or (E, r, in) for a stack.
+        factor_b: (out, r), or (E, out, r) for a stack.
         scaling: `alpha / r`, or `alpha / sqrt(r)`.
         sources: names of the tensors in the adapter's file.
     """
@@ -50,7 +50,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank, r."""
         return self.factor_a.shape[-2]
 
     @property
@@ -59,7 +59,7 @@ class LowRank:
         return (*self.factor_b.shape[:-1], self.factor_a.shape[-1])
 
     def part(self, expert: int, rows: slice = slice(None)) -> "LowRank":
-        """Of a stack, that of one expert, or of some of its rows (one half of gate_up)."""
+        """Take the part of one expert from a stack, or only some rows of it (one half of gate_up)."""
         return LowRank(self.factor_a[expert], self.factor_b[expert, rows], self.scaling, self.sources)
 
 
@@ -69,12 +69,12 @@ class StoredAdapter:
 
     Attributes:
         config: its LoraConfig.
-        updates: by the name of the base's weight (`model.layers.1.mlp.experts.gate_up_proj` or
-            `...q_proj.weight`), what the adapter adds to it.
-        replacements: by name, weights that were trained as whole copies, and those that PEFT saves beside an adapted
-            head or embedding, resized or not.
-        rows: by name, rows of an embedding that were trained, `trainable_token_indices`: their numbers and values.
-        sources: by the names of the replacements and rows, those of the tensors in the adapter's file.
+        updates: what the adapter adds to a weight, by the weight's name in the base
+            (`model.layers.1.mlp.experts.gate_up_proj` or `...q_proj.weight`).
+        replacements: weights that replace the base's, by name: those that were trained as whole copies, and those that
+            PEFT saves beside an adapted head or embedding, resized or not.
+        rows: rows of an embedding that were trained (`trainable_token_indices`), by name: their numbers and values.
+        sources: names of the tensors in the adapter's file, by the names of the replacements and rows.
         others: all tensors of the file but the factors, under the names that they have there.
     """
 
@@ -87,10 +87,11 @@ class StoredAdapter:
 
 
 def read_adapter(folder: str | Path) -> StoredAdapter:
-    """Read an adapter folder and give every tensor its meaning.
+    """Read an adapter folder and find out what every tensor means.
 
     Raises:
-        ValueError: if it is no LoRA adapter, or naming the first tensor that is not understood.
+        ValueError: if it is no LoRA adapter, or if a tensor is not understood. The message names the first such
+            tensor.
         OSError: if a file is missing.
     """
     folder = Path(folder)
@@ -142,8 +143,11 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
 def _trained_copies(
     others: dict[str, torch.Tensor], config: LoraConfig
 ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[list[int], torch.Tensor]], dict[str, str]]:
-    """The replacements, rows and sources of a [`StoredAdapter`]. PEFT saves embeddings whose size has changed under
-    the names that its wrappers give them: the trained copy (twice), the original, the rows."""
+    """Return the replacements, rows and sources of a [`StoredAdapter`].
+
+    PEFT saves embeddings whose size has changed under the names that its wrappers give them: the trained copy (twice),
+    the original, the rows.
+    """
     replacements: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[list[int], torch.Tensor]] = {}
     sources: dict[str, str] = {}
@@ -176,9 +180,11 @@ def _are_transposed(
     config: LoraConfig,
     version: str | None,
 ) -> bool:
-    """Whether the factors of stacks are as PEFT before 0.19 wrote them, which took their second axis for the input:
-    `lora_A` (E * r, 2I) and `lora_B` (D, r * E) of gate_up. Where both projections are there the shapes tell; else the
-    version in the file, which those before 0.18 lack."""
+    """Tell whether the factors of stacks are as PEFT before 0.19 wrote them.
+
+    It took a stack's second axis for the input: `lora_A` (E * r, 2I) and `lora_B` (D, r * E) of gate_up. If both
+    projections are there, the shapes tell. Else the version in the file tells; PEFT before 0.18 wrote none.
+    """
     shapes: dict[str, dict[str, tuple[int, int]]] = {}
     for (module, depth), names in factors.items():
         if module.endswith(".experts") and names.keys() == {"A", "B"}:
@@ -196,7 +202,7 @@ def _are_transposed(
 
 
 def _target_of(module: str, depth: int, depths: Iterable[int], config: LoraConfig) -> str:
-    """The weight that a pair of factors belongs to."""
+    """Find the weight that a pair of factors belongs to."""
     if module.endswith(".experts"):
         named = config.target_parameters or ()
         stacks = [stack for stack in STACKS if any(f".{module}.{stack}".endswith(f".{name}") for name in named)]
@@ -246,7 +252,7 @@ def _low_rank(
 
 
 def per_expert_parts(target: str, update: LowRank) -> dict[str, LowRank]:
-    """The parts of a stack's update by the official per-expert names of their weights."""
+    """Divide a stack's update into parts, by the official per-expert names of their weights."""
     experts, stack = target.rsplit(".", 1)
     rows = update.factor_b.shape[1] // len(STACKS[stack])
     return {
@@ -257,12 +263,12 @@ def per_expert_parts(target: str, update: LowRank) -> dict[str, LowRank]:
 
 
 def is_stack(target: str) -> bool:
-    """Whether a name is that of a stacked parameter."""
+    """Tell whether a name is that of a stacked parameter."""
     return target.endswith(tuple(f".experts.{stack}" for stack in STACKS))
 
 
 def split_expert(name: str) -> tuple[str, int, str] | None:
-    """`...experts.3.gate_proj` as its parts, or `None`."""
+    """Split `...experts.3.gate_proj` into its parts; return `None` for another name."""
     match = _EXPERT.match(name)
     return None if match is None else (match["experts"], int(match["id"]), match["projection"])
 

@@ -1,12 +1,14 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Adapters on routed experts between PEFT's stacked layout and one pair of factors for every linear map.
+"""Write adapters on routed experts in another layout: PEFT's stacked one, or one pair of factors for every linear map.
 
-Exact in both directions. A joint gate_up adapter has one A for both halves of its rows: gate and up get that A each,
-and their half of B. Back, gate and up with different A need twice the rank, A one below the other and B
-block-diagonal; with the same A, bit for bit, the rank stays. All experts of a layer must have one rank and one alpha.
+Both directions are exact. A joint gate_up adapter has one A for both halves of its rows. Gate and up each get that A,
+and their half of B. Back, gate and up with different A need twice the rank, with one A below the other and a
+block-diagonal B. If both A are the same, bit for bit, the rank stays. All experts of a layer must have one rank and
+one alpha.
 
-The per-expert layout is for tools whose models have a module for every expert. On models that stack them plain PEFT
-reads it too where it knows their old names (`deepseek_v2`, `deepseek_v3` and others), but then without shared experts.
+The per-expert layout is for tools whose models have a module for every expert. Plain PEFT can also read it on models
+that stack their experts, if it knows their old names (`deepseek_v2`, `deepseek_v3` and others), but then without
+shared experts.
 """
 
 import math
@@ -40,16 +42,16 @@ def export_adapter(adapter: str | Path, destination: str | Path, layout: str, nu
 
     Args:
         adapter: folder or hub id of a LoRA adapter, in either layout.
-        destination: folder to write; must not exist or be empty.
+        destination: folder to write. It must not exist or be empty.
         layout: `"per-expert"` or `"peft"`.
-        num_experts: for `"peft"`, of every layer of the model: experts without an adapter then get one of zeros.
-            Without it the experts of the adapter must be all.
+        num_experts: for `"peft"`, the number of experts in every layer of the model. Experts without an adapter then
+            get one of zeros. Without this number, every expert must have an adapter.
 
     Returns:
         The number of tensors written.
 
     Raises:
-        ValueError: for an unknown layout, an adapter without routed experts, or what the layout cannot express:
+        ValueError: if the layout is unknown, if the adapter has no routed experts, or if the layout cannot express it:
             experts of one projection with different ranks or scalings, or experts of a layer that are missing.
         OSError: if a file is missing.
     """
@@ -150,8 +152,10 @@ def _tensors(target: str, update: LowRank, updates: Iterable[str]) -> list[tuple
 
 
 def _config(content: StoredAdapter, updates: dict[str, LowRank], layout: str) -> LoraConfig:
-    """The config of the new layout. Targets name exactly what there is; patterns hold the ranks and alphas that differ
-    from those of the whole adapter."""
+    """Make the config of the new layout.
+
+    Targets name exactly what there is. Patterns hold the ranks and alphas that differ from those of the whole adapter.
+    """
     config, modules, parameters = content.config, [], []
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -185,8 +189,11 @@ def _config(content: StoredAdapter, updates: dict[str, LowRank], layout: str) ->
 
 
 def _module_targets(modules: list[str], updates: Iterable[str]) -> list[str] | str:
-    """A list of names, or a regular expression where there are experts. That one also matches the names without the
-    experts' numbers, by which PEFT recognises old per-expert adapters of models that now stack their experts."""
+    """Return a list of names or, if there are experts, a regular expression.
+
+    The expression also matches the names without the experts' numbers. By these PEFT recognises old per-expert
+    adapters of models that now stack their experts.
+    """
     names = [name.removesuffix(".weight") for name in updates]
     experts = [parts for parts in map(split_expert, names) if parts is not None]
     if not experts:
@@ -198,7 +205,7 @@ def _module_targets(modules: list[str], updates: Iterable[str]) -> list[str] | s
 
 
 def _by_layers(names: Iterable[str]) -> list[str]:
-    """Regular expressions that match these names and no others, those of many layers in one."""
+    """Make regular expressions that match these names and no others. Names that differ only in the layer share one."""
     layers: dict[tuple[str, str], list[str]] = {}
     for name in names:
         match = LAYER.search(name)

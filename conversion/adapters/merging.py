@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Merging an adapter, or the experts that ESFT trained, into a checkpoint: in place in a copy of its files, verified.
+"""Merge an adapter, or the experts that ESFT trained, into a copy of a checkpoint's files, and verify the result.
 
-No model is built, and no file is read whole: beside the adapter one weight of the base at a time is in memory.
+No model is built, and no file is read whole. Beside the adapter, one weight of the base at a time is in memory.
 """
 
 import filecmp
@@ -51,9 +51,10 @@ class MergeReport:
 
     Attributes:
         weights: number of weights of the base that changed.
-        tensors: number of tensors of the adapter; all of them were used.
+        tensors: number of tensors of the adapter. All of them were used.
         layer_errors: for every decoder layer that changed, the largest relative difference between the outputs of
-            merged and unmerged weights on random inputs, by the norm; -1 stands for weights outside the layers.
+            merged and unmerged weights on random inputs, by the norm. The key -1 stands for weights outside the
+            layers.
     """
 
     weights: int
@@ -71,7 +72,7 @@ class MergeReport:
 
 @dataclass
 class _Change:
-    """What happens to one weight of the base: low-rank sums and replacements, each at a place inside it."""
+    """Changes of one weight of the base: low-rank sums and replacements, each at a place inside it."""
 
     sums: list[tuple[Any, LowRank]] = field(default_factory=list)
     replacements: list[tuple[Any, torch.Tensor]] = field(default_factory=list)
@@ -92,12 +93,12 @@ def merge_adapter(
     Args:
         base: folder or hub id of a checkpoint in safetensors files, with per-expert or stacked experts.
         adapter: folder or hub id of a LoRA adapter in PEFT's or the per-expert layout, or a folder of `save_esft`.
-        destination: folder to write; must not exist or be empty. It appears only when it is complete and verified.
+        destination: folder to write. It must not exist or be empty. It appears only when it is complete and verified.
         report: receives a line of progress for every file.
 
     Raises:
-        ValueError: naming a tensor of the adapter that has no place in the base or another shape there, a weight of
-            the base that is quantised, or a destination in use. Nothing is written then.
+        ValueError: if a tensor of the adapter has no place in the base or another shape there, if a weight of the base
+            is quantised, or if the destination is in use. The message names the tensor. Nothing is written then.
         MergingError: if the verification fails. Nothing is written then.
         OSError: if a folder or file is missing.
     """
@@ -131,7 +132,7 @@ def merge_adapter(
 
 
 def _report_left_out(base: Path, adapter: Path, report: Callable[[str], None]) -> None:
-    """What of the adapter's folder is not in the result, and whether its base has another name."""
+    """Report which files of the adapter's folder are not in the result, and whether the adapter names another base."""
     ours = (CONFIG_NAME, WEIGHTS_NAME, ESFT_WEIGHTS_NAME, SELECTION_NAME, "README.md", "training_args.bin")
     others = [file for file in adapter.iterdir() if file.is_file() and file.name not in ours]
     differ = [file.name for file in others if not _same_file(file, base / file.name)]
@@ -149,7 +150,7 @@ def _same_file(first: Path, second: Path) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------ the plan
 def _plan(adapter: Path, shapes: Shapes) -> tuple[dict[str, _Change], int]:
-    """What happens to which weights of the base, and the number of the adapter's tensors."""
+    """Plan the changes of the base's weights. Also return the number of the adapter's tensors."""
     changes: dict[str, _Change] = {}
     updates: dict[str, LowRank] = {}
     if (adapter / ESFT_WEIGHTS_NAME).is_file():
@@ -191,7 +192,7 @@ def _check_tied(base: Path, changes: dict[str, _Change]) -> None:
 
 
 def _parts(target: str, update: LowRank, shapes: Shapes) -> list[tuple[str, Any, LowRank]]:
-    """The two-dimensional parts of an update: name of the base's weight, place inside it, part."""
+    """Divide an update into two-dimensional parts: name of the base's weight, place inside it, part."""
     if not is_stack(target):
         name, place = _locate(target, shapes)
         return [(name, place, update)]
@@ -207,7 +208,10 @@ def _parts(target: str, update: LowRank, shapes: Shapes) -> list[tuple[str, Any,
 
 
 def _locate(target: str, shapes: Shapes) -> tuple[str, Any]:
-    """Where a weight is in the base: its name and the place inside, which is a part of a stack for one expert's."""
+    """Find a weight in the base: its name, and the place inside it.
+
+    For an expert's weight, the place may be a part of a stack.
+    """
     parts = split_expert(target.removesuffix(".weight"))
     if target in shapes or parts is None:
         return target, ()
@@ -250,7 +254,7 @@ def _mismatch(source: str, found: str, name: str, shapes: Shapes) -> str:
 
 # -------------------------------------------------------------------------------------------- writing and verification
 def _merge_file(source: Path, destination: Path, changes: dict[str, _Change]) -> None:
-    """Overwrite the weights that change, where they lie in the copy: names, shapes and dtypes stay."""
+    """Overwrite the weights that change, where they lie in the copy. Names, shapes and dtypes stay."""
     offsets = {tensor.name: tensor.offset for tensor in read_header(destination)}
     with opened(source) as before, destination.open("r+b") as file:
         for name, change in changes.items():
@@ -272,7 +276,7 @@ def _merged(name: str, weight: torch.Tensor, change: _Change) -> torch.Tensor:
 
 
 def _verify_file(source: Path, merged: Path, changes: dict[str, _Change], errors: dict[int, float]) -> None:
-    """Read what was written and compare it with the base and the adapter; keeps the largest error of every layer."""
+    """Read what was written and compare it with the base and the adapter. Keep the largest error of every layer."""
     generator = torch.Generator().manual_seed(0)
     with opened(source) as before, opened(merged) as after:
         for name, change in changes.items():
@@ -290,7 +294,7 @@ def _verify_file(source: Path, merged: Path, changes: dict[str, _Change], errors
 
 
 def _error_of(name: str, base: torch.Tensor, merged: torch.Tensor, part: LowRank, generator: torch.Generator) -> float:
-    """Relative error of the outputs on random inputs, after a check of every single value.
+    """Compute the relative error of the outputs on random inputs, after a check of every single value.
 
     In float64: `x W + s (x A) B` against `x W'`, and `W'` within half a unit in the last place of `W + s B A`.
     """

@@ -1,2 +1,2 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""A dense model turned into a DeepSeekMoE that computes the same."""
+"""Turn a dense model into a DeepSeekMoE that computes the same."""

@@ -1,11 +1,12 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Dividing a dense Llama-family model into experts, so that the DeepSeekMoE computes exactly what it computed.
+"""Divide the FFNs of a dense Llama-family model into experts, so that the DeepSeekMoE computes exactly the same.
 
-The neurons of every FFN are divided: the first ones become the shared experts, the rest is cut into G shards of equal
-width. Every shard is copied C times, which makes E = G * C routed experts, and top-K is G. One router row is drawn for
-each copy and repeated over its G shards (a virtual group, arXiv 2410.07524), so that the shards of one copy always
-have equal logits and a token takes all G shards of its best copy. Their normalised weights are 1/G each; the scaling
-factor G makes them 1, and shared plus routed experts add up to the dense FFN.
+The first neurons of every FFN become the shared experts. The rest is cut into G shards of equal width. Every shard is
+copied C times, which makes E = G * C routed experts. Top-K is G.
+
+One router row is drawn for each copy, and repeated over the copy's G shards: a virtual group (arXiv 2410.07524). So
+the shards of one copy always have equal logits, and a token takes all G shards of its best copy. Their normalised
+weights are 1/G each. The scaling factor G makes them 1, so that shared plus routed experts add up to the dense FFN.
 """
 
 import math
@@ -36,7 +37,7 @@ class UpcyclingPlan:
     """How an FFN is divided.
 
     Attributes:
-        shared_width: neurons that become the shared experts; a multiple of the width of one shard, 0 for none.
+        shared_width: neurons that become the shared experts. It is a multiple of the width of one shard, 0 for none.
         num_shards: G, the shards of the other neurons, and the number of experts that a token uses.
         num_copies: C, the copies of every shard.
         first_k_dense: the first layers that keep their dense FFN.
@@ -44,9 +45,9 @@ class UpcyclingPlan:
             first updates break the virtual groups: tokens then take shards of several copies, some twice and some not
             at all. See benchmarks/router_std.py.
         noise: standard deviation of Gaussian noise on the routed experts, in units of each tensor's own standard
-            deviation; 0 keeps all copies equal, and the model exact.
-        dialect: `"deepseekmoe"`, or `"deepseek"`, which has no scaling factor and no tied embeddings: G is folded
-            into the down projections there, and the head is written out.
+            deviation. 0 keeps all copies equal, and the model exact.
+        dialect: `"deepseekmoe"`, or `"deepseek"`, which has no scaling factor and no tied embeddings. There G is
+            folded into the down projections, and the head is written out.
         seed: seed of the router and the noise.
     """
 
@@ -77,7 +78,7 @@ class UpcyclingPlan:
             raise ValueError(f"dialect={self.dialect!r} is not allowed: it must be 'deepseekmoe' or 'deepseek'.")
 
     def shard_width(self, intermediate_size: int) -> int:
-        """Width of one shard, which is the width of one expert.
+        """Compute the width of one shard, which is the width of one expert.
 
         Raises:
             ValueError: if the neurons cannot be divided this way.
@@ -97,7 +98,7 @@ class UpcyclingPlan:
 
 
 def upcycled_config(dense: Any, plan: UpcyclingPlan) -> DeepseekMoeConfig:
-    """The config of the upcycled model; raises `ValueError`, naming the field, for what cannot be kept exactly."""
+    """Make the config of the upcycled model. Raise ValueError, naming the field, if it cannot be kept exactly."""
     _check_source(dense)
     rope_parameters = dict(dense.rope_parameters)
     if plan.dialect == "deepseek" and rope_parameters.get("rope_type", "default") not in DEEPSEEK_ROPE_TYPES:
@@ -156,7 +157,7 @@ class _Noisy(Cast):
     seed: int = 0
 
     def blocks(self, source: TensorSource) -> Iterator[torch.Tensor]:
-        """Read twice: once for the standard deviation."""
+        """Yield the noisy values. They are read twice: once for the standard deviation."""
         total = square = 0.0
         for first, last in row_blocks(self.matrix):
             exact = values(self.matrix, source, first, last).double()
@@ -177,7 +178,7 @@ def upcycled_tensors(
     *,
     noise: bool,
 ) -> dict[str, tuple[Part, Part | None]]:
-    """What every tensor of the upcycled model is made of, by official name.
+    """Return what every tensor of the upcycled model is made of, by official name.
 
     Args:
         config: [`upcycled_config`].
@@ -224,7 +225,7 @@ def _stored(matrix: Matrix, dtype: torch.dtype | None, factor: float = 1.0) -> P
 
 
 def _neurons(plan: UpcyclingPlan, config: DeepseekMoeConfig, expert: str | None) -> range:
-    """The neurons of the shared experts, or of an expert: number c * G + g is copy c of shard g."""
+    """Return the neurons of the shared experts, or of a routed expert: number c * G + g is copy c of shard g."""
     if expert is None:
         return range(plan.shared_width)
     first = plan.shared_width + int(expert) % plan.num_shards * config.moe_intermediate_size
@@ -259,7 +260,7 @@ def _has_attention_bias(dense: Any) -> bool:
 
 
 def dense_matrices(dense: Any, config: DeepseekMoeConfig, source: TensorSource) -> dict[str, Matrix]:
-    """Where the tensors of the dense model lie: those of a model of the family without MoE layers.
+    """Find where the tensors of the dense model lie. They are those of a model of the family without MoE layers.
 
     Raises:
         ValueError: listing tensors that are missing, that have no place, or that have another shape.

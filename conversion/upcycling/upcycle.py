@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Upcycling: a dense Llama-family checkpoint becomes a DeepSeekMoE one, compared and written layer by layer."""
+"""Upcycle a dense Llama-family checkpoint or model to DeepSeekMoE. It is compared and written layer by layer."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -50,11 +50,11 @@ class UpcyclingError(RuntimeError):
 
 @dataclass(frozen=True)
 class UpcyclingCheck:
-    """What the comparison with the dense model found.
+    """Result of the comparison with the dense model.
 
     Attributes:
         max_logit_difference: largest absolute difference of the logits.
-        tolerance: what is allowed.
+        tolerance: largest difference that is allowed.
         same_text: whether the greedy continuations are equal.
         new_tokens: their length in tokens.
     """
@@ -96,19 +96,19 @@ def upcycle(
     Args:
         source: folder or hub id of a dense checkpoint (Llama, Mistral, Qwen2, SmolLM2) in safetensors files.
         destination, plan: folder to write, which must not exist or be empty; how the FFNs are divided.
-        dtype: what to store: `"keep"` (the source's dtype), `"float32"`, `"bfloat16"` or `"float16"`.
-        gguf_file: name of a GGUF file inside `source` (needs the `gguf` package), which is dequantised as a whole.
+        dtype: dtype to store: `"keep"` (the source's), `"float32"`, `"bfloat16"` or `"float16"`.
+        gguf_file: name of a GGUF file inside `source`, which is dequantised as a whole. Needs the `gguf` package.
         tolerance: largest allowed difference of the logits.
-        check_tokens: length of the greedy continuation that must be the same; each token reads the dense weights once.
+        check_tokens: length of the greedy text that must be the same. Each token reads the dense weights once.
         writing: fields of [`Writing`]: `max_shard_size`, `resume`, `report`, `progress`.
 
     Returns:
         [`UpcyclingCheck`].
 
     Raises:
-        ValueError: for a source or a plan that cannot be upcycled, or a destination in use.
+        ValueError: if the source or the plan cannot be upcycled, or if the destination is in use.
         UpcyclingError: if the result does not equal the dense model. Nothing is written then.
-        OSError: for a file that is missing, or a disk that is full or cannot be written to.
+        OSError: if a file is missing, or if the disk is full or cannot be written to.
     """
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(STORED_DTYPES)}.")
@@ -140,7 +140,7 @@ def upcycle(
 
 
 def _dense_config(folder: Path) -> Any:
-    """The config of a dense checkpoint, as AutoConfig reads it."""
+    """Read the config of a dense checkpoint, as AutoConfig does."""
     read_config(folder)  # there, readable, and no link to another place
     try:
         dense = AutoConfig.from_pretrained(folder)
@@ -153,7 +153,7 @@ def _dense_config(folder: Path) -> Any:
 
 @contextmanager
 def _dense_folder(source: str | Path, gguf_file: str | None, report: Callable[[str], None]) -> Iterator[Path]:
-    """The dense checkpoint in safetensors files; a GGUF file is written out as such, into a temporary folder."""
+    """Yield the dense checkpoint in safetensors files. A GGUF file is written as such into a temporary folder."""
     if gguf_file is None:
         yield local_folder(source)
         return
@@ -170,7 +170,7 @@ def _gguf_identity(source: Path, gguf_file: str) -> list[object]:
 
 
 def save_dequantized(model: PreTrainedModel, folder: str | Path) -> None:
-    """Save a model that came from a GGUF file as an ordinary checkpoint, which transformers refuses to do."""
+    """Save a model that came from a GGUF file as an ordinary checkpoint. transformers itself refuses to."""
     config = deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -183,7 +183,7 @@ def save_dequantized(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def _difference(check: UpcyclingCheck, plan: UpcyclingPlan, dtype: torch.dtype) -> str:
-    """What to say of a check that failed, with a hint where rounding explains it."""
+    """Say how a check failed, with a hint if rounding explains it."""
     said = f"The upcycled model differs from the dense model: {check}."
     if plan.dialect != "deepseek" or dtype == torch.float32:
         return said
@@ -194,15 +194,15 @@ def _difference(check: UpcyclingCheck, plan: UpcyclingPlan, dtype: torch.dtype) 
 
 
 def upcycle_model(dense: PreTrainedModel, plan: UpcyclingPlan, *, noise: bool = False) -> DeepseekMoeForCausalLM:
-    """The DeepSeekMoE of a dense model, in its dtype and on its device.
+    """Make the DeepSeekMoE of a dense model, in its dtype and on its device.
 
     Args:
         dense: the model.
         plan: how the FFNs are divided.
-        noise: whether to apply the plan's noise, with which the models are no longer equal.
+        noise: whether to apply the plan's noise. With it the models are no longer equal.
 
     Raises:
-        ValueError: for an architecture or a plan that cannot be upcycled exactly.
+        ValueError: if the architecture or the plan cannot be upcycled exactly.
     """
     if plan.noise and not noise:
         logger.warning_once(f"plan.noise={plan.noise} is not applied, so that the model is exact: pass noise=True.")
@@ -235,12 +235,12 @@ def verify_upcycling(
 ) -> UpcyclingCheck:
     """Compare the upcycled model with the dense model, both in evaluation mode.
 
-    The dense model continues the first sequence greedily; the other one would write the same text if its best token
-    after every prefix of that text is the next one, which takes a single pass.
+    The dense model continues the first sequence greedily. The other model would write the same text if, after every
+    prefix of that text, its best token is the next one. A single pass shows this.
 
     Args:
         dense, model: the two models, in the same dtype and on the same device.
-        input_ids (`torch.LongTensor` of shape (B, S)): tokens to compare the logits on; the first sequence is also
+        input_ids (`torch.LongTensor` of shape (B, S)): tokens to compare the logits on. The first sequence is also
             continued greedily by `new_tokens`.
         tolerance: largest allowed absolute difference of the logits.
     """
@@ -262,7 +262,7 @@ def _check_streamed(
     tolerance: float,
     new_tokens: int,
 ) -> UpcyclingCheck:
-    """As [`verify_upcycling`], of models that are in no memory."""
+    """Do as [`verify_upcycling`], for models whose weights are read layer by layer."""
 
     def dense_weight(name: str) -> torch.Tensor:
         matrix = matrices[name if name in matrices else "model.embed_tokens.weight"]

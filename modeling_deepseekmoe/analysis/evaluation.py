@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Measures of a model on text: perplexity, the load of every expert, and a trace of all choices."""
+"""Measure a model on text: its perplexity, the load of every expert, and a trace of all choices."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from ..support.models import evaluating
 
 
 def perplexity(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> float:
-    """exp of the mean cross entropy of all next tokens.
+    """Compute exp of the mean cross entropy over all next tokens.
 
     Args:
         model: a causal language model.
@@ -38,7 +38,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> float
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """Every choice that a model's gates made on some tokens. Shape letters: L MoE layers, T tokens, K choices.
+    """Every choice that a model's gates made for some tokens. Shape letters: L MoE layers, T tokens, K choices.
 
     Attributes:
         layers: indices of the MoE layers.
@@ -46,8 +46,9 @@ class RoutingTrace:
         token_ids (`torch.LongTensor` of shape (T,)): the tokens.
         batch_lengths: tokens in every batch.
         expert_ids (`torch.ShortTensor` of shape (L, T, K)): the chosen experts, best first.
-        weights (`torch.FloatTensor` of shape (L, T, K)): their gate weights.
-        entropy (`torch.FloatTensor` of shape (L,)): mean over the tokens of the entropy of their affinities, in nats.
+        weights (`torch.FloatTensor` of shape (L, T, K)): the gate weights of the choices.
+        entropy (`torch.FloatTensor` of shape (L,)): entropy of a token's affinities in nats, as a mean over the
+            tokens.
     """
 
     layers: tuple[int, ...]
@@ -60,7 +61,7 @@ class RoutingTrace:
 
 
 def expert_load(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Number of tokens that every routed expert receives.
+    """Count the tokens that every routed expert receives.
 
     Args:
         model: a model of this family.
@@ -84,7 +85,7 @@ def expert_load(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict
 
 
 def trace_routing(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> RoutingTrace:
-    """Keep every choice that the gates make: 6 bytes of memory for each token, layer and choice.
+    """Run the model and keep every choice of its gates: 6 bytes of memory for each token, layer and choice.
 
     Args:
         model: a model of this family.
@@ -119,10 +120,10 @@ def trace_routing(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> Ro
 
 
 def moe_blocks(model: PreTrainedModel) -> dict[int, DeepseekMoeBlock]:
-    """The MoE blocks of a model by their layers' indices.
+    """Return the MoE blocks of a model by their layers' indices.
 
     Raises:
-        ValueError: if it has none of this family.
+        ValueError: if the model has none of this family.
     """
     decoder = next((module for module in model.modules() if isinstance(module, DeepseekMoeModel)), None)
     blocks = {} if decoder is None else {layer: decoder.layers[layer].mlp for layer in decoder.config.moe_layers}
@@ -134,8 +135,10 @@ def moe_blocks(model: PreTrainedModel) -> dict[int, DeepseekMoeBlock]:
 def _watched_batches(
     model: PreTrainedModel, batches: Iterable[torch.Tensor], watch: Callable[[int, torch.Tensor, Routing], None]
 ) -> Iterator[torch.Tensor]:
-    """Run the model on every batch and yield the batch; `watch` is called with every layer's index, gate
-    logits and routing."""
+    """Run the model on every batch and yield the batch.
+
+    Call `watch` with every layer's index, gate logits and routing.
+    """
     blocks = moe_blocks(model)
 
     def hook_of(layer: int) -> Callable[..., None]:

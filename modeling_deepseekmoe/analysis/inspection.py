@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What a model costs: parameters, FLOPs, cache and memory, counted on the meta device without reading a weight."""
+"""Count what a model costs (parameters, FLOPs, cache, memory) on the meta device, without reading a weight."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,20 +19,21 @@ _ADAMW_BYTES = 16  # bf16 weight and gradient (2 + 2), float32 master weight and
 
 @dataclass(frozen=True)
 class ModelReport:
-    """The figures of `deepseekmoe inspect`. Parameters are counts, memory is in bytes and leaves activations out.
+    """The figures of `deepseekmoe inspect`. Parameters are counts. Memory is in bytes and leaves activations out.
 
     Attributes:
         name: preset or folder.
         model_type: dialect.
-        total_parameters: all of them, tied ones once, with the balancing biases, without multi-token prediction.
+        total_parameters: all parameters, with the balancing biases, without multi-token prediction. Tied ones count
+            once.
         activated_parameters: those that one token uses, embeddings included.
-        embedding_parameters: token embedding and, where it is not tied, the output head.
+        embedding_parameters: token embedding and, if it is not tied, the output head.
         routed_parameters, shared_parameters: in routed and in shared experts.
-        ffn_multiple: the activated experts in standard FFNs of 8 * hidden_size**2 parameters, as the paper's FLOPs
-            count them.
+        ffn_multiple: the activated experts, measured in standard FFNs of 8 * hidden_size**2 parameters. The paper's
+            FLOPs count them so.
         forward_flops_per_token: 2 * activated parameters without the token embedding.
-        training_flops_4k: forward and backward of one sequence of 4096 tokens by the paper's formula.
-        kv_cache_elements_per_token: elements that the cache keeps of one token, all layers.
+        training_flops_4k: forward and backward of one sequence of 4096 tokens, by the paper's formula.
+        kv_cache_elements_per_token: elements that the cache keeps of one token, in all layers.
         kv_cache_bytes_per_token: the same in bfloat16.
         load_bytes: memory of the weights by dtype.
         lora_rank, lora_parameters: LoRA of that rank on all linear layers but the gate, and on every expert.
@@ -59,11 +60,11 @@ class ModelReport:
     full_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain numbers and strings."""
+        """Return the figures as plain numbers and strings."""
         return asdict(self)
 
     def to_text(self) -> str:
-        """The figures as an aligned table."""
+        """Return the figures as an aligned table."""
         total = self.total_parameters
         rows = [
             ("model type", self.model_type),
@@ -95,7 +96,7 @@ class ModelReport:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as GB of 10**9."""
+    """Format bytes as GB of 10**9."""
     return f"{size / 1e9:,.2f} GB"
 
 
@@ -107,7 +108,7 @@ def inspect_model(name_or_folder: str | Path, lora_rank: int = 16) -> ModelRepor
         lora_rank: rank of the LoRA that the memory figure assumes.
 
     Raises:
-        ValueError: for a name that is neither, a config that is not allowed, or a rank below 1.
+        ValueError: if the name is neither, if the config is not allowed, or if the rank is below 1.
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank={lora_rank} is not allowed: it must be at least 1.")
@@ -116,7 +117,7 @@ def inspect_model(name_or_folder: str | Path, lora_rank: int = 16) -> ModelRepor
 
 
 def config_named(name_or_folder: str | Path) -> DeepseekMoeConfig:
-    """The config of a preset or of a folder; raises `ValueError` for a name that is neither."""
+    """Return the config of a preset or of a folder. Raise ValueError if the name is neither."""
     return _named(name_or_folder).config
 
 
@@ -135,7 +136,7 @@ def _named(name_or_folder: str | Path) -> Preset:
 def report_on(
     config: DeepseekMoeConfig, name: str, ffn_multiple: float | None = None, lora_rank: int = 16
 ) -> ModelReport:
-    """The figures of a config; `ffn_multiple` overrides the value that the config's widths give."""
+    """Compute the figures of a config. `ffn_multiple` replaces the value that follows from the config's widths."""
     parameters = meta_parameters(config)
     biased = config.topk_method == "noaux_tc"
     biases = len(config.moe_layers) * config.n_routed_experts if biased and config.moe_layers else 0
@@ -172,8 +173,10 @@ def report_on(
 
 
 def meta_parameters(config: DeepseekMoeConfig) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a model on the meta device, a tied one once: of the class that the config names, or of the
-    language model."""
+    """Return the parameters of a model on the meta device. A tied one is there once.
+
+    The class is the one that the config names, or else the language model.
+    """
     import transformers
 
     named = next(iter(config.architectures or ()), "")
@@ -185,15 +188,18 @@ def meta_parameters(config: DeepseekMoeConfig) -> dict[str, torch.nn.Parameter]:
 
 
 def training_flops(layers: int, hidden: int, vocabulary: int, ffn_multiple: float, tokens: int) -> float:
-    """FLOPs of forward and backward over one sequence of `tokens`, T (24 n d^2 + 48 a n d^2 + 12 n d T + 6 V d), the
-    count behind the tables of arXiv 2401.06066: every layer as a MoE layer, plain attention, the gate ignored."""
+    """Compute the FLOPs of forward and backward over one sequence of `tokens`, by the formula of arXiv 2401.06066.
+
+    T (24 n d^2 + 48 a n d^2 + 12 n d T + 6 V d) is the count behind the paper's tables. Every layer counts as a MoE
+    layer with plain attention, and the gate is ignored.
+    """
     per_token = 24 * layers * hidden**2 + 48 * ffn_multiple * layers * hidden**2
     per_token += 12 * layers * hidden * tokens + 6 * vocabulary * hidden
     return tokens * per_token
 
 
 def kv_cache_elements_per_token(config: DeepseekMoeConfig) -> int:
-    """Elements that the cache keeps of one token: keys and values, or MLA's latent and rotary key."""
+    """Count the elements that the cache keeps of one token: keys and values, or MLA's latent and rotary key."""
     if config.attention_type == "mla":
         return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
     return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
@@ -212,7 +218,7 @@ def _ffn_multiple(config: DeepseekMoeConfig) -> float:
 
 
 def lora_parameters(key: str, parameter: torch.nn.Parameter, rank: int) -> int:
-    """Size of a LoRA on this parameter: 0 for embeddings, head, gate and vectors."""
+    """Count the parameters of a LoRA on this parameter: 0 for embeddings, head, gate and vectors."""
     if parameter.ndim < 2 or key.endswith("mlp.gate.weight") or "embed_tokens" in key or "lm_head" in key:
         return 0
     stack = parameter.shape[0] if parameter.ndim == 3 else 1

@@ -1,10 +1,10 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Which configuration a training fits: memory of every rank by part, and what it sends in a step.
+"""Plan on which layout of ranks a training fits: the memory of every rank by part, and what it sends in a step.
 
-Counted from the shapes on the meta device, as the examples and the files in `configuration/accelerate` train: AdamW;
-full training with weights in float32 that compute in bfloat16; LoRA in float32 on a frozen base in bfloat16; ESFT with
-everything in bfloat16. Runs on the CPU are compared with this (`benchmarks/sharded_training.py`); what CUDA keeps for
-itself is an assumption.
+Sizes are counted from shapes on the meta device. They hold for training as the examples and the files in
+`configuration/accelerate` do it, with AdamW. Full training holds weights in float32 and computes in bfloat16. LoRA is
+in float32 on a frozen base in bfloat16. ESFT has everything in bfloat16. `benchmarks/sharded_training.py` compares
+runs on the CPU with these sizes. What CUDA keeps for itself is an assumption.
 
 Shape letters: D hidden, V vocabulary, E routed experts, K chosen experts, I expert width.
 """
@@ -32,7 +32,7 @@ class Layout:
 
     Attributes:
         configuration: the file of `configuration/accelerate`, with options of the example.
-        replicas: ranks, or groups of them, that hold the same and get different batches.
+        replicas: ranks, or groups of ranks, that hold the same parameters and get different batches.
         shards: ranks among which FSDP2 divides the model.
         ep_size: ranks that hold distinct experts, a divisor of `shards`.
         offload: whether the shards lie in the machine's memory.
@@ -51,7 +51,7 @@ class MemoryPlan:
 
     Attributes:
         layout: the layout.
-        parameters: of the whole model.
+        parameters: parameters of the whole model.
         trained: parameters that are trained, adapters among them.
         parts: bytes of a rank's device by part.
         host: bytes of the machine's memory that a rank needs with offloading.
@@ -73,13 +73,19 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain numbers and strings."""
+        """Return the figures as plain numbers and strings."""
         return {**asdict(self), "total": self.total}
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Parameters of a model: all, routed ones, routed and other ones of every layer, embedding, head."""
+    """Numbers of a model's parameters.
+
+    Attributes:
+        total, routed: all parameters, and those of routed experts.
+        layers: routed and other parameters of every layer.
+        embedding, tail: parameters of the embedding and of the head.
+    """
 
     total: int
     routed: int
@@ -88,7 +94,7 @@ class _Sizes:
     tail: int
 
     def largest_unit(self, ep_size: int) -> int:
-        """Of what FSDP2 gathers at once: a layer, with the experts of one rank, or the embedding."""
+        """Find the most that FSDP2 gathers at once: a layer with the experts of one rank, or the embedding."""
         return max(self.embedding, *(routed // ep_size + other for routed, other in self.layers))
 
     @classmethod
@@ -113,11 +119,11 @@ class Training:
 
     Attributes:
         method: `"full"`, `"lora"` (on all linear layers but the gate, and on every expert) or `"esft"`.
-        weights: dtype in which the model is held; by default float32 for full training, else bfloat16.
+        weights: dtype in which the model is held. The default is float32 for full training, else bfloat16.
         compute: dtype of the products, `"bfloat16"` or `"float32"`.
         lora_rank: rank of every adapter.
         esft_share: share of the routed experts that ESFT trains.
-        tokens: of one micro-batch on one rank.
+        tokens: tokens of one micro-batch on one rank.
         checkpointing: whether layers are recomputed in the backward pass.
         cuda: whether to add what CUDA keeps for itself.
     """
@@ -152,7 +158,7 @@ class Training:
         return self.method == "full"
 
     def check(self, config: DeepseekMoeConfig, layout: Layout) -> None:
-        """Raise a `ValueError` for what does not exist, or is not allowed for a model in a layout."""
+        """Raise ValueError if a field names what does not exist, or is not allowed for this model in this layout."""
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not allowed: it must be one of {', '.join(METHODS)}.")
         for name, dtype in (("weights", self.held_dtype), ("compute", self.compute)):
@@ -185,13 +191,13 @@ def plan_memory(
     """Work out what a rank needs to train a model in a layout.
 
     Args:
-        config: of the model.
+        config: config of the model.
         layout: how the ranks share it.
         parameters: `meta_parameters(config)`, if they are at hand.
         training: fields of [`Training`].
 
     Raises:
-        ValueError: for a method or a dtype that does not exist, or numbers that are not allowed.
+        ValueError: if a method or a dtype does not exist, or if a number is not allowed.
     """
     how = Training(**training)
     how.check(config, layout)
@@ -226,9 +232,12 @@ def plan_memory(
 
 
 def _gathered(sizes: _Sizes, layout: Layout, used: int, trains_all: bool) -> int:
-    """What FSDP2 puts together: the layer that computes, received and copied out, and the one before or after it; in a
-    backward pass of full training two of these, the gradients of one, and their sum in float32 on the way to the
-    shards; and the head, which stays between the passes."""
+    """Count the bytes that FSDP2 puts together in a rank's memory.
+
+    These are the layer that computes, received and copied out, and the layer before or after it. In a backward pass of
+    full training they are two layers, the gradients of one, and their sum in float32 on the way to the shards. The
+    head is always among them: it stays between the passes.
+    """
     if layout.shards == 1:
         return 0
     unit = sizes.largest_unit(layout.ep_size)
@@ -237,7 +246,10 @@ def _gathered(sizes: _Sizes, layout: Layout, used: int, trains_all: bool) -> int
 
 
 def _activations(config: DeepseekMoeConfig, how: Training) -> int:
-    """What the backward pass needs: the main tensors of a layer, for all layers or for the recomputed one; logits."""
+    """Count the bytes that the backward pass needs: the main tensors of layers, and the logits.
+
+    The tensors are those of all layers or, if layers are recomputed, those of one.
+    """
     hidden, heads = config.hidden_size, config.num_attention_heads
     if config.attention_type == "mla":
         width = heads * (2 * config.qk_head_dim + 2 * config.v_head_dim) + config.kv_lora_rank
@@ -256,8 +268,11 @@ def _activations(config: DeepseekMoeConfig, how: Training) -> int:
 
 
 def _sent(config: DeepseekMoeConfig, sizes: _Sizes, layout: Layout, reduced: int, how: Training) -> dict[str, int]:
-    """Bytes by kind, with rings: an all-gather and a reduce-scatter of n ranks send (n - 1) / n of the whole, an
-    all-reduce twice that."""
+    """Count the bytes that a rank sends, by kind.
+
+    Transfers go round rings. An all-gather or a reduce-scatter of n ranks sends (n - 1) / n of the whole, an
+    all-reduce twice that.
+    """
     shards, replicas, ep_size = layout.shards, layout.replicas, layout.ep_size
     ranks = shards * replicas
     expert_shards = shards // ep_size
@@ -292,20 +307,20 @@ def plan_training(
     method: str = "full",
     **settings: Any,
 ) -> list[MemoryPlan]:
-    """The layouts that a number of GPUs allows, the simplest first.
+    """Plan a training for every layout that a number of GPUs allows, the simplest first.
 
     Args:
         name_or_folder: a preset, or a folder with a `config.json`.
-        gpus: all of them.
-        gpu_memory: of one, in bytes or as `"80GB"`.
-        gpus_per_machine: those with fast links between them.
+        gpus: number of GPUs in all.
+        gpu_memory: memory of one, in bytes or as `"80GB"`.
+        gpus_per_machine: number of GPUs with fast links between them.
         method, settings: fields of [`Training`].
 
     Returns:
-        One [`MemoryPlan`] for each layout; the first that fits is the one to use.
+        One [`MemoryPlan`] for each layout. The first that fits is the one to use.
 
     Raises:
-        ValueError: for numbers that are not allowed.
+        ValueError: if a number is not allowed.
     """
     memory = bytes_of("gpu_memory", gpu_memory, least=10**6, example="'80GB' or '24GiB'")
     for name, number in (("gpus", gpus), ("gpus_per_machine", gpus_per_machine)):
@@ -341,7 +356,7 @@ def _layouts(config: DeepseekMoeConfig, gpus: int, in_machine: int, method: str)
 
 
 def plan_table(plans: list[MemoryPlan]) -> str:
-    """Plans as an aligned table. The first that fits is marked, unless it takes the machine's memory too."""
+    """Format plans as an aligned table. The first that fits is marked, unless it takes the machine's memory too."""
     kinds = list(dict.fromkeys(part for plan in plans for part in plan.parts))
     header = ["configuration", "fits", "a GPU needs", *kinds, "a GPU sends in a step", "and of the machine's memory"]
     rows = [header]

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Plots, as PNG. Needs matplotlib (the extra `report`)."""
+"""Draw training and routing as PNG files. Needs matplotlib (the extra `report`)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ _BLUE, _ORANGE = "#1f4e79", "#d9741a"
 
 
 def require_matplotlib() -> None:
-    """Raise an `ImportError` that says what to install if matplotlib is missing."""
+    """Raise ImportError if matplotlib is missing, and say what to install."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -69,8 +69,8 @@ def plot_curves(
         curves: for every name in the legend, a value for each step.
         target: the file to write.
         title, xlabel, ylabel: heading and names of the axes, with units.
-        step: distance of the values on the horizontal axis; the first one stands at this place.
-        log_scale: logarithmic vertical axis.
+        step: distance of the values on the horizontal axis, and where the first value stands.
+        log_scale: make the vertical axis logarithmic.
     """
     figure, axes = _new_axes(8, 4.5)
     for name, values in curves.items():
@@ -82,8 +82,9 @@ def plot_curves(
 
 
 def plot_expert_load(loads: Mapping[int, torch.Tensor], target: Target, title: str = "Expert load by layer") -> None:
-    """Write a heatmap of layers x experts as a PNG: each expert's tokens over the mean of its layer, so that 1 is a
-    balanced load and 0 a dead expert.
+    """Write a heatmap of layers x experts as a PNG.
+
+    A cell is an expert's tokens over the mean of its layer: 1 is a balanced load, 0 a dead expert.
 
     Args:
         loads: for every MoE layer's index, the tokens of its experts (E,).
@@ -118,8 +119,8 @@ def plot_max_violation(
 
     Args:
         layers: indices of the MoE layers.
-        global_violation: MaxVio of all tokens together, for every layer.
-        batch_violation: mean of the MaxVio of the batches, for every layer.
+        global_violation: for every layer, MaxVio of all tokens together.
+        batch_violation: for every layer, the mean of the batches' MaxVio.
         target: the file to write.
     """
     figure, axes = _new_axes(9, 3.6)
@@ -137,11 +138,11 @@ def plot_max_violation(
 
 
 def plot_co_activation(tables: Mapping[int, torch.Tensor], target: Target) -> None:
-    """Write how often two experts are chosen by the same token, one panel for each layer, as a PNG.
+    """Write how often a token chooses two experts together as a PNG, with one panel for each layer.
 
     Args:
-        tables: for every layer's index, a table (E, E) of observed over expected frequencies, so that 1 is what
-            independent choices would give; NaN where there is nothing to compare.
+        tables: for every layer's index, a table (E, E) of observed over expected frequencies. Independent choices
+            would give 1. NaN means that there is nothing to compare.
         target: the file to write.
     """
     columns = min(4, len(tables))

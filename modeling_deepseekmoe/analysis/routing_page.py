@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The routing report as one self-contained HTML page."""
+"""Write a routing report as one self-contained HTML page."""
 
 import base64
 import html
@@ -22,7 +22,7 @@ summary { cursor: pointer; padding: .2rem 0; } .note { color: #555; }
 
 
 def make_page(report: RoutingReport) -> str:
-    """Make the page: no file beside it, nothing loaded from the network."""
+    """Make the page. It needs no other file, and loads nothing from the network."""
     facts = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in report.facts.items()
     )
@@ -39,7 +39,7 @@ def make_page(report: RoutingReport) -> str:
 
 
 def _sections_of(report: RoutingReport) -> list[tuple[str, str, str]]:
-    """Heading, explanation and content, as HTML, of every section."""
+    """Return heading, explanation and content of every section. The content is HTML."""
     trace, layers = report.trace, report.trace.layers
     loads = dict(zip(layers, report.loads, strict=True))
     panels = layers if len(layers) <= _MAX_PANELS else _spread(layers, _MAX_PANELS)
@@ -113,7 +113,7 @@ def _tokens_of_layer(report: RoutingReport, layer: int) -> str:
 
 
 def _spread(layers: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """`count` layers from the first to the last, evenly spread."""
+    """Choose `count` layers from the first to the last, evenly spread."""
     return tuple(layers[round(place * (len(layers) - 1) / (count - 1))] for place in range(count))
 
 
@@ -124,7 +124,7 @@ def _image(plot: Callable[[io.BytesIO], None], description: str) -> str:
 
 
 def _visible(token: str) -> str:
-    """A token with its spaces and line ends shown."""
+    """Make a token's spaces and line ends visible."""
     shown = "".join(
         "\u2423" if character == " " else character if character.isprintable() else repr(character)[1:-1]
         for character in token

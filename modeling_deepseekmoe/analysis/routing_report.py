@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What a model's gates do with a text: the numbers of the routing report."""
+"""Compute the routing report of a model: what its gates do with a text, in numbers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,7 @@ _LEAST_EXPECTED = 5
 
 
 def loads_of(trace: RoutingTrace) -> torch.Tensor:
-    """Tokens of every expert (L, E)."""
+    """Count the tokens of every expert (L, E)."""
     return _loads(trace.expert_ids, trace.num_experts)
 
 
@@ -25,21 +25,23 @@ def _loads(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def batch_violations_of(trace: RoutingTrace) -> torch.Tensor:
-    """MaxVio of every batch (batches, L)."""
+    """Compute MaxVio of every batch (batches, L)."""
     parts = trace.expert_ids.split(list(trace.batch_lengths), dim=1)
     return torch.stack([max_violation(_loads(part, trace.num_experts)) for part in parts])
 
 
 def co_activation_of(trace: RoutingTrace, layer: int) -> torch.Tensor:
-    """How often pairs of experts are chosen together, over what independent choices of the same loads would give.
+    """Compute how often pairs of experts are chosen together, over what independent choices would give.
+
+    The independent choices have the same loads.
 
     Args:
         trace: all choices.
         layer: index of a MoE layer.
 
     Returns:
-        `torch.FloatTensor` of shape (E, E), symmetric; NaN on the diagonal and for pairs of which fewer than five
-        tokens are expected, where the ratio would be chance.
+        `torch.FloatTensor` of shape (E, E), symmetric. It is NaN on the diagonal, and for pairs of which fewer than
+        five tokens are expected: there the ratio would be chance.
     """
     ids = trace.expert_ids[trace.layers.index(layer)].long()
     chosen = torch.zeros(len(ids), trace.num_experts).scatter_(1, ids, 1.0)
@@ -54,8 +56,10 @@ def co_activation_of(trace: RoutingTrace, layer: int) -> torch.Tensor:
 
 
 def top_tokens_of(trace: RoutingTrace, layer: int, count: int = 5) -> list[list[dict[str, Any]]]:
-    """The tokens that characterise every expert: those with the highest n log(p / q), where n is how often the token
-    chose the expert, p the share of the token's occurrences that did, and q the share of all tokens that did.
+    """Find the tokens that characterise every expert: those with the highest n log(p / q).
+
+    Here n is how often the token chose the expert. p is the share of the token's occurrences that chose it. q is the
+    share of all tokens that chose it.
 
     Args:
         trace: all choices.
@@ -63,7 +67,8 @@ def top_tokens_of(trace: RoutingTrace, layer: int, count: int = 5) -> list[list[
         count: tokens for each expert.
 
     Returns:
-        For every expert a list of `token_id`, `count` (n) and `share` (p), best first; only tokens with p > q.
+        For every expert a list of `token_id`, `count` (n) and `share` (p), best first. Only tokens with p > q are in
+        it.
     """
     ids = trace.expert_ids[trace.layers.index(layer)].long()
     tokens, inverse, occurrences = trace.token_ids.unique(return_inverse=True, return_counts=True)
@@ -84,13 +89,13 @@ def top_tokens_of(trace: RoutingTrace, layer: int, count: int = 5) -> list[list[
 
 
 class RoutingReport:
-    """The numbers of a trace; [`make_page`] makes a page of them.
+    """The numbers of a trace. [`make_page`] makes a page of them.
 
     Args:
         trace: all choices, see [`trace_routing`].
-        tokenizer: shows the tokens.
+        tokenizer: the tokenizer that shows the tokens.
         title: name of the model.
-        facts: what stands at the top of the page, name and value.
+        facts: name and value of what stands at the top of the page.
     """
 
     def __init__(
@@ -106,8 +111,11 @@ class RoutingReport:
         self.dead_experts = (self.loads == 0).sum(dim=1).tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers: the facts, and for every layer its load, MaxVio, dead experts, entropy, quantiles of the gate
-        weights by rank, the pairs of experts that are chosen together most, and the top tokens of every expert."""
+        """Return all numbers: the facts, and a dict for every layer.
+
+        The dict of a layer holds its load, MaxVio, dead experts, entropy, quantiles of the gate weights by rank, the
+        pairs of experts that are chosen together most, and the top tokens of every expert.
+        """
         layers = []
         for idx, layer in enumerate(self.trace.layers):
             weights = self.trace.weights[idx].sort(dim=-1, descending=True).values
@@ -131,7 +139,7 @@ class RoutingReport:
         return {"title": self.title, "facts": self.facts, "tokens": len(self.trace.token_ids), "layers": layers}
 
     def most_co_activated(self, layer: int, count: int = 5) -> list[dict[str, Any]]:
-        """Find the pairs of experts that are chosen together most, over what independent choices would give."""
+        """Find the pairs of experts that are chosen together most, compared with independent choices."""
         table = co_activation_of(self.trace, layer).nan_to_num(0.0).triu(1)
         best = table.flatten().topk(min(count, table.numel()))
         return [
@@ -166,11 +174,10 @@ def make_report(
         texts: for example from [`read_texts`].
         title: name of the model.
         source: name of the data.
-        max_tokens, block_size, batch_size: see [`token_batches`]; blocks are no longer than the model allows.
+        max_tokens, block_size, batch_size: see [`token_batches`]. Blocks are no longer than the model allows.
 
     Raises:
-        ValueError: if the model has no MoE layer, if the tokenizer is not the model's, or for sizes that are not
-            allowed.
+        ValueError: if the model has no MoE layer, if the tokenizer is not the model's, or if a size is not allowed.
     """
     moe_blocks(model)
     config = model.config

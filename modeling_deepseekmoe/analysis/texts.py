@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Texts of files and datasets, and batches of tokens made of them."""
+"""Read texts from files and datasets, and make batches of tokens from them."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 def read_texts(
     data: str, *, split: str = "train", column: str = "text", subset: str | None = None, max_characters: int = 2**24
 ) -> Iterator[str]:
-    """The texts of a file or a dataset.
+    """Yield the texts of a file or a dataset.
 
     Args:
-        data: a file of plain text; a `.jsonl` file of rows; a `.json`, `.csv` or `.parquet` file, or the folder or hub
-            id of a dataset, all of which are read by the `datasets` library.
-        split, subset: split of a dataset, and its configuration where it has several.
+        data: a file of plain text; a `.jsonl` file of rows; a `.json`, `.csv` or `.parquet` file; or the folder or hub
+            id of a dataset. The `datasets` library reads all but the first two.
+        split, subset: split of a dataset, and its configuration if it has several.
         column: field of the rows that holds the text.
-        max_characters: of a plain text, no more than these are read.
+        max_characters: the most characters that are read of a plain text.
 
     Raises:
         ValueError: if the file is no text, or has no such column.
@@ -77,16 +77,16 @@ def token_batches(
     """Cut texts into blocks of tokens, without padding.
 
     Args:
-        texts: the texts; reading stops when there are enough tokens.
-        tokenizer: of the model. An end-of-sequence token, if it has one, is put between the texts.
-        max_tokens, block_size, batch_size: tokens in all and in a block, blocks in a batch.
+        texts: the texts. Reading stops when there are enough tokens.
+        tokenizer: the model's tokenizer. If it has an end-of-sequence token, this is put between the texts.
+        max_tokens, block_size, batch_size: tokens in all, tokens in a block, and blocks in a batch.
 
     Returns:
-        `torch.LongTensor`s (B, S), all of one shape; the tokens at the end that fill no batch are left out, and a
-        short text is one batch.
+        `torch.LongTensor`s (B, S), all of one shape. Tokens at the end that fill no batch are left out. A short text
+        is one batch.
 
     Raises:
-        ValueError: for sizes that are too small, or if the texts hold fewer than two tokens.
+        ValueError: if a size is too small, or if the texts hold fewer than two tokens.
     """
     for name, value, least in (
         ("max_tokens", max_tokens, 2),

@@ -1,9 +1,10 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Auxiliary-loss-free balancing (arXiv 2408.15664): the update of the gates' bias after every optimizer step.
+"""The update of the gates' bias after every optimizer step: auxiliary-loss-free balancing (arXiv 2408.15664).
 
-Works on the models of this package, which count their choices themselves, and on every other model whose MoE blocks
-have the structure of transformers' DeepSeek-V3: `experts`, called with (hidden states, ids, weights), and somewhere
-beside them a bias named `e_score_correction_bias`. There the counting is switched on with [`track_router_load`].
+It works on the models of this package, which count their choices themselves. It also works on every other model whose
+MoE blocks have the structure of transformers' DeepSeek-V3. Such a block has `experts`, called with (hidden states,
+ids, weights), and somewhere beside them a bias named `e_score_correction_bias`. [`track_router_load`] switches the
+counting on there.
 """
 
 import math
@@ -20,9 +21,9 @@ UPDATES = ("sign", "centered_sign", "proportional")
 
 
 def bias_step(tokens_per_expert: torch.Tensor, update_rate: float = 1e-3, update: str = "sign") -> torch.Tensor:
-    """What one update adds to the bias.
+    """Compute what one update adds to the bias.
 
-    With the load c_i of an expert over the whole global batch and the violation e_i = mean(c) - c_i:
+    c_i is the load of an expert over the whole global batch, and e_i = mean(c) - c_i is its violation:
 
     - `"sign"`: gamma * sign(e_i) (arXiv 2408.15664, algorithm 1; V3),
     - `"centered_sign"`: gamma * (sign(e_i) - mean(sign(e))), which keeps the sum of the bias (Moonlight),
@@ -64,12 +65,12 @@ def check_update(update_rate: float, update: str) -> None:
 def update_router_bias(
     model: nn.Module, update_rate: float = 1e-3, update: str = "sign", *, process_group: Any = None
 ) -> RouterLoad:
-    """Update the bias of a model's gates from the tokens of the whole global batch; call it after `optimizer.step()`.
+    """Update the bias of a model's gates from the tokens of the whole global batch. Call it after `optimizer.step()`.
 
     The counts of all micro-batches since the last call are summed over the ranks, so that every rank makes the same
-    update. Only forward passes in training mode and with gradients count, padding never does. Gates of which nothing
-    is trained keep their bias, and so do those that PEFT adapts, unless it trains whole copies: the adapter's file
-    would not hold it. A line in the log says so once.
+    update. Only forward passes in training mode and with gradients count. Padding never counts. Gates of which nothing
+    is trained keep their bias. So do gates that PEFT adapts, unless it trains whole copies: the adapter's file would
+    not hold the bias. A line in the log says so once.
 
     Args:
         model: a model of this package, or another one after [`track_router_load`]; wrapped or not.
@@ -78,7 +79,7 @@ def update_router_bias(
         process_group: the data-parallel ranks; `None` for all.
 
     Returns:
-        The [`RouterLoad`] of the step, summed over the ranks: what [`RouterStats`] adds up.
+        The [`RouterLoad`] of the step, summed over the ranks, for [`RouterStats`] to add.
 
     Raises:
         ValueError: for a model without a balancing bias, if nothing was counted, or for arguments that are not

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Callbacks for transformers' Trainer and every trainer built on it."""
+"""Callbacks that balance gates and log what they do, for transformers' Trainer and every trainer built on it."""
 
 from typing import Any
 
@@ -15,13 +15,14 @@ from .tracking import router_load_counter, take_router_load, track_router_load, 
 
 
 class RouterStatsCallback(TrainerCallback):
-    """Logs what the gates do in training: `router/max_violation_global`, `router/max_violation_batch`,
-    `router/dead_experts`, `router/entropy`, `router/drop_rate`, `router/bias_norm`, `aux_loss` and `aux_loss/<name>`
-    (`aux_loss_not_trained` where no gradient reached them), see [`RouterStats`]. For models that have no balancing
-    bias; [`LoadBalancingCallback`] logs the same.
+    """A callback that logs what the gates do in training, for models without a balancing bias.
 
-    The values cover the optimizer steps since the last log, all ranks together. They are in `state.log_history` and
-    on the console. Trainer runs its reporters (TensorBoard, W&B, ...) before the callbacks of the user; to have the
+    It logs `router/max_violation_global`, `router/max_violation_batch`, `router/dead_experts`, `router/entropy`,
+    `router/drop_rate`, `router/bias_norm`, `aux_loss` and `aux_loss/<name>`, see [`RouterStats`]. If no gradient
+    reached the losses, their name is `aux_loss_not_trained`. [`LoadBalancingCallback`] logs the same.
+
+    The values cover the optimizer steps since the last log, all ranks together. They are in `state.log_history` and on
+    the console. Trainer runs its reporters (TensorBoard, W&B, ...) before the callbacks of the user. To have the
     values there too, use `callback.add_to(trainer)` instead of `Trainer(callbacks=[callback])`.
 
     Attributes:
@@ -40,7 +41,7 @@ class RouterStatsCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let Trainer resume transformers' own models with their experts, which it would lose."""
+        """Let Trainer resume transformers' own models with their experts, which it would lose otherwise."""
         if kwargs.get("model") is not None:
             read_official_names(kwargs["model"])
 
@@ -93,13 +94,15 @@ class RouterStatsCallback(TrainerCallback):
 
 
 class LoadBalancingCallback(RouterStatsCallback):
-    """Auxiliary-loss-free balancing: updates the bias of the gates once after every optimizer step, from the tokens of
-    the whole global batch, and logs the statistics of [`RouterStatsCallback`].
+    """A callback for auxiliary-loss-free balancing: it updates the gates' bias once after every optimizer step.
 
-    `Trainer(..., callbacks=[LoadBalancingCallback()])` is all there is to do. It works on `noaux_tc` models of this
-    package and on transformers' own with the gate of DeepSeek-V3. The bias is saved with the model and resumes with
-    it. Gates of which nothing is trained keep their bias, and so do gates that PEFT adapts without a copy, whose bias
-    no file would hold (the log says so once), and all in a step that the gradient scaler skipped.
+    `Trainer(..., callbacks=[LoadBalancingCallback()])` is all there is to do. An update uses the tokens of the whole
+    global batch. The callback also logs the statistics of [`RouterStatsCallback`]. It works on `noaux_tc` models of
+    this package and on transformers' own with the gate of DeepSeek-V3. The bias is saved with the model and resumes
+    with it.
+
+    Gates of which nothing is trained keep their bias. So do gates that PEFT adapts without a copy: no file would hold
+    their bias. The log says so once. All gates keep it in a step that the gradient scaler skipped.
 
     Args:
         update_rate (`float`): gamma (0.001 in arXiv 2408.15664 and V3).
@@ -108,7 +111,8 @@ class LoadBalancingCallback(RouterStatsCallback):
             V3's training.
 
     Raises:
-        ValueError: for arguments that are not allowed; when training begins, for a model without a balancing bias.
+        ValueError: for arguments that are not allowed. When training begins, also for a model without a balancing
+            bias.
     """
 
     def __init__(self, update_rate: float = 1e-3, update: str = "sign", freeze_after: int | None = None) -> None:
@@ -125,7 +129,7 @@ class LoadBalancingCallback(RouterStatsCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the model as soon as there is one."""
+        """Check that the model has gates with a balancing bias, as soon as there is a model."""
         super().on_init_end(args, state, control, **kwargs)
         if kwargs.get("model") is not None:
             require_biased_gates(kwargs["model"])
@@ -133,7 +137,7 @@ class LoadBalancingCallback(RouterStatsCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to count; say so if there is nothing to update."""
+        """Begin to count, and say so if there is nothing to update."""
         gates = require_biased_gates(kwargs["model"])
         super().on_train_begin(args, state, control, **kwargs)
         tell_kept(gates)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The gates of a model that have a balancing bias, found by their structure, and what may change it."""
+"""The gates of a model that have a balancing bias: found by their structure, read and changed through one class."""
 
 from dataclasses import dataclass
 
@@ -24,8 +24,8 @@ class BiasedGate:
         owner: the module that holds the bias.
         router: the module whose parameters are the gate.
         experts: the module that receives the choices.
-        saved: whether a file that is saved of the model holds the bias. That of an adapter does only where PEFT trains
-            the gate as a whole copy.
+        saved: whether a file that is saved of the model holds the bias. The file of an adapter does only if PEFT
+            trains the gate as a whole copy.
     """
 
     name: str
@@ -40,18 +40,18 @@ class BiasedGate:
         return getattr(self.owner, BIAS_NAME)
 
     def whole_bias(self) -> torch.Tensor:
-        """The bias without gradients, put together where FSDP2 has sharded it (all ranks must call this then)."""
+        """Return the bias without gradients, put together if FSDP2 has sharded it (all ranks must then call this)."""
         return whole_tensor(self.bias)
 
     @property
     def frozen(self) -> bool:
-        """Whether the gate has parameters and none of them is trained, so that its bias is left alone too."""
+        """Whether the gate has parameters and none of them is trained. Its bias is then left alone too."""
         trained = [parameter.requires_grad for parameter in self.router.parameters() if parameter is not self.bias]
         return bool(trained) and not any(trained)
 
     @property
     def is_kept(self) -> str | None:
-        """Why the bias is left as it is, if it is."""
+        """The reason why the bias is left as it is, or `None` if it is updated."""
         if self.frozen:
             return "frozen (no parameter of theirs is trained)"
         if not self.saved:
@@ -63,8 +63,10 @@ class BiasedGate:
 
     @torch.no_grad()
     def add(self, step: torch.Tensor) -> None:
-        """Add E values to the bias in place, and first make it float32 for good: updates are far below bfloat16's
-        resolution."""
+        """Add E values to the bias in place, and first make it float32 for good.
+
+        Updates are far below bfloat16's resolution.
+        """
         bias = self.bias
         if bias.dtype != torch.float32:
             if isinstance(bias, nn.Parameter):
@@ -78,7 +80,7 @@ class BiasedGate:
 
 
 def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
-    """All gates of a model that have a balancing bias, found by their structure, in the order of the layers.
+    """Find all gates of a model that have a balancing bias, by their structure, in the order of the layers.
 
     Args:
         model: a model of this package or another one, wrapped (DDP, PEFT) or not.
@@ -112,7 +114,7 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
 
 
 def _owner_of_bias(module: nn.Module) -> nn.Module:
-    """The module that holds the bias which `module` shows: PEFT's wrappers show that of the copy in use."""
+    """Find the module that holds the bias which `module` shows. PEFT's wrappers show that of the copy in use."""
     bias = getattr(module, BIAS_NAME)
 
     def owns(part: nn.Module) -> bool:
@@ -123,12 +125,12 @@ def _owner_of_bias(module: nn.Module) -> nn.Module:
 
 
 def _is_peft_copy(name: str) -> bool:
-    """Whether PEFT keeps this module only as the original of a trained copy."""
+    """Tell whether PEFT keeps this module as a trained copy, or as the original of one."""
     return ".original_module" in name or ".modules_to_save" in name
 
 
 def tell_kept(gates: list[BiasedGate]) -> None:
-    """Say once how many gates keep their bias, and why."""
+    """Warn once how many gates keep their bias, and why."""
     reasons = [gate.is_kept for gate in gates]
     for reason in dict.fromkeys(filter(None, reasons)):
         logger.warning_once(
@@ -137,7 +139,7 @@ def tell_kept(gates: list[BiasedGate]) -> None:
 
 
 def require_biased_gates(model: nn.Module) -> list[BiasedGate]:
-    """[`find_biased_gates`], and a `ValueError` if there is none."""
+    """Find the gates as [`find_biased_gates`] does, and raise a `ValueError` if there is none."""
     gates = find_biased_gates(model)
     if not gates:
         raise ValueError(

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Measures of routing in training, added up over optimizer steps on the device and read at once.
+"""Statistics of routing in training: added up over optimizer steps on the device, and read when it is time to log.
 
 Shape letters: L MoE layers, E routed experts.
 """
@@ -20,9 +20,9 @@ _MEASURES = ("max_violation_global", "max_violation_batch", "dead_experts", "ent
 class RouterStats:
     """Routing statistics of a model over the steps that were added.
 
-    In a plain loop: `stats = RouterStats(model)`, then after every `optimizer.step()`
-    `stats.add(update_router_bias(model))`, or `stats.add(take_router_load(model))` for a gate without a bias, and
-    `stats.summary()` when it is time to log. Nothing but `summary` and `to_dict` waits for the device.
+    In a plain loop make `stats = RouterStats(model)`. After every `optimizer.step()` call
+    `stats.add(update_router_bias(model))`, or `stats.add(take_router_load(model))` for a gate without a bias. When it
+    is time to log, call `stats.summary()`. Nothing but `summary` and `to_dict` waits for the device.
 
     Args:
         model: a model of this package, or another one after `track_router_load`; wrapped or not.
@@ -35,7 +35,7 @@ class RouterStats:
         self.reset()
 
     def reset(self) -> None:
-        """Begin again."""
+        """Forget the steps that were added, and begin again."""
         self.load: RouterLoad | None = None
         self.steps = 0
         self._batch_violation = torch.zeros(len(self.counter.layers))
@@ -51,15 +51,16 @@ class RouterStats:
         self.steps += 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything by layer, as numbers.
+        """Return all statistics by layer, as numbers.
 
         Returns:
-            `steps`, `tokens`; `layers`: the layers' indices; for every layer `tokens_per_expert` (L, E),
-            `max_violation_global` (of the load of all steps), `max_violation_batch` (mean over the steps),
-            `dead_experts` (share of experts without a token), `entropy` (nats, mean over the tokens; absent for models
-            of other packages), `drop_rate` (share of choices that were dropped), `bias_norm` (L2; absent without a
-            bias); `losses`, the auxiliary losses that are switched on by name, mean over the micro-batches; and
-            `losses_trained`, false if it is known that no gradient reached them: whoever made the loss left them out.
+            A dictionary. `steps` and `tokens` are how many there were, and `layers` are the layers' indices. For every
+            layer there are `tokens_per_expert` (L, E), `max_violation_global` (of the load of all steps),
+            `max_violation_batch` (mean over the steps), `dead_experts` (share of experts without a token), `entropy`
+            (nats, mean over the tokens; absent for models of other packages), `drop_rate` (share of choices that were
+            dropped) and `bias_norm` (L2; absent without a bias). `losses` are the auxiliary losses that are switched
+            on, by name, as means over the micro-batches. `losses_trained` is false if it is known that no gradient
+            reached them, because whoever made the loss left them out.
 
         Raises:
             ValueError: if no step was added.
@@ -92,8 +93,10 @@ class RouterStats:
         return output
 
     def summary(self) -> dict[str, float]:
-        """What a trainer logs: means over the layers under `router/...`, and the auxiliary losses, `aux_loss` for
-        their sum and `aux_loss/...` for each one, where there are any; `aux_loss_not_trained` where none is trained.
+        """Compute what a trainer logs: means over the layers, and the auxiliary losses if there are any.
+
+        The means are under `router/...`. The losses are under `aux_loss` for their sum and `aux_loss/...` for each
+        one. If none of them is trained, their name is `aux_loss_not_trained`.
 
         Raises:
             ValueError: if no step was added.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The counts of a model's choices: where they are, and the hooks that count on models of other packages."""
+"""The counts of a model's choices: where they are kept, and the hooks that count on models of other packages."""
 
 import functools
 from typing import Any
@@ -21,16 +21,16 @@ _TRACKER = "router_load_tracker"  # attribute of a decoder
 
 
 def take_router_load(model: nn.Module, *, process_group: Any = None) -> RouterLoad:
-    """What the gates did in training since the last call, summed over the ranks; the counting begins again.
+    """Return what the gates did in training since the last call, summed over the ranks, and begin to count again.
 
-    [`update_router_bias`] does this itself; call it instead for a model without a bias, to feed [`RouterStats`].
+    [`update_router_bias`] does this itself. Call this instead for a model without a bias, to feed [`RouterStats`].
 
     Args:
         model: a model of this package, or another one after [`track_router_load`]; wrapped or not.
         process_group: the data-parallel ranks; `None` for all.
 
     Raises:
-        ValueError: if nothing was counted. With several ranks it is a warning, since others may have counted.
+        ValueError: if nothing was counted. With several ranks it is a warning, because others may have counted.
     """
     counter = router_load_counter(model)
     distributed = dist.is_available() and dist.is_initialized()
@@ -51,7 +51,7 @@ def take_router_load(model: nn.Module, *, process_group: Any = None) -> RouterLo
 
 
 def router_load_counter(model: nn.Module) -> RouterLoadCounter:
-    """The counter of a model.
+    """Return the counter of a model.
 
     Raises:
         ValueError: if the model is not of this package and [`track_router_load`] was not called.
@@ -68,9 +68,11 @@ def router_load_counter(model: nn.Module) -> RouterLoadCounter:
 
 # ------------------------------------------------------------------------------------------- models of other packages
 class _Tracker:
-    """Hooks that count the choices of a model which does not do so itself: one on its decoder, which every wrapper
-    calls with the batch, and one on the experts of every block. They are methods, so that a deep copy of the model has
-    a tracker of its own."""
+    """Hooks that count the choices of a model which does not do so itself.
+
+    One is on its decoder, which every wrapper calls with the batch. One is on the experts of every block. They are
+    methods, so that a deep copy of the model has a tracker of its own.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         gates = find_biased_gates(model)
@@ -129,8 +131,8 @@ class _Tracker:
 def track_router_load(model: nn.Module) -> RouterLoadCounter:
     """Begin to count the tokens of every expert in training, and forget what was counted before.
 
-    Models of this package always count. On others, hooks are set on the decoder and the experts; padding is what the
-    2-D `attention_mask` of the call says. Recomputation under gradient checkpointing is not counted.
+    Models of this package always count. On others, hooks are set on the decoder and the experts. The 2-D
+    `attention_mask` of the call says what is padding. Recomputation under gradient checkpointing is not counted.
 
     Args:
         model: the model, wrapped or not.
@@ -150,7 +152,7 @@ def track_router_load(model: nn.Module) -> RouterLoadCounter:
 
 
 def untrack_router_load(model: nn.Module) -> None:
-    """Remove the hooks of [`track_router_load`]; models of this package go on counting."""
+    """Remove the hooks of [`track_router_load`]. Models of this package go on counting."""
     for module in model.modules():
         if _TRACKER in vars(module):
             vars(module).pop(_TRACKER).remove()

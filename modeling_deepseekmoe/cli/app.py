@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The command line, `deepseekmoe`. Exit code 2 for a user's mistake, 1 for a failed check."""
+"""Run the command line, `deepseekmoe`. Exit code 2 means a user's mistake, 1 a failed check."""
 
 import typer
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The command `deepseekmoe convert`."""
+"""The command `deepseekmoe convert`: change a checkpoint's dialect, layout or dtype."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .options import Destination, Resume, ShardSize, bytes_bar, takes
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What is converted, and into what."""
+    """Options of `deepseekmoe convert`: what is converted, and into what."""
 
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; with --dry-run also a preset's name.")]
     destination: Destination
@@ -30,7 +30,7 @@ class ConvertOptions:
 
 @takes(ConvertOptions)
 def convert(options: ConvertOptions) -> None:
-    """Convert a checkpoint's dialect, layout of the experts, or dtype, streaming from folder to folder."""
+    """Convert a checkpoint's dialect, layout of the experts, or dtype. Weights are streamed from folder to folder."""
     from modeling_deepseekmoe.conversion.converting import carry_out, plan_conversion
 
     from ..support.folders import check_destination

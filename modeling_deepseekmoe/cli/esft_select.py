@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The command `deepseekmoe esft-select`."""
+"""The command `deepseekmoe esft-select`: select the experts that a task uses."""
 
 import sys
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .options import ModelOptions, TextOptions, check_file, takes
 
 @dataclass(frozen=True, kw_only=True)
 class EsftSelectOptions(TextOptions, ModelOptions):
-    """Which model reads the task's text, and how its experts are selected."""
+    """Options of `deepseekmoe esft-select`: which model reads the task's text, and how its experts are selected."""
 
     out: Annotated[Path, typer.Option(help="File to write the selection to.")] = Path("esft.json")
     method: Annotated[str, typer.Option(help="gate or token.")] = "gate"

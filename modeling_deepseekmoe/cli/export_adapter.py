@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The command `deepseekmoe export-adapter`."""
+"""The command `deepseekmoe export-adapter`: write an adapter in another layout."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,7 +11,7 @@ from .options import Destination, takes
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Which adapter is written, and in which layout."""
+    """Options of `deepseekmoe export-adapter`: which adapter is written, and in which layout."""
 
     adapter: Annotated[str, typer.Argument(help="Folder or hub id of a LoRA adapter on routed experts.")]
     out: Destination

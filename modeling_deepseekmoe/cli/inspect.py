@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The command `deepseekmoe inspect`."""
+"""The command `deepseekmoe inspect`: show what a model costs, or plan a training."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .options import FailedCheck, allow_only, takes
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """What is inspected, and what is printed of it."""
+    """Options of `deepseekmoe inspect`: which model is inspected, and what is printed of it."""
 
     context: typer.Context
     name_or_folder: Annotated[str, typer.Argument(help="A preset's name, or a checkpoint folder.")]

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The command `deepseekmoe merge`."""
+"""The command `deepseekmoe merge`: merge an adapter into its base."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,7 +11,7 @@ from .options import Destination, FailedCheck, takes
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """What is merged into what."""
+    """Options of `deepseekmoe merge`: which adapter is merged into which base."""
 
     base: Annotated[str, typer.Argument(help="Folder or hub id of the checkpoint.")]
     adapter: Annotated[str, typer.Argument(help="Folder or hub id of a LoRA adapter, or an ESFT folder.")]

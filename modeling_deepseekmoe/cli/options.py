@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What the commands share: options, exit codes, loading, progress."""
+"""Shared parts of the commands: options, exit codes, loading, progress."""
 
 import functools
 import inspect
@@ -21,7 +21,7 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """A model to load, and how."""
+    """Options for a command that loads a model."""
 
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, of any generation.")]
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None
@@ -32,13 +32,13 @@ class ModelOptions:
     device_map: Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")] = "auto"
 
     def check(self) -> None:
-        """Raise a `ValueError` for a dtype that no model can be loaded in."""
+        """Raise ValueError if no model can be loaded in the dtype."""
         allowed = ("auto", "float32", "bfloat16", "float16")
         if self.dtype not in allowed:
             raise ValueError(f"dtype={self.dtype!r} is not allowed: it must be one of {', '.join(allowed)}.")
 
     def load(self) -> tuple[Any, Any]:
-        """Load the checkpoint, of any generation, with this package's classes, and its tokenizer."""
+        """Load the model with this package's classes, and its tokenizer. The checkpoint may be of any generation."""
         from transformers import AutoModelForCausalLM
 
         from ..integrations.registration import register
@@ -54,7 +54,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """A text to read, of a file or a dataset."""
+    """Options for a command that reads a text, from a file or a dataset."""
 
     data: Annotated[str, typer.Option(help="Text file, .jsonl, .json, .csv, .parquet, or a dataset's folder or id.")]
     column: Annotated[str, typer.Option(help="Field of the rows that holds the text.")] = "text"
@@ -74,7 +74,7 @@ class FailedCheck(Exception):
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Show errors as messages: exit code 1 for a failed check, 2 for a user's mistake."""
+    """Show errors as messages, and exit with code 1 for a failed check, 2 for a user's mistake."""
     try:
         yield
     except FailedCheck as error:
@@ -86,7 +86,7 @@ def exit_codes() -> Iterator[None]:
 
 
 def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Make a command of a function that takes one dataclass: its fields are the arguments and options.
+    """Make a command of a function that takes one dataclass. The dataclass's fields are the arguments and options.
 
     Args:
         options: a dataclass whose fields are annotated as typer wants them.
@@ -120,16 +120,16 @@ def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Calla
 
 
 def check_file(path: Path) -> None:
-    """Raise a `ValueError` if a path is a folder, before the work for a file begins."""
+    """Raise ValueError if a path is a folder. Call this before the work for a file begins."""
     if path.is_dir():
         raise ValueError(f"{path} is not allowed as a file to write: it is a folder.")
 
 
 def allow_only(context: typer.Context, case: str, *allowed: str) -> None:
-    """Raise a `ValueError` if anything was given that has no meaning in a case.
+    """Raise ValueError if the user gave anything that has no meaning in this case.
 
     Args:
-        context: of the command.
+        context: context of the command.
         case: `"with --option"`, or `"without --option"`.
         allowed: parameters of the command that may be given.
     """

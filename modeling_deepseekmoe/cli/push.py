@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The command `deepseekmoe push`."""
+"""The command `deepseekmoe push`: publish a checkpoint, an adapter or trained experts."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .options import FailedCheck, ModelOptions, TextOptions, allow_only, bytes_b
 
 @dataclass(frozen=True, kw_only=True)
 class PushCommandOptions:
-    """What is published, where, and with which words."""
+    """Options of `deepseekmoe push`: what is published, where, and what the card says."""
 
     context: typer.Context
     folder: Annotated[str, typer.Argument(help="Folder of a checkpoint, a LoRA adapter, or trained experts.")]
@@ -49,10 +49,10 @@ class PushCommandOptions:
 
 @takes(PushCommandOptions)
 def push(options: PushCommandOptions) -> None:
-    """Check a folder and publish it on the Hub, with a model card and, where it is needed, the model's code.
+    """Check a folder and publish it on the Hub, with a model card and, if it is needed, the model's code.
 
     With --code-only the repository is the only argument: deepseekmoe push --code-only user/name. It takes the options
-    --revision, --message, --dry-run, --json, and --replace, which lets it replace code that somebody changed.
+    --revision, --message, --dry-run, --json and --replace. The last one lets it replace code that somebody changed.
     """
     if options.code_only:
         _push_code(options)
@@ -110,7 +110,7 @@ def _push_code(options: PushCommandOptions) -> None:
 
 
 def _measure_routing(options: PushCommandOptions) -> Any:
-    """Make the routing report for the card, where there is a text for it."""
+    """Make the routing report for the card, if there is a text for it."""
     if options.data is None:
         others = set(options.context.params) - {"column", "max_tokens"}
         allow_only(options.context, "without --data", *others)
@@ -133,7 +133,7 @@ def _measure_routing(options: PushCommandOptions) -> Any:
 
 
 def _carry_out(plan: Any, options: PushCommandOptions, dry_run: bool) -> None:
-    """Print a plan, and upload what it holds."""
+    """Print a plan. Unless it is a dry run, upload what the plan holds."""
     from ..hub.push import upload
 
     typer.echo(json.dumps(plan.to_dict(), indent=2) if options.as_json else plan.to_text())

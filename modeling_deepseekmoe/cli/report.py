@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The command `deepseekmoe report`."""
+"""The command `deepseekmoe report`: show what a model's gates do with a text."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .options import ModelOptions, TextOptions, check_file, takes
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(TextOptions, ModelOptions):
-    """Which model reads which text, and where the page goes."""
+    """Options of `deepseekmoe report`: which model reads which text, and where the page goes."""
 
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("routing_report.html")
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing the page.")] = False

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The command `deepseekmoe upcycle`."""
+"""The command `deepseekmoe upcycle`: turn a dense model into a DeepSeekMoE."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,7 +11,7 @@ from .options import Destination, FailedCheck, Resume, ShardSize, takes
 
 @dataclass(frozen=True, kw_only=True)
 class UpcycleOptions:
-    """Which dense model is divided, and how."""
+    """Options of `deepseekmoe upcycle`: which dense model is divided, and how."""
 
     source: Annotated[str, typer.Argument(help="Folder or hub id of a dense Llama, Mistral, Qwen2 or SmolLM2 model.")]
     destination: Destination

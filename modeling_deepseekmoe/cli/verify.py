@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The command `deepseekmoe verify`."""
+"""The command `deepseekmoe verify`: check one checkpoint, or compare two."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,7 +11,7 @@ from .options import FailedCheck, allow_only, bytes_bar, takes
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Which checkpoints are read, and what is compared."""
+    """Options of `deepseekmoe verify`: which checkpoints are read, and what is compared."""
 
     context: typer.Context
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")]

@@ -1,5 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Files of trained experts: only what was trained, under the official per-expert names, with the selection."""
+"""Files of experts that ESFT has trained: they hold only what was trained, and the selection.
+
+The experts have the official per-expert names.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +23,18 @@ WEIGHTS_NAME, SELECTION_NAME = "esft.safetensors", "esft.json"
 
 
 def save_esft(model: nn.Module, folder: str | Path, is_main_process: bool = True) -> int:
-    """Write what was trained, the experts under the official per-expert names, and the selection.
+    """Write what was trained, and the selection. Experts have the official per-expert names.
 
     Args:
-        model: one that [`prepare_esft`] has prepared. Where FSDP2 has sharded it, all ranks must call this.
-        folder: to write; must not exist or be empty.
+        model: a model that [`prepare_esft`] has prepared. If FSDP2 has sharded it, all ranks must call this.
+        folder: the folder to write. It must not exist, or must be empty.
         is_main_process: whether this process writes.
 
     Returns:
         The number of bytes of the weights.
 
     Raises:
-        ValueError: if the model is not prepared, or for a folder in use.
+        ValueError: if the model is not prepared, or if the folder is in use.
     """
     if is_main_process:
         check_destination(folder)
@@ -71,10 +74,10 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def load_esft(model: nn.Module, folder: str | Path) -> None:
-    """Apply what [`save_esft`] wrote to a base model, in place; to a prepared one too, to continue its training.
+    """Apply what [`save_esft`] wrote to a base model, in place; or to a prepared model, to continue its training.
 
     Raises:
-        ValueError: for a tensor that the model does not have, or not in this shape; nothing is changed then.
+        ValueError: for a tensor that the model does not have, or not in this shape. Nothing is changed then.
         OSError: if the folder does not hold the files.
     """
     targets: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -100,10 +103,10 @@ def load_esft(model: nn.Module, folder: str | Path) -> None:
 
 
 def read_esft(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors that [`save_esft`] wrote.
+    """Read the tensors that [`save_esft`] wrote.
 
     Raises:
-        ValueError: if they do not hold all projections of every selected expert.
+        ValueError: if a projection of a selected expert is missing.
         OSError: if a file is missing.
     """
     selection = ExpertSelection.of(Path(folder) / SELECTION_NAME)
@@ -116,7 +119,7 @@ def read_esft(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _place_of_expert(name: str, experts: Mapping[str, nn.Module]) -> torch.Tensor | None:
-    """The part of a stack that an official per-expert name stands for."""
+    """Find the part of a stack that an official per-expert name stands for."""
     prefix, _, rest = name.rpartition(".experts.")
     module, (expert, _, projection) = experts.get(f"{prefix}.experts"), rest.partition(".")
     if module is None or not expert.isdigit() or int(expert) >= module.gate_up_proj.shape[0]:

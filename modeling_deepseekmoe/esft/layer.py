@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Training the full weights of some experts only (ESFT, arXiv 2407.01906).
 
-The weights of the selected experts become parameters of their own beside the frozen stack, so that neither gradients
-nor optimizer states exist for the others. A state dict looks as if nothing had happened: checkpoints are complete and
-have the usual names. [`save_esft`] writes only what was trained.
+The weights of the selected experts become parameters of their own beside the frozen stack. So neither gradients nor
+optimizer states exist for the others. A state dict looks as if nothing had happened: checkpoints are complete and have
+the usual names. [`save_esft`] writes only what was trained.
 
 Shape letters: T tokens, E routed experts, K choices, N selected experts, I expert width, D hidden.
 """
@@ -29,12 +29,12 @@ logger = logging.get_logger(__name__)
 
 
 class SelectedExperts(nn.Module):
-    """Mixed into the class of an experts module: the selected experts compute with parameters of their own."""
+    """A mixin for the class of an experts module: the selected experts compute with parameters of their own."""
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Sum of the chosen experts' outputs, weighted; (T, D), (T, K) and (T, K) become (T, D)."""
+        """Compute the weighted sum of the chosen experts' outputs: (T, D), (T, K) and (T, K) become (T, D)."""
         refuse_offloaded(self)
         if self.training and torch.is_grad_enabled() and not self.selected_down_proj.requires_grad:
             logger.warning_once(
@@ -50,7 +50,7 @@ class SelectedExperts(nn.Module):
         return frozen + trained
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The state of the whole stack under its usual names."""
+        """Return the state of the whole stack under its usual names."""
         self.write_back()
         state, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
         for name in STACKS:
@@ -59,17 +59,18 @@ class SelectedExperts(nn.Module):
 
     @torch.no_grad()
     def read_again(self) -> None:
-        """Take the weights from the stack: the other way round."""
+        """Copy the weights of the selected experts from the stack into their own parameters."""
         for name in STACKS:
             getattr(self, f"selected_{name}").copy_(whole_tensor(getattr(self, name))[self.selected_ids])
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Copy the trained weights to their places in the stack, which does not compute with them. Where the stack is
-        sharded, all ranks must call this.
+        """Copy the trained weights to their experts in the stack, which itself does not compute with them.
+
+        If the stack is sharded, all ranks must call this.
 
         Raises:
-            ValueError: where FSDP2 has sharded the trained weights too.
+            ValueError: if FSDP2 has sharded the trained weights too.
         """
         for name in STACKS:
             stack, trained = getattr(self, name), getattr(self, f"selected_{name}")
@@ -84,11 +85,11 @@ class SelectedExperts(nn.Module):
 
 
 def prepare_esft(model: nn.Module, experts: str | Path | Mapping[int, Sequence[int]] | ExpertSelection) -> None:
-    """Freeze a model but for the selected experts, in place; optimizers then get only what requires a gradient.
+    """Freeze a model except for the selected experts, in place. Optimizers then get only what requires a gradient.
 
     Args:
         model: a model of this family, or any other of transformers with stacked experts.
-        experts: an `esft.json`, `{layer: [ids]}` or an [`ExpertSelection`], which can name more than experts.
+        experts: an `esft.json`, `{layer: [ids]}` or an [`ExpertSelection`]. A selection can name more than experts.
 
     Raises:
         ValueError: for a layer or an expert that the model does not have, a model that is prepared already, or one
@@ -147,8 +148,9 @@ def _select_from_state(module: nn.Module, state_dict: dict[str, torch.Tensor], p
 
 
 def merge_esft(model: nn.Module) -> None:
-    """Put the trained experts back into their stacks, in place: the model has its ordinary modules and parameters
-    again, frozen as they are.
+    """Put the trained experts back into their stacks, in place.
+
+    The model has its ordinary modules and parameters again, frozen as they are.
 
     Raises:
         ValueError: if nothing is prepared.

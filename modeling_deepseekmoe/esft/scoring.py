@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Which experts a task uses (arXiv 2407.01906): scores of all experts, and the selection of the best.
+"""Scores of how much a task uses every expert (arXiv 2407.01906), and the selection of the best experts.
 
 Shape letters: B batch, S sequence, T tokens, E routed experts, K choices.
 """
@@ -29,18 +29,18 @@ def score_experts(
     max_tokens: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Scores:
-    """How much a task uses every expert (arXiv 2407.01906, eq. 6 and 7), in one pass that keeps no logits.
+    """Score how much a task uses every expert (arXiv 2407.01906, eq. 6 and 7), in one pass that keeps no logits.
 
-    The gate score of an expert is the mean of its gate weight g over the tokens of a sample, and of that over the
-    samples; the token score is the same of 1[g > 0] / K. Weights count without the routed scaling factor.
+    The gate score of an expert is its gate weight g, averaged over the tokens of a sample and then over the samples.
+    The token score is the same average of 1[g > 0] / K. Weights count without the routed scaling factor.
 
     Args:
         model: a model of this family, or any other of transformers with stacked experts.
-        dataloader: yields `torch.LongTensor`s (B, S) of token ids, or dicts with `input_ids` and, where there is
-            padding, `attention_mask` (B, S). Every row is a sample.
+        dataloader: yields `torch.LongTensor`s (B, S) of token ids, or dicts with `input_ids` and, if there is padding,
+            `attention_mask` (B, S). Every row is a sample.
         method: `"gate"` or `"token"`.
-        max_tokens: stop after so many tokens, padding not counted; the sample in which they end counts with those
-            that came before. No limit if `None`.
+        max_tokens: stop after so many tokens, padding not counted. The sample in which they end counts with those that
+            came before. `None`: no limit.
         progress: is called with the number of new tokens after every batch.
 
     Returns:
@@ -81,7 +81,7 @@ def score_experts(
 
 
 def _checked_blocks(model: nn.Module, method: str, max_tokens: int | None) -> dict[int, tuple[str, nn.Module]]:
-    """The experts of a model, after a check of all arguments."""
+    """Check all arguments, and return the experts of the model."""
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not allowed: it must be 'gate' or 'token'.")
     if max_tokens is not None and max_tokens < 1:
@@ -139,7 +139,7 @@ def _watching(model: nn.Module, choices: dict[int, tuple[torch.Tensor, torch.Ten
 def _sum_over_samples(
     expert_ids: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor, method: str, num_experts: int
 ) -> torch.Tensor:
-    """Sum over a batch's samples of the scores of each, (E,)."""
+    """Sum the scores of a batch's samples, (E,)."""
     total, top_k = torch.zeros(num_experts, dtype=torch.float64), expert_ids.shape[-1]
     batch = zip(expert_ids.view(*mask.shape, top_k), weights.view(*mask.shape, top_k), mask, strict=True)
     for sample_ids, sample_weights, sample_mask in batch:
@@ -153,15 +153,14 @@ def _sum_over_samples(
 
 
 def select_experts(scores: Mapping[int, torch.Tensor | Sequence[float]], threshold: float) -> dict[int, list[int]]:
-    """The experts of every layer in descending order of their scores, until these add up to the threshold
-    (arXiv 2407.01906, eq. 8).
+    """Select the best experts of every layer until their scores add up to the threshold (arXiv 2407.01906, eq. 8).
 
     Args:
-        scores: for every layer a score for each expert, as [`score_experts`] gives; equal scores go by the lower id.
+        scores: for every layer a score for each expert, as [`score_experts`] gives. Of equal scores the lower id wins.
         threshold: the paper takes 0.1 for gate scores and 0.2 for token scores.
 
     Returns:
-        For every layer the ids, best first; all of a layer's experts where even these do not reach the threshold.
+        For every layer the ids, best first. It has all experts if even these do not reach the threshold.
 
     Raises:
         ValueError: for a threshold outside (0, 1].
@@ -197,7 +196,7 @@ def save_scores(scores: Scores, method: str, path: str | Path) -> None:
 
 
 def selection_table(selection: ExpertSelection, scores: Scores) -> str:
-    """A line for every layer: how many of its experts are selected, their share of the layer's score, and which."""
+    """Make a table with a line for every layer: how many experts are selected, their share of the score, and which."""
     lines = ["layer | selected | share of the score | experts"]
     for layer, ids in selection.experts.items():
         values = scores[layer]

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""A selection of experts to train, in the format of DeepSeek's ESFT release (arXiv 2407.01906)."""
+"""The selection of experts to train, in the format of DeepSeek's ESFT release (arXiv 2407.01906)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from ..experts import find_experts
 
 @dataclass(frozen=True)
 class ExpertSelection:
-    """Which experts are trained, in the format of DeepSeek's ESFT release.
+    """The experts that are trained, in the format of DeepSeek's ESFT release.
 
     Attributes:
         experts: for every layer the ids of its selected experts, best first.
@@ -28,10 +28,10 @@ class ExpertSelection:
 
     @classmethod
     def of(cls, selection: "str | Path | Mapping[int, Sequence[int]] | ExpertSelection") -> "ExpertSelection":
-        """A selection from an `esft.json`, from `{layer: [ids]}`, or as it is.
+        """Make a selection from an `esft.json` or from `{layer: [ids]}`, or return one as it is.
 
         Raises:
-            ValueError: if a file holds something else.
+            ValueError: if a file or mapping holds something else.
             OSError: if there is no such file.
         """
         if isinstance(selection, ExpertSelection):
@@ -63,10 +63,11 @@ class ExpertSelection:
         Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def checked(self, model: nn.Module) -> "ExpertSelection":
-        """Itself, if a model has all these experts.
+        """Return the selection itself, if a model has all its experts.
 
         Raises:
-            ValueError: naming the first layer or expert that it does not have, or that is named twice.
+            ValueError: for a layer or expert that the model does not have, or an expert that is named twice. The
+                message names the first one. Also for an empty selection.
         """
         blocks = find_experts(model)
         for layer, ids in self.experts.items():
@@ -87,13 +88,13 @@ class ExpertSelection:
         return self
 
     def check_others(self, model: nn.Module) -> None:
-        """Raise a `ValueError` if it names shared experts and a model has none."""
+        """Raise a `ValueError` if the selection names shared experts and a model has none."""
         if self.shared_experts and not any(".shared_expert" in name for name, _ in model.named_parameters()):
             raise ValueError(f"experts: shared_experts=True is not allowed: {type(model).__name__} has none.")
 
 
 def _layers_of(selection: Any, name: str) -> dict[int, list[int]]:
-    """`{layer: [ids]}` with whole numbers, which JSON writes as strings where they are keys."""
+    """Return `{layer: [ids]}` with whole numbers. JSON writes numbers as strings if they are keys."""
     if isinstance(selection, Mapping) and all(isinstance(ids, (list, tuple)) for ids in selection.values()):
         numbers = [*selection, *(expert for ids in selection.values() for expert in ids)]
         if all(isinstance(number, int) or (isinstance(number, str) and number.isdigit()) for number in numbers):

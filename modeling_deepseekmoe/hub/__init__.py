@@ -1,2 +1,2 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Publishing: what goes up, the checks before, the model card, the upload."""
+"""Publish models on the Hub: choose the files, check them, write the model card, upload."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Callbacks for what `Trainer(push_to_hub=True)` uploads: the code of the family, and this package's model card."""
+"""Callbacks that add to what `Trainer(push_to_hub=True)` uploads: the family's code, and this package's model card."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,10 +19,10 @@ logger = logging.get_logger(__name__)
 
 
 class RemoteCodeCallback(TrainerCallback):
-    """Lets what `Trainer(push_to_hub=True)` uploads carry the code of the family, where transformers does not know the
-    model, and keeps the token out of the uploaded `training_args.bin`.
+    """Puts the family's code into what `Trainer(push_to_hub=True)` uploads, if transformers does not know the model.
 
-    Importing the package adds it to every Trainer. It does nothing for other models or without uploads.
+    It also keeps the token out of the uploaded `training_args.bin`. Importing the package adds it to every Trainer. It
+    does nothing for other models or without uploads.
     """
 
     def on_init_end(
@@ -46,8 +46,10 @@ class RemoteCodeCallback(TrainerCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the code beside what is uploaded: the output folder, and the checkpoint that its files are taken from. A
-        config that is saved into a folder with the code names it."""
+        """Put the code into the output folder, and into the checkpoint that its files are taken from.
+
+        A config that is saved into a folder with the code names the code.
+        """
         self.on_init_end(args, state, control, **kwargs)
         model = _published_model(kwargs.get("model"))
         is_adapted = hasattr(unwrap_model(kwargs["model"], recursive=True), "get_base_model")
@@ -60,17 +62,17 @@ class RemoteCodeCallback(TrainerCallback):
 
 
 class ModelCardCallback(TrainerCallback):
-    """Lets `Trainer(push_to_hub=True)` write this package's model card instead of Trainer's: `add_to(trainer)`.
+    """Makes `Trainer(push_to_hub=True)` write this package's model card instead of Trainer's. Call `add_to(trainer)`.
 
-    A card that somebody wrote stays: that of the repository, or else that of the output folder. Cards are written when
+    A card that somebody wrote stays: that of the repository, or else that of the output folder. A card is written when
     a model has been saved into the output folder, which is so from the second checkpoint on, and by
-    `trainer.push_to_hub()`. Where no card can be made, there is a warning; training goes on.
+    `trainer.push_to_hub()`. If no card can be made, there is a warning, and training goes on.
 
     Args:
         license, license_name, license_link, base_model, datasets, tags: see [`CardFacts`].
 
     Raises:
-        ValueError: for a license or a base model that is not allowed.
+        ValueError: if a license or a base model is not allowed.
     """
 
     def __init__(self, license: str, **facts: Any) -> None:
@@ -87,7 +89,7 @@ class ModelCardCallback(TrainerCallback):
         """Let a trainer write these cards.
 
         Raises:
-            ValueError: for an adapter of which the base has no id on the Hub and none is given.
+            ValueError: if the model is an adapter whose base has no id on the Hub, and none is given.
         """
         from .card import check_base_of_adapter
 
@@ -110,7 +112,7 @@ class ModelCardCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse to be one of the trainer's first callbacks, as which it would not know the trainer.
+        """Refuse to be one of the trainer's first callbacks: then it would not know the trainer.
 
         Raises:
             ValueError: always.
@@ -120,7 +122,7 @@ class ModelCardCallback(TrainerCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Bring the card up to date, or take it out of the way of one that somebody has written meanwhile."""
+        """Bring the card up to date, or make way for a card that somebody has written meanwhile."""
         self._write_card()
 
     def _write_card(self, tags: Sequence[str] = ()) -> None:
@@ -141,8 +143,7 @@ class ModelCardCallback(TrainerCallback):
 
 
 class _HiddenToken(str):
-    """A token that is used as always, and of which nothing is pickled: what is read again has none, so that the stored
-    one is used."""
+    """A token that works as always, but is not pickled. Read again, it is `None`, so that the stored token is used."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
@@ -158,7 +159,7 @@ class _HiddenToken(str):
 
 
 def _published_model(model: Any) -> Any:
-    """The model of this family in a trainer's model, a wrapped and an adapted one included; `None` for others."""
+    """Find the model of this family in a trainer's model, wrapped or adapted or not; return `None` for others."""
     if model is None:
         return None
     model = unwrap_model(model, recursive=True)

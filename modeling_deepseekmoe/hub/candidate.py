@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""A folder that may be published: what it is, and what of it goes up."""
+"""Find out what a folder holds that may be published, and which of its files go up."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ _SECRET_NAMES = ("*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.kdbx", "id_rsa*
 
 
 class PreflightError(RuntimeError):
-    """A folder is a checkpoint, but not one to publish as it is; the message says why."""
+    """A folder is a checkpoint, but must not be published as it is. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Candidate:
     Attributes:
         folder: the folder.
         kind: `"model"`, `"adapter"` (LoRA, in PEFT's files) or `"experts"` (trained experts of ESFT).
-        raw: its config as its file has it: `config.json`, `adapter_config.json` or the selection.
+        raw: the content of its config file: `config.json`, `adapter_config.json` or the selection.
         files: what goes up, by its path in the repository.
-        left_out: what does not, with the reason.
+        left_out: what does not go up, with the reason.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class Candidate:
 
 
 def find_kind(folder: str | Path) -> str:
-    """What a folder holds: `"model"`, `"adapter"` or `"experts"`.
+    """Find out what a folder holds: `"model"`, `"adapter"` or `"experts"`.
 
     Raises:
         ValueError: if it is none of them, or more than one.
@@ -83,14 +83,14 @@ def find_kind(folder: str | Path) -> str:
 
 
 def find_candidate(folder: str | Path, with_training_state: bool = False) -> Candidate:
-    """What a folder holds, and which of its files would go up. No weight is read.
+    """Find out what a folder holds, and which of its files would go up. No weight is read.
 
     Args:
         folder: the folder.
         with_training_state: let optimizer, scheduler and the like go up too.
 
     Raises:
-        ValueError: if it is no checkpoint of the family, and for a link to another place.
+        ValueError: if it is no checkpoint of the family, or if a file is a link to another place.
         OSError: if a file is missing.
     """
     folder = Path(folder)
@@ -153,10 +153,10 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def auto_class_of(raw: Mapping[str, Any]) -> tuple[str, str]:
-    """The Auto class that loads a model with this `config.json`, and the name of the model's own class.
+    """Return the Auto class that loads a model with this `config.json`, and the name of the model's own class.
 
     Raises:
-        ValueError: for an architecture that its model type does not have.
+        ValueError: if the model type does not have the architecture.
     """
     classes = auto_classes_of(raw["model_type"])
     language_model = next(own for own, name in classes.items() if name == "AutoModelForCausalLM")
@@ -169,10 +169,10 @@ def auto_class_of(raw: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def check_hub_id(field_name: str, value: str) -> None:
-    """That something is the id of a repository, and no path of this machine, which nobody else could load.
+    """Raise ValueError if a value is no id of a repository. A path of this machine is none: nobody else could load it.
 
     Raises:
-        ValueError: naming the field, the value and what is allowed.
+        ValueError: the message names the field, the value and what is allowed.
     """
     try:
         validate_repo_id(value)
@@ -185,7 +185,7 @@ def check_hub_id(field_name: str, value: str) -> None:
 
 
 def is_hub_id(value: str) -> bool:
-    """Whether a value is the id of a repository, and no folder here, of which it is the name too."""
+    """Tell whether a value is the id of a repository. It is not if a folder here has that name."""
     try:
         if Path(value).exists():
             return False

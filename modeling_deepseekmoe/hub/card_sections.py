@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The parts of a model card that hold figures, as Markdown: architecture, parameters, routing, training."""
+"""Write the parts of a model card that hold figures, as Markdown: architecture, parameters, routing, training."""
 
 import io
 import json
@@ -29,7 +29,10 @@ _FIGURES_OF_STATE = {
 
 
 def find_training_state(folder: str | Path) -> dict[str, Any] | None:
-    """The `trainer_state.json` of a folder, or of the latest `checkpoint-*` in it; `None` where there is none."""
+    """Read the `trainer_state.json` of a folder, or else of the latest `checkpoint-*` in it that has one.
+
+    Return `None` if there is no such file, or if it cannot be read.
+    """
     folder = Path(folder)
     steps = [
         (int(path.name.rpartition("-")[2]), path)
@@ -49,13 +52,13 @@ def find_training_state(folder: str | Path) -> dict[str, Any] | None:
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of cells as a Markdown table."""
+    """Format rows of cells as a Markdown table."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def architecture_section(config: DeepseekMoeConfig) -> str:
-    """What the model is made of."""
+    """Describe what the model is made of."""
     attention = "multi-head latent attention" if config.attention_type == "mla" else "multi-head attention"
     if config.attention_type == "mha" and config.num_key_value_heads < config.num_attention_heads:
         attention = f"grouped-query attention, {config.num_key_value_heads} key-value heads"
@@ -89,7 +92,7 @@ def architecture_section(config: DeepseekMoeConfig) -> str:
 
 
 def parameters_section(config: DeepseekMoeConfig, tensors: int, nbytes: int) -> str:
-    """What the model costs, and what its weight files hold."""
+    """Describe what the model costs, and what its weight files hold."""
     report = report_on(config, config.model_type)
     rows = [
         ("total", f"{report.total_parameters:,}"),
@@ -104,14 +107,14 @@ def parameters_section(config: DeepseekMoeConfig, tensors: int, nbytes: int) -> 
 
 
 def heatmap(routing: RoutingReport) -> bytes:
-    """The load of every expert, layer by layer, as a PNG."""
+    """Draw the load of every expert, layer by layer, as a PNG."""
     image = io.BytesIO()
     plot_expert_load(dict(zip(routing.trace.layers, routing.loads, strict=True)), image)
     return image.getvalue()
 
 
 def routing_section(routing: RoutingReport | None) -> dict[str, str] | None:
-    """What the gates did with a text; the picture is expected beside the card."""
+    """Describe what the gates did with a text. The picture is expected beside the card."""
     if routing is None:
         return None
     layers = len(routing.trace.layers)
@@ -136,7 +139,7 @@ def routing_section(routing: RoutingReport | None) -> dict[str, str] | None:
 
 
 def training_section(state: Mapping[str, Any] | None) -> str | None:
-    """The figures of a Trainer's state, the content of its `trainer_state.json`."""
+    """Describe a training by the figures of a Trainer's state, the content of its `trainer_state.json`."""
     history = (state or {}).get("log_history")
     log = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
     if state is None or not log:
@@ -159,7 +162,7 @@ def training_section(state: Mapping[str, Any] | None) -> str | None:
 
 
 def _series(log: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """The numbers that a log has under a name."""
+    """Collect the numbers that a log has under a name."""
     values: list[Any] = [entry.get(name) for entry in log]
     return [value for value in values if type(value) in (int, float) and abs(value) < _TOO_LARGE]
 

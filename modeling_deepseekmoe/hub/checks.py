@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The checks of a folder before it is published: it loads, its names and shapes are right, every value is finite."""
+"""Check a folder before it is published: it loads, its names and shapes are right, every value is finite."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from .candidate import Candidate, PreflightError, auto_class_of, parse_object
 
 
 def check_candidate(candidate: Candidate, progress: Callable[[int], None] = lambda size: None) -> tuple[str, ...]:
-    """Read everything that would go up: it loads, its names and shapes are right, every value is finite.
+    """Read everything that would go up, and check it: it loads, its names and shapes are right, every value is finite.
 
     Args:
         candidate: from [`find_candidate`].
@@ -27,8 +27,8 @@ def check_candidate(candidate: Candidate, progress: Callable[[int], None] = lamb
         What was found in order, a line each.
 
     Raises:
-        PreflightError: for what is not in order.
-        ValueError: for files that cannot be read.
+        PreflightError: if something is not in order.
+        ValueError: if a file cannot be read.
     """
     checks = []
     if candidate.kind == "model":
@@ -77,7 +77,7 @@ def _load_model(candidate: Candidate) -> str:
 
 
 def _load_small_files(candidate: Candidate) -> list[str]:
-    """Tokenizer and generation config, where there are any."""
+    """Load tokenizer and generation config, if there are any. Return what was found, a line each."""
     checks = []
     if "generation_config.json" in candidate.files:
         try:

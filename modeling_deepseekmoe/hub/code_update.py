@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The code of a published model alone: replaced by this version's in one commit, which leaves the weights alone."""
+"""Replace the code of a published model by this version's, in one commit that does not touch the weights."""
 
 import hashlib
 import re
@@ -33,20 +33,20 @@ _NAMED = re.compile(r'^CODE_VERSION = "([^"]+)"', re.MULTILINE)
 def plan_code_update(
     repo_id: str, *, revision: str = "main", replace_content: bool = False, token: str | bool | None = None
 ) -> PushPlan:
-    """Say what would be uploaded so that a published model has this version's code. Nothing is written anywhere.
+    """Plan the upload that gives a published model this version's code. Nothing is written anywhere.
 
     Args:
         repo_id: `user/name` of a model that was published with its code.
         revision: branch.
-        replace_content: replace code too that is of no released version: changed, older than 0.8.0, or newer.
-        token: of the Hub; the stored one when absent.
+        replace_content: also replace code of no released version: changed, older than 0.8.0, or newer.
+        token: token of the Hub. The default is the stored one.
 
     Returns:
-        The [`PushPlan`], whose notes name the version that is replaced; it has no files if the code is this version's.
+        The [`PushPlan`]. Its notes name the version that is replaced. It has no files if the code is this version's.
 
     Raises:
-        ValueError: for a repository without the family's code, with code of no released version, or with a config that
-            this version does not read.
+        ValueError: if the repository has no code of the family, if its code is of no released version, or if this
+            version does not read its config.
         OSError: if the Hub refuses or cannot be reached.
     """
     api = client(token)
@@ -91,7 +91,7 @@ def plan_code_update(
 
 
 def _check_repository(api: HfApi, repo_id: str, revision: str, remote: Remote, folders: list[str]) -> None:
-    """Raise a `ValueError` unless there is such a branch, with the family's code in some folder of it."""
+    """Raise ValueError unless there is such a branch, and a folder of it holds the family's code."""
     if not remote.exists:
         raise ValueError(
             f"repo_id={repo_id!r} is not allowed: there is no such repository, or the token may not see it."
@@ -116,10 +116,10 @@ def _check_repository(api: HfApi, repo_id: str, revision: str, remote: Remote, f
 def _compare(
     repo_id: str, folder: str, there: Mapping[str, bytes], replace_content: bool
 ) -> tuple[dict[str, Path], list[str], str]:
-    """The files of a folder that are to be written and those to be removed, and what is said of them.
+    """Compare the code in a folder with this version's. Return files to write, names to remove, and a note.
 
     Raises:
-        ValueError: for code of no released version, unless it may be replaced.
+        ValueError: if the code is of no released version, unless it may be replaced.
     """
     version, said = version_of(there), version_in(there)
     new = {folder + name: path for name, path in code_files().items() if there.get(name) != path.read_bytes()}
@@ -139,13 +139,13 @@ def _compare(
 
 
 def version_of(files: Mapping[str, bytes]) -> str | None:
-    """The released version of this package, or the present one, that the code of a repository is exactly.
+    """Find the version of this package, released or present, whose code a repository's code is exactly.
 
     Args:
         files: contents by name.
 
     Returns:
-        The version; `None` for other code.
+        The version, or `None` for other code.
     """
     present = {name: path.read_bytes() for name, path in code_files().items()}
     for own in (present, {name: content for name, content in present.items() if name != _HEADS}):
@@ -155,13 +155,13 @@ def version_of(files: Mapping[str, bytes]) -> str | None:
 
 
 def version_in(files: Mapping[str, bytes]) -> str | None:
-    """The version that the code of a repository names, whatever else was done to it; `None` before 0.9.0."""
+    """Read the version that a repository's code names, even if the code was changed. It is `None` before 0.9.0."""
     named = _NAMED.search(files.get(CODE_MARK, b"").decode("utf-8", errors="replace"))
     return named[1] if named else None
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
-    """The SHA-256 of files with their names, in hexadecimal."""
+    """Compute the SHA-256 of files with their names, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(name.encode() + b"\0" + files[name] + b"\0")

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What would be uploaded of a folder: its files, the code, the card, and what the repository loses."""
+"""Plan what is uploaded of a folder: its files, the code, the card, and what the repository loses."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -41,17 +41,17 @@ class PushPlan:
 
     Attributes:
         repo_id, revision: the repository and its branch.
-        kind: `"model"`, `"adapter"` or `"experts"`.
+        kind: `"model"`, `"adapter"`, `"experts"`, or the code's version if only code goes up.
         exists: whether the repository is there already.
-        private: whether a new one is to be private; what the Hub does by default when absent.
+        private: whether a new repository is to be private. `None` leaves it to the Hub's default.
         files: contents by path in the repository, as a file of this machine or as bytes.
         deleted: paths in the repository that the commit removes.
         left_out: files of the folder that are not uploaded, with the reason.
-        checks: what was found in order.
+        checks: results of the checks that passed.
         notes: what else there is to say.
         parent: commit of the branch that the plan was made for.
-        states: what a change of the files would change, as they were checked.
-        is_complete: whether the Hub was asked what is there; only such a plan can be carried out.
+        states: identity of every file when it was checked, by which a change shows.
+        is_complete: whether the Hub was asked what is there. Only such a plan can be carried out.
     """
 
     repo_id: str
@@ -79,7 +79,7 @@ class PushPlan:
         return {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in self.files.items()}
 
     def check_unchanged(self) -> None:
-        """Raise a `ValueError` that names the files which have changed since they were checked."""
+        """Raise ValueError if a file changed since the check. The message names the files."""
         odd = [
             name
             for name, state in self.states.items()
@@ -89,12 +89,12 @@ class PushPlan:
             raise ValueError(f"{listed(odd)}: changed since they were checked. Push again.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain numbers and strings."""
+        """Return the plan as plain numbers and strings."""
         fields = {key: value for key, value in asdict(self).items() if key not in ("files", "states")}
         return {**fields, "files": self.sizes}
 
     def to_text(self) -> str:
-        """The plan for a reader."""
+        """Return the plan as text for a reader."""
         sizes = self.sizes
         width = max(map(len, sizes), default=0)
         where = f"{self.repo_id}, branch {self.revision}" + ("" if self.exists else " (new)")
@@ -108,24 +108,25 @@ class PushPlan:
 
 @dataclass(frozen=True)
 class PushOptions:
-    """How something is published.
+    """Options of a publication.
 
     Attributes:
-        facts: for the card: license, base model, datasets. What is absent is taken from a card that is there already.
-        private: whether a new repository is private; an existing one must be so already.
-        revision: branch; it is made from `main` where it does not exist.
-        code: whether the code of the family goes up with a model: `"auto"` (where transformers has no classes of its
+        facts: license, base model and datasets for the card. What is absent is taken from a card that is there
+            already.
+        private: whether a new repository is private. An existing one must be so already.
+        revision: branch. If it does not exist, it is made from `main`.
+        code: whether the code of the family goes up with a model: `"auto"` (if transformers has no classes of its
             own), `"always"` or `"never"`.
         routing: what the gates did with a text, for the card.
         overwrite_card: replace a card that somebody wrote.
         replace_content: replace what else a repository holds.
         with_training_state: let optimizer states and the like go up too.
         license_required: refuse a new card without a license.
-        token: of the Hub; the stored one when absent.
-        ask_hub: whether to look at the repository; the plan is made for a new one otherwise.
+        token: token of the Hub. The default is the stored one.
+        ask_hub: whether to look at the repository. Without it, the plan is made for a new repository.
 
     Raises:
-        ValueError: for another `code`.
+        ValueError: if `code` is another value.
     """
 
     facts: CardFacts = field(default_factory=CardFacts)
@@ -152,7 +153,7 @@ def plan_push(
     progress: Callable[[int], None] = lambda size: None,
     **fields_of_options: Any,
 ) -> PushPlan:
-    """Check a folder, look at the repository, and say what would be uploaded. Nothing is written anywhere.
+    """Check a folder, look at the repository, and plan the upload. Nothing is written anywhere.
 
     Args:
         folder: a checkpoint of the family, a LoRA adapter, or the trained experts of `save_esft`.
@@ -162,7 +163,7 @@ def plan_push(
         fields_of_options: fields of [`PushOptions`], each in place of that of `options`.
 
     Raises:
-        ValueError: for arguments, folders and repositories that are not allowed.
+        ValueError: if arguments, the folder or the repository are not allowed.
         PreflightError: if the folder is not in order.
         OSError: if files are missing, or the Hub refuses or cannot be reached.
     """
@@ -214,7 +215,7 @@ def _no_secrets(files: dict[str, Path | bytes], api: HfApi | None) -> str:
 def _files_of(
     candidate: Candidate, facts: CardFacts, options: PushOptions, api: HfApi | None
 ) -> tuple[Candidate, dict[str, Path | bytes], list[str]]:
-    """The candidate as it is published, what goes up of it but the card, and what is to be said of that."""
+    """Return the candidate as it is published, its files without the card, and notes on them."""
     files: dict[str, Path | bytes] = dict(candidate.files)
     notes = [] if options.ask_hub else ["the Hub was not asked: the repository is taken for a new one"]
     notes += _name_tokenizer(candidate, files)
@@ -232,7 +233,7 @@ def _files_of(
 def _add_card(
     candidate: Candidate, repo_id: str, facts: CardFacts, routing: RoutingReport | None, files: dict[str, Path | bytes]
 ) -> str:
-    """Add a new card, with its picture where there is one, and return its text."""
+    """Add a new card, with its picture if there is one, and return the card's text."""
     training, with_code = find_training_state(candidate.folder), CODE_MARK in files
     card = make_card(candidate, repo_id, facts, with_code=with_code, routing=routing, training=training)
     files[CARD_NAME] = card.encode()
@@ -258,7 +259,7 @@ def _read_card(candidate: Candidate) -> str:
 
 
 def _add_code(candidate: Candidate, files: dict[str, Path | bytes], code: str) -> list[str]:
-    """Add the code and its `auto_map`, or take an `auto_map` away that names what is not there."""
+    """Add the code and its `auto_map`. Take an `auto_map` away if it names what is not there. Return notes."""
     raw, own = candidate.raw, code_files()
     carried = carries_code(raw["model_type"], code)
     if CODE_MARK in files:
@@ -283,10 +284,11 @@ def _add_code(candidate: Candidate, files: dict[str, Path | bytes], code: str) -
 
 
 def _name_tokenizer(candidate: Candidate, files: dict[str, Path | bytes]) -> list[str]:
-    """Name a class that every version of transformers reads the tokenizer with, and say what readers would not see.
+    """Name a tokenizer class that every version of transformers can read. Return notes on it and on ignored settings.
 
     transformers 5 saves tokenizers under the name of a class that transformers 4 does not have. The first generation's
-    was released under the name of Llama's, as which a byte-level tokenizer loses its spaces."""
+    tokenizer was released under the name of Llama's, but a byte-level tokenizer loses its spaces in that class.
+    """
     settings, tokenizer = (candidate.files.get(name) for name in (SETTINGS_NAME, TOKENIZER_NAME))
     content, read = (parse_json(file) if file else None for file in (settings, tokenizer))
     if settings is None or not isinstance(content, dict) or not isinstance(read, dict):
@@ -309,7 +311,7 @@ def _name_tokenizer(candidate: Candidate, files: dict[str, Path | bytes]) -> lis
 
 
 def _keep_card(files: dict[str, Path | bytes], remote: Remote, card: str, options: PushOptions) -> list[str]:
-    """Which of two cards stays, where one is written by hand."""
+    """Decide which of two cards stays, if one is written by hand. Return notes."""
     stays = is_hand_written(remote.card)
     if not metadata_of(remote.card if stays else card).get("license"):
         problem = f"{CARD_NAME}{' in the repository' if stays else ''} is written by hand, and states no license"

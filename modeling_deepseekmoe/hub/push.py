@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Publishing on the Hub: a folder or a model is checked, gets its code and its card, and goes up in one commit.
+"""Publish a folder or a model on the Hub: it is checked, gets its code and its card, and goes up in one commit.
 
-All files are brought to the Hub's storage first, and one commit then makes all of them visible: the repository never
-shows a part of them. After an interruption the same call goes on, because storage keeps what has arrived. Requests,
-token and repetition are those of `huggingface_hub`.
+First all files are brought to the Hub's storage. Then one commit makes all of them visible, so that the repository
+never shows a part of them. After an interruption the same call goes on, because storage keeps what has arrived.
+`huggingface_hub` makes the requests, finds the token and repeats what failed.
 """
 
 import tempfile
@@ -42,9 +42,9 @@ def upload(
 
     Args:
         plan: from [`plan_push`].
-        commit_message, commit_description: of the commit.
+        commit_message, commit_description: title and text of the commit.
         create_pr: open a pull request with the commit.
-        token: of the Hub; the stored one when absent.
+        token: token of the Hub. The default is the stored one.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -52,7 +52,7 @@ def upload(
     Raises:
         UploadError: if the connection broke, the Hub was busy, or the branch has changed.
         OSError: if the Hub refuses.
-        ValueError: for a plan that was made without asking the Hub, or of files that have changed since.
+        ValueError: if the plan was made without asking the Hub, or if files have changed since.
     """
     if not plan.is_complete:
         raise ValueError("plan is not allowed: it was made without asking the Hub what is there.")
@@ -80,7 +80,7 @@ def upload(
 
 
 def _make_place(plan: PushPlan, api: HfApi) -> str | None:
-    """Make the repository and the branch where they are missing; returns the commit that the new one follows."""
+    """Make the repository and the branch if they are missing. Return the commit that the new one follows."""
     api.create_repo(plan.repo_id, private=plan.private, exist_ok=True)
     parent = plan.parent
     if not plan.exists:
@@ -94,7 +94,7 @@ def _make_place(plan: PushPlan, api: HfApi) -> str | None:
 
 
 def _bring_to_storage(api: HfApi, additions: list[CommitOperationAdd], branch: dict[str, Any]) -> None:
-    """Send the contents, some at a time; nothing is visible of them before the commit."""
+    """Send the contents, a few files at a time. None is visible before the commit."""
     for first in range(0, len(additions), _AT_A_TIME):
         # A .gitignore in the repository would make the client leave files out of the commit without a word.
         api.preupload_lfs_files(
@@ -119,17 +119,18 @@ def push_model(
     create_pr: bool = False,
     **options: Any,
 ) -> str:
-    """Save a model and publish it: what `push_to_hub` of the models of the family does. It takes adapted models too,
-    `get_peft_model(...)`, of which the active adapter alone is published.
+    """Save a model and publish it. The models' `push_to_hub` calls this.
+
+    It also takes adapted models, `get_peft_model(...)`, and publishes only their active adapter.
 
     Args:
         model: a model of the family, or a `PeftModel` of one.
         repo_id: `user/name`.
         tokenizer: goes up with the model.
-        max_shard_size: of a weight file.
+        max_shard_size: size of a weight file.
         commit_message, commit_description, create_pr: as for [`upload`].
-        options: fields of [`CardFacts`] (`license`, `base_model`, ...; an adapter needs the id of its base, unless it
-            was loaded by it) and of [`PushOptions`] (`private`, `revision`, `code`, `token`, ...).
+        options: fields of [`CardFacts`] (`license`, `base_model`, ...) and of [`PushOptions`] (`private`, `revision`,
+            `code`, `token`, ...). An adapter needs the id of its base, unless the base was loaded by its id.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -177,18 +178,18 @@ def write_card(
     revision: str = "main",
     token: str | bool | None = None,
 ) -> None:
-    """Write the model card of a folder that a trainer is about to upload, unless somebody wrote one: that of the
-    repository stays, or else that of the folder.
+    """Write the model card of a folder that a trainer is about to upload, unless somebody wrote one.
 
-    Where the Hub cannot be asked whether it has one that somebody wrote, there is a warning and no card.
+    A card that somebody wrote stays: that of the repository, or else that of the folder. If the Hub cannot be asked
+    whether it has one, there is a warning and no card.
 
     Args:
-        folder: the output folder of a trainer; without a checkpoint in it nothing is written.
-        repo_id: the repository; `None` where nothing is uploaded.
+        folder: the output folder of a trainer. Without a checkpoint in it nothing is written.
+        repo_id: the repository, or `None` if nothing is uploaded.
         facts: what the user says.
         training: the trainer's state.
         revision: branch of the repository.
-        token: of the Hub; the stored one when absent.
+        token: token of the Hub. The default is the stored one.
     """
     path = Path(folder) / CARD_NAME
     card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -225,8 +226,8 @@ def write_card(
 
 
 def _put_away(path: Path, card: str) -> None:
-    """Take a card out of the way of the repository's; one that somebody wrote is kept beside, where trainers do not
-    upload it."""
+    """Remove a card, to leave the repository's as it is. If somebody wrote it, rename it so that it is not
+    uploaded."""
     if is_hand_written(card):
         path.replace(path.with_name(f"_{path.name}"))
         logger.warning(f"{path} is now _{path.name}, because the repository has a card that somebody wrote.")

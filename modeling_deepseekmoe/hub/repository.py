@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""A repository of the Hub: what it holds already, whether that may be replaced, and what its errors mean."""
+"""Read a repository of the Hub, decide whether its content may be replaced, and explain the Hub's errors."""
 
 import json
 import re
@@ -48,8 +48,10 @@ _CONNECTION_ERRORS: Any = (HfHubHTTPError.__mro__[1], RuntimeError, ConnectionEr
 
 
 class UploadError(OSError):
-    """An upload did not come to its end. The repository shows what it did before, or, where only the Hub's answer was
-    lost, all of it. Pushing again goes on with it."""
+    """An upload that did not finish. Push again to go on with it.
+
+    The repository shows what it did before. If only the Hub's answer was lost, it shows the whole upload.
+    """
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Remote:
     """What a branch of a repository holds.
 
     Attributes:
-        exists, private: of the repository.
+        exists, private: whether the repository exists, and whether it is private.
         head: the latest commit.
         files: paths.
         card: text of its card.
@@ -75,10 +77,10 @@ class Remote:
 
 
 def client(token: str | bool | None) -> HfApi:
-    """The client of the Hub, with a token or the stored one.
+    """Make a client of the Hub, with this token or the stored one.
 
     Raises:
-        ValueError: for a token that cannot be sent; the message does not show it.
+        ValueError: if the token cannot be sent. The message does not show it.
     """
     own = get_token() if token is None or token is True else token
     own = own.strip() if isinstance(own, str) else own
@@ -88,10 +90,10 @@ def client(token: str | bool | None) -> HfApi:
 
 
 def full_repo_id(repo_id: str, api: HfApi | None) -> str:
-    """A repository's id with its owner, who is the user where none is named.
+    """Return a repository's id with its owner. If none is named, the owner is the user.
 
     Raises:
-        ValueError: for an id that is not allowed.
+        ValueError: if the id is not allowed.
     """
     try:
         validate_repo_id(repo_id)
@@ -106,10 +108,10 @@ def full_repo_id(repo_id: str, api: HfApi | None) -> str:
 
 
 def look(api: HfApi, repo_id: str, revision: str) -> Remote:
-    """What a branch holds, or `main` where there is no such branch yet.
+    """Read what a branch holds. If there is no such branch yet, read `main`.
 
     Raises:
-        ValueError: for a revision that is no branch.
+        ValueError: if the revision is no branch.
         OSError: if the Hub refuses or cannot be reached.
     """
     if re.fullmatch(r"[0-9a-f]{40}", revision):
@@ -154,7 +156,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 
 def code_of(api: HfApi, repo_id: str, remote: Remote, folder: str = "") -> dict[str, bytes]:
-    """The family's code in a folder of a repository, contents by name, whatever version it is of."""
+    """Read the family's code in a folder of a repository, of any version. Return contents by name."""
     with TemporaryDirectory() as copy:
         _copy_scripts(api, repo_id, remote, folder, Path(copy))
         try:
@@ -165,7 +167,7 @@ def code_of(api: HfApi, repo_id: str, remote: Remote, folder: str = "") -> dict[
 
 
 def stale_code_of(api: HfApi, repo_id: str, remote: Remote) -> list[str]:
-    """The names of the family's code at the top of a repository, of any released version."""
+    """Find the names of the family's code at the top of a repository, of any released version."""
     if CODE_MARK not in remote.files:
         return []
     with TemporaryDirectory() as copy:
@@ -184,14 +186,14 @@ def _copy_scripts(api: HfApi, repo_id: str, remote: Remote, folder: str, copy: P
 def check_content(
     candidate: Candidate, remote: Remote, repo_id: str, replace_content: bool = False, overwrite_card: bool = False
 ) -> list[str]:
-    """Find what a repository is to lose, and refuse one that holds anything but an earlier version of the same.
+    """Find the files that a repository is to lose. Refuse content that is no earlier version of the same.
 
     Returns:
         The paths that it is to lose, unless they are written again: weights of the earlier version, or, with
         `replace_content`, everything.
 
     Raises:
-        ValueError: if it holds something else; the message says what.
+        ValueError: if it holds something else. The message says what.
     """
     if replace_content:
         if is_hand_written(remote.card) and not overwrite_card:
@@ -223,7 +225,7 @@ def check_metadata(api: HfApi, card: str) -> None:
     """Let the Hub check the metadata of a card, as it will when the card is committed.
 
     Raises:
-        ValueError: with what it says.
+        ValueError: if the Hub does not allow them. The message repeats the Hub's.
     """
     with explained(CARD_NAME):
         content = {"content": card, "repoType": "model"}
@@ -236,7 +238,7 @@ def check_metadata(api: HfApi, card: str) -> None:
 
 @contextmanager
 def explained(repo_id: str) -> Iterator[None]:
-    """Errors of the client as those of this package: what happened, and what to do."""
+    """Turn errors of the client into errors of this package, which say what happened and what to do."""
     try:
         yield
     except (OfflineModeIsEnabled, EntryNotFoundError):

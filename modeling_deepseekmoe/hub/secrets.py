@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The search for tokens and keys in what is about to be published."""
+"""Search for tokens and keys in what is about to be published."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -24,14 +24,15 @@ _OVERLAP = 256  # of the blocks in which a file is searched, longer than any sec
 
 
 def check_secrets(files: Mapping[str, Path | bytes], token: str | None = None) -> None:
-    """Look for tokens and keys in everything but the values of the weights.
+    """Search for tokens and keys in everything but the values of the weights.
 
     Args:
         files: contents by their names.
-        token: of the user; the stored one when absent.
+        token: the user's token. The default is the stored one.
 
     Raises:
-        PreflightError: naming the files and what they seem to hold, and never the secret.
+        PreflightError: if something is found. The message names the files and what they seem to hold, never the
+            secret.
     """
     patterns = {what: re.compile(pattern) for what, pattern in _SECRETS.items()}
     own = token or get_token()
@@ -47,7 +48,7 @@ def check_secrets(files: Mapping[str, Path | bytes], token: str | None = None) -
 
 
 def _blocks(file: Path) -> Iterator[bytes]:
-    """A file in overlapping pieces; of weights the header alone."""
+    """Read a file in overlapping blocks. Of weights, read only the header."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         if file.name.endswith(".safetensors"):

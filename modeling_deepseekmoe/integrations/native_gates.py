@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""transformers' own DeepSeek-V2 and V3 models with the routing of this package: the same choices in fewer launches."""
+"""Route transformers' own DeepSeek-V2 and V3 models with this package: the same choices in fewer launches."""
 
 from functools import partial
 
@@ -16,9 +16,9 @@ from ..transformers_support import DeepseekV2TopkRouter, DeepseekV3TopkRouter
 def route_native_gates(model: nn.Module, implementation: str = "auto") -> int:
     """Let the gates of a transformers model, `deepseek_v2` or `deepseek_v3`, choose the experts with [`route`].
 
-    Weights, outputs and what is computed stay theirs, so that V2's `norm_topk_prob` goes on having no effect; only
-    the order within a token's choices is now best first, and ties go to the lower id. The gates' `forward` is
-    replaced: call this after loading, and before `torch.compile`. Calling it again changes the implementation.
+    Weights, outputs and what is computed stay as transformers has them: V2's `norm_topk_prob` still has no effect.
+    Only the order of a token's choices changes: best first, and ties go to the lower id. The `forward` of the gates is
+    replaced, so call this after loading, and before `torch.compile`. Call it again to change the implementation.
 
     Args:
         model: any module that holds such gates.
@@ -28,7 +28,7 @@ def route_native_gates(model: nn.Module, implementation: str = "auto") -> int:
         `int`: the number of gates.
 
     Raises:
-        ValueError: for another `implementation`, or a model without such gates.
+        ValueError: if `implementation` is another one, or if the model has no such gates.
     """
     if implementation not in ROUTER_IMPLEMENTATIONS:
         allowed = f"it must be one of {ROUTER_IMPLEMENTATIONS}"

@@ -1,11 +1,11 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What importing this package changes in other libraries: three places, each when that library is imported.
+"""Change other libraries when this package is imported: in three places, each as soon as its library is imported.
 
 - transformers' Trainer gets one more default callback, which lets `push_to_hub=True` upload the code of the family.
 - transformers' experts implementations get one more, `"deepseekmoe"`, for its own models.
-- TRL loads models of the family that it is given by path through AutoModel.
+- TRL loads models of the family through AutoModel, if it is given their path.
 
-Nothing else of other libraries is changed by an import. docs/architecture.md says why each is needed.
+An import changes nothing else of other libraries. docs/architecture.md says why each change is needed.
 """
 
 import functools
@@ -27,14 +27,14 @@ _EXPERTS = "modeling_deepseekmoe.experts"
 
 
 class AfterImport(MetaPathFinder):
-    """Does something with a module of another library as soon as it is there: now, or when somebody imports it.
+    """Run an action on a module of another library as soon as it is imported: now, or when somebody imports it.
 
-    Importing it here instead would cost every process a second or two that most can do without.
+    To import it here would cost every process one or two seconds, and most processes do not need it.
 
     Args:
-        name: of the module.
-        attribute: of the module, which is there when it is complete.
-        action: gets the module.
+        name: name of the module.
+        attribute: an attribute that the module has when it is complete.
+        action: the function to call with the module.
     """
 
     def __init__(self, name: str, attribute: str, action: Callable[[Any], None]) -> None:
@@ -42,7 +42,7 @@ class AfterImport(MetaPathFinder):
         self._searching = False
 
     def arrange(self) -> None:
-        """Do it, or make sure that it will be done."""
+        """Run the action now if the module is complete, else wait for its import."""
         module = sys.modules.get(self.name)
         if hasattr(module, self.attribute):
             self.action(module)
@@ -50,7 +50,7 @@ class AfterImport(MetaPathFinder):
             sys.meta_path.insert(0, self)
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Find the module as Python does, and let its loader act when the module is complete."""
+        """Find the module as Python does, and let its loader run the action when the module is complete."""
         if fullname != self.name or self._searching:
             return None
         self._searching = True
@@ -72,7 +72,7 @@ class AfterImport(MetaPathFinder):
 
 
 def _carry_code(trainer_module: Any) -> None:
-    """Add the callback that publishes the code to those that every Trainer has."""
+    """Add the callback that publishes the code to the callbacks of every Trainer."""
     from ..hub.callbacks import RemoteCodeCallback
 
     callbacks = getattr(trainer_module, TRAINER_CALLBACKS)
@@ -81,7 +81,7 @@ def _carry_code(trainer_module: Any) -> None:
 
 
 def _offer_experts(moe_module: Any) -> None:
-    """Register the experts implementation for transformers' own models; `experts` registers itself when it is used."""
+    """Register the experts implementation for transformers' own models. `experts` registers itself when it is used."""
     if _EXPERTS not in sys.modules:
         getattr(moe_module, EXPERTS_TABLE).register("deepseekmoe", _run_experts)
 
@@ -93,8 +93,11 @@ def _run_experts(*args: Any, **kwargs: Any) -> Any:
 
 
 def _load_through_auto(trl_module: Any) -> None:
-    """Let TRL load models of the family by AutoModel. It would take the class of transformers that has the name in
-    `architectures`, which for V2 and V3 is transformers' own, whatever was registered."""
+    """Let TRL load models of the family through AutoModel.
+
+    TRL would take transformers' class of the name in `architectures`. For V2 and V3 this is transformers' own class,
+    whatever was registered.
+    """
     original = getattr(trl_module, TRL_LOADER)
     if hasattr(original, "through_auto"):
         return

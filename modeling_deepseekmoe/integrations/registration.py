@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Registration with transformers' Auto classes."""
+"""Register the family with transformers' Auto classes."""
 
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ _TAKEN: set[type[DeepseekMoeConfig]] = set()  # of the types that transformers h
 
 
 def register(override_native: bool = False) -> None:
-    """Register the family with AutoConfig and the AutoModel classes. Importing the package calls it once.
+    """Register the family with AutoConfig and the AutoModel classes. Importing the package calls this once.
 
-    The model types `deepseekmoe` and `deepseek` are always ours. `deepseek_v2` and `deepseek_v3` checkpoints keep
-    loading with transformers' own classes unless `override_native` is true. Calling it again with another value
-    switches over; the model classes of this package can be used directly in either case.
+    The model types `deepseekmoe` and `deepseek` always load with this package's classes. `deepseek_v2` and
+    `deepseek_v3` load with transformers' own classes, unless `override_native` is true. Call it again with another
+    value to switch. The model classes of this package can be used directly in either case.
 
     Args:
         override_native (`bool`): make AutoConfig and AutoModel load `deepseek_v2` and `deepseek_v3` with this
@@ -41,7 +41,7 @@ def register(override_native: bool = False) -> None:
 
 
 def _restore_native() -> None:
-    """Give the types that transformers has classes for back to them, where this package took them."""
+    """Give `deepseek_v2` and `deepseek_v3` back to transformers' own classes, if this package took them."""
     for config_class in _TAKEN:
         if CONFIG_MAPPING[config_class.model_type] is config_class:
             AutoConfig.register(config_class.model_type, getattr(transformers, config_class.__name__), exist_ok=True)

@@ -35,8 +35,10 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class ExpertLoraConfig(LoraConfig):
-    """A `peft.LoraConfig` whose adapters on stacked experts are computed directly. It is saved as a plain LoraConfig
-    that plain PEFT reads; since plain PEFT refuses dropout on parameters, it is saved with `lora_dropout` 0.
+    """A `peft.LoraConfig` whose adapters on stacked experts are computed directly.
+
+    It is saved as a plain LoraConfig that plain PEFT reads. Plain PEFT refuses dropout on parameters, so that
+    `lora_dropout` is saved as 0.
 
     Attributes:
         experts: for every layer the ids of the experts that get an adapter; all experts if `None`. In the saved
@@ -50,7 +52,7 @@ class ExpertLoraConfig(LoraConfig):
         use_own_layers(self, create_layer)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: the fields of a LoraConfig."""
+        """Return what is saved: the fields of a LoraConfig."""
         fields = super().to_dict()
         del fields["experts"]
         if self.target_parameters and self.lora_dropout:
@@ -81,15 +83,15 @@ def expert_lora_config(
     Args:
         model: a model of this family, or any other of transformers with experts stacked as `gate_up_proj` (E, 2I, D)
             and `down_proj` (E, D, I): its DeepSeek-V2 and V3, Qwen3-MoE, Mixtral, OLMoE, ...
-        r: rank, of every expert's adapter.
+        r: rank of every expert's adapter.
         lora_alpha: the adapter counts `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`; 2 * r by default.
         experts: restrict the adapter to these ids of these layers, or to those of an `esft.json`. Layers that are not
             named get none.
         projections: `"gate_up"` (one A serves both halves), `"down"`, or both.
         train_router: train the gates too, as whole copies. Their balancing bias is saved with the adapter.
         target_modules: linear maps to adapt beside the experts, by the end of their names or by the name of a module
-            that holds them: `("self_attn", "shared_experts")`, `("q_proj", "v_proj")`; `"all-linear"` for all of
-            them but the head.
+            that holds them: `("self_attn", "shared_experts")`, `("q_proj", "v_proj")`; `"all-linear"` for all of them
+            but the head.
         options: other fields of `peft.LoraConfig`, which hold for experts too: `lora_dropout` (drawn for every token
             at every expert), `use_rslora`, `init_lora_weights` (`True`, `False` or `"gaussian"`), `modules_to_save`,
             `task_type` (`"CAUSAL_LM"` by default), `layers_to_transform`, `exclude_modules`, `rank_pattern`,
@@ -150,14 +152,14 @@ def _check_numbers(r: Any, lora_alpha: Any, lora_dropout: Any, projections: list
 
 @dataclass(frozen=True)
 class _Places:
-    """Where adapters go.
+    """The parts of a model that get adapters.
 
     Attributes:
         blocks: the experts of every layer, by name and module.
         experts_of: the layer of every parameter of experts, by its full name.
-        layers: those that are selected; `None` for all.
-        modules, weights: what `target_modules` means for PEFT's `target_modules` and `target_parameters`: ends of
-            names, and for each the full names that have it.
+        layers: the layers that are selected; `None` for all.
+        modules, weights: what `target_modules` means for PEFT's `target_modules` and `target_parameters`. Each maps
+            ends of names to the full names that have them.
     """
 
     blocks: dict[int, tuple[str, nn.Module]]
@@ -186,38 +188,38 @@ class _Places:
 
     @property
     def wanted(self) -> list[str]:
-        """The parameters of experts in the selected layers."""
+        """Parameters of experts in the selected layers."""
         return [name for name, layer in self.experts_of.items() if self.layers is None or layer in self.layers]
 
     @property
     def linear(self) -> list[str]:
-        """The full names of the linear maps that are adapted as modules."""
+        """Full names of the linear maps that are adapted as modules."""
         return [name for names in self.modules.values() for name in names]
 
     @property
     def ffns(self) -> list[str]:
-        """The full names of the weights that are adapted as parameters."""
+        """Full names of the weights that are adapted as parameters."""
         return [name for names in self.weights.values() for name in names]
 
     def ends(self) -> dict[str, list[str]]:
-        """The parameters of experts by the ends of their names."""
+        """Group the parameters of experts by the ends of their names."""
         ends: dict[str, list[str]] = {}
         for name in sorted(self.experts_of, key=lambda name: name.rsplit(".", 1)[0]):
             ends.setdefault(".".join(name.split(".")[-3:]), []).append(name)
         return ends
 
     def check(self, model: nn.Module, options: Mapping[str, Any], copies: list[str]) -> None:
-        """Raise a `ValueError` for options that name what is not there, or copies of what is adapted."""
+        """Raise a `ValueError` if options name what is not there, or copies of what is adapted."""
         names = [name for name, _ in model.named_modules()]
         check_copies(names, copies, [*self.wanted, *self.linear, *self.ffns])
         check_layers(options.get("layers_to_transform"), names)
         check_exclusions(options.get("exclude_modules"), names, self.experts_of)
 
     def chosen(self, options: Mapping[str, Any]) -> list[str]:
-        """The parameters of experts that are adapted.
+        """Return the parameters of experts that are adapted.
 
         Raises:
-            ValueError: if none is left, or an option excludes selected ones.
+            ValueError: if none is left, or if an option excludes selected ones.
         """
         wanted = self.wanted
         adapted = chosen_parameters(wanted, options)
@@ -232,13 +234,15 @@ class _Places:
 
 
 def _shortened(ends: dict[str, list[str]], names: list[str]) -> list[str]:
-    """Names by their ends where all that have an end are there, since plain PEFT wants the same targets of all
-    adapters."""
+    """Shorten names to their ends, if all names that have these ends are there.
+
+    Plain PEFT wants the same targets of all adapters.
+    """
     return list(ends) if all(name in names for own in ends.values() for name in own) else names
 
 
 def _embeddings(trainable_token_indices: Any) -> list[str]:
-    """The modules of which PEFT trains some rows."""
+    """Return the modules of which PEFT trains some rows."""
     if not trainable_token_indices:
         return []
     return [*trainable_token_indices] if isinstance(trainable_token_indices, Mapping) else ["embed_tokens"]
@@ -283,8 +287,10 @@ def _as_list(value: str | Sequence[str] | None) -> list[str]:
 
 
 def _linear_targets(model: nn.Module, targets: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """`target_modules` as what PEFT's `target_modules` and `target_parameters` understand: ends of names, and for each
-    the full names that have it."""
+    """Translate `target_modules` for PEFT's `target_modules` and `target_parameters`.
+
+    Each of the two results maps ends of names to the full names that have them.
+    """
     linears = _linear_names(model)
     modules: dict[str, list[str]] = {}
     parameters: dict[str, list[str]] = {}
@@ -310,7 +316,7 @@ def _linear_targets(model: nn.Module, targets: list[str]) -> tuple[dict[str, lis
 
 
 def _linear_names(model: nn.Module) -> list[str]:
-    """Names of all linear maps of the base, in a model that has adapters already too."""
+    """Return the names of all linear maps of the base, also in a model that has adapters already."""
     names = {
         name.replace(".base_layer", "").replace(".original_module", ""): None
         for name, module in model.named_modules()

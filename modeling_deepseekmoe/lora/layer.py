@@ -2,8 +2,8 @@
 """LoRA layers that compute x A B for every choice instead of merging the stack of experts.
 
 PEFT adapts a stacked parameter with `ParamWrapper`, which adds the product of the factors to the whole stack in every
-forward pass. The layers here are ParamWrappers with the same parameters under the same names, so that PEFT saves,
-loads, merges and switches them as its own; only the forward pass is another one.
+forward pass. The layers here are ParamWrappers with the same parameters under the same names. So PEFT saves, loads,
+merges and switches them as its own. Only the forward pass is another one.
 
 PEFT's layout of E experts' factors: `lora_A` is expert-major, (E * r, in), and `lora_B` rank-major, (out, r * E).
 
@@ -46,7 +46,7 @@ from .parallel import (
 
 
 class DirectLora(ParamWrapper):
-    """A ParamWrapper that never builds the merged weight in a forward pass: it allows dropout and mixed batches."""
+    """A ParamWrapper that never builds the merged weight in a forward pass. It allows dropout and mixed batches."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
@@ -56,13 +56,16 @@ class DirectLora(ParamWrapper):
         self._set_dropout(adapter_name, config.lora_dropout)
 
     def prepare(self, target_name: str = "") -> None:
-        """What a layer has beside a ParamWrapper's attributes."""
+        """Set what a layer has beside a ParamWrapper's attributes."""
         self.target_name = target_name
         self.empty_adapters: set[str] = set()  # those of the other projection alone
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
-        """Add an adapter; see `peft.tuners.lora.LoraLayer.update_layer`. One that is restricted to some experts starts
-        with both factors of all others at zero, where their gradients are exactly zero too and so they stay."""
+        """Add an adapter; see `peft.tuners.lora.LoraLayer.update_layer`.
+
+        If it is restricted to some experts, both factors of all others start at zero. Their gradients are exactly zero
+        too, so they stay zero.
+        """
         for field in ("lora_bias", "fan_in_fan_out"):  # PEFT refuses them for the first adapter only
             if getattr(config, field):
                 raise ValueError(f"{field}=True is not allowed for adapters of parameters.")
@@ -82,7 +85,7 @@ class DirectLora(ParamWrapper):
                 factor_b[..., others.to(factor_b.device)] = 0
 
     def factors(self, adapter_name: str, part: LocalPart | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the factors: `lora_A` as (E, r, in), `lora_B` as (out, r, E); or of a rank's part of them."""
+        """Return views of the factors or of a rank's part of them: `lora_A` as (E, r, in), `lora_B` as (out, r, E)."""
         weight_a, weight_b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
         factors = weight_a.unflatten(0, (self.num_experts, -1)), weight_b.unflatten(1, (-1, self.num_experts))
         return factors if part is None else part.of_factors(self.parameter_name, *factors)
@@ -119,7 +122,7 @@ class DirectLora(ParamWrapper):
 
 
 class ExpertLora(DirectLora):
-    """LoRA on one stacked projection of routed experts. The outermost layer computes, for both projections."""
+    """LoRA on one stacked projection of routed experts. The outermost layer computes both projections."""
 
     def forward(
         self,
@@ -128,7 +131,7 @@ class ExpertLora(DirectLora):
         top_k_weights: torch.Tensor,
         adapter_names: list[str] | None = None,
     ) -> torch.Tensor:
-        """Sum of the chosen experts' outputs with their adapters.
+        """Compute the weighted sum of the chosen experts' outputs, with their adapters.
 
         Args:
             hidden_states (`torch.Tensor` of shape (T, D)).
@@ -137,13 +140,13 @@ class ExpertLora(DirectLora):
             adapter_names: for every sample of the batch the name of its adapter; PEFT passes them on.
 
         Returns:
-            `torch.Tensor` of shape (T, D). Without an adapter in use the experts' own implementation computes; with
-            adapters the fused operator, if it takes the experts, the batch has one adapter or one set of them, and at
-            most one has a dropout; else one product after the other.
+            `torch.Tensor` of shape (T, D). Without an adapter in use the experts' own implementation computes it. With
+            adapters the fused operator does, if it takes the experts, if the batch has one adapter or one set of them,
+            and if no adapter of a set has a dropout. Else one product is computed after the other.
 
         Raises:
-            ValueError: if `adapter_names` does not fit the batch, or while adapters are merged, or where the experts
-                are spread over ranks.
+            ValueError: if `adapter_names` does not fit the batch, or is given while adapters are merged or where the
+                experts are spread over ranks.
         """
         experts = self.get_base_layer()
         in_use = {layer.parameter_name: layer._adapters_in_use(adapter_names) for layer in self.chain()}
@@ -167,7 +170,7 @@ class ExpertLora(DirectLora):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The outputs of the experts that this process holds, with the adapters in use of either projection."""
+        """Compute the outputs of the experts that this process holds, with both projections' adapters in use."""
         experts, layers = self.get_base_layer(), {layer.parameter_name: layer for layer in self.chain()}
         backend, reason = choose_backend(experts, hidden_states)
         if adapter_names is not None:
@@ -199,7 +202,7 @@ class ExpertLora(DirectLora):
         return run_grouped(experts, hidden_states, top_k_index, top_k_weights, project, len(experts.gate_up_proj))
 
     def chain(self) -> list["ExpertLora"]:
-        """The layers of this module's experts from here inwards, one for each adapted projection."""
+        """Collect the layers of this module's experts from here inwards, one for each adapted projection."""
         layer, found = self, []
         while isinstance(layer, ExpertLora):
             found.append(layer)
@@ -217,12 +220,12 @@ class ExpertLora(DirectLora):
     def complete(self, module_name: str, configs: dict[str, LoraConfig]) -> None:
         """Give the outer projection its part of every adapter of the inner one.
 
-        The nesting is part of PEFT's names: an adapter of `gate_up_proj` alone is named as the outer layer, which is
+        The nesting is part of PEFT's names. An adapter of `gate_up_proj` alone is named as the outer layer, which is
         that of `down_proj` here. With factors of zero, which get no gradient, it is an adapter of both.
 
         Args:
-            module_name: of the experts in the model.
-            configs: of all adapters; those that are completed get a target more.
+            module_name: name of the experts in the model.
+            configs: configs of all adapters. Those that are completed get one more target.
         """
         for name in [name for name in getattr(self.base_layer, "lora_A", ()) if name not in self.lora_A]:
             config, target = configs[name], f"{module_name}.{self.parameter_name}"
@@ -245,7 +248,7 @@ class ExpertLora(DirectLora):
     def concatenated(
         self, adapters: list[str], weights: list[float], part: LocalPart | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of a weighted sum of adapters, one after the other along the rank: (E, R, in), (out, R, E)."""
+        """Join the factors of a weighted sum of adapters along the rank: (E, R, in), (out, R, E)."""
         own = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in self.lora_A]
         factors = [self.factors(name, part) for name, _ in own]
         scales = [weight * self.scaling[name] for name, weight in own]
@@ -255,13 +258,16 @@ class ExpertLora(DirectLora):
         )
 
     def fusible(self, adapters: list[str]) -> bool:
-        """Whether the fused operator computes these adapters as one: each dropout of several is drawn for itself."""
+        """Tell whether the fused operator computes these adapters as one.
+
+        Several adapters must not have dropouts, because each draws its own.
+        """
         dropouts = [self.lora_dropout[name] for name in adapters]
         known = all(type(dropout) in (nn.Dropout, nn.Identity) for dropout in dropouts)
         return known and (len(adapters) < 2 or not any(map(_probability, dropouts)))
 
     def combined(self, adapters: list[str], part: LocalPart | None = None) -> Adapter | None:
-        """The sum of some adapters, which must be [`fusible`], for the fused operator; `None` without any."""
+        """Sum some adapters, which must be [`fusible`], for the fused operator. Without any the result is `None`."""
         if not adapters:
             return None
         dtype, scale = compute_dtype(self.get_param()), self.scaling[adapters[0]]
@@ -276,13 +282,13 @@ class ExpertLora(DirectLora):
     def delta(
         self, adapter_name: str, rows: torch.Tensor, choices: GroupedChoices, part: LocalPart | None = None
     ) -> torch.Tensor:
-        """What an adapter adds to the projection.
+        """Compute what an adapter adds to the projection.
 
         Args:
-            adapter_name: of one of this layer's adapters.
+            adapter_name: name of one of this layer's adapters.
             rows (`torch.Tensor` of shape (S, in)): inputs in the order of `choices`.
             choices: grouped by expert.
-            part: of the experts, if this process holds only some.
+            part: this process's part of the experts, if it holds only some.
 
         Returns:
             `torch.Tensor` of shape (S, out).
@@ -306,7 +312,10 @@ class ExpertLora(DirectLora):
 
 
 def _give_factors_to_the_inner_layer(layer: ExpertLora, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """The file of an adapter of `gate_up_proj` alone names its factors as those of the outer layer."""
+    """Move the factors of an adapter of `gate_up_proj` alone to the inner layer.
+
+    Its file names them as the outer layer's.
+    """
     for name in layer.empty_adapters & set(getattr(layer.base_layer, "lora_A", ())):
         for factor, module in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             key = f"{factor}.{name}.weight"
@@ -316,11 +325,13 @@ def _give_factors_to_the_inner_layer(layer: ExpertLora, state_dict: dict[str, An
 
 
 class LinearWeightLora(DirectLora):
-    """LoRA on the weight of one `nn.Linear` that was named as a parameter, which is how PEFT keeps the FFNs of a
-    mixture apart from its experts."""
+    """LoRA on the weight of one `nn.Linear` that was named as a parameter.
+
+    PEFT keeps the FFNs of a mixture apart from its experts in this way.
+    """
 
     def forward(self, x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
-        """The linear map with its adapters; (..., in) becomes (..., out)."""
+        """Apply the linear map with its adapters; (..., in) becomes (..., out)."""
         in_use = self._adapters_in_use(adapter_names)
         output = self.base_layer(x)
         if not in_use:
@@ -347,7 +358,7 @@ ExpertLora.__name__ = LinearWeightLora.__name__ = ParamWrapper.__name__
 
 
 def create_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """The LoRA layer of a module or of one of its parameters, or `None` where PEFT's own is the right one.
+    """Make the LoRA layer of a module or of one of its parameters, or return `None` if PEFT's own is the right one.
 
     Args:
         target: the module, or PEFT's wrapper around it.
@@ -375,7 +386,7 @@ def create_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **kwa
 
 
 def layer_class_of(base_layer: nn.Module, parameter_name: str | None) -> type[DirectLora] | None:
-    """Which of the layers here computes LoRA on a module's parameter, if any."""
+    """Return which of the layers here computes LoRA on a module's parameter, or `None`."""
     if parameter_name in STACKS and why_unsupported(base_layer) is None:
         return ExpertLora
     if parameter_name == "weight" and type(base_layer) is nn.Linear:
@@ -384,7 +395,7 @@ def layer_class_of(base_layer: nn.Module, parameter_name: str | None) -> type[Di
 
 
 def rank_and_alpha(config: LoraConfig, key: str) -> tuple[int, float]:
-    """Rank and alpha of an adapter at a module or parameter, with the patterns of its config."""
+    """Return rank and alpha of an adapter at a module or parameter, with the patterns of its config."""
     return (
         config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r),
         config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha),
@@ -392,12 +403,12 @@ def rank_and_alpha(config: LoraConfig, key: str) -> tuple[int, float]:
 
 
 def _probability(dropout: nn.Module) -> float:
-    """With which a dropout leaves out a number now."""
+    """Return the probability with which a dropout leaves out a number now."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _without_dropout(config: LoraConfig) -> LoraConfig:
-    """For PEFT's ParamWrapper, which cannot apply dropout and therefore refuses it."""
+    """Copy a config without dropout for PEFT's ParamWrapper, which cannot apply dropout and therefore refuses it."""
     plain = copy.copy(config)
     plain.lora_dropout = 0.0
     return plain
@@ -406,7 +417,7 @@ def _without_dropout(config: LoraConfig) -> LoraConfig:
 def _tokens_of_adapters(
     num_tokens: int, adapter_names: list[str] | None, device: torch.device
 ) -> dict[str, torch.Tensor] | None:
-    """For every adapter of a mixed batch which tokens are its own, (T,) booleans; `None` for an ordinary batch."""
+    """Find for every adapter of a mixed batch its own tokens, (T,) booleans; `None` for an ordinary batch."""
     if adapter_names is None:
         return None
     if not adapter_names or num_tokens % len(adapter_names):

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""PEFT's model of LoRA, with adapters on stacked experts that are computed directly, at the price of LoRA."""
+"""PEFT's model of LoRA for stacked experts: it computes their adapters directly, at the price of ordinary LoRA."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ _COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "ma
 
 @contextmanager
 def _without_target_parameters(configs: list[LoraConfig]) -> Iterator[None]:
-    """While PEFT checks what it does not support for its own wrappers of parameters."""
+    """Hide the parameters that configs target, while PEFT checks what it does not support for its own wrappers."""
     targets = [config.target_parameters for config in configs]
     for config in configs:
         config.target_parameters = None
@@ -39,8 +39,8 @@ class ExpertLoraModel(CombiningLoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add the layers of an adapter; see `peft.tuners.tuners_utils.BaseTuner.inject_adapter`.
 
-        PEFT asks that all adapters target the same parameters, because the nesting of its wrappers is part of the
-        names it saves. Here every nesting is completed.
+        The nesting of PEFT's wrappers is part of the names it saves. So PEFT asks that all adapters target the same
+        parameters. Here every nesting is completed instead.
         """
         config = self.peft_config[adapter_name]
         if type(config) is LoraConfig:
@@ -71,7 +71,7 @@ class ExpertLoraModel(CombiningLoraModel):
         """Add the weighted combination of some adapters as a new one; see `peft.LoraModel.add_weighted_adapter`.
 
         Raises:
-            ValueError: for a combination that does not exist, or not on stacked experts.
+            ValueError: for a combination that does not exist, or does not exist on stacked experts.
         """
         if combination_type not in _COMBINATIONS:
             raise ValueError(
@@ -106,7 +106,7 @@ class ExpertLoraModel(CombiningLoraModel):
     @staticmethod
     @torch.no_grad()
     def _set_factors(layer: ExpertLora, adapter_name: str, factor_a: torch.Tensor, factor_b: torch.Tensor) -> None:
-        """Set the first rows of an adapter's rank; the others become zero."""
+        """Set the first rows of an adapter's rank. The others become zero."""
         rank = factor_a.shape[1]
         for target, values in zip(layer.factors(adapter_name), (factor_a, factor_b), strict=True):
             target.zero_()
@@ -131,12 +131,15 @@ class ExpertLoraModel(CombiningLoraModel):
 
 
 def optimize_expert_lora(peft_model: PeftModel, lora_dropout: float | None = None) -> PeftModel:
-    """Make the adapters on stacked experts of a PEFT model fast, in place: those that plain PEFT made or loaded, and
-    all that are added later. The parameters stay the same objects, for an optimizer that has them.
+    """Make the adapters on stacked experts of a PEFT model fast, in place.
+
+    These are the adapters that plain PEFT made or loaded, and all that are added later. The parameters stay the same
+    objects, for an optimizer that has them.
 
     It also lifts what PEFT refuses for such adapters: dropout, mixed batches, adapters that target different
-    projections, `add_weighted_adapter` (`linear`, `cat`, `svd`, `ties`, `dare_linear`, `dare_ties`,
-    `magnitude_prune`). For the last two it is also needed after `get_peft_model` with an [`expert_lora_config`].
+    projections, and `add_weighted_adapter` (`linear`, `cat`, `svd`, `ties`, `dare_linear`, `dare_ties`,
+    `magnitude_prune`). Different projections and `add_weighted_adapter` need it also after `get_peft_model` with an
+    [`expert_lora_config`].
 
     Args:
         peft_model: from `get_peft_model` or `PeftModel.from_pretrained`.

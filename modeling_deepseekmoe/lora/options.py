@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What every option of `peft.LoraConfig` does on stacked experts: honoured, or refused by name.
+"""The options of `peft.LoraConfig` on stacked experts: each is honoured, or refused by name.
 
-PEFT looks at some of its options for modules alone, and passes parameters by, which the experts are. Those that choose
-where adapters go are applied here to the names that the config gets; those that PEFT would ignore on parameters, or
-find out about when half of the model is wrapped, are refused before. The table is in docs/lora.md.
+PEFT applies some options to modules alone, and passes by parameters, which the experts are. Options that choose where
+adapters go are applied here to the names that the config gets. PEFT would ignore other options on parameters, or
+refuse them when half of the model is wrapped. These are refused here, before. The table is in docs/lora.md.
 """
 
 import re
@@ -45,14 +45,14 @@ _BIASES = ("none", "all")
 
 
 def check_options(init_lora_weights: Any, options: Mapping[str, Any]) -> None:
-    """Refuse what would have no effect on experts, or another one than its name says.
+    """Refuse options that would have no effect on experts, or another one than their names say.
 
     Args:
         init_lora_weights: the field of that name.
         options: further fields of `peft.LoraConfig`; those that are empty count as absent.
 
     Raises:
-        ValueError: naming the field, the value and why it is not allowed.
+        ValueError: for such an option. The message names the field, the value and why it is not allowed.
     """
     if not any(init_lora_weights is start or init_lora_weights == start == "gaussian" for start in _STARTS):
         raise ValueError(
@@ -71,8 +71,9 @@ def check_options(init_lora_weights: Any, options: Mapping[str, Any]) -> None:
 
 
 def chosen_parameters(names: Iterable[str], options: Mapping[str, Any]) -> list[str]:
-    """Of some parameters those that `layers_to_transform`, `layers_pattern` and `exclude_modules` leave, as PEFT takes
-    these fields for modules.
+    """Return the parameters that `layers_to_transform`, `layers_pattern` and `exclude_modules` leave.
+
+    The fields mean for parameters what PEFT takes them to mean for modules.
 
     Args:
         names: full names of parameters, `model.layers.1.mlp.experts.down_proj`.
@@ -90,7 +91,7 @@ def chosen_parameters(names: Iterable[str], options: Mapping[str, Any]) -> list[
 
 
 def excludes(exclude_modules: Any, name: str) -> bool:
-    """Whether a module or a parameter is excluded by its own name."""
+    """Tell whether a module or a parameter is excluded by its own name."""
     return bool(exclude_modules) and not adapts_module(
         LoraConfig(target_modules=[name], exclude_modules=exclude_modules), name
     )
@@ -99,12 +100,13 @@ def excludes(exclude_modules: Any, name: str) -> bool:
 def completed_pattern(
     field: str, pattern: Mapping[str, Any] | None, parameters: Iterable[str], modules: Iterable[str]
 ) -> dict[str, Any]:
-    """A `rank_pattern` or `alpha_pattern` whose keys also match the parameters of the modules that they name. PEFT
-    matches them with the ends of whole names: `mlp.experts` alone would match nothing, and be ignored.
+    """Complete a `rank_pattern` or `alpha_pattern`: its keys also match the parameters of the modules that they name.
+
+    PEFT matches keys with the ends of whole names. `mlp.experts` alone would match nothing, and be ignored.
 
     Args:
         field: the name of the field.
-        pattern: keys, regular expressions, and their values.
+        pattern: keys, which are regular expressions, and their values.
         parameters: full names of the adapted parameters.
         modules: full names of the adapted modules.
 
@@ -134,7 +136,7 @@ def check_layers(layers_to_transform: Any, names: Iterable[str]) -> None:
     """Refuse a `layers_to_transform` that names no layer, or one that is not there.
 
     Raises:
-        ValueError: naming it.
+        ValueError: for such a field. The message names its value.
     """
     if layers_to_transform is None:
         return
@@ -147,14 +149,14 @@ def check_layers(layers_to_transform: Any, names: Iterable[str]) -> None:
 
 
 def check_exclusions(exclude_modules: Any, modules: Iterable[str], parameters: Iterable[str]) -> None:
-    """Refuse names in `exclude_modules` that nothing in the model has, and regular expressions that are none.
+    """Refuse names in `exclude_modules` that nothing in the model has, and regular expressions that are not valid.
 
     Args:
         exclude_modules: the field.
         modules, parameters: full names.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: for such an entry. The message names the field and the value.
     """
     names = [*modules, *parameters]
     each = [exclude_modules] if isinstance(exclude_modules, str) else [[name] for name in exclude_modules or ()]
@@ -175,7 +177,7 @@ def check_copies(modules: Iterable[str], copies: Iterable[str], adapted: Iterabl
         adapted: full names of what is to be adapted.
 
     Raises:
-        ValueError: naming it.
+        ValueError: for such an entry. The message names it.
     """
     names, adapted = list(modules), list(adapted)
     for copy in copies:

@@ -1,10 +1,10 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Adapters beside weights that transformers has spread over ranks, by tensor or by expert.
 
-Every rank holds the adapters as a whole and computes with the part that belongs to its part of the weights, so that
-their files are the ordinary ones and any number of ranks resumes from them. It has the gradient of that part alone
-then. Where the ranks of a tensor-parallel group share one batch, it is multiplied by their number here, so that the
-mean over all ranks, which Trainer takes, is the gradient.
+Every rank holds the adapters as a whole, and computes with the part that belongs to its part of the weights. So their
+files are the ordinary ones, and any number of ranks resumes from them. A rank has the gradient of its part alone. If
+the ranks of a tensor-parallel group share one batch, this gradient is multiplied here by their number. Then the mean
+over all ranks, which Trainer takes, is the gradient.
 
 Shape letters: E experts, D hidden, I expert width, r rank.
 """
@@ -24,7 +24,7 @@ LATENT_PROJECTION = "mla_kv_a_proj"  # its style in the plans
 
 
 def _is_spread_by_tensor(weight: torch.Tensor) -> bool:
-    """Whether the ranks of a tensor-parallel group hold parts of a weight."""
+    """Tell whether the ranks of a tensor-parallel group hold parts of a weight."""
     if not isinstance(weight, DTensor) or "tp" not in (weight.device_mesh.mesh_dim_names or ()):
         return False
     return not weight.placements[weight.device_mesh.mesh_dim_names.index("tp")].is_replicate()
@@ -33,15 +33,17 @@ def _is_spread_by_tensor(weight: torch.Tensor) -> bool:
 def linear_with_factors(
     weight: Any, rows: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor
 ) -> torch.Tensor:
-    """`rows @ factor_a.T @ factor_b.T` as a linear layer of this weight gives it, which may be spread by tensor.
+    """Compute `rows @ factor_a.T @ factor_b.T` as a linear layer of this weight would.
+
+    The weight may be spread by tensor.
 
     Args:
-        weight: that of the layer, (out, in).
-        rows (`torch.Tensor` of shape (T, in)): the layer's input, its own part of it where the columns are spread.
+        weight: the weight of the layer, (out, in).
+        rows (`torch.Tensor` of shape (T, in)): the layer's input, or this rank's part of it if the columns are spread.
         factor_a, factor_b: (r, in) and (out, r), whole.
 
     Returns:
-        `torch.Tensor` of shape (T, out), its own part of it where the rows are spread.
+        `torch.Tensor` of shape (T, out), or this rank's part of it if the rows are spread.
     """
     if not _is_spread_by_tensor(weight):
         return rows @ factor_a.t() @ factor_b.t()
@@ -61,13 +63,13 @@ def linear_with_factors(
 
 
 def refuse_merging(weight: torch.Tensor) -> None:
-    """Raise a `ValueError` for a weight of which ranks hold parts."""
+    """Raise a `ValueError` if ranks hold parts of a weight."""
     if isinstance(weight, DTensor):
         raise ValueError("Merging is not allowed into sharded weights: save the adapter and run `deepseekmoe merge`.")
 
 
 def refuse_dropout(weight: torch.Tensor, probability: float, experts: nn.Module | None = None) -> None:
-    """Raise a `ValueError` for dropout where the ranks that share a batch would each drop something else."""
+    """Raise a `ValueError` for dropout if ranks share a batch: each of them would drop something else."""
     if not probability or not isinstance(weight, DTensor):
         return
     names = weight.device_mesh.mesh_dim_names or ()
@@ -81,8 +83,10 @@ def refuse_dropout(weight: torch.Tensor, probability: float, experts: nn.Module 
 
 
 class ShardedLinearLora(Linear):
-    """LoRA on an `nn.Linear` whose weight is sharded, by tensor or by FSDP, over ranks that each hold the whole
-    adapter. PEFT's own takes its sizes from the shard, but for FSDP without replicas."""
+    """LoRA on an `nn.Linear` whose weight is sharded, by tensor or by FSDP. Each rank holds the whole adapter.
+
+    PEFT's own layer takes its sizes from the shard, except under FSDP without replicas.
+    """
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter; see `peft.tuners.lora.LoraLayer.update_layer`.
@@ -96,11 +100,11 @@ class ShardedLinearLora(Linear):
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the weight is not whole."""
+        """Raise a `ValueError`: the weight is not whole."""
         refuse_merging(self.base_layer.weight)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The linear map with its adapters, as this rank has it: (..., in) becomes (..., out).
+        """Apply the linear map with its adapters, as this rank has it: (..., in) becomes (..., out).
 
         Raises:
             ValueError: for a mixed batch, DoRA or another variant of LoRA.
@@ -119,8 +123,9 @@ class ShardedLinearLora(Linear):
 
 
 def hook_latent_projection(layer: nn.Linear, adapted: nn.Module) -> None:
-    """Move what tensor parallelism does to the gradient of MLA's latent projection from the layer to its adapted form:
-    every rank has that of its own heads, and the sum is the gradient of the adapter too.
+    """Move what tensor parallelism does to the gradient of MLA's latent projection from the layer to its adapted form.
+
+    Every rank has the gradient of its own heads. The sum is the gradient of the adapter too.
 
     Args:
         layer: `kv_a_proj_with_mqa`, whose forward transformers has replaced.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints of models that no process holds as a whole: every rank writes some of the files."""
+"""Save checkpoints of sharded models. No process holds the whole model: every rank writes some of the files."""
 
 import json
 from contextlib import nullcontext
@@ -22,23 +22,26 @@ UNFINISHED = ".unfinished"
 
 
 def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int | str = "5GB") -> int:
-    """Write a checkpoint in the official layout, as `save_pretrained` does, without a process that holds the model:
-    the ranks write the files in turns, and a rank holds one file and one parameter at a time. All ranks must call it.
+    """Write a checkpoint of a sharded model in the official layout, as `save_pretrained` does for a whole model.
+
+    No process holds the whole model. The ranks write the files in turns, and a rank holds one file and one parameter
+    at a time. All ranks must call this function.
 
     Args:
-        model: sharded in any way (FSDP2, tensor and expert parallelism), or not at all; no adapters and no wrapper.
-        folder: where the files go, beside others that may be there, on a file system that all machines share. The
-            weights of an earlier checkpoint are replaced when all new ones are written.
-        max_shard_size: bytes of a file, or a size such as `"500MB"`. A parameter, which may be a stack of experts, is
-            not divided.
+        model: sharded in any way (FSDP2, tensor and expert parallelism), or not at all. Adapters and wrappers are not
+            allowed.
+        folder: where the files go, on a file system that all machines share. Other files may be there. The weights of
+            an earlier checkpoint are replaced after all new ones are written.
+        max_shard_size: bytes of a file, or a size such as `"500MB"`. A parameter is never divided, and a stack of
+            experts is one parameter.
 
     Returns:
         Bytes of all weights.
 
     Raises:
-        ValueError: for a model that is no `PreTrainedModel`, or whose layers are not those of its config, or a size
-            that is none.
-        OSError: if a rank does not see the folder that the first one made.
+        ValueError: if the model is no `PreTrainedModel`, if its layers are not those of its config, or if
+            `max_shard_size` is no size.
+        OSError: if a rank does not see the folder that the first rank made.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is not allowed: save_sharded takes a PreTrainedModel.")
@@ -103,7 +106,7 @@ def _write_sharded(model: PreTrainedModel, folder: Path, max_shard_size: int | s
 
 
 def _saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds, under the model's own names: tied parameters once."""
+    """Return what a checkpoint holds, under the model's own names. A tied parameter is there once."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 

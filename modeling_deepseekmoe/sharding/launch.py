@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What `accelerate launch` was told about sharding, for loading straight into the shards."""
+"""Read what `accelerate launch` was told about sharding, to load a model straight into its shards."""
 
 import dataclasses
 import os
@@ -17,26 +17,26 @@ _TAKEN = "DEEPSEEKMOE_TAKEN_"  # under this prefix the switches stay, where acce
 
 
 def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
-    """How the processes that were launched shard a model: hand it to `from_pretrained(..., distributed_config=...)`,
-    which reads every rank's part alone, where accelerate would load the whole model first.
+    """Return how the launched processes shard a model, for `from_pretrained(..., distributed_config=...)`.
 
-    Read from the environment that `accelerate launch --config_file` makes of its YAML, or `torchrun` without one:
-    FSDP2 (with `fsdp_offload_params`), replicas of it and tensor parallelism (`parallelism_config`), bfloat16.
-    What neither replicas nor `tp_size` account for are FSDP2's shards. Accelerate's own switches for these are taken
-    away, so that nothing is sharded twice: call it before `TrainingArguments` or anything of accelerate exists.
+    With it, a rank reads only its own part. Accelerate would load the whole model first. The settings come from the
+    environment. `accelerate launch --config_file` writes its YAML there: FSDP2 (with `fsdp_offload_params`), its
+    replicas, tensor parallelism (`parallelism_config`), bfloat16. `torchrun` works without a YAML. FSDP2 shards over
+    what replicas and `tp_size` leave of the processes. Call this before `TrainingArguments` or anything of accelerate
+    exists: it takes accelerate's switches away, so that nothing is sharded twice.
 
     Args:
-        tp_size: ranks that share a batch and every layer; by default that of the `parallelism_config`, or 1.
+        tp_size: ranks that share a batch and every layer. The default is that of the `parallelism_config`, or 1.
         ep_size: ranks that hold distinct experts, a multiple of `tp_size`.
 
     Returns:
-        A `transformers.distributed.DistributedConfig`; `None` for one process, and for a launch that shards nothing
+        A `transformers.distributed.DistributedConfig`. `None` for one process, and for a launch that shards nothing
         (DDP, DeepSpeed).
 
     Raises:
-        ValueError: for an FSDP that is no FSDP2, a setting of it that belongs elsewhere, or sizes that are not allowed
-            or do not fit the number of processes.
-        ImportError: for a transformers whose Trainer does not train models that are sharded at loading.
+        ValueError: if the FSDP is no FSDP2 or an option of it belongs elsewhere, or if sizes are not allowed or do not
+            fit the number of processes.
+        ImportError: if the Trainer of this transformers cannot train models that are sharded at loading.
     """
     launch = _Launch.read()
     tp_size = launch.sizes["tp"] if tp_size is None else tp_size
@@ -73,13 +73,13 @@ def sharding_of_launch(*, tp_size: int | None = None, ep_size: int = 1) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Launch:
-    """What the launcher has told the processes.
+    """The settings that the launcher gave to the processes.
 
     Attributes:
         processes: their number.
         fsdp, parallel: whether FSDP, and a `parallelism_config`, were asked for.
         offload: whether the shards lie in the machine's memory.
-        sizes: of the `parallelism_config`, by the names of `_SIZES`; 1 where it was not asked for.
+        sizes: sizes of the `parallelism_config`, by the names in `_SIZES`. All are 1 if it was not asked for.
     """
 
     processes: int
@@ -90,7 +90,7 @@ class _Launch:
 
     @classmethod
     def read(cls) -> "_Launch":
-        """Read the environment, and put accelerate's switches where it does not look."""
+        """Read the environment, and move accelerate's switches to names that accelerate does not read."""
         for switch in _SWITCHES:  # a second model is to be sharded in the same way
             if switch in os.environ:
                 os.environ[_TAKEN + switch] = os.environ.pop(switch)
@@ -104,7 +104,7 @@ class _Launch:
         )
 
     def check(self, tp_size: int, ep_size: int) -> None:
-        """Raise a `ValueError` for what is not allowed, whatever the number of processes is."""
+        """Raise ValueError if a setting is not allowed, whatever the number of processes is."""
         for name, size in (("tp_size", tp_size), ("ep_size", ep_size)):
             if size < 1:
                 raise ValueError(f"{name}={size} is not allowed: it must be at least 1.")

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Trainer's checkpoints for models that are sharded over ranks: written by all of them, resumed on any number."""
+"""Train models that are sharded over ranks: all ranks write a checkpoint, and any number of ranks resumes it."""
 
 import json
 import os
@@ -34,8 +34,9 @@ OPTIMIZER_FOLDER = "optimizer"
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The last checkpoint of a Trainer's output folder that was written to its end, which is when `trainer_state.json`
-    is there and can be read; `None` if there is none.
+    """Find the last complete checkpoint in a Trainer's output folder; return `None` if there is none.
+
+    A checkpoint is complete if its `trainer_state.json` is there and can be read: Trainer writes this file last.
 
     Args:
         folder: `TrainingArguments.output_dir`.
@@ -60,15 +61,15 @@ class ShardedTrainer(Trainer):
     """transformers' Trainer, with checkpoints for models that are sharded over ranks.
 
     The model may be sharded while it is loaded (`from_pretrained(distributed_config=...)`), wrapped by DDP, or whole.
-    Checkpoints hold the weights in the official layout, every rank writing some of the files ([`save_sharded`]), and
-    the optimizer's state by parameter in the folder `optimizer`: each resumes on any number of ranks and any layout of
-    them, for which transformers has no support. Gradients of accumulated micro-batches are reduced one by one, unless
-    `accelerator_config` says otherwise. `train(resume_from_checkpoint=True)` takes the last complete one.
-    Under accelerate's own FSDP and DeepSpeed, checkpoints stay theirs. For another trainer that is built on Trainer:
-    `class Mine(ShardedTrainer, SFTTrainer)`.
+    A checkpoint holds the weights in the official layout, and every rank writes some of the files ([`save_sharded`]).
+    The folder `optimizer` holds the optimizer's state by parameter. A checkpoint resumes on any number of ranks, in
+    any layout of them; transformers has no support for this. `train(resume_from_checkpoint=True)` takes the last
+    complete checkpoint. Gradients of accumulated micro-batches are reduced one by one, unless `accelerator_config`
+    says otherwise. Under accelerate's own FSDP and under DeepSpeed, checkpoints stay as these write them. To use this
+    with another trainer that is built on Trainer, write `class Mine(ShardedTrainer, SFTTrainer)`.
 
     Raises:
-        ValueError: for arguments that know of fewer processes than were launched.
+        ValueError: if the arguments know of fewer processes than were launched.
     """
 
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
@@ -103,10 +104,10 @@ class ShardedTrainer(Trainer):
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train as Trainer does; `resume_from_checkpoint=True` goes on from the last complete checkpoint.
+        """Train as Trainer does. With `resume_from_checkpoint=True`, go on from the last complete checkpoint.
 
         Raises:
-            ValueError: if there is none to resume from.
+            ValueError: if there is no checkpoint to resume from.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -137,13 +138,13 @@ class ShardedTrainer(Trainer):
 
     @property
     def _sharded_at_loading(self) -> bool:
-        """Whether the weights are not whole anywhere. Adapters are, and so their files are PEFT's own."""
+        """Whether no process holds the whole weights. Adapters are whole on every rank, so PEFT writes their files."""
         sharded = getattr(self.model, "is_distributed_loading_by_transformers", False)
         whole = isinstance(self.model, PreTrainedModel) and not has_adapters(self.model)
         return bool(self._own_checkpoints and sharded and whole)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Save the model as Trainer does; one that is sharded, with [`save_sharded`]. All ranks must call it then."""
+        """Save the model as Trainer does, and a sharded one with [`save_sharded`]. Then all ranks must call this."""
         folder = Path(output_dir or self.args.output_dir)
         # Training begins every checkpoint with this. One of the same step that is there is incomplete from now on.
         if self.is_in_train and folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}":
@@ -220,8 +221,11 @@ class ShardedTrainer(Trainer):
 
 
 def set_timeout(model: nn.Module, seconds: float) -> None:
-    """Let the ranks of a sharded model wait for each other that long: its own groups are made with torch's default
-    (half an hour under gloo, ten minutes under NCCL), whatever that of the first group is."""
+    """Set how many seconds the ranks of a sharded model wait for each other.
+
+    The model's own groups are made with torch's default (half an hour under gloo, ten minutes under NCCL), whatever
+    the timeout of the first group is.
+    """
     meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
     groups = {group for mesh in meshes for group in mesh.get_all_groups()}
     for group in {*groups, dist.group.WORLD} if groups else ():
@@ -230,7 +234,10 @@ def set_timeout(model: nn.Module, seconds: float) -> None:
 
 @contextmanager
 def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
-    """Trainer makes groups that may have no parameters; torch's distributed state dicts have no place for these."""
+    """Take parameter groups without parameters out of an optimizer, and put them back at the end.
+
+    Trainer may make such groups. torch's distributed state dicts cannot hold them.
+    """
     empty = [(idx, group) for idx, group in enumerate(optimizer.param_groups) if not group["params"]]
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     try:
@@ -242,10 +249,10 @@ def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[torch.op
 
 @torch.no_grad()
 def load_in_place(model: PreTrainedModel, folder: str | Path) -> None:
-    """Give a model that was sharded while it was loaded the weights of another checkpoint, every rank its own part.
+    """Load another checkpoint into a model that was sharded while it was loaded. Every rank loads its own part.
 
-    A second model of the same parts is in memory meanwhile. Before training begins, gradients and the optimizer's
-    state, which need more, are not.
+    Meanwhile a second model, sharded in the same way, is in memory. Gradients and the optimizer's state need more
+    memory, but do not exist before training begins.
     """
     dtypes = {parameter.dtype for parameter in model.parameters() if isinstance(parameter, DTensor)}
     other = type(model).from_pretrained(

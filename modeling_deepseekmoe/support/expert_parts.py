@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The part of the stacked experts that a rank computes with, where they are spread by expert or by tensor.
+"""The part of the stacked experts that one rank computes with, if they are spread by expert or by tensor.
 
 Shape letters: E experts, D hidden, I expert width, r rank.
 """
@@ -24,9 +24,9 @@ class LocalPart:
     """The part of the stacked experts that a rank computes with.
 
     Attributes:
-        experts (`slice`): of the E experts.
-        width (`slice`): of the I neurons of each.
-        gradient_factor (`int`): ranks that share one batch.
+        experts (`slice`): which of the E experts.
+        width (`slice`): which of the I neurons of each.
+        gradient_factor (`int`): number of ranks that share one batch.
     """
 
     experts: slice
@@ -35,7 +35,7 @@ class LocalPart:
 
     @classmethod
     def of(cls, experts: nn.Module) -> "LocalPart | None":
-        """That of an experts module; `None` where its stacks are whole while it computes (FSDP gathers them)."""
+        """Find the part of an experts module, or `None` if its stacks are whole in computing (FSDP gathers them)."""
         stack = experts.gate_up_proj
         names = (stack.device_mesh.mesh_dim_names or ()) if isinstance(stack, DTensor) else ()
         if "ep" not in names and "tp" not in names:
@@ -51,7 +51,7 @@ class LocalPart:
     def of_factors(
         self, stack: str, factor_a: torch.Tensor, factor_b: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The parts of an adapter's factors: (E, r, in) and (out, r, E) of `gate_up_proj` or of `down_proj`."""
+        """Cut the part out of an adapter's factors: (E, r, in) and (out, r, E) of `gate_up_proj` or of `down_proj`."""
         factor_a, factor_b = factor_a[self.experts], factor_b[..., self.experts]
         if stack == "gate_up_proj":
             factor_b = factor_b.unflatten(0, (2, -1))[:, self.width].flatten(0, 1)
@@ -102,7 +102,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 def scale_gradient(tensor: torch.Tensor, factor: int) -> torch.Tensor:
-    """The tensor itself, whose gradient is multiplied by a factor."""
+    """Return the tensor itself, but multiply its gradient by a factor."""
     return tensor if factor == 1 else _ScaledGradient.apply(tensor, factor)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Folders and files to read, of this machine or of the hub, and folders that appear only when they are complete."""
+"""Folders and files to read, from this machine or the Hub, and new folders that appear only when they are complete."""
 
 import shutil
 import tempfile
@@ -18,10 +18,10 @@ FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def local_folder(name_or_folder: str | Path, weights: bool = True) -> Path:
-    """A folder as it is, or a repository of the hub, downloaded into its cache, with or without its weights.
+    """Return a local folder as it is, or download a repository of the Hub into its cache, with or without its weights.
 
     Raises:
-        OSError: if there is no such folder, and no such repository or no hub.
+        OSError: if there is no such folder, and no such repository or no Hub.
     """
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
@@ -34,7 +34,7 @@ def local_folder(name_or_folder: str | Path, weights: bool = True) -> Path:
 
 @contextmanager
 def opened(file: str | Path) -> Iterator[Any]:
-    """A safetensors file, open for reading.
+    """Open a safetensors file for reading.
 
     Raises:
         ValueError: if it is no such file, or not complete.
@@ -48,16 +48,16 @@ def opened(file: str | Path) -> Iterator[Any]:
 
 
 def read_tensors(file: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file; raises as [`opened`]."""
+    """Read all tensors of a safetensors file. Errors are those of [`opened`]."""
     with opened(file) as handle:
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - the handle is no mapping
 
 
 def check_destination(destination: str | Path) -> Path:
-    """The absolute path of a folder to write.
+    """Check a folder to write, and return its absolute path.
 
     Raises:
-        ValueError: unless it does not exist or is an empty folder.
+        ValueError: if it exists and is not an empty folder.
     """
     path = Path(destination).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -67,10 +67,10 @@ def check_destination(destination: str | Path) -> Path:
 
 @contextmanager
 def unfinished_folder(destination: str | Path) -> Iterator[Path]:
-    """A folder beside the destination, which takes its name at the end, and is removed after an error.
+    """Make a folder beside the destination. At the end it takes the destination's name; after an error it is removed.
 
     Raises:
-        ValueError: unless the destination does not exist or is an empty folder.
+        ValueError: if the destination exists and is not an empty folder.
     """
     path = check_destination(destination)
     path.parent.mkdir(parents=True, exist_ok=True)

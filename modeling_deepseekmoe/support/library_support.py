@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What the package takes from accelerate, the Hub's client and TRL beyond their documented interfaces: a name each.
+"""The names that the package takes from accelerate, the Hub's client and TRL beyond their documented interfaces.
 
-`tests/test_canaries.py` states what is relied on for each.
+`tests/core/test_canaries_of_others.py` states what is relied on for each.
 """
 
 import sys
@@ -16,8 +16,10 @@ TRL_MODULE, TRL_LOADER = "trl.trainer.utils", "create_model_from_path"
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether a model has adapters of PEFT, whoever put them in: what is saved of it is these alone. PEFT, which takes
-    a second to import, is not imported for it."""
+    """Tell whether a model has adapters of PEFT, whoever put them in. If it has, only these are saved of it.
+
+    PEFT takes a second to import, and is not imported for this.
+    """
     if "peft" not in sys.modules:
         return False
     from .peft_support import is_of_adapter
@@ -26,13 +28,15 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give a module another forward pass, inside accelerate's hooks where it has some, which move tensors between
-    devices: they keep what they call under another name."""
+    """Give a module another forward pass, inside accelerate's hooks if it has some.
+
+    These hooks move tensors between devices, and keep what they call under another name.
+    """
     setattr(module, "_old_forward" if hasattr(module, "_old_forward") else "forward", forward)
 
 
 def is_left_out(addition: CommitOperationAdd) -> bool:
-    """Whether the Hub, asked before a commit, would leave a file out of it without a word."""
+    """Tell whether the Hub, asked before a commit, would leave a file out of it without a word."""
     return bool(addition._should_ignore)
 
 

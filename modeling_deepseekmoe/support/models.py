@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What several parts of the package do with a model: evaluate it, put its tensors together."""
+"""Helpers for a model: evaluate it, put its sharded tensors together, find its class."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the model is in its previous mode."""
+    """Evaluate a model inside, without gradients. Afterwards it is in its previous mode."""
     training = model.training
     model.eval()
     try:
@@ -23,12 +23,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ranks hold parts of the model's parameters."""
+    """Tell whether ranks hold parts of the model's parameters."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without gradients, put together where it is sharded; all ranks that hold a part must call this then."""
+    """Return a tensor without gradients, put together if it is sharded.
+
+    If it is, all ranks that hold a part must call this.
+    """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
@@ -38,7 +41,7 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def model_class_named(name: str) -> Any:
-    """The model class of the family with this name, as a checkpoint's `architectures` has it."""
+    """Find the model class of the family with this name, as a checkpoint's `architectures` has it."""
     from .. import modeling_classification, modeling_deepseekmoe  # seconds to import, and seldom needed
 
     return getattr(modeling_deepseekmoe if hasattr(modeling_deepseekmoe, name) else modeling_classification, name)

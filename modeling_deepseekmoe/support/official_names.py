@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Lets `load_state_dict` of transformers' own models read the files that their `save_pretrained` writes.
 
-`from_pretrained` translates the official names into a model's own, stacked experts among them. Trainer does not: it
-resumes, and loads the best checkpoint, with a plain `load_state_dict(strict=False)` of the file, in which it finds no
-experts, and goes on with those that it has. This package's models read both names themselves.
+`from_pretrained` translates the official names into a model's own, stacked experts among them. Trainer does not. It
+resumes, and loads the best checkpoint, with a plain `load_state_dict(strict=False)` of the file. It finds no experts
+there, and goes on with those that it has. This package's models read both names themselves.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def read_official_names(model: nn.Module) -> None:
     """Let a model's `load_state_dict` read official names too, from now on.
 
     Args:
-        model: one of transformers' own; any other module, and this package's models, stay as they are.
+        model: one of transformers' own. Any other module, and this package's models, stay as they are.
     """
     if not isinstance(model, PreTrainedModel) or isinstance(model, DeepseekMoePreTrainedModel):
         return
@@ -31,8 +31,10 @@ def read_official_names(model: nn.Module) -> None:
 
 
 def _translate(module: Any, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-    """Replace what has official names by what the model calls it, in place. A part of a stack that is not there, in
-    another file of a sharded checkpoint, keeps its values."""
+    """Replace tensors that have official names by those that the model has names for, in place.
+
+    A part of a stack may be in another file of a sharded checkpoint. It keeps its values.
+    """
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     missing = {name: tensor for name, tensor in own.items() if prefix + name not in state_dict}
     for name, tensor in missing.items():

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""What the package takes from PEFT beyond its documented interface.
+"""The names that the package takes from PEFT beyond its documented interface.
 
-No other file uses a private name of PEFT, or imports from its inner modules. `tests/test_canaries.py` states what is
-relied on for each.
+No other file uses a private name of PEFT, or imports from its inner modules. `tests/core/test_canaries_of_others.py`
+states what is relied on for each.
 """
 
 from collections.abc import Callable
@@ -18,56 +18,59 @@ from torch import nn
 
 
 def use_own_layers(config: LoraConfig, create_layer: Callable[..., nn.Module | None]) -> None:
-    """Let PEFT make its layers with `create_layer`, or, where that returns `None`, as it does without."""
+    """Let PEFT make its layers with `create_layer`. If that returns `None`, PEFT makes them as it does without."""
     config._register_custom_module({nn.Module: create_layer})
 
 
 def is_of_adapter(module: nn.Module) -> bool:
-    """Whether a module is PEFT's own: a model with an adapter, or a layer of one."""
+    """Tell whether a module is PEFT's own: a model with an adapter, or a layer of one."""
     return isinstance(module, PeftModel | BaseTunerLayer)
 
 
 def adapts_module(config: LoraConfig, name: str) -> bool:
-    """Whether PEFT adapts a module of this name, by the target, exclusion and layer fields of a config."""
+    """Tell whether PEFT adapts a module of this name, by the target, exclusion and layer fields of a config."""
     return bool(check_target_module_exists(config, name))
 
 
 def variant_fields() -> set[str]:
-    """The fields of a LoraConfig that ask for another computation than x A B, which PEFT marks."""
+    """Return the fields of a LoraConfig that ask for another computation than x A B. PEFT marks them."""
     return {field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")}
 
 
 def parallel_style_of(layer: nn.Module) -> str | None:
-    """How transformers spreads a layer over ranks, as PEFT has noted it there."""
+    """Return how transformers spreads a layer over ranks, as PEFT has noted it there."""
     return getattr(layer, "_hf_tp_plan", None)
 
 
 def spread_ourselves(layer: nn.Module) -> None:
-    """Keep PEFT from spreading the adapter of a layer over ranks: it would see nothing but the layer's note."""
+    """Keep PEFT from spreading the adapter of a layer over ranks, by removing its note on the layer.
+
+    PEFT goes by that note alone.
+    """
     layer._hf_tp_plan = None
 
 
 def mesh_of(layer: nn.Module) -> Any:
-    """The ranks over which transformers has spread a layer, as PEFT has noted them there."""
+    """Return the ranks over which transformers has spread a layer, as PEFT has noted them there."""
     return layer._hf_device_mesh
 
 
 class CombiningLoraModel(LoraModel):
-    """PEFT's LoraModel, in which a subclass may say how adapters of a layer are combined by `svd`."""
+    """PEFT's LoraModel, in which a subclass may say how `svd` combines the adapters of a layer."""
 
     def combine_by_svd(
         self, layer: nn.Module, adapters: list[str], weights: list[float], rank: int, adapter_name: str
     ) -> bool:
-        """Write the weighted combination of a layer's adapters, as near as this rank allows, into another adapter.
+        """Write the weighted combination of a layer's adapters into another one, as closely as its rank allows.
 
         Args:
             layer: a LoRA layer.
-            adapters, weights: what is combined.
-            rank: of the new adapter.
-            adapter_name: of the new adapter.
+            adapters, weights: names of the adapters to combine, and their weights.
+            rank: rank of the new adapter.
+            adapter_name: name of the new adapter.
 
         Returns:
-            Whether it was done; PEFT does it otherwise.
+            Whether it was done. If not, PEFT does it.
         """
         return False
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Sizes that users give: bytes, or a text with a unit."""
+"""Reads sizes that users give: bytes, or a text with a unit."""
 
 import re
 
@@ -10,10 +10,10 @@ def bytes_of(field: str, size: str | int, *, least: int = 1, example: str = "'50
     """Read a size: bytes, or a text such as `"5GB"` or `"24GiB"`.
 
     Args:
-        field: its name, for the error.
+        field: name of the field, for the error.
         size: the size.
-        least: the smallest that is allowed.
-        example: for the error.
+        least: the smallest size that is allowed.
+        example: an allowed size, for the error.
 
     Raises:
         ValueError: for a text that is no size, or one below `least`.

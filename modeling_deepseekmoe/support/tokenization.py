@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Tokenizers with the first and last tokens that their `tokenizer_config.json` switches on.
+"""Loads tokenizers with the first and last tokens that their `tokenizer_config.json` switches on.
 
-transformers 4 put the token for the beginning of a text in front of it where `add_bos_token` is true, as in DeepSeek's
-tokenizers. transformers 5 ignores the field where there is a `tokenizer.json`, and goes by the post-processor in that
-file, which DeepSeek's have without this token: models then see texts that begin as none did in their training.
+If `add_bos_token` is true, as in DeepSeek's tokenizers, transformers 4 put the beginning-of-text token in front of a
+text. If there is a `tokenizer.json`, transformers 5 ignores the field, and goes by the post-processor in that file.
+DeepSeek's post-processors do not have this token. Models then see texts that begin as none did in their training.
 """
 
 import json
@@ -22,11 +22,11 @@ _OF_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "f
 def load_tokenizer(name_or_folder: str | Path, **kwargs: Any) -> Any:
     """Load a tokenizer as AutoTokenizer does, with the first and last tokens that its settings ask for.
 
-    What is saved of it has them in `tokenizer.json`, where every version of transformers finds them.
+    A tokenizer that is saved again has them in `tokenizer.json`, where every version of transformers finds them.
 
     Args:
         name_or_folder: a folder or a repository of the Hub.
-        kwargs: those of `AutoTokenizer.from_pretrained`; `add_bos_token` and `add_eos_token` among them win.
+        kwargs: those of `AutoTokenizer.from_pretrained`. `add_bos_token` and `add_eos_token` among them win.
 
     Raises:
         ValueError, OSError: as AutoTokenizer does.
@@ -40,11 +40,11 @@ def load_tokenizer(name_or_folder: str | Path, **kwargs: Any) -> Any:
 
 
 def unheeded_flags(settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> list[str]:
-    """Of `add_bos_token` and `add_eos_token` those that are switched on and that transformers 5 ignores.
+    """Find which of `add_bos_token` and `add_eos_token` are switched on and ignored by transformers 5.
 
     Args:
         settings: content of `tokenizer_config.json`.
-        tokenizer: content of `tokenizer.json`; empty where there is none.
+        tokenizer: content of `tokenizer.json`; empty if there is none.
     """
     if not tokenizer or "auto_map" in settings:  # read by a class that looks at the settings
         return []
@@ -52,14 +52,14 @@ def unheeded_flags(settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) ->
 
 
 def _adds(settings: Mapping[str, Any], tokenizer: Mapping[str, Any], flag: str) -> bool:
-    """Whether the post-processor knows the token."""
+    """Tell whether the post-processor knows the token."""
     token = settings.get(_FLAGS[flag])
     text = token.get("content") if isinstance(token, Mapping) else token
     return bool(text) and json.dumps(text) in json.dumps(tokenizer.get("post_processor"))
 
 
 def _content(name_or_folder: str | Path, name: str, of_hub: dict[str, Any]) -> dict[str, Any]:
-    """A JSON file beside others; empty where there is none."""
+    """Read a JSON file from a folder or a repository. The result is empty if there is none."""
     folder = Path(name_or_folder, of_hub.get("subfolder") or "")
     try:
         file = folder / name if folder.is_dir() else Path(hf_hub_download(str(name_or_folder), name, **of_hub))

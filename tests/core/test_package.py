@@ -79,6 +79,15 @@ def test_public_api() -> None:
         _ = modeling_deepseekmoe.DeepseekV9Model
 
 
+@pytest.mark.parametrize("name", ["", ".conversion", ".configuration"])
+def test_the_reference_has_every_public_name(name: str) -> None:
+    module = importlib.import_module(f"modeling_deepseekmoe{name}")
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    aliases = {"RoutingPlan"}
+    for exported in set(module.__all__) - aliases:
+        assert f"::: {module.__name__}.{exported}\n" in page, exported
+
+
 @pytest.mark.parametrize("name", PUBLIC_MODULES)
 def test_public_names_are_documented_and_typed(name: str) -> None:
     module = importlib.import_module(name)
@@ -173,13 +182,19 @@ def test_the_wheel_holds_everything_and_nothing_beside_the_package(tmp_path: Pat
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     assert {path.name.split("-")[0] for path in (tmp_path / "site").iterdir()} == {"bin", "modeling_deepseekmoe"}
     script = (
-        "import modeling_deepseekmoe\n"
+        "import importlib, sys\n"
+        f"for name in {PUBLIC_MODULES!r}:\n"
+        "    module = importlib.import_module(name)\n"
+        f"    assert module.__file__.startswith({str(tmp_path)!r}), module.__file__\n"
+        "from modeling_deepseekmoe.cli.app import app\n"
         "from modeling_deepseekmoe.configuration import list_presets\n"
-        "from modeling_deepseekmoe.conversion import upcycle\n"
-        f"assert modeling_deepseekmoe.__file__.startswith({str(tmp_path)!r})\n"
-        "assert 'dense' in list_presets()\n"
         "from modeling_deepseekmoe.hub.card import _TEMPLATE\n"
-        "assert _TEMPLATE.is_file()\n"
+        "assert 'dense' in list_presets() and _TEMPLATE.is_file()\n"
+        "sys.argv = ['deepseekmoe', 'inspect', 'deepseek-moe-16b']\n"
+        "app()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "16,375,728,128" in ran.stdout
