@@ -198,3 +198,17 @@ def test_the_wheel_holds_everything_and_nothing_beside_the_package(tmp_path: Pat
         [sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert "16,375,728,128" in ran.stdout
+
+
+def test_docstrings_of_functions_begin_with_a_verb() -> None:
+    """Or rather with none of the words that no verb is."""
+    no_verb = re.compile(
+        r"(The|An?|What|Whether|How|That|As|Which|Where|Whose|All|Every|Both|One|No|It|This|These|In|Of|For|From|To|With|"
+        r"If)\b"
+    )
+    for folder in ("modeling_deepseekmoe", "configuration", "conversion", "examples", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                documented = isinstance(node, ast.FunctionDef) and ast.get_docstring(node)
+                if documented and not any("property" in ast.unparse(it) for it in node.decorator_list):
+                    assert not no_verb.match(documented), f"{path.name}:{node.lineno}: {documented.splitlines()[0]}"
