@@ -102,8 +102,9 @@ def run_experts(
         `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: for another backend, or for adapters with a backend that does not take them.
+        ValueError: for another backend, for adapters with one that does not take them, or in an export to ONNX.
     """
+    _refuse_onnx(experts)
     gate_up, down = (experts.gate_up_proj, experts.down_proj) if stacks is None else stacks
     dtype = compute_dtype(gate_up)
     if backend is None:
@@ -124,6 +125,15 @@ def run_experts(
         return grouped_linear(rows, stack_of[name], choices)
 
     return run_grouped(experts, hidden_states, top_k_index, top_k_weights, project, len(gate_up))
+
+
+def _refuse_onnx(experts: nn.Module) -> None:
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            f"An export of {type(experts).__name__} to ONNX is not allowed, which has no grouped products: call "
+            "merge_and_unload() of an adapted model or merge_esft(model) first, or join sharded experts. Plain "
+            "experts export as they are."
+        )
 
 
 def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:

@@ -2,7 +2,7 @@
 """The warnings that a model gives once while it trains, if something is missing that its config asks for.
 
 There are two: nothing updates the balancing bias, or whoever made the loss left the auxiliary losses out. Both are
-found when a training forward begins.
+found in a training forward, from what happened before it. An optimizer step is seen by the weights that it changed.
 """
 
 from typing import Any
@@ -12,23 +12,29 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_checks import LOSS_FIELDS
-from .torch_support import changes_of
 
 logger = logging.get_logger(__name__)
 
 STEPS_UNTIL_WARNING = 50
+GATE = ".gate."  # in the names of its parameters
 
 
 class Reminders:
-    """The warnings that a decoder has given, and what it has seen of its training.
+    """The warnings that a decoder has given, and the optimizer steps that it has seen.
 
-    A copy of the decoder has its own.
+    A copy of the decoder begins anew, and so does one that was pickled.
     """
 
     def __init__(self) -> None:
         self.told_of_updates = False
         self.told_of_losses = False
-        self.changes: int | None = None  # of the gates' weights, when the last training forward began
+        self.forwards = 0  # of training
+        self.steps: int | torch.Tensor = 0  # seen so far; read seldom, because reading waits for the device
+        self.steps_when_balanced = 0
+        self.seen: tuple[str, torch.Tensor] | None = None  # the watched weight of the last training forward
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
 
     def remind(self, model: Any) -> None:
         """Look at the steps since the last training forward, and warn if something is missing.
@@ -38,16 +44,36 @@ class Reminders:
         """
         if torch.compiler.is_compiling():
             return
-        if not self.told_of_losses:
+        look_at_losses = not self.told_of_losses and bool(model.config.loss_alphas)
+        look_at_updates = not self.told_of_updates and model.config.topk_method == "noaux_tc"
+        if not (look_at_losses or look_at_updates):
+            return
+        self._look_for_a_step(model)
+        if look_at_losses:
             self._look_at_losses(model)
-        if not self.told_of_updates and model.config.topk_method == "noaux_tc":
+        if look_at_updates and self.forwards % STEPS_UNTIL_WARNING == 0 and self._sees_a_gate():
             self._look_at_updates(model)
+        self.forwards += 1
+
+    def _look_for_a_step(self, model: nn.Module) -> None:
+        before, self.seen = self.seen, watched_weight(model)
+        if before is None or self.seen is None:
+            return
+        (old_name, old), (name, new) = before, self.seen
+        if (old_name, old.device, old.shape) == (name, new.device, new.shape):
+            self.steps = self.steps + (old != new).any()
+        else:
+            self.steps = int(self.steps)
+
+    def _sees_a_gate(self) -> bool:
+        """Tell whether a gate is trained. The bias of a frozen gate is kept, and needs no updates."""
+        return self.seen is not None and GATE in self.seen[0]
 
     def _look_at_losses(self, model: Any) -> None:
         counter = model.router_load
         if counter.reached:
             self.told_of_losses = True  # there is nothing to tell
-        elif counter.watched and counter.passed:
+        elif counter.watched and counter.passed and int(self.steps) > 0:
             self.told_of_losses = True
             logger.warning(
                 f"The auxiliary losses of {type(model).__name__}, {fields_of_losses(model.config)}, are computed and "
@@ -58,12 +84,10 @@ class Reminders:
             )
 
     def _look_at_updates(self, model: Any) -> None:
-        changes = sum(changes_of(weight) for weight in _trained_gates(model))
-        stepped = self.changes is not None and changes != self.changes
-        self.changes = changes
-        counter = model.router_load
-        counter.steps_without_update += stepped
-        if counter.steps_without_update >= STEPS_UNTIL_WARNING:
+        steps = int(self.steps)
+        if model.router_load.is_balanced:
+            model.router_load.is_balanced, self.steps_when_balanced = False, steps
+        elif steps - self.steps_when_balanced >= STEPS_UNTIL_WARNING:
             self.told_of_updates = True
             logger.warning(
                 f"{type(model).__name__} has trained for {STEPS_UNTIL_WARNING} steps, and nothing updates the bias of "
@@ -73,13 +97,28 @@ class Reminders:
             )
 
 
+def watched_weight(model: nn.Module) -> tuple[str, torch.Tensor] | None:
+    """Return the name and a copy of the weight that shows whether an optimizer has stepped.
+
+    It is the first gate's that is trained, or else the smallest matrix that is trained. Of a sharded weight it is this
+    rank's part. `None` if this rank holds none.
+    """
+    trained = {name: _own_part(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = {name: weight for name, weight in trained.items() if weight.numel() and not weight.is_meta}
+    gates = [name for name in trained if GATE in name]
+    matrices = sorted((name for name in trained if trained[name].ndim > 1), key=lambda name: trained[name].numel())
+    name = next(iter(gates + matrices), None)
+    return None if name is None else (name, trained[name].clone())
+
+
+def _own_part(weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.detach()
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
 def fields_of_losses(config: Any) -> dict[str, float]:
     """Return the coefficients of the auxiliary losses that are switched on, by the config's fields."""
     return {LOSS_FIELDS[name]: alpha for name, alpha in config.loss_alphas.items()}
 
 
-def _trained_gates(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for name, parameter in model.named_parameters() if ".gate." in name and parameter.requires_grad]
-
-
-__all__ = ["STEPS_UNTIL_WARNING", "Reminders", "fields_of_losses"]
+__all__ = ["STEPS_UNTIL_WARNING", "Reminders", "fields_of_losses", "watched_weight"]

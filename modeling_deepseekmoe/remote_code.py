@@ -5,6 +5,7 @@ Ordinary checkpoints carry no code. [`attach_code`] puts it into a folder that i
 saved into such a folder names it again.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -32,8 +33,13 @@ _AUTO_CLASSES = {
 }
 _CONFIG_NAME = "config.json"
 CODE_MARK = "remote_code.py"  # this file: where it lies, the others do
-# Files of the code up to 0.10.0 that have other names now.
-_FORMER_NAMES = ("balancing.py", "gate.py", "grouped_products.py", "replaced_forward.py")
+# Files of the code up to 0.10.0 that have other names now, and how the SHA-256 of what was released begins.
+_FORMER_FILES = {
+    "balancing.py": ("6970ab5e347c848b", "c07ba355c0286181"),
+    "gate.py": ("a2a1b78fd18b7ebb", "45f7b404b2cb1655"),
+    "grouped_products.py": ("fffe86ee2e5ddd12", "b725c3619bfe9493", "8681b4dcdfd67a2c"),
+    "replaced_forward.py": ("f23e97b70f38a14a", "0b1ecbe38da6a1ae", "14ff957ae97aa535"),
+}
 # Whether this is a copy that was loaded from the Hub: transformers carries such a one by itself.
 _IS_COPY = __name__.startswith("transformers_modules.")
 
@@ -96,7 +102,8 @@ def code_files_from(folder: Path) -> dict[str, Path]:
 def code_names_in(folder: str | Path) -> set[str]:
     """Return the names of the family's code in a folder, of any released version; none if the code is not there.
 
-    A file of somebody else that has such a name, and that the code does not import, is not among them.
+    They are those that the code there imports, and former files that newer code was put beside. A file of somebody
+    else that has such a name is not among them.
     """
     folder = Path(folder)
     if not (folder / CODE_MARK).is_file():
@@ -104,8 +111,13 @@ def code_names_in(folder: str | Path) -> set[str]:
     try:
         found = set(code_files_from(folder))
     except FileNotFoundError:  # somebody has taken a file away
-        found = {path.name for path in folder.glob("*.py")} - set(_FORMER_NAMES)
-    return found & {*code_files(), *_FORMER_NAMES}
+        found = {path.name for path in folder.glob("*.py")} - _FORMER_FILES.keys()
+    left_over = {name for name in _FORMER_FILES if _is_former(folder / name)}
+    return found & {*code_files(), *_FORMER_FILES} | left_over
+
+
+def _is_former(file: Path) -> bool:
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest()[:16] in _FORMER_FILES[file.name]
 
 
 def without(content: dict[str, Any], name: str) -> dict[str, Any]:
@@ -147,9 +159,17 @@ def _list(targets: Any) -> list[str]:
 def check_place_for_code(folder: str | Path) -> None:
     """Raise a `ValueError` if somebody's own files have the names of the code, which would replace them."""
     folder = Path(folder)
-    own = [name for name in code_files() if (folder / name).is_file()]
-    if own and not (folder / CODE_MARK).is_file():
-        raise ValueError(f"{folder} holds {', '.join(own)}: these are names of the family's code, which goes there.")
+    there = {name: path for name, path in code_files().items() if (folder / name).is_file()}
+    foreign = [name for name in there.keys() - code_names_in(folder) if not _same(folder / name, there[name])]
+    if foreign:
+        raise ValueError(
+            f"{folder} holds {', '.join(sorted(foreign))}: these are names of the family's code, which goes there. "
+            "These files are not of it: rename them."
+        )
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
 
 
 def attach_code(folder: str | Path) -> None:
@@ -240,7 +260,7 @@ class PublishedModel(CarriesCode):
 
         Args:
             repo_id (`str`): repository, `user/name`. It is made if it does not exist.
-            kwargs: those of `modeling_deepseekmoe.hub.push_model`, or of transformers' `push_to_hub` if the package is
+            kwargs: those of `push_model` of the package, or of transformers' `push_to_hub` if the package is
                 not installed.
 
         Returns:

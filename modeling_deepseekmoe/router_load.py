@@ -142,7 +142,7 @@ class RouterLoadCounter:
         watched (`bool`): whether there were auxiliary losses that were watched for being trained.
         passed (`bool`): whether a backward pass has come to the decoder's output since.
         reached (`bool`): whether one has come to these losses, with a gradient of any size.
-        steps_without_update (`int`): optimizer steps since the bias was updated last, as `reminders` counts them.
+        is_balanced (`bool`): whether the bias was updated, or kept on purpose, since `reminders` looked last.
     """
 
     def __init__(self, layers: tuple[int, ...], num_experts: int) -> None:
@@ -153,7 +153,7 @@ class RouterLoadCounter:
         self.watched = False
         self.passed = False
         self.reached = False
-        self.steps_without_update = 0
+        self.is_balanced = False
 
     def begin(self, device: torch.device | str | None = None) -> RouterLoad:
         """Return the load that was counted so far, to be added to. At first it is zero, on `device`."""

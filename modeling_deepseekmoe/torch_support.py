@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The five things that the package takes from torch beyond its documented interface, because they have no public form.
+"""The four things that the package takes from torch beyond its documented interface, because they have no public form.
 
 No other file uses a private name of torch. `tests/core/test_canaries.py` states what is relied on for each.
 """
@@ -38,11 +38,6 @@ def without_wrappers(name: str) -> str:
     return re.sub(r"(^|\.)(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)(?=\.)", "", name).lstrip(".")
 
 
-def changes_of(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was changed in place. An optimizer changes its parameters in place."""
-    return tensor._version
-
-
 def set_group_timeout(group: Any, seconds: float) -> None:
     """Set how many seconds the ranks of a process group wait for each other."""
     from torch.distributed import distributed_c10d  # some builds of torch are without it
@@ -50,4 +45,4 @@ def set_group_timeout(group: Any, seconds: float) -> None:
     distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-__all__ = ["Float32Buffers", "changes_of", "in_backward_pass", "set_group_timeout", "without_wrappers"]
+__all__ = ["Float32Buffers", "in_backward_pass", "set_group_timeout", "without_wrappers"]

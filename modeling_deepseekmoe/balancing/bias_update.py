@@ -98,7 +98,7 @@ def update_router_bias(
         if gate.is_kept is None:
             gate.add(step)
     tell_kept(gates)
-    counter.steps_without_update = 0
+    counter.is_balanced = True
     return load
 
 

@@ -145,7 +145,7 @@ class LoadBalancingCallback(RouterStatsCallback):
     def _take(self, state: TrainerState, model: nn.Module, optimizer: Any) -> RouterLoad:
         over = self.freeze_after is not None and state.global_step > self.freeze_after
         if over or getattr(optimizer, "step_was_skipped", False):
-            router_load_counter(model).steps_without_update = 0
+            router_load_counter(model).is_balanced = True
             return take_router_load(model)
         return update_router_bias(model, self.update_rate, self.update)
 

@@ -20,6 +20,13 @@ logger = logging.get_logger(__name__)
 _TRACKER = "router_load_tracker"  # attribute of a decoder
 
 
+def _layer_of_gate(name: str, idx: int) -> int:
+    """Return the layer in a gate's name, or the first number there, or else the place of the gate among all."""
+    layer = layer_of(name)
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    return layer if layer is not None else (numbers or [idx])[0]
+
+
 def take_router_load(model: nn.Module, *, process_group: Any = None) -> RouterLoad:
     """Return what the gates did in training since the last call, summed over the ranks, and begin to count again.
 
@@ -81,10 +88,8 @@ class _Tracker:
                 f"{type(model).__name__} is not allowed: tokens are counted in this package's models, and in others "
                 f"that have a gate with a balancing bias ({BIAS_NAME}). `deepseekmoe report` shows what gates do."
             )
-        layers = [layer_of(gate.name) for gate in gates]
-        self.counter = RouterLoadCounter(
-            tuple(idx if layer is None else layer for idx, layer in enumerate(layers)), gates[0].bias.numel()
-        )
+        layers = tuple(_layer_of_gate(gate.name, idx) for idx, gate in enumerate(gates))
+        self.counter = RouterLoadCounter(layers, gates[0].bias.numel())
         self.counting = False
         self.token_mask: torch.Tensor | None = None
         pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)

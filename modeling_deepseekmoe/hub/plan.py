@@ -13,7 +13,16 @@ from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, file_identit
 
 from ..analysis.inspection import gigabytes
 from ..analysis.routing_report import RoutingReport
-from ..remote_code import CODE_MARK, NATIVE_TYPES, as_json, auto_map_among, carries_code, code_files, code_names_in
+from ..remote_code import (
+    CODE_MARK,
+    NATIVE_TYPES,
+    as_json,
+    auto_map_among,
+    carries_code,
+    check_place_for_code,
+    code_files,
+    code_names_in,
+)
 from ..support.tokenization import SETTINGS_NAME, TOKENIZER_NAME, unheeded_flags
 from .candidate import Candidate, find_candidate
 from .card import CARD_NAME, CardFacts, is_hand_written, make_card, metadata_of, read_metadata
@@ -142,6 +151,8 @@ class PushOptions:
     ask_hub: bool = True
 
     def __post_init__(self) -> None:
+        if self.facts is None:
+            object.__setattr__(self, "facts", CardFacts())
         carries_code("", self.code)
 
 
@@ -260,15 +271,13 @@ def _read_card(candidate: Candidate) -> str:
 
 def _add_code(candidate: Candidate, files: dict[str, Path | bytes], code: str) -> list[str]:
     """Add the code and its `auto_map`. Take an `auto_map` away if it names what is not there. Return notes."""
-    raw, own = candidate.raw, code_files()
+    raw = candidate.raw
     carried = carries_code(raw["model_type"], code)
-    if CODE_MARK in files:
-        for name in code_names_in(candidate.folder):
-            files.pop(name, None)
-    elif carried and own.keys() & files.keys():
-        raise ValueError(f"{listed(sorted(own.keys() & files.keys()))}: these names are those of the family's code.")
+    for name in code_names_in(candidate.folder):
+        files.pop(name, None)
     if carried:
-        files.update(own)
+        check_place_for_code(candidate.folder)
+        files.update(code_files())
     auto_map = auto_map_among(files, raw["model_type"], raw.get("auto_map"))
     if auto_map == (raw.get("auto_map") or {}):
         return []

@@ -129,8 +129,9 @@ def push_model(
         tokenizer: goes up with the model.
         max_shard_size: size of a weight file.
         commit_message, commit_description, create_pr: as for [`upload`].
-        options: fields of [`CardFacts`] (`license`, `base_model`, ...) and of [`PushOptions`] (`private`, `revision`,
-            `code`, `token`, ...). An adapter needs the id of its base, unless the base was loaded by its id.
+        options: fields of [`CardFacts`] (`license`, `base_model`, ...), which go before those of `facts`, and of
+            [`PushOptions`] (`facts`, `private`, `revision`, `code`, `token`, ...). An adapter needs the id of its
+            base, unless the base was loaded by its id.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -140,11 +141,8 @@ def push_model(
     """
     repo_id = full_repo_id(repo_id, None)
     said = {name: options.pop(name) for name in [own.name for own in fields(CardFacts)] if name in options}
-    tags = said.get("tags") or ()
-    said["tags"] = (*(getattr(model, "model_tags", None) or ()), *([tags] if isinstance(tags, str) else tags))
-    said["datasets"] = tuple(said.get("datasets") or ())
     wanted = PushOptions(**{"license_required": False, **options, "revision": options.get("revision") or "main"})
-    wanted = replace(wanted, facts=CardFacts(**said))
+    wanted = replace(wanted, facts=_completed_by_model(replace(wanted.facts, **said), model))
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(model, "get_base_model"):
             adapter = model.active_adapter
@@ -168,6 +166,12 @@ def push_model(
             create_pr=create_pr,
             token=wanted.token,
         )
+
+
+def _completed_by_model(facts: CardFacts, model: nn.Module) -> CardFacts:
+    tags = [facts.tags] if isinstance(facts.tags, str) else facts.tags or ()
+    tags = (*(getattr(model, "model_tags", None) or ()), *tags)
+    return replace(facts, tags=tags, datasets=tuple(facts.datasets or ()))
 
 
 def write_card(

@@ -100,15 +100,15 @@ def expert_lora_config(
     Raises:
         ValueError: for a value or an option that is not allowed, or a model without such experts.
     """
-    lora_alpha = 2 * r if lora_alpha is None else lora_alpha
-    projections = _as_list(projections)
-    options = {**_DEFAULTS, **options}
-    _check_numbers(r, lora_alpha, options["lora_dropout"], projections)
+    projections, options = _as_list(projections), {**_DEFAULTS, **options}
+    lora_alpha = _checked_alpha(r, lora_alpha)
+    _check_numbers(options["lora_dropout"], projections)
     own = {name: value for name, value in options.items() if name not in _DEFAULTS}
     check_options(options["init_lora_weights"], own)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
+    blocks = _supported_experts(model)
     selection = None if experts is None else ExpertSelection.of(experts).checked(model)
-    places = _Places.of(model, selection, projections, _as_list(target_modules))
+    places = _Places.of(model, blocks, selection, projections, _as_list(target_modules))
     copies = [*_as_list(options.pop("modules_to_save")), *(_gates(model, places.blocks) if train_router else [])]
     _refuse_sharded_copies(model, [*copies, *_embeddings(own.get("trainable_token_indices"))])
     places.check(model, own, copies)
@@ -138,11 +138,17 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def _check_numbers(r: Any, lora_alpha: Any, lora_dropout: Any, projections: list[str]) -> None:
+def _checked_alpha(r: Any, lora_alpha: Any) -> float:
+    """Return `lora_alpha`, which is 2 * r by default, after a check of both."""
     if not isinstance(r, int) or r < 1:
         raise ValueError(f"r={r!r} is not allowed: it must be an integer of at least 1.")
+    lora_alpha = 2 * r if lora_alpha is None else lora_alpha
     if not lora_alpha > 0:
         raise ValueError(f"lora_alpha={lora_alpha!r} is not allowed: it must be above 0.")
+    return lora_alpha
+
+
+def _check_numbers(lora_dropout: Any, projections: list[str]) -> None:
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout={lora_dropout!r} is not allowed: it must be at least 0 and below 1.")
     unknown = [name for name in projections if name not in _PARAMETERS]
@@ -170,9 +176,13 @@ class _Places:
 
     @classmethod
     def of(
-        cls, model: nn.Module, selection: ExpertSelection | None, projections: list[str], targets: list[str]
+        cls,
+        model: nn.Module,
+        blocks: dict[int, tuple[str, nn.Module]],
+        selection: ExpertSelection | None,
+        projections: list[str],
+        targets: list[str],
     ) -> "_Places":
-        blocks = _supported_experts(model)
         stacks = [_PARAMETERS[name] for name in dict.fromkeys(projections)]
         experts_of = {f"{name}.{stack}": layer for layer, (name, _) in blocks.items() for stack in stacks}
         layers = None if selection is None else [layer for layer, ids in selection.experts.items() if ids]

@@ -24,6 +24,7 @@ from modeling_deepseekmoe import (
     update_router_bias,
 )
 from modeling_deepseekmoe.balancing.gates import find_biased_gates
+from modeling_deepseekmoe.balancing.tracking import router_load_counter
 from modeling_deepseekmoe.reminders import STEPS_UNTIL_WARNING
 
 COUNTS = torch.tensor([[5, 1, 3, 3], [12, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0], [2**40 + 1, 2**40, 2**40, 2**40]])
@@ -358,3 +359,13 @@ def test_models_can_be_copied_in_the_middle_of_a_step(tiny_model: Callable) -> N
     train_step(model)
     twin = copy.deepcopy(model)
     assert torch.equal(take_router_load(twin).tokens_per_expert, take_router_load(model).tokens_per_expert)
+
+
+def test_layers_are_counted_by_the_names_of_their_gates() -> None:
+    """Also in models whose layers are called otherwise."""
+    gate = nn.Linear(4, 3, bias=False)
+    gate.e_score_correction_bias = nn.Buffer(torch.zeros(3))
+    blocks = nn.ModuleDict({"2": nn.ModuleDict({"gate": gate, "experts": nn.Linear(4, 4)})})
+    model = nn.ModuleDict({"blocks": blocks})
+    track_router_load(model)
+    assert router_load_counter(model).layers == (2,)

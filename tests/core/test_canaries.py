@@ -316,17 +316,6 @@ def test_a_backward_pass_can_be_seen() -> None:
         assert seen == [False, True]
 
 
-@relies_on("torch", "_version", breaks="Nobody would be told that nothing updates the balancing bias.")
-def test_steps_of_an_optimizer_can_be_seen() -> None:
-    for kind in (torch.optim.SGD, torch.optim.AdamW):
-        weight = nn.Parameter(torch.ones(3))
-        optimizer, before = kind([weight], lr=0.1), torch_support.changes_of(weight)
-        weight.sum().backward()
-        assert torch_support.changes_of(weight) == before
-        optimizer.step()
-        assert torch_support.changes_of(weight) > before
-
-
 @relies_on("torch", "_apply", breaks="The balancing bias would be rounded by model.to(torch.bfloat16).")
 def test_casting_goes_through_apply() -> None:
     class Holder(torch_support.Float32Buffers):

@@ -45,7 +45,7 @@ def test_a_copy_counts_for_itself(tiny_model: Callable, kind: str, part: str) ->
 
 def test_a_copy_is_reminded_too(tiny_model: Callable, warnings_of_package: list[str]) -> None:
     model = copy.deepcopy(tiny_model(**V3_LIKE))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(STEPS_UNTIL_WARNING + 1):
         model(batch[:1], labels=batch[:1]).loss.backward()
         optimizer.step()

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BOTH_SIZES, GOLDEN_NAMES, Golden
+from peft import get_peft_model
 from tolerances import assert_same
 from torch import nn
 
-from modeling_deepseekmoe import route
+from modeling_deepseekmoe import expert_lora_config, prepare_esft, route
 from modeling_deepseekmoe.routing import _FEW_VALUES
 
 # What torch says of every number that a trace keeps; the tests look at what matters, the choices.
@@ -83,6 +84,19 @@ def test_what_onnx_gets(name: str, implementation: str, monkeypatch: pytest.Monk
         program = torch.export.export(model, (OTHERS[0],), strict=False)
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not any(name.startswith("aten.sort.stable") or "deepseekmoe" in name for name in called), called
+
+
+@pytest.mark.parametrize("kind", ["adapter", "esft"])
+def test_what_onnx_does_not_get(v3: Golden, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that compute otherwise are merged first."""
+    model = v3.model()
+    if kind == "esft":
+        prepare_esft(model, {1: [0, 3]})
+    else:
+        model = get_peft_model(model, expert_lora_config(model, r=2))
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.raises(ValueError, match=r"ONNX is not allowed.*merge_and_unload\(\).*merge_esft"):
+        model(OTHERS[0])
 
 
 @pytest.mark.parametrize("tokens", [3, 400])

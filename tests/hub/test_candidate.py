@@ -114,7 +114,7 @@ def test_what_is_no_part_of_a_checkpoint(folder: Path) -> None:
         ("generation_config.json", "{", "generation_config.json"),
         ("config.json", "[]", "config"),
         ("README.md", b"\xff\xfe broken", "README.md is not allowed: it is no text in UTF-8"),
-        ("routing.py", "mine = 1", "routing.py: these names are those of the family's code"),
+        ("routing.py", "mine = 1", "holds routing.py: these are names of the family's code"),
     ],
 )
 def test_files_that_cannot_be_read(name: str, content: str | bytes, message: str, folder: Path) -> None:

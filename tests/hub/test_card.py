@@ -27,6 +27,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.utils.hub import create_and_tag_model_card
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import DeepseekMoeForCausalLM, ModelCardCallback, expert_lora_config
@@ -235,9 +236,16 @@ def test_what_counts_as_written_by_hand(folder: Path) -> None:
         generated + "One more line.\n",
         generated.replace("license: mit", "license: apache-2.0"),
         blank.replace("[More Information Needed]", "Me", 1),
+        f"{blank}\nThis is the model card of a chess engine.\n",
+        f"{blank}\n- PEFT 0.21.2 did not work for us\n",
         "# Mine",
     ):
         assert is_hand_written(edited), edited
+
+
+def test_the_card_that_transformers_makes_is_not_by_hand(hub: HubServer) -> None:
+    HfApi().create_repo("alice/empty")
+    assert not is_hand_written(str(create_and_tag_model_card("alice/empty", tags=["x"])))
 
 
 def test_what_a_former_card_says_is_taken_over(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cli_runner import run
 from conftest import GOLDEN_NAMES, Golden
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from local_hub import READER, WRITER, HubServer
 from peft import get_peft_model
 from publishing_cases import (
@@ -258,7 +258,9 @@ def test_named_adapters(hub: HubServer, folder: Path, warnings_of_package: list[
     base = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained("alice/base")
     adapted = get_peft_model(base, expert_lora_config(base, r=2), adapter_name="mine")
     adapted.add_adapter("other", expert_lora_config(base, r=4))
-    push_model(adapted, "alice/mine", license="mit")
+    push_model(adapted, "alice/mine", facts=CardFacts(license="mit", tags=("chess",)), tags="go")
+    card = ModelCard(hub.files("alice/mine")["README.md"].decode())
+    assert card.data.license == "mit" and "go" in card.data.tags and "chess" not in card.data.tags
     assert json.loads(hub.files("alice/mine")["adapter_config.json"])["r"] == 2
     assert "Of 2 adapters the active one, mine, is published." in warnings_of_package
 

@@ -9,7 +9,7 @@ from paths import DATA
 from publishing_cases import CODE, push
 
 from modeling_deepseekmoe.hub import plan
-from modeling_deepseekmoe.remote_code import attach_code, code_names_in
+from modeling_deepseekmoe.remote_code import attach_code, code_files, code_names_in
 
 
 @pytest.mark.parametrize("from_copy", [False, True], ids=["from the folder", "from a copy of the repository"])
@@ -48,3 +48,32 @@ def test_code_that_is_attached_to_a_folder_leaves_nothing_behind(tmp_path: Path)
     (tmp_path / "mine.py").write_text("# somebody's own\n")
     attach_code(tmp_path)
     assert {path.name for path in tmp_path.glob("*.py")} == CODE | {"mine.py"}
+
+
+def test_code_that_was_put_beside_older_code(hub: HubServer, folder: Path) -> None:
+    """transformers' own uploads add files and take none away. What imports what says nothing of those left over."""
+    with ZipFile(DATA / "code-0.8.0.zip") as archive:
+        archive.extractall(folder)
+    for name, path in code_files().items():
+        (folder / name).write_bytes(path.read_bytes())
+    assert {"gate.py", "balancing.py", "grouped_products.py"} <= code_names_in(folder)
+    push(folder, "alice/model")
+    assert {name for name in hub.files("alice/model") if name.endswith(".py")} == CODE
+
+
+@pytest.mark.parametrize("how", ["attach", "push"])
+def test_files_of_somebody_else_with_new_names_are_not_replaced(hub: HubServer, how: str, folder: Path) -> None:
+    with ZipFile(DATA / "code-0.8.0.zip") as archive:
+        archive.extractall(folder)
+    (folder / "moe.py").write_text("# somebody's own\n")
+    with pytest.raises(ValueError, match=r"holds moe\.py: these are names of the family's code"):
+        attach_code(folder) if how == "attach" else push(folder, "alice/model")
+    assert (folder / "moe.py").read_text() == "# somebody's own\n" and (folder / "gate.py").is_file()
+
+
+def test_code_that_was_attached_in_part(tmp_path: Path) -> None:
+    """A copy that was interrupted is completed."""
+    for name in sorted(CODE)[:3]:
+        (tmp_path / name).write_bytes(code_files()[name].read_bytes())
+    attach_code(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == CODE

@@ -223,7 +223,7 @@ def train_step(model: nn.Module, loss_of: Callable[[Any], torch.Tensor], optimiz
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_loop_of_ones_own(tiny_model: Callable, warnings_of_package: list[str], trained: bool) -> None:
     model = tiny_model(aux_loss_alpha=0.3)
-    optimizer, stats = torch.optim.SGD(model.parameters(), lr=0.0), modeling_deepseekmoe.RouterStats(model)
+    optimizer, stats = torch.optim.SGD(model.parameters(), lr=1e-3), modeling_deepseekmoe.RouterStats(model)
     for _ in range(2):
         train_step(model, lambda out: out.logits.square().mean() + (out.aux_loss if trained else 0.0), optimizer)
         stats.add(modeling_deepseekmoe.take_router_load(model))
@@ -238,7 +238,7 @@ def test_optimizers_that_step_inside_the_backward_pass(tiny_model: Callable, war
     """The gradient comes to the norm before it comes to the losses."""
     model = tiny_model(aux_loss_alpha=0.3)
     for parameter in model.parameters():
-        optimizer = torch.optim.SGD([parameter], lr=0.0)
+        optimizer = torch.optim.SGD([parameter], lr=1e-3)
         parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
     model(torch.arange(3, 12)[None], labels=torch.arange(3, 12)[None]).loss.backward()
     assert not any("NOT trained" in text for text in warnings_of_package)
@@ -259,7 +259,7 @@ def test_what_reaches_the_losses(tiny_model: Callable, warnings_of_package: list
     labels = torch.arange(3, 12)[None] if kind in ("labels", "reentrant", "frozen gates") else None
     out = model(torch.arange(3, 12)[None], labels=labels)
     (out.logits.square().mean() if labels is None else out.loss).backward()
-    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
     load = modeling_deepseekmoe.take_router_load(model)
     model(torch.arange(3, 12)[None])  # the next forward pass of training finds it
     said = any("NOT trained" in text for text in warnings_of_package)

@@ -213,6 +213,7 @@ def test_shared_experts_of_a_selection_under_another_name() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"r": "8"}, r"r='8' is not allowed: it must be an integer of at least 1"),
         ({"r": 0}, r"r=0 is not allowed: it must be an integer of at least 1"),
         ({"r": -4}, r"r=-4 is not allowed"),
         ({"r": 2.5}, r"r=2\.5 is not allowed"),
