@@ -28,6 +28,8 @@ def read_texts(
         ImportError: if `datasets` is needed and missing.
     """
     path = Path(data)
+    if path.suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet") and not path.is_file():
+        raise FileNotFoundError(f"{data} is no file, and a name that ends in {path.suffix} is no dataset's.")
     if path.is_file() and path.suffix not in (".json", ".csv", ".parquet"):
         try:
             with path.open(encoding="utf-8-sig") as file:

@@ -66,7 +66,10 @@ class RouterStats:
             ValueError: if no step was added.
         """
         if self.load is None:
-            raise ValueError("RouterStats has no step to report: call add() after an optimizer step.")
+            raise ValueError(
+                "RouterStats has no step to report: call add() after an optimizer step. In a "
+                "Trainer the statistics begin anew with every log."
+            )
         load = RouterLoad(*(value.cpu() for value in vars(self.load).values()))
         if not load.tokens:
             raise ValueError(f"{type(self.model).__name__}: no token was routed in training in {self.steps} steps.")

@@ -272,8 +272,8 @@ def _explain(repo_id: str, error: HfHubHTTPError) -> OSError:
 
 def _interrupted(repo_id: str, reason: str) -> str:
     return (
-        f"The upload to {repo_id} was interrupted: {reason}. The repository never shows a part of it. Push again: "
-        "what has arrived is not sent twice."
+        f"The exchange with the Hub about {repo_id} was interrupted: {reason}. The repository never shows a part of "
+        "an upload. Push again: what has arrived is not sent twice."
     )
 
 

@@ -176,6 +176,8 @@ def test_texts_of_files_and_datasets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"broken\.jsonl, line 2 is no JSON"):
         list(read_texts(str(tmp_path / "broken.jsonl")))
     assert list(read_texts(str(tmp_path / "a.txt"), max_characters=5)) == ["plain"]
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt is no file"):
+        list(read_texts(str(tmp_path / "absent.txt")))  # and nobody asks the Hub for it
     assert list(read_texts(str(tmp_path / "a.csv"))) == ["first", "second"]
     folder = tmp_path / "set"
     folder.mkdir()
