@@ -103,12 +103,16 @@ def watched_weight(model: nn.Module) -> tuple[str, torch.Tensor] | None:
     It is the first gate's that is trained, or else the smallest matrix that is trained. Of a sharded weight it is this
     rank's part. `None` if this rank holds none.
     """
-    trained = {name: _own_part(weight) for name, weight in model.named_parameters() if weight.requires_grad}
-    trained = {name: weight for name, weight in trained.items() if weight.numel() and not weight.is_meta}
-    gates = [name for name in trained if GATE in name]
-    matrices = sorted((name for name in trained if trained[name].ndim > 1), key=lambda name: trained[name].numel())
-    name = next(iter(gates + matrices), None)
-    return None if name is None else (name, trained[name].clone())
+    smallest: tuple[str, torch.Tensor] | None = None
+    for name, parameter in model.named_parameters():
+        weight = _own_part(parameter)
+        if not parameter.requires_grad or weight.is_meta or not weight.numel():
+            continue
+        if GATE in name:
+            return name, weight.clone()
+        if weight.ndim > 1 and (smallest is None or weight.numel() < smallest[1].numel()):
+            smallest = name, weight
+    return None if smallest is None else (smallest[0], smallest[1].clone())
 
 
 def _own_part(weight: torch.Tensor) -> torch.Tensor:
