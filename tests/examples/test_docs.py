@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from local_hub import USERS, WRITER, HubServer
 from paths import ROOT
 from tiny_hub import fill_hub, write_texts
@@ -63,7 +64,8 @@ def full_hub(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def run_python(block: Block, names: dict[str, object], page: Path) -> None:
     source = "\n" * block.line + block.code  # so that an error names the line of the page
-    exec(compile(source, str(page), "exec"), names)
+    with torch.compiler.set_stance("force_eager"):  # other tests compile; here it would take a minute
+        exec(compile(source, str(page), "exec"), names)
 
 
 def run_commands(block: Block) -> None:
