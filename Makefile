@@ -101,7 +101,8 @@ $(VENV)/.docs: $(VENV)/.installed
 
 # torch comes first and alone, so that the constraint decides its version before anything else asks for one. Which
 # build pip takes, for a GPU or for the CPU, is for pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL).
-PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
+# Python compiles a module when it is first imported, most of them never: pip does not do it for all.
+PIP_INSTALL = bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
