@@ -215,5 +215,12 @@ class ChecksFields:
                 self._refuse(field, "it needs n_device_groups to be at least 2, or expert parallelism")
 
 
+def check_implementation(implementation: str) -> None:
+    """Raise a `ValueError` if there is no such implementation of routing."""
+    if implementation not in ROUTER_IMPLEMENTATIONS:
+        allowed = f"it must be one of {ROUTER_IMPLEMENTATIONS}"
+        raise ValueError(f"implementation={implementation!r} is not allowed: {allowed}.")
+
+
 __all__ = ["ATTENTION_TYPES", "LOSS_FIELDS", "MLA_FIELDS", "ROUTER_DTYPES", "ROUTER_IMPLEMENTATIONS",
-           "SCORING_FUNCTIONS", "TOPK_METHODS", "ChecksFields"]  # fmt: skip
+           "SCORING_FUNCTIONS", "TOPK_METHODS", "ChecksFields", "check_implementation"]  # fmt: skip

@@ -105,8 +105,10 @@ def watched_weight(model: nn.Module) -> tuple[str, torch.Tensor] | None:
     """
     smallest: tuple[str, torch.Tensor] | None = None
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         weight = _own_part(parameter)
-        if not parameter.requires_grad or weight.is_meta or not weight.numel():
+        if weight.is_meta or not weight.numel():
             continue
         if GATE in name:
             return name, weight.clone()

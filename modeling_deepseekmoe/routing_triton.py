@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import logging
 
-from .configuration_checks import ROUTER_IMPLEMENTATIONS
+from .configuration_checks import check_implementation
 from .routing_kernels import count_kernel, group_kernel, route_backward_kernel, route_kernel
 from .triton_support import INTERPRETED, power_of_two, triton, why_no_triton
 
@@ -58,9 +58,7 @@ def uses_triton(implementation: str, tensor: torch.Tensor, *sizes: int) -> bool:
     Raises:
         ValueError: for another implementation, or for `"triton"` if the kernels do not take the input.
     """
-    if implementation not in ROUTER_IMPLEMENTATIONS:
-        allowed = f"it must be one of {ROUTER_IMPLEMENTATIONS}"
-        raise ValueError(f"implementation={implementation!r} is not allowed: {allowed}.")
+    check_implementation(implementation)
     if implementation == "eager":
         return False
     reason = why_not_triton(tensor, *sizes)

@@ -244,14 +244,10 @@ def tiny_model(tiny_config: Callable[..., DeepseekMoeConfig]) -> Callable[..., D
 def source(tmp_path: Path) -> Path:
     """A dense checkpoint folder with a byte-level tokenizer."""
     from dense_models import dense_model
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers_of_tests import byte_level
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     folder = tmp_path / "dense"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="Ā", eos_token="ā").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="Ā", eos_token="ā").save_pretrained(folder)
     dense_model("llama").to(torch.bfloat16).save_pretrained(folder)
     return folder

@@ -90,10 +90,11 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
     """
     gates, owners = [], set()
     adapted, names = has_adapters(model), {module: name for name, module in model.named_modules()}
-    for name, block in model.named_modules():
+    for block, name in names.items():
         experts = getattr(block, "experts", None)
-        is_wrapper = "original_module" in dict(block.named_children())  # PEFT's, which shows what is in it
-        if not isinstance(experts, nn.Module) or is_wrapper or ".original_module" in name:
+        if not isinstance(experts, nn.Module) or ".original_module" in name:
+            continue
+        if "original_module" in dict(block.named_children()):  # PEFT's wrapper, which shows what is in it
             continue
         beside = [child for child in block.children() if child is not experts]
         for module in (block, *(module for child in beside for module in child.modules())):
@@ -104,7 +105,7 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
                 gates.append(BiasedGate(name, owner, router or getattr(block, "gate", block), experts, saved))
                 owners.add(owner)
                 break
-    for name, module in model.named_modules():
+    for module, name in names.items():
         unknown = module not in owners and BIAS_NAME in dict(module.named_buffers(recurse=False))
         if unknown and not _is_peft_copy(name):
             raise ValueError(f"{name}.{BIAS_NAME} is not understood: there are no `experts` beside it.")

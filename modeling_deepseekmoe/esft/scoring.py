@@ -21,7 +21,6 @@ METHODS = ("gate", "token")
 Scores = dict[int, torch.Tensor]
 
 
-# ----------------------------------------------------------------------------------------------------------- selection
 def score_experts(
     model: nn.Module,
     dataloader: Iterable[Any],

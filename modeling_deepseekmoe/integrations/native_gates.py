@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..configuration_checks import ROUTER_IMPLEMENTATIONS
+from ..configuration_checks import check_implementation
 from ..routing import route
 from ..support.library_support import replace_forward
 from ..transformers_support import DeepseekV2TopkRouter, DeepseekV3TopkRouter
@@ -30,9 +30,7 @@ def route_native_gates(model: nn.Module, implementation: str = "auto") -> int:
     Raises:
         ValueError: if `implementation` is another one, or if the model has no such gates.
     """
-    if implementation not in ROUTER_IMPLEMENTATIONS:
-        allowed = f"it must be one of {ROUTER_IMPLEMENTATIONS}"
-        raise ValueError(f"implementation={implementation!r} is not allowed: {allowed}.")
+    check_implementation(implementation)
     forwards = {DeepseekV2TopkRouter: _forward_v2, DeepseekV3TopkRouter: _forward_v3}
     gates = [module for module in model.modules() if type(module) in forwards]
     if not gates:

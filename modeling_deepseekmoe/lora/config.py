@@ -11,17 +11,18 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from ..checkpoint_layout import PROJECTIONS
 from ..esft.selection import ExpertSelection
 from ..experts import find_experts, why_unsupported
+from ..support.models import is_sharded
 from ..support.peft_support import use_own_layers
 from .layer import create_layer
 from .options import (
     PLACES,
     check_copies,
+    check_dropout,
     check_exclusions,
     check_layers,
     check_options,
@@ -149,8 +150,7 @@ def _checked_alpha(r: Any, lora_alpha: Any) -> float:
 
 
 def _check_numbers(lora_dropout: Any, projections: list[str]) -> None:
-    if not 0 <= lora_dropout < 1:
-        raise ValueError(f"lora_dropout={lora_dropout!r} is not allowed: it must be at least 0 and below 1.")
+    check_dropout(lora_dropout)
     unknown = [name for name in projections if name not in _PARAMETERS]
     if unknown or not projections:
         raise ValueError(f"projections={projections!r} is not allowed: choose from 'gate_up' and 'down'.")
@@ -261,7 +261,7 @@ def _embeddings(trainable_token_indices: Any) -> list[str]:
 def _refuse_sharded_copies(model: nn.Module, names: Sequence[str]) -> None:
     for name, module in model.named_modules():
         is_copied = any(f".{name}".endswith(f".{wanted}") for wanted in names)
-        if is_copied and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        if is_copied and is_sharded(module):
             raise ValueError(
                 f"{name} is not allowed as a trained copy (modules_to_save, train_router): it is sharded."
             )
@@ -278,7 +278,8 @@ def _supported_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
 
 def _gates(model: nn.Module, blocks: dict[int, tuple[str, nn.Module]]) -> list[str]:
     names = [f"{name.rpartition('.')[0]}.gate" for name, _ in blocks.values()]
-    missing = [name for name in names if name not in dict(model.named_modules())]
+    there = {name for name, _ in model.named_modules()}
+    missing = [name for name in names if name not in there]
     if missing:
         raise ValueError(
             f"train_router=True is not allowed for {type(model).__name__}: it has no module {missing[0]}."

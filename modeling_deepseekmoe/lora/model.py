@@ -14,6 +14,8 @@ from ..checkpoint_layout import STACKS
 from ..support.peft_support import CombiningLoraModel, ParamWrapper, use_own_layers
 from .config import ExpertLoraConfig, check_supported
 from .layer import DirectLora, ExpertLora, create_layer, layer_class_of
+from .options import check_dropout
+from .parallel import refuse_dropout
 
 _COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
@@ -149,10 +151,11 @@ def optimize_expert_lora(peft_model: PeftModel, lora_dropout: float | None = Non
         The same model.
 
     Raises:
-        ValueError: if it has no LoRA on stacked experts, or on experts of a kind that is not supported.
+        ValueError: if it has no LoRA on stacked experts, or on experts of a kind that is not supported; for dropout
+            where ranks share a batch.
     """
-    if lora_dropout is not None and not 0 <= lora_dropout < 1:
-        raise ValueError(f"lora_dropout={lora_dropout!r} is not allowed: it must be at least 0 and below 1.")
+    if lora_dropout is not None:
+        check_dropout(lora_dropout)
     tuner: Any = getattr(peft_model, "base_model", None)
     if type(tuner) not in (LoraModel, ExpertLoraModel):
         raise ValueError(
@@ -164,6 +167,7 @@ def optimize_expert_lora(peft_model: PeftModel, lora_dropout: float | None = Non
         raise ValueError("peft_model is not allowed: it has no adapter on stacked experts.")
     for name, wrapper in on_experts.items():
         check_supported(name, wrapper.get_base_layer())
+        refuse_dropout(wrapper.get_param(), lora_dropout or 0.0, wrapper.get_base_layer())
     for wrapper in wrappers.values():
         _make_direct(wrapper)
         if lora_dropout is not None and isinstance(wrapper, ExpertLora):

@@ -44,6 +44,12 @@ _STARTS = (True, False, "gaussian")
 _BIASES = ("none", "all")
 
 
+def check_dropout(lora_dropout: Any) -> None:
+    """Raise a `ValueError` if `lora_dropout` is no probability below 1."""
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout={lora_dropout!r} is not allowed: it must be at least 0 and below 1.")
+
+
 def check_options(init_lora_weights: Any, options: Mapping[str, Any]) -> None:
     """Refuse options that would have no effect on experts, or another one than their names say.
 
@@ -196,6 +202,7 @@ __all__ = [
     "OTHER_COMPUTATIONS",
     "PLACES",
     "check_copies",
+    "check_dropout",
     "check_exclusions",
     "check_layers",
     "check_options",

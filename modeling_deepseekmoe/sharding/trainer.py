@@ -41,12 +41,13 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     Args:
         folder: `TrainingArguments.output_dir`.
     """
-    found = []
+    by_step = {}
     for checkpoint in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdigit() and _is_complete(checkpoint):
-            found.append((int(step), str(checkpoint)))
-    return max(found)[1] if found else None
+        if step.isdigit():
+            by_step[int(step)] = checkpoint
+    newest_first = (by_step[step] for step in sorted(by_step, reverse=True))
+    return next((str(checkpoint) for checkpoint in newest_first if _is_complete(checkpoint)), None)
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -26,7 +26,6 @@ def adapter(model: nn.Module, folder: Path, **kwargs: object) -> PeftModel:
     return adapted
 
 
-# ------------------------------------------------------------------------------------------------- per-expert layout
 @torch.no_grad()
 def applied_by_loop(model: nn.Module, folder: Path) -> nn.Module:
     """The base with every pair of factors added to its own linear map, name by name."""

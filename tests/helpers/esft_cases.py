@@ -7,7 +7,6 @@ from torch import nn
 SELECTION = {1: [6, 0], 2: [3]}
 
 
-# ---------------------------------------------------------------------------------------- training selected experts
 def train(model: nn.Module, steps: int = 3) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
     for _ in range(steps):

@@ -25,6 +25,3 @@ def commit(hub: HubServer, repo: str, files: dict[str, str]) -> None:
     api.create_repo(repo, exist_ok=True)
     operations = [CommitOperationAdd(name, content.encode()) for name, content in files.items()]
     api.create_commit(repo, operations, commit_message="By other means")
-
-
-# ------------------------------------------------------------------------------------------------------------ adapters
