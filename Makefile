@@ -13,7 +13,7 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 OF_VERSIONS = $(foreach name,canaries canaries_of_others generation golden modeling checkpoints registration configuration experts lora lora_combining \
 	lora_adapters lora_options adapters adapter_layouts adapter_training foreign_adapters esft trainer trl trl_trainers callbacks \
 	bias_update router_load copies depth quantisers tokenization upcycling sharded_files untested_versions hub hub_content renamed_code \
-	code_update publishing,$(wildcard tests/*/test_$(name).py))
+	code_update publishing,$(or $(wildcard tests/*/test_$(name).py),$(error no tests/*/test_$(name).py)))
 # Nor quantised caches, whose library compiles itself for a minute when it is first used, nor what takes long and is of
 # publishing or of several processes alone.
 NOT_OF_VERSIONS = not compiled and not quantised and not every_snippet and not token_is_nowhere \

@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from page_sections import SECTIONS, Figures, Section
+from page_sections import SECTIONS, Figures, Section, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
@@ -108,7 +108,6 @@ def headline() -> str:
     resumed = {side: found["resumed"]["v3-noaux"] for side, found in load("against_transformers")["sides"].items()}
     rows = [
         ("", "peer", "this package"),
-        ("---", "---", "---"),
         (f"LoRA on experts, a training step ({shape})", f"plain PEFT {1e3 * step['peft']:,.0f} ms",
          f"{1e3 * step['ours']:,.0f} ms; frozen base {1e3 * step['base']:,.0f} ms"),
         ("the same, one token decoded", f"plain PEFT {1e3 * token['peft']:,.0f} ms",
@@ -118,7 +117,7 @@ def headline() -> str:
         ("V3 resumed by Trainer: how far the experts are off", f"transformers {resumed['transformers']:.1f}",
          f"{resumed['modeling_deepseekmoe']:.0f}"),
     ]  # fmt: skip
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return table(rows[0], rows[1:]) + "\n"
 
 
 def with_headline(readme: str) -> str:

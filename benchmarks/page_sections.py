@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from balancing import MEASURES
 from experts import MEMORY
 from experts import line as row_of_experts
 
@@ -26,12 +27,6 @@ ROUTING_COLUMNS = ("forward_us", "forward_backward_us", "gate_us", "grouping_us"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # The kernels are made for gates of this size too, but no released model has one: it may spill.
 NOT_RELEASED = "the largest"
-BALANCING_COLUMNS = {
-    "perplexity": 2,
-    "max_violation_global": 3,
-    "max_violation_batch": 3,
-    "max_violation_batch_end": 3,
-}
 LORA_WAYS = {"base": "frozen base", "peft": "plain PEFT", "ours": "this package"}
 ROUTER_STD_COLUMNS = {
     "router_std 0.02": "router_std 0.02",
@@ -163,7 +158,7 @@ def balancing(figures: Figures) -> list[str]:
 
     def cells(row: Figures) -> list[str]:
         shown = [row["method"]]
-        for key, digits in BALANCING_COLUMNS.items():
+        for key, digits in MEASURES.items():
             mean, low, high = (f"{row[key][part]:.{digits}f}" for part in ("mean", "min", "max"))
             shown.append(f"{mean} ({low} to {high})")
         return shown

@@ -28,7 +28,7 @@ from modeling_deepseekmoe.conversion.description import Description, as_config, 
 from modeling_deepseekmoe.conversion.dialects import architectures_of, check_dialect, check_same, translate
 from modeling_deepseekmoe.conversion.streaming import Constant, Output, Part, outputs, parts_of
 from modeling_deepseekmoe.conversion.tensor_table import entries
-from modeling_deepseekmoe.conversion.writing import FolderPlan, make_shards, write_folder
+from modeling_deepseekmoe.conversion.writing import FolderPlan, make_shards, say_nothing, write_folder
 from modeling_deepseekmoe.remote_code import CODE_VERSION
 from modeling_deepseekmoe.support.folders import local_folder
 
@@ -206,8 +206,8 @@ def convert(
     destination: str | Path,
     *,
     resume: bool = False,
-    report: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int], None] = lambda size: None,
+    report: Callable[[str], None] = say_nothing,
+    progress: Callable[[int], None] = say_nothing,
     **options: Any,
 ) -> ConversionPlan:
     """Convert a checkpoint to another dialect, layout of the experts, or dtype.
@@ -232,6 +232,8 @@ def convert(
         OSError: if a file is missing, or if the disk is full or cannot be written to. What is finished is kept beside
             the destination, for `resume`.
     """
+    if "without_weights" in options:
+        raise TypeError("convert() takes no without_weights: that is for plans, see plan_conversion.")
     plan = plan_conversion(source, **options)
     carry_out(plan, destination, resume=resume, report=report, progress=progress)
     return plan
@@ -242,8 +244,8 @@ def carry_out(
     destination: str | Path,
     *,
     resume: bool = False,
-    report: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int], None] = lambda size: None,
+    report: Callable[[str], None] = say_nothing,
+    progress: Callable[[int], None] = say_nothing,
 ) -> None:
     """Carry out a plan: the second half of [`convert`], for those who want to see the plan first."""
     if not plan.has_weights:

@@ -175,8 +175,8 @@ def write_folder(
     destination: str | Path,
     *,
     resume: bool = False,
-    report: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int], None] = lambda size: None,
+    report: Callable[[str], None] = say_nothing,
+    progress: Callable[[int], None] = say_nothing,
 ) -> None:
     """Write a folder.
 
@@ -308,4 +308,4 @@ def _json(content: object) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-__all__ = ["FolderPlan", "Shard", "Writing", "make_shards", "write_folder"]
+__all__ = ["FolderPlan", "Shard", "Writing", "make_shards", "say_nothing", "write_folder"]

@@ -222,5 +222,5 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation={implementation!r} is not allowed: {allowed}.")
 
 
-__all__ = ["ATTENTION_TYPES", "LOSS_FIELDS", "MLA_FIELDS", "ROUTER_DTYPES", "ROUTER_IMPLEMENTATIONS",
+__all__ = ["ATTENTION_TYPES", "LOSS_FIELDS", "MLA_FIELDS", "ROUTER_DTYPES",
            "SCORING_FUNCTIONS", "TOPK_METHODS", "ChecksFields", "check_implementation"]  # fmt: skip

@@ -258,9 +258,8 @@ class _BackwardPass:
             wanted = needed and parameter is not None
             return torch.empty_like(parameter, memory_format=torch.contiguous_format) if wanted else None
 
-        self.results = ExpertGradients(*map(like, operands.differentiable(), needs))._replace(
-            hidden=None, weights=None
-        )
+        of_parameters = needs._replace(hidden=False, weights=False)  # these two have sums of their own
+        self.results = ExpertGradients(*map(like, operands.differentiable(), of_parameters))
         columns = _column_blocks(hidden.shape[1])
         self.gate_up_columns = operands.gate_up.unflatten(2, (columns, -1)).transpose(1, 2)  # (E, C, 2I, D / C)
         self.down_columns = down.unflatten(2, (self.parts, -1)).transpose(1, 2)  # (E, C, D, I / C)

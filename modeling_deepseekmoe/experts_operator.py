@@ -25,41 +25,35 @@ _INPUTS = "Tensor hidden, Tensor expert_ids, Tensor weights, Tensor gate_up, Ten
 )
 
 
+_NO_ADAPTER = (None, None, 1.0, 0.0, None)  # in place of the fields of an `Adapter`
+
+
 class _Inputs(NamedTuple):
     """The operator's inputs one by one, as `torch.library` wants them; or one value for each of them."""
 
-    hidden: Any = None
-    expert_ids: Any = None
-    weights: Any = None
-    gate_up: Any = None
-    down: Any = None
-    gate_up_a: Any = None
-    gate_up_b: Any = None
-    gate_up_scale: Any = 1.0
-    gate_up_dropout: Any = 0.0
-    gate_up_seed: Any = None
-    down_a: Any = None
-    down_b: Any = None
-    down_scale: Any = 1.0
-    down_dropout: Any = 0.0
-    down_seed: Any = None
+    hidden: Any
+    expert_ids: Any
+    weights: Any
+    gate_up: Any
+    down: Any
+    gate_up_a: Any
+    gate_up_b: Any
+    gate_up_scale: Any
+    gate_up_dropout: Any
+    gate_up_seed: Any
+    down_a: Any
+    down_b: Any
+    down_scale: Any
+    down_dropout: Any
+    down_seed: Any
 
     @classmethod
     def of(cls, operands: ExpertOperands) -> "_Inputs":
         """Make the inputs from operands."""
-        inputs = cls(*operands[:5])
-        for name, adapter in (("gate_up", operands.gate_up_adapter), ("down", operands.down_adapter)):
-            if adapter is not None:
-                inputs = inputs._replace(
-                    **{
-                        f"{name}_a": adapter.factor_a,
-                        f"{name}_b": adapter.factor_b,
-                        f"{name}_scale": adapter.scale,
-                        f"{name}_dropout": adapter.dropout,
-                        f"{name}_seed": adapter.seed,
-                    }
-                )
-        return inputs
+        values: list[Any] = [*operands[:5]]
+        for adapter in (operands.gate_up_adapter, operands.down_adapter):
+            values += _NO_ADAPTER if adapter is None else adapter
+        return cls(*values)
 
     def operands(self) -> ExpertOperands:
         """Make operands from the inputs, contiguous."""

@@ -141,12 +141,13 @@ class DeepseekMoeExperts(nn.Module):
             `torch.Tensor` of shape (T, D), in the dtype of `hidden_states`.
 
         Raises:
-            ValueError: under `torch.jit.trace`, which would keep the choices of the example for every input.
+            ValueError: under `torch.jit.trace` and `torch.export`, which would keep the choices of the example for
+                every input.
         """
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise ValueError(
-                "experts_implementation='eager' is not allowed under torch.jit.trace, which would record the experts "
-                "of the example alone: choose 'deepseekmoe', 'grouped_mm' or 'batched_mm'."
+                "experts_implementation='eager' is not allowed under torch.jit.trace, nor under torch.export, which "
+                "would record the experts of the example alone: choose 'deepseekmoe', 'grouped_mm' or 'batched_mm'."
             )
         output = torch.zeros_like(hidden_states)
         expert_ids, weights = top_k_index.flatten(), top_k_weights.flatten().unsqueeze(-1)

@@ -48,12 +48,15 @@ class Reminders:
         look_at_updates = not self.told_of_updates and model.config.topk_method == "noaux_tc"
         if not (look_at_losses or look_at_updates):
             return
+        read_now = self.forwards % STEPS_UNTIL_WARNING == 0
+        self.forwards += 1
+        if not (look_at_losses or read_now or self._sees_a_gate()):
+            return  # nobody asks for the steps
         self._look_for_a_step(model)
         if look_at_losses:
             self._look_at_losses(model)
-        if look_at_updates and self.forwards % STEPS_UNTIL_WARNING == 0 and self._sees_a_gate():
+        if look_at_updates and read_now and self._sees_a_gate():
             self._look_at_updates(model)
-        self.forwards += 1
 
     def _look_for_a_step(self, model: nn.Module) -> None:
         before, self.seen = self.seen, watched_weight(model)
@@ -76,7 +79,7 @@ class Reminders:
         elif counter.watched and counter.passed and int(self.steps) > 0:
             self.told_of_losses = True
             logger.warning(
-                f"The auxiliary losses of {type(model).__name__}, {fields_of_losses(model.config)}, are computed and "
+                f"The auxiliary losses of {type(model).__name__}, {_fields_of_losses(model.config)}, are computed and "
                 "NOT trained: whoever made the loss of the first step left out outputs.aux_loss (no labels given to "
                 "the model, label smoothing, a loss function of your own, a trainer that takes the logits alone, "
                 "router_aux_loss_coef=0 in TRL). Where it can be told to, let it add outputs.aux_loss; else set these "
@@ -122,9 +125,9 @@ def _own_part(weight: torch.Tensor) -> torch.Tensor:
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
-def fields_of_losses(config: Any) -> dict[str, float]:
+def _fields_of_losses(config: Any) -> dict[str, float]:
     """Return the coefficients of the auxiliary losses that are switched on, by the config's fields."""
     return {LOSS_FIELDS[name]: alpha for name, alpha in config.loss_alphas.items()}
 
 
-__all__ = ["STEPS_UNTIL_WARNING", "Reminders", "fields_of_losses", "watched_weight"]
+__all__ = ["STEPS_UNTIL_WARNING", "Reminders", "watched_weight"]

@@ -113,7 +113,12 @@ def code_names_in(folder: str | Path) -> set[str]:
     except FileNotFoundError:  # somebody has taken a file away
         found = {path.name for path in folder.glob("*.py")} - _FORMER_FILES.keys()
     left_over = {name for name in _FORMER_FILES if _is_former(folder / name)}
-    return found & {*code_files(), *_FORMER_FILES} | left_over
+    return found & all_code_names() | left_over
+
+
+def all_code_names() -> set[str]:
+    """Return the names that files of the code have, or had in a released version."""
+    return {*code_files(), *_FORMER_FILES}
 
 
 def _is_former(file: Path) -> bool:
@@ -156,16 +161,22 @@ def _list(targets: Any) -> list[str]:
     return [target for target in (targets if isinstance(targets, (list, tuple)) else [targets]) if target]
 
 
-def check_place_for_code(folder: str | Path) -> None:
-    """Raise a `ValueError` if somebody's own files have the names of the code, which would replace them."""
+def check_place_for_code(folder: str | Path) -> set[str]:
+    """Return the [`code_names_in`] a folder.
+
+    Raises:
+        ValueError: if somebody's own files have the names of the code, which would replace them.
+    """
     folder = Path(folder)
+    own = code_names_in(folder)
     there = {name: path for name, path in code_files().items() if (folder / name).is_file()}
-    foreign = [name for name in there.keys() - code_names_in(folder) if not _same(folder / name, there[name])]
+    foreign = [name for name in there.keys() - own if not _same(folder / name, there[name])]
     if foreign:
         raise ValueError(
             f"{folder} holds {', '.join(sorted(foreign))}: these are names of the family's code, which goes there. "
             "These files are not of it: rename them."
         )
+    return own
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -179,8 +190,7 @@ def attach_code(folder: str | Path) -> None:
         ValueError: if files of the same names lie there that are not this code.
     """
     folder = Path(folder)
-    check_place_for_code(folder)
-    former = code_names_in(folder) - code_files().keys()
+    former = check_place_for_code(folder) - code_files().keys()
     for name, path in code_files().items():
         _write(folder / name, path.read_bytes())
     for name in former:
@@ -287,11 +297,11 @@ __all__ = [
     "CarriesCode",
     "NoCode",
     "PublishedModel",
+    "all_code_names",
     "as_json",
     "attach_code",
     "auto_classes_of",
     "auto_map_among",
-    "auto_map_of",
     "carries_code",
     "check_place_for_code",
     "code_files",

@@ -68,12 +68,11 @@ def keep_auxiliary_loss(forward: Any, model: nn.Module) -> Any:
 
 
 def _replace_auxiliary_loss(model: nn.Module, outputs: ModelOutput, model_loss: torch.Tensor) -> None:
-    coefficient, asked_for = model.config.router_aux_loss_coef, model.config.loss_alphas
     trainer_loss = getattr(outputs, "aux_loss", None)
-    trains = model.training and torch.is_grad_enabled() and bool(asked_for)
     if trainer_loss is None:
         return  # the model's decoder says so itself
-    if not coefficient and trains:
+    coefficient, asked_for = model.config.router_aux_loss_coef, model.config.loss_alphas
+    if not coefficient and asked_for and model.training and torch.is_grad_enabled():
         logger.warning_once(
             f"The trainer multiplies the auxiliary losses of {type(model).__name__}, {asked_for}, by a "
             "router_aux_loss_coef of its own, while the config's is 0: set the config's to the same value, so that "

@@ -61,6 +61,12 @@ class TextOptions:
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train"
     subset: Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")] = None
 
+    @property
+    def source(self) -> str:
+        """Name of the text: of a file without its path."""
+        path = Path(self.data)
+        return path.name if path.exists() else self.data
+
     def texts(self) -> Iterator[str]:
         """Read the texts."""
         from ..analysis.texts import read_texts

@@ -3,7 +3,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -121,13 +120,14 @@ def _measure_routing(options: PushCommandOptions) -> Any:
     from ..analysis.routing_report import make_report
 
     require_matplotlib()
-    texts = TextOptions(data=options.data, column=options.column).texts()
+    text = TextOptions(data=options.data, column=options.column)
+    texts = text.texts()
     texts = chain([next(texts, "")], texts)  # a mistake shows before the model is loaded
     return make_report(
         *ModelOptions(model=options.folder).load(),
         texts,
         title=str(options.repo_id),
-        source=Path(options.data).name if Path(options.data).exists() else options.data,
+        source=text.source,
         max_tokens=options.max_tokens,
     )
 

@@ -37,7 +37,7 @@ def report(options: ReportOptions) -> None:
         *options.load(),
         options.texts(),
         title=options.model,
-        source=Path(options.data).name if Path(options.data).exists() else options.data,
+        source=options.source,
         max_tokens=options.max_tokens,
         block_size=options.block_size,
         batch_size=options.batch_size,

@@ -189,7 +189,7 @@ def plan_push(
     candidate, files, notes = _files_of(candidate, facts, options, api)
     deleted = check_content(candidate, remote, repo_id, options.replace_content, options.overwrite_card)
     if api and candidate.kind == "model":
-        deleted += stale_code_of(api, repo_id, remote)
+        deleted += stale_code_of(api, repo_id, remote, {*files, *deleted})
     if not options.overwrite_card and (is_hand_written(remote.card) or is_hand_written(card)):
         notes += _keep_card(files, remote, card, options)
     else:
@@ -273,10 +273,9 @@ def _add_code(candidate: Candidate, files: dict[str, Path | bytes], code: str) -
     """Add the code and its `auto_map`. Take an `auto_map` away if it names what is not there. Return notes."""
     raw = candidate.raw
     carried = carries_code(raw["model_type"], code)
-    for name in code_names_in(candidate.folder):
+    for name in check_place_for_code(candidate.folder) if carried else code_names_in(candidate.folder):
         files.pop(name, None)
     if carried:
-        check_place_for_code(candidate.folder)
         files.update(code_files())
     auto_map = auto_map_among(files, raw["model_type"], raw.get("auto_map"))
     if auto_map == (raw.get("auto_map") or {}):

@@ -139,6 +139,8 @@ def push_model(
     Raises:
         As [`plan_push`] and [`upload`].
     """
+    if odd := sorted({"ask_hub", "with_training_state"} & options.keys()):
+        raise TypeError(f"push_model() takes no {odd[0]}: that is for folders, see plan_push.")
     repo_id = full_repo_id(repo_id, None)
     said = {name: options.pop(name) for name in [own.name for own in fields(CardFacts)] if name in options}
     wanted = PushOptions(**{"license_required": False, **options, "revision": options.get("revision") or "main"})

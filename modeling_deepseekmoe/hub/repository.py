@@ -3,7 +3,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, INDEX_NAME, 
 
 from ..esft.files import SELECTION_NAME
 from ..esft.files import WEIGHTS_NAME as EXPERTS_NAME
-from ..remote_code import CODE_MARK, CODE_VERSION, code_files, code_files_from, code_names_in
+from ..remote_code import CODE_MARK, CODE_VERSION, all_code_names, code_files_from, code_names_in
 from ..support.folders import FOREIGN_WEIGHTS
 from .candidate import Candidate
 from .card import CARD_NAME, is_hand_written
@@ -160,15 +160,18 @@ def code_of(api: HfApi, repo_id: str, remote: Remote, folder: str = "") -> dict[
     with TemporaryDirectory() as copy:
         _copy_scripts(api, repo_id, remote, folder, Path(copy))
         try:
-            found = code_files_from(Path(copy))
-        except FileNotFoundError:  # somebody has taken a file away: those that have the names of the code
-            found = {name: Path(copy, name) for name in code_files() if Path(copy, name).is_file()}
-        return {name: path.read_bytes() for name, path in found.items()}
+            names = set(code_files_from(Path(copy)))
+        except FileNotFoundError:  # somebody has taken a file away
+            names = code_names_in(copy)
+        return {name: Path(copy, name).read_bytes() for name in sorted(names)}
 
 
-def stale_code_of(api: HfApi, repo_id: str, remote: Remote) -> list[str]:
-    """Find the names of the family's code at the top of a repository, of any released version."""
-    if CODE_MARK not in remote.files:
+def stale_code_of(api: HfApi, repo_id: str, remote: Remote, others: Collection[str]) -> list[str]:
+    """Find the names of the family's code at the top of a repository, of any released version.
+
+    The files are downloaded only if one may be found that is not among `others`.
+    """
+    if CODE_MARK not in remote.files or not all_code_names() & set(remote.files) - set(others):
         return []
     with TemporaryDirectory() as copy:
         _copy_scripts(api, repo_id, remote, "", Path(copy))
@@ -273,7 +276,7 @@ def _explain(repo_id: str, error: HfHubHTTPError) -> OSError:
 def _interrupted(repo_id: str, reason: str) -> str:
     return (
         f"The exchange with the Hub about {repo_id} was interrupted: {reason}. The repository never shows a part of "
-        "an upload. Push again: what has arrived is not sent twice."
+        "an upload. Try again: what has arrived is not sent twice."
     )
 
 

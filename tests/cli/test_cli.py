@@ -40,6 +40,8 @@ def test_inspect_check(v1: Golden, tmp_path: Path) -> None:
         (("inspect", "nothing"), "'nothing' is not allowed"),
         (("inspect", "dense", "--lora-rank", "0"), "lora_rank=0"),
         (("inspect", "dense", "--check"), "has no weights"),
+        (("inspect", "dense", "--gpus", "2", "--lora-rank", "4"), "--lora-rank: not allowed with --method full"),
+        (("inspect", "dense", "--gpus", "2", "--method", "lora", "--esft-share", "0.5"), "--esft-share: not allowed"),
         (("upcycle", "x", "y", "--shared-width", "-1", "--shards", "4", "--copies", "2"), "shared_width=-1"),
     ],
 )

@@ -427,3 +427,9 @@ def test_progress_adds_up(v3: Golden, tmp_path: Path) -> None:
     assert sum(sizes) == plan.nbytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert len(lines) == len(plan.folder.shards) and lines[0].startswith("[1/")
     assert plan.folder.nbytes == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+
+
+def test_an_option_of_plans_alone_is_refused(v3: Golden, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"takes no without_weights"):
+        convert(v3.folder, tmp_path / "out", without_weights=True)
+    assert not (tmp_path / "out").exists()

@@ -48,6 +48,10 @@ def test_a_trace_that_checks_itself(v3: Golden) -> None:
 def test_a_trace_of_eager_experts_is_refused(v3: Golden) -> None:
     with pytest.raises(ValueError, match=r"'eager' is not allowed under torch.jit.trace, .* choose 'deepseekmoe'"):
         torch.jit.trace(Logits(v3.model(experts_implementation="eager")), (OTHERS[0],), check_trace=False)
+    with pytest.raises(
+        ValueError, match=r"'eager' is not allowed .* nor under torch\.export, .* choose 'deepseekmoe'"
+    ):
+        torch.export.export(Logits(v3.model(experts_implementation="eager")), (OTHERS[0],), strict=False)
 
 
 def test_a_trace_of_many_tokens_takes_fewer() -> None:

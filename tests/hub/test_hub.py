@@ -265,6 +265,12 @@ def test_named_adapters(hub: HubServer, folder: Path, warnings_of_package: list[
     assert "Of 2 adapters the active one, mine, is published." in warnings_of_package
 
 
+@pytest.mark.parametrize("option", ["ask_hub", "with_training_state"])
+def test_options_of_folders_are_not_for_models(tiny_model: Callable, option: str) -> None:
+    with pytest.raises(TypeError, match=f"push_model.. takes no {option}"):
+        push_model(tiny_model(), "alice/model", license="mit", **{option: True})
+
+
 def test_adapted_models_and_trained_experts(hub: HubServer, folder: Path, tmp_path: Path) -> None:
     push(folder, "alice/base")
     base = modeling_deepseekmoe.DeepseekForCausalLM.from_pretrained("alice/base")

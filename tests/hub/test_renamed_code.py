@@ -4,11 +4,13 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from huggingface_hub import HfApi
 from local_hub import HubServer
 from paths import DATA
-from publishing_cases import CODE, push
+from publishing_cases import CODE, commit, push
 
-from modeling_deepseekmoe.hub import plan
+from modeling_deepseekmoe.hub import plan, repository
+from modeling_deepseekmoe.hub.code_update import plan_code_update
 from modeling_deepseekmoe.remote_code import attach_code, code_files, code_names_in
 
 
@@ -77,3 +79,20 @@ def test_code_that_was_attached_in_part(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(code_files()[name].read_bytes())
     attach_code(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == CODE
+
+
+def test_nothing_is_downloaded_where_nothing_can_be_left_over(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(folder, "alice/model")
+    monkeypatch.setattr(repository, "_copy_scripts", pytest.fail)
+    push(folder, "alice/model")
+
+
+def test_former_files_beside_code_that_lacks_one_go_with_an_update(hub: HubServer, folder: Path) -> None:
+    push(folder, "alice/model")
+    with ZipFile(DATA / "code-0.8.0.zip") as archive:
+        commit(hub, "alice/model", {name: archive.read(name).decode() for name in archive.namelist()})
+    HfApi().delete_file("routing.py", "alice/model")
+    update = plan_code_update("alice/model", replace_content=True)
+    assert {"gate.py", "balancing.py", "grouped_products.py"} <= set(update.deleted) and "routing.py" in update.files
