@@ -9,7 +9,7 @@ from conftest import EXPERTS_IMPLEMENTATIONS, MLA, V3_LIKE, Golden
 from tolerances import assert_same
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, expert_balance_loss
+from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, expert_balance_loss, take_router_load
 
 VARIANTS = {"mha": {}, "mla": MLA, "mla-noaux": V3_LIKE, "batch-wise": {"seq_aux": False}}
 ids = torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(5))
@@ -201,14 +201,17 @@ def test_compiled_equals_eager(tiny_model: Callable, variant: str, implementatio
 
 
 def test_compiled_training_step_equals_eager(tiny_model: Callable) -> None:
-    def gradients(compiled: bool) -> dict[str, torch.Tensor]:
+    def step(compiled: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         model = tiny_model()
         model.set_experts_implementation("batched_mm")  # 5.17 cannot compile the backward of grouped_mm on a CPU
-        step = torch.compile(model, fullgraph=True) if compiled else model
-        step(ids, labels=ids, use_cache=False).loss.backward()
-        return {name: parameter.grad for name, parameter in model.named_parameters()}
+        forward = torch.compile(model, fullgraph=True) if compiled else model
+        forward(ids, labels=ids, use_cache=False).loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return gradients, take_router_load(model).tokens_per_expert
 
-    for (name, expected), found in zip(gradients(False).items(), gradients(True).values(), strict=True):
+    (gradients, counts), (found_gradients, found_counts) = step(False), step(True)
+    assert torch.equal(found_counts, counts)
+    for (name, expected), found in zip(gradients.items(), found_gradients.values(), strict=True):
         assert_same(found, expected, name)
 
 
