@@ -1,9 +1,8 @@
 """Two processes make the same counts and the same biases as one, bit for bit."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from paths import SCRIPTS
@@ -12,10 +11,7 @@ SCRIPT = SCRIPTS / "balanced_training.py"
 
 
 def run(how: str, output: Path, ranks: int, *options: str) -> dict[str, torch.Tensor]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, str(SCRIPT), how, str(output), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=output.parent)
-    assert result.returncode == 0, result.stderr[-3000:]
+    fresh_process.check(SCRIPT, how, output, *options, ranks=ranks, cwd=output.parent)
     return torch.load(output)
 
 

@@ -2,11 +2,10 @@
 
 import dataclasses
 import logging as pylogging
-import subprocess
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import fresh_process
 import pytest
 import torch
 from experts_cases import Case, Experts, cases, check_case, inputs_of
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from lora_cases import IDS as LORA_IDS
 from lora_cases import direct, make
 from operator_checks import CASE, WITHOUT_ADAPTERS, check_dropout, check_operators
+from paths import TESTS
 from routing_cases import GENERATED
 from tolerances import assert_same
 from torch import nn
@@ -196,8 +196,8 @@ def test_importing_the_package_offers_it_without_loading_anything() -> None:
         "                                         experts_implementation='deepseekmoe')\n"
         "print(model(torch.ones(1, 3, dtype=torch.long)).logits.shape[-1], model.config._experts_implementation)\n"
     )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="tests", check=False)
-    assert ran.stdout.split("\n")[:3] == ["False False", "True False", "90 deepseekmoe"], ran.stderr[-2000:]
+    ran = fresh_process.check("-c", script, cwd=TESTS)
+    assert ran.stdout.split("\n")[:3] == ["False False", "True False", "90 deepseekmoe"]
 
 
 def test_experts_that_are_stored_in_another_way_are_refused() -> None:

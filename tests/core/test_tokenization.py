@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 from conftest import GOLDEN_ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -142,8 +141,7 @@ def test_a_tokenizer_with_code_of_its_own(kind: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
 
     def ask(package: str) -> list[str]:
-        command = [sys.executable, "-c", ASK, str(tmp_path), package]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-2:]
+        return fresh_process.check("-c", ASK, tmp_path, package).stdout.strip().splitlines()[-2:]
 
     expected = ["LettersTokenizer [0, 1, 2, 0, 1]", "ValueError True"]
     if kind == "deepseek_v3":  # whose untrusted code transformers itself passes over before 5.22
@@ -171,7 +169,7 @@ after = state()
 new = set(after[1].items()) - set(before[1].items())
 print(after[0] == before[0], before[1].items() <= after[1].items(), *sorted(name for name, _ in new))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh_process.check("-c", code)
     assert done.stdout.split() in (["True", "True"], ["True", "True", "deepseek", "deepseekmoe"])
 
 

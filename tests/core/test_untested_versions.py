@@ -1,9 +1,8 @@
 """What happens where transformers is newer than the tests: one warning, and one look at what `generate` computes."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 
+import fresh_process
 import pytest
 import torch
 from conftest import Golden
@@ -43,12 +42,10 @@ def test_ci_runs_the_newest_tested_version() -> None:
 def test_one_warning_names_both_versions() -> None:
     script = "import transformers; transformers.__version__ = '5.99.1'\nimport modeling_deepseekmoe\n"
     script += "modeling_deepseekmoe.DeepseekMoeConfig(num_hidden_layers=1)"
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
+    said = fresh_process.check("-c", script).stderr
     assert said.count("was tested with transformers up to") == 1
     assert f"up to {NEWEST}, and 5.99.1 is installed" in said and "transformers<5.25" in said
-    said = subprocess.run(
-        [sys.executable, "-c", script.replace("5.99.1", f"{NEWEST}.7")], capture_output=True, text=True, check=True
-    ).stderr
+    said = fresh_process.check("-c", script.replace("5.99.1", f"{NEWEST}.7")).stderr
     assert "was tested with" not in said
 
 

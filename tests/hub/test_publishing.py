@@ -2,8 +2,6 @@
 
 import os
 import shlex
-import subprocess
-import sys
 import sysconfig
 import threading
 from collections.abc import Iterator
@@ -11,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import ZipFile
 
+import fresh_process
 import pytest
 import torch
 import yaml
@@ -47,13 +46,11 @@ class Published:
             "OMP_NUM_THREADS": "1",
             **environment,
         }
-        command = [sys.executable]
+        flags: tuple[str, ...] = ()
         if not package:
-            command.append("-S")  # no site-packages but these
+            flags = ("-S",)  # no site-packages but these
             environment["PYTHONPATH"] = str(self._bare_packages())
-        result = subprocess.run(
-            [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, cwd=self.folder
-        )
+        result = fresh_process.run(*arguments, flags=flags, environment=environment, cwd=self.folder)
         self.printed.append(result.stdout + result.stderr)
         assert result.returncode == 0, result.stderr
         return result.stdout

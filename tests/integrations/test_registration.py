@@ -2,10 +2,9 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 import transformers
@@ -68,7 +67,7 @@ def test_import_registers_and_imports_no_model_code() -> None:
         "assert type(model).__name__ == 'DeepseekForCausalLM'\n"
         "assert model.config.auto_map == {} and model._auto_class is None\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    fresh_process.check("-c", script)
 
 
 def test_import_and_load_without_optional_packages() -> None:
@@ -79,7 +78,7 @@ def test_import_and_load_without_optional_packages() -> None:
         f"model = AutoModelForCausalLM.from_pretrained({str(Golden('v1-mha').folder)!r})\n"
         "assert model(torch.arange(4)[None]).logits.isfinite().all()\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    fresh_process.check("-c", script)
 
 
 def test_an_unpickled_config_is_known_in_a_fresh_process(tmp_path: Path) -> None:
@@ -90,7 +89,7 @@ def test_an_unpickled_config_is_known_in_a_fresh_process(tmp_path: Path) -> None
         f"config = pickle.load(open({str(tmp_path / 'config.pkl')!r}, 'rb'))\n"
         "assert type(AutoModelForCausalLM.from_config(config)).__name__ == 'DeepseekForCausalLM'\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    fresh_process.check("-c", script)
 
 
 @pytest.mark.parametrize("model_type", ["deepseek", "deepseekmoe"])

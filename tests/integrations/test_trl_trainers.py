@@ -1,13 +1,12 @@
 """One step of every trainer of TRL: whose class is trained, and whether the balance losses are."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import fresh_process
 import pytest
 import torch
 import trl
@@ -165,7 +164,7 @@ def test_trl_may_be_imported_first(tmp_path: Path) -> None:
         "from trl.trainer import sft_trainer\nimport modeling_deepseekmoe as m\nm.register(override_native=True)\n"
         f"print(type(sft_trainer.create_model_from_path({str(folder)!r}, device_map=None)).__module__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh_process.check("-c", code)
     assert done.stdout.split()[-1] == "modeling_deepseekmoe.modeling_deepseekmoe"
 
 

@@ -3,11 +3,10 @@
 import copy
 import importlib.util
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
+import fresh_process
 import pytest
 import torch
 from esft_cases import Rows
@@ -72,12 +71,7 @@ def test_two_processes_equal_one(what: str, how: str, tmp_path: Path) -> None:
         (tmp_path / part).mkdir()
     script = load("adapted_training", ROOT / "tests" / "scripts")
     script.train(what, "plain", str(tmp_path / "one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, script.__file__, what, how, str(tmp_path / "two")],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    fresh_process.check(script.__file__, what, how, tmp_path / "two", ranks=2)
     one, two = (torch.load(tmp_path / part / "found.pt") for part in ("one", "two"))
     assert_same(two["losses"], one["losses"], "losses")
     assert one["losses"][2] < one["losses"][0]
