@@ -123,9 +123,11 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	.venv-$*/$(PIP_INSTALL) --constraint constraints-$*.txt --editable '.[dev]'
 	touch $@
 
-# For CI: three installations, each of which keeps one core busy.
+# For CI: the longest part of three installations, which keeps one core busy, two at a time. What builds the package
+# writes into this folder, and goes one after the other.
 environments:
-	$(MAKE) --jobs $(JOBS) $(VENV)/.installed .venv-oldest/.installed .venv-previous/.installed
+	$(MAKE) --jobs $(JOBS) $(VENV)/.torch .venv-oldest/.torch .venv-previous/.torch
+	$(MAKE) $(VENV)/.installed .venv-oldest/.installed .venv-previous/.installed
 
 clean:
 	rm -rf .venv .venv-oldest .venv-previous .venv-newest build dist runs site *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

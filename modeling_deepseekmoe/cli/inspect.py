@@ -57,8 +57,8 @@ def _plan(options: InspectOptions, gpus: int) -> None:
 
     if options.check:
         raise ValueError("--check is not allowed together with --gpus.")
-    without = {"lora": {"esft_share"}, "esft": {"lora_rank"}}.get(options.method, {"esft_share", "lora_rank"})
-    allow_only(options.context, f"with --method {options.method}", *(set(options.context.params) - without))
+    of_others = {size for method, size in (("lora", "lora_rank"), ("esft", "esft_share")) if method != options.method}
+    allow_only(options.context, f"with --method {options.method}", *(options.context.params.keys() - of_others))
     plans = plan_training(
         options.name_or_folder,
         gpus=gpus,

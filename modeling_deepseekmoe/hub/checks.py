@@ -10,13 +10,14 @@ from transformers.utils import logging
 from modeling_deepseekmoe.conversion import VerificationError, verify
 from modeling_deepseekmoe.conversion.adapters import files as adapter_files
 from modeling_deepseekmoe.conversion.checkpoint import listed
+from modeling_deepseekmoe.conversion.writing import say_nothing
 
 from ..esft.files import read_esft
 from ..support.models import model_class_named
 from .candidate import Candidate, PreflightError, auto_class_of, parse_object
 
 
-def check_candidate(candidate: Candidate, progress: Callable[[int], None] = lambda size: None) -> tuple[str, ...]:
+def check_candidate(candidate: Candidate, progress: Callable[[int], None] = say_nothing) -> tuple[str, ...]:
     """Read everything that would go up, and check it: it loads, its names and shapes are right, every value is finite.
 
     Args:

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from transformers.utils import logging
 
 from modeling_deepseekmoe.conversion.checkpoint import CONFIG_NAME, file_identity, listed, parse_json
+from modeling_deepseekmoe.conversion.writing import say_nothing
 
 from ..analysis.inspection import gigabytes
 from ..analysis.routing_report import RoutingReport
@@ -161,7 +162,7 @@ def plan_push(
     repo_id: str,
     options: PushOptions | None = None,
     *,
-    progress: Callable[[int], None] = lambda size: None,
+    progress: Callable[[int], None] = say_nothing,
     **fields_of_options: Any,
 ) -> PushPlan:
     """Check a folder, look at the repository, and plan the upload. Nothing is written anywhere.

@@ -4,15 +4,15 @@ It answers with the exit code. Where several processes are wanted, that is the f
 end too.
 """
 
+import importlib
 import json
 import os
 import runpy
 import signal
 import sys
 
-import torch._dynamo
-import torch.distributed.tensor  # noqa: F401  what transformers imports of torch, and torch of sympy, is most of a start
-
+# What transformers imports of torch, and torch of sympy, is most of a start.
+PRELOADED = ("torch._dynamo", "torch.distributed.tensor")
 SECONDS = 300
 
 
@@ -76,6 +76,8 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    for name in PRELOADED:
+        importlib.import_module(name)
     wanted = serve()
     become(wanted)
     run(wanted["arguments"])

@@ -37,16 +37,7 @@ def run(
         environment: the whole environment; otherwise that of this process. `PYTHONPATH` says where packages lie.
     """
     environment = dict(os.environ if environment is None else environment)
-    environments = [environment]
-    if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        group = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environments = [
-            environment | {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            for rank in range(ranks)
-        ]
+    environments = [environment | group for group in (ranks_of_a_group(ranks) if ranks > 1 else [{}])]
     server = _server(flags, environment.get("PYTHONPATH", ""))
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -55,6 +46,16 @@ def run(
         print(json.dumps(request), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
         return subprocess.CompletedProcess([*flags, *request["arguments"]], code, out.read_text(), err.read_text())
+
+
+def ranks_of_a_group(ranks: int) -> list[dict[str, str]]:
+    """What torchrun sets in the environment of each rank, with a port of the loopback interface that nobody has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    of_ranks = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
+    return [{name: str(value) for name, value in variables.items()} for variables in of_ranks]
 
 
 def check(*arguments: object, **options: object) -> subprocess.CompletedProcess:

@@ -5,7 +5,6 @@ Losses are compared with an absolute tolerance of 1e-5, counts and biases bit fo
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, V3_LIKE
+from fresh_process import ranks_of_a_group
 from paths import SCRIPTS
 from tolerances import SAME_COMPUTATION, assert_same
 from transformers import AutoModelForCausalLM
@@ -193,18 +193,13 @@ def test_sharded_and_gathered_files_are_the_same(
 # ------------------------------------------------------------------------------------------------ ranks that end early
 def start_apart(settings: dict[str, Any], ranks: int = 2) -> list[subprocess.Popen]:
     """Ranks without a launcher, which would end the others itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), json.dumps(settings)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in common.items()},
-                 "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
-        for rank in range(ranks)
+        for variables in ranks_of_a_group(ranks)
     ]  # fmt: skip
 
 
