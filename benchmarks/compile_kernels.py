@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from modeling_deepseekmoe import experts_kernels, experts_triton, routing_kernels
-from modeling_deepseekmoe.experts_loop import Adapter, ExpertGradients, ExpertOperands
+from modeling_deepseekmoe.experts_operands import Adapter, ExpertGradients, ExpertOperands
 from modeling_deepseekmoe.routing_triton import group_options, route_backward_options, route_options
 from modeling_deepseekmoe.triton_support import INTERPRETED
 

@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 from .checkpoint_layout import STACKS, layer_of
 from .experts_grouped import GroupedChoices, grouped_linear, run_grouped
-from .experts_loop import Adapter, ExpertOperands
+from .experts_operands import Adapter, ExpertOperands
 from .experts_operator import run_operator
+from .experts_products import WIDEN_FROM, has_instructions
 from .experts_triton import why_not_fused
 from .transformers_support import ALL_EXPERTS_FUNCTIONS, SiLUActivation, gating_of, plain_gating
 
@@ -108,7 +109,7 @@ def run_experts(
     gate_up, down = (experts.gate_up_proj, experts.down_proj) if stacks is None else stacks
     dtype = compute_dtype(gate_up)
     if backend is None:
-        backend, reason = choose_backend(experts, hidden_states, gate_up)
+        backend, reason = choose_backend(experts, hidden_states, gate_up, top_k_index.shape[1])
         tell_backend(experts, hidden_states, backend, reason)
     adapted = any(adapter is not None for adapter in adapters)
     if backend not in BACKENDS or (backend not in FUSED_BACKENDS and adapted):
@@ -174,7 +175,7 @@ def why_unsupported(experts: nn.Module) -> str | None:
 
 
 def choose_backend(
-    experts: nn.Module, hidden_states: torch.Tensor, stack: torch.Tensor | None = None
+    experts: nn.Module, hidden_states: torch.Tensor, stack: torch.Tensor | None = None, top_k: int | None = None
 ) -> tuple[str, str]:
     """Choose the backend for an input. If it is not a fused one, say why.
 
@@ -182,6 +183,7 @@ def choose_backend(
         experts: the module that holds the stacks.
         hidden_states (`torch.Tensor` of shape (T, D)).
         stack (`torch.Tensor` of shape (E, 2I, D), *optional*): weights other than the module's `gate_up_proj`.
+        top_k (`int`, *optional*): K.
 
     Returns:
         One of `BACKENDS`, and the reason, which is empty for the fused ones.
@@ -195,7 +197,14 @@ def choose_backend(
         return ("grouped", reason) if reason else ("triton", "")
     if hidden_states.device.type not in ("cpu", "meta"):
         return "grouped", f"the tensors are on the device {hidden_states.device.type!r}"
-    if columns // 2 * hidden_size >= LOOP_FROM or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return "loop", ""
+    if not has_instructions(compute_dtype(stack)):  # the loop widens; with so few rows it would not
+        few = top_k is not None and len(hidden_states) * top_k < WIDEN_FROM * num_experts
+        if few and not torch.is_grad_enabled() and not experts.training:
+            return "grouped", "an expert has so few tokens that its products are the fastest as they are stored"
+        return "loop", ""
+    if columns // 2 * hidden_size >= LOOP_FROM:
         return "loop", ""
     return "grouped", f"an expert of {hidden_size} x {columns // 2} is so small that the calls would take longer"
 
@@ -203,7 +212,9 @@ def choose_backend(
 def compute_dtype(stack: torch.Tensor) -> torch.dtype:
     """Return the dtype of the products with a stack: its own, or autocast's. Autocast leaves float64 alone."""
     kind = stack.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Dynamo of torch 2.11 cannot trace the first question, and compiles for devices that have autocast.
+    autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    autocast = autocast and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast and stack.dtype != torch.float64 else stack.dtype
 
 

@@ -1,99 +1,28 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """The backend `"loop"` of the routed experts: plain torch, one expert after the other, for the CPU.
 
-An expert's tokens are brought together in a buffer, go through its two products, and are added to the output. Then
-comes the next expert. Only the first product is kept for all choices, and only if a backward pass follows. Every
-expert uses the same buffers, which stay in the cache.
-
-Each product is given to BLAS as several products, of some of the columns each: MKL divides a product with few rows
-badly among threads. Their results lie one after the other, "blocked": (C, n, width / C) instead of (n, width).
+An expert's tokens are brought together, go through its two products, and are added to the output. Then comes the next
+expert. Only the first product is kept for all choices, and only if a backward pass follows. The rest is small, and the
+next expert gets the same memory again: it stays in the cache. Each of torch's threads computes experts of its own
+(`experts_workers`).
 
 Shape letters: T tokens, D hidden, E experts, K chosen experts, I expert width, S = T * K choices (a token at one of
-its experts), R rank of an adapter, n choices of one expert (in 32 bits at most MAX_ROWS at a time), C column blocks.
+its experts), R rank of an adapter, n choices of one expert (in 32 bits at most MAX_ROWS at a time).
 """
 
 import itertools
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+
+from .experts_operands import Adapter, ExpertGradients, ExpertOperands
+from .experts_products import Products
+from .experts_workers import OrderedSum, run_in_workers
 
 MAX_ROWS = 512  # on two cores 192 rows reach 0.92 of the speed of a large product, and 384 rows 0.94
-# On two cores, with 96 rows, one block reaches 0.61 of the speed of a large product, 2 reach 0.78, 4 reach 0.85.
-MAX_COLUMN_BLOCKS = 4
 _aten = torch.ops.aten
-
-
-class Adapter(NamedTuple):
-    """A product of low rank beside a projection. It adds `scale * dropout(rows) @ factor_a[i].T @ factor_b[i].T`.
-
-    Attributes:
-        factor_a (`torch.Tensor` of shape (E, R, in)): in the dtype of the stacks.
-        factor_b (`torch.Tensor` of shape (E, out, R)): in the same dtype, with any strides.
-        scale (`float`).
-        dropout (`float`): the probability with which a number of the rows is left out.
-        seed (`torch.LongTensor` of shape ()): the seed of the dropout.
-    """
-
-    factor_a: torch.Tensor
-    factor_b: torch.Tensor
-    scale: float = 1.0
-    dropout: float = 0.0
-    seed: torch.Tensor | None = None
-
-
-class ExpertOperands(NamedTuple):
-    """The tensors that the routed experts are computed from.
-
-    Attributes:
-        hidden (`torch.Tensor` of shape (T, D)): in the dtype of the stacks.
-        expert_ids (`torch.LongTensor` of shape (T, K)): the id E stands for an expert that is elsewhere.
-        weights (`torch.Tensor` of shape (T, K)): the gate's.
-        gate_up, down (`torch.Tensor` of shapes (E, 2I, D) and (E, D, I)): the stacks.
-        gate_up_adapter, down_adapter ([`Adapter`], *optional*): the adapters beside the stacks.
-    """
-
-    hidden: torch.Tensor
-    expert_ids: torch.Tensor
-    weights: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    gate_up_adapter: Adapter | None = None
-    down_adapter: Adapter | None = None
-
-    def differentiable(self) -> "ExpertGradients":
-        """Collect what can have a gradient. The factors of an absent adapter are `None`."""
-        factors = factors_of(self.gate_up_adapter, self.down_adapter)
-        return ExpertGradients(self.hidden, self.weights, self.gate_up, self.down, *factors)
-
-
-class ExpertGradients(NamedTuple):
-    """One value for every tensor that can have a gradient: the gradient, whether it is wanted, or the tensor."""
-
-    hidden: Any
-    weights: Any
-    gate_up: Any
-    down: Any
-    gate_up_a: Any
-    gate_up_b: Any
-    down_a: Any
-    down_b: Any
-
-    @property
-    def of_first_product(self) -> tuple[Any, Any, Any]:
-        """Values of the first product's parameters: the stack and both factors."""
-        return self.gate_up, self.gate_up_a, self.gate_up_b
-
-    @property
-    def of_second_product(self) -> tuple[Any, Any, Any]:
-        """Values of the second product's parameters: the stack and both factors."""
-        return self.down, self.down_a, self.down_b
-
-
-def factors_of(*adapters: Adapter | None) -> list[torch.Tensor | None]:
-    """Return both factors of every adapter, and two `None` for an absent one."""
-    return [factor for adapter in adapters for factor in ((None, None) if adapter is None else adapter[:2])]
 
 
 class _Block(NamedTuple):
@@ -103,9 +32,14 @@ class _Block(NamedTuple):
     choices: slice
     begin: bool
 
+    @property
+    def size(self) -> int:
+        """Number of choices."""
+        return self.choices.stop - self.choices.start
+
 
 def _blocks(offsets: torch.Tensor, dtype: torch.dtype) -> list[_Block]:
-    """Divide all choices into blocks.
+    """Divide all choices into blocks, those of an expert one after the other.
 
     In 16 bits an expert has one block, because gradients of parameters are not added up there.
     """
@@ -118,53 +52,72 @@ def _blocks(offsets: torch.Tensor, dtype: torch.dtype) -> list[_Block]:
     ]
 
 
-class _Scratch:
-    """Buffers for the choices of one block, which the next block uses again."""
+class _Pass:
+    """What all workers of a forward or a backward pass share.
 
-    def __init__(self, hidden: torch.Tensor, width: int, blocks: Sequence[_Block]) -> None:
-        self.like, self.hidden_size, self.width = hidden, hidden.shape[1], width
-        self.total_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self.max_rows = max((block.choices.stop - block.choices.start for block in blocks), default=0)
-        self.buffers: dict[str, torch.Tensor] = {}
-        self.views: dict[int, _Views] = {}
+    A thread of Python lets another one in with each call of torch, and then waits for its turn: views are made here,
+    all of a kind with one call, and not by the workers.
 
-    def of(self, block: _Block) -> "_Views":
-        """Return the buffers in the size that a block needs."""
-        rows = block.choices.stop - block.choices.start
-        if rows not in self.views:
-            self.views[rows] = _Views(self, rows)
-        return self.views[rows]
+    Attributes:
+        tokens (tensors (n,) by blocks), weights (tensors (n, 1) by blocks): of the choices.
+        gate_up, down (matrices (2I, D) and (D, I) by experts).
+        tasks: what a worker computes at a time, the most choices first, so that all workers end together: indices of
+            blocks. It is one block or, where blocks of an expert add up gradients of its parameters, all of an expert.
+        total_dtype (`torch.dtype`): that of the sums over a token's choices.
+    """
 
-    def take(self, name: str, rows: int, width: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return a contiguous buffer (rows, width) with any content. A name has one width and one dtype."""
-        if name not in self.buffers:
-            self.buffers[name] = self.like.new_empty(self.max_rows * width, dtype=dtype)
-        return self.buffers[name][: rows * width].view(rows, width)
+    def __init__(
+        self, operands: ExpertOperands, permutation: torch.Tensor, offsets: torch.Tensor, by_expert: bool = False
+    ) -> None:
+        dtype = operands.hidden.dtype
+        self.operands = operands
+        self.total_dtype = torch.promote_types(dtype, torch.float32)
+        self.blocks = _blocks(offsets, dtype)
+        self.tokens = self.split(permutation // operands.weights.shape[1])
+        self.weights = self.split(operands.weights.flatten().index_select(0, permutation).unsqueeze(1))
+        self.gate_up, self.down = operands.gate_up.unbind(), operands.down.unbind()
+        adapters = (operands.gate_up_adapter, operands.down_adapter)
+        self.gate_up_adapter, self.down_adapter = (_readable(adapter, self.blocks) for adapter in adapters)
+        tasks = [[number] for number in range(len(self.blocks))]
+        if by_expert:
+            by = itertools.groupby(range(len(self.blocks)), lambda number: self.blocks[number].expert)
+            tasks = [list(numbers) for _, numbers in by]
+        tasks.sort(key=lambda task: -sum(self.blocks[number].size for number in task))
+        places = itertools.count()
+        self.tasks = [[(next(places), number) for number in task] for task in tasks]
 
+    def split(self, choices: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Divide values of all choices (S, ...), in the order of the experts, into those of the blocks."""
+        elsewhere = len(choices) - sum(block.size for block in self.blocks)
+        return choices.split([*(block.size for block in self.blocks), elsewhere])
 
-class _Views:
-    """The buffers for n choices. Many are one buffer in another shape: making a view takes as long as a call."""
-
-    def __init__(self, scratch: _Scratch, rows: int) -> None:
-        width, hidden_size = scratch.width, scratch.hidden_size
-        parts, hidden_parts = _column_blocks(width), _column_blocks(hidden_size)
-        self.rows = scratch.take("rows", rows, hidden_size)  # of the input, or of the output's gradient
-        self.rows_for_both = self.rows.expand(2 * parts, rows, hidden_size)
-        self.rows_for_act = self.rows.expand(parts, rows, hidden_size)
-        self.both = scratch.take("both", rows, 2 * width)  # the first product, or its gradient
-        self.both_for_rows = self.both.expand(hidden_parts, rows, 2 * width)
-        self.grad_gate, self.grad_up = (_blocked(part) for part in self.both.chunk(2, dim=1))
-        self.first_half = self.both[:, :width]
-        self.act = scratch.take("act", rows, width)
-        self.act_blocked = _blocked(self.act)
-        self.act_for_rows = self.act.expand(hidden_parts, rows, width)
-        self.silu = scratch.take("silu", rows, width).view(parts, rows, -1)
-        self.grad_act = scratch.take("grad_act", rows, width).view(parts, rows, -1)
-        self.result = scratch.take("result", rows, hidden_size).view(hidden_parts, rows, -1)
-        self.total = scratch.take("total", rows, hidden_size, scratch.total_dtype)
-        self.total_blocked = _blocked(self.total)
+    def new_sum(self) -> OrderedSum:
+        """Return an empty sum (T, D)."""
+        return OrderedSum(torch.zeros_like(self.operands.hidden, dtype=self.total_dtype))
 
 
+class _Worker:
+    """Computes blocks in one thread."""
+
+    def __init__(self, shared: _Pass) -> None:
+        self.shared = shared
+        self.products = Products(shared.operands.hidden.dtype)
+
+    def run(self, task: Sequence[tuple[int, int]]) -> None:
+        """Compute the blocks of a task, by their places in the order of all tasks and their indices."""
+        for place, number in task:
+            self.compute(place, number)
+
+    def compute(self, place: int, number: int) -> None:
+        """Compute a block."""
+        raise NotImplementedError
+
+    def gather(self, source: torch.Tensor, number: int) -> torch.Tensor:
+        """Return the rows (n, D) of a block's tokens."""
+        return source.index_select(0, self.shared.tokens[number]).to(self.products.computes_in)
+
+
+# ----------------------------------------------------------------------------------------------------- the two passes
 def experts_forward_loop(
     operands: ExpertOperands, permutation: torch.Tensor, offsets: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,34 +130,46 @@ def experts_forward_loop(
 
     Returns:
         The output (T, D) in the dtype of `hidden`, and the first product of all choices: (S, 2I) if `keep` is set,
-        else (0, 2I). The rows of a block hold its gates (n, I) and then its ups (n, I).
+        else (0, 2I).
     """
-    hidden, down = operands.hidden, operands.down
-    width, blocks = down.shape[-1], _blocks(offsets, hidden.dtype)
-    tokens, choice_weights = _by_choice(operands.weights, permutation)
-    gate_up_adapter, down_adapter = _readable_adapters(operands, blocks)
-    scratch = _Scratch(hidden, width, blocks)
-    output = torch.zeros_like(hidden, dtype=scratch.total_dtype)
-    kept = hidden.new_empty(len(permutation) if keep else 0, 2 * width)
-    parts = 2 * _column_blocks(width)
-    gate_up_columns = operands.gate_up.unflatten(1, (parts, -1)).transpose(2, 3)  # (E, 2C, D, I / C)
-    down_columns = down.unflatten(1, (_column_blocks(hidden.shape[1]), -1)).transpose(2, 3)  # (E, C, I, D / C)
-    for block in blocks:
-        own, places = scratch.of(block), tokens[block.choices]
-        torch.index_select(hidden, 0, places, out=own.rows)
-        both = (kept[block.choices] if keep else own.both).view(parts, len(places), -1)
-        torch.bmm(own.rows_for_both, gate_up_columns[block.expert], out=both)
-        if gate_up_adapter is not None:
-            _add_adapter(own.rows, gate_up_adapter, block, both)
-        gate, up = both.chunk(2)
-        torch.mul(_aten.silu.out(gate, out=own.silu), up, out=own.act_blocked)
-        torch.bmm(own.act_for_rows, down_columns[block.expert], out=own.result)
-        if down_adapter is not None:
-            _add_adapter(own.act, down_adapter, block, own.result)
-        # Whole rows of their own are added three times as fast as their parts.
-        torch.mul(own.result, choice_weights[block.choices], out=own.total_blocked)
-        output.index_add_(0, places, own.total)
-    return output.to(hidden.dtype), kept
+    hidden = operands.hidden
+    shared = _Pass(operands, permutation, offsets)
+    output = shared.new_sum()
+    kept = hidden.new_empty(len(permutation) if keep else 0, operands.gate_up.shape[1])
+    run_in_workers(shared.tasks, lambda: _Forward(shared, output, shared.split(kept) if keep else None).run)
+    return output.total.to(hidden.dtype), kept
+
+
+class _Forward(_Worker):
+    """A worker of the forward pass."""
+
+    def __init__(self, shared: _Pass, output: OrderedSum, kept: Sequence[torch.Tensor] | None) -> None:
+        super().__init__(shared)
+        self.output, self.kept = output, kept
+
+    def compute(self, place: int, number: int) -> None:
+        """Add a block's choices to the output."""
+        shared = self.shared
+        block = shared.blocks[number]
+        gate, up = self._first_product(number, block).chunk(2, dim=1)
+        act = F.silu(gate).mul_(up)
+        result = self.products.linear(act, shared.down[block.expert])
+        if shared.down_adapter is not None:
+            _add_adapter(act, shared.down_adapter, block, result)
+        result = result.to(shared.total_dtype).mul_(shared.weights[number])
+        self.output.add(place, shared.tokens[number], result)
+
+    def _first_product(self, number: int, block: _Block) -> torch.Tensor:
+        """Compute gates and ups (n, 2I), as the backward pass will read them."""
+        shared, products = self.shared, self.products
+        stored = None if self.kept is None else self.kept[number]
+        rows = self.gather(shared.operands.hidden, number)
+        both = products.linear(rows, shared.gate_up[block.expert], None if products.widens else stored)
+        if shared.gate_up_adapter is not None:
+            _add_adapter(rows, shared.gate_up_adapter, block, both)
+        if products.widens:  # rounded in the same way where no backward pass follows
+            both.copy_(both.to(products.dtype) if stored is None else stored.copy_(both))
+        return both
 
 
 def experts_backward_loop(
@@ -229,122 +194,116 @@ def experts_backward_loop(
     Returns:
         The gradients; `None` for those that are not wanted.
     """
-    return _BackwardPass(grad, operands, permutation, offsets, kept, needs).run()
+    hidden, weights = operands.hidden, operands.weights
+    of_parameters = needs._replace(hidden=False, weights=False)
+    shared = _Pass(operands, permutation, offsets, by_expert=any(of_parameters))
+    grad_hidden = shared.new_sum() if needs.hidden else None
+    grad_weights = hidden.new_empty(len(permutation), dtype=shared.total_dtype)
+    grad_weights[offsets[-1] :] = 0  # of choices that are elsewhere
+    results = _new_gradients(operands, of_parameters, shared)
+    given = (grad, shared.split(kept), grad_hidden, shared.split(grad_weights), results)
+    run_in_workers(shared.tasks, lambda: _Backward(shared, *given).run)
+    if needs.weights:
+        by_choice = torch.empty_like(grad_weights).scatter_(0, permutation, grad_weights)
+        results = results._replace(weights=by_choice.view_as(weights).to(weights.dtype))
+    return results._replace(hidden=None if grad_hidden is None else grad_hidden.total.to(hidden.dtype))
 
 
-class _BackwardPass:
-    """The backward pass of all experts, one block after the other."""
+def _new_gradients(operands: ExpertOperands, wanted: ExpertGradients, shared: _Pass) -> ExpertGradients:
+    """Make the gradients that are wanted: zero for experts without choices, else with any content."""
+    results = ExpertGradients(*[
+        torch.empty_like(value, memory_format=torch.contiguous_format) if want and value is not None else None
+        for value, want in zip(operands.differentiable(), wanted, strict=True)
+    ])  # fmt: skip
+    without_choices = set(range(len(operands.down))) - {block.expert for block in shared.blocks}
+    for stack in results:
+        if stack is not None:
+            for expert in without_choices:
+                stack[expert].zero_()
+    return results
+
+
+class _Backward(_Worker):
+    """A worker of the backward pass."""
 
     def __init__(
         self,
+        shared: _Pass,
         grad: torch.Tensor,
-        operands: ExpertOperands,
-        permutation: torch.Tensor,
-        offsets: torch.Tensor,
-        kept: torch.Tensor,
-        needs: ExpertGradients,
+        kept: Sequence[torch.Tensor],
+        grad_hidden: OrderedSum | None,
+        grad_weights: Sequence[torch.Tensor],
+        results: ExpertGradients,
     ) -> None:
-        hidden, down = operands.hidden, operands.down
-        self.grad, self.operands, self.kept, self.needs, self.permutation = grad, operands, kept, needs, permutation
-        self.blocks, self.parts = _blocks(offsets, hidden.dtype), _column_blocks(down.shape[-1])
-        self.tokens, self.choice_weights = _by_choice(operands.weights, permutation)
-        self.gate_up_adapter, self.down_adapter = _readable_adapters(operands, self.blocks)
-        self.scratch = _Scratch(hidden, down.shape[-1], self.blocks)
-        self.grad_hidden = torch.zeros_like(hidden, dtype=self.scratch.total_dtype) if needs.hidden else None
-        self.grad_weights = hidden.new_empty(len(permutation), dtype=self.scratch.total_dtype)
-        self.grad_weights[offsets[-1] :] = 0  # of choices that are elsewhere
+        super().__init__(shared)
+        self.grad, self.kept = grad, kept
+        self.grad_hidden, self.grad_weights, self.results = grad_hidden, grad_weights, results
 
-        def like(parameter: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
-            wanted = needed and parameter is not None
-            return torch.empty_like(parameter, memory_format=torch.contiguous_format) if wanted else None
+    def compute(self, place: int, number: int) -> None:
+        """Add a block's choices to the gradients."""
+        shared, results = self.shared, self.results
+        block = shared.blocks[number]
+        grad_rows = self.gather(self.grad, number)
+        act, grad_both = self._pass_second_product(number, block, grad_rows)
+        act.mul_(shared.weights[number])
+        self._add_gradients(results.of_second_product, shared.down_adapter, block, act, grad_rows)
+        if any(result is not None for result in results.of_first_product):
+            rows = self.gather(shared.operands.hidden, number)
+            self._add_gradients(results.of_first_product, shared.gate_up_adapter, block, rows, grad_both)
+        if self.grad_hidden is not None:
+            result = self.products.linear_backward(grad_both, shared.gate_up[block.expert])
+            if shared.gate_up_adapter is not None:
+                _add_adapter_backward(grad_both, shared.gate_up_adapter, block, result)
+            self.grad_hidden.add(place, shared.tokens[number], result.to(shared.total_dtype))
 
-        of_parameters = needs._replace(hidden=False, weights=False)  # these two have sums of their own
-        self.results = ExpertGradients(*map(like, operands.differentiable(), of_parameters))
-        columns = _column_blocks(hidden.shape[1])
-        self.gate_up_columns = operands.gate_up.unflatten(2, (columns, -1)).transpose(1, 2)  # (E, C, 2I, D / C)
-        self.down_columns = down.unflatten(2, (self.parts, -1)).transpose(1, 2)  # (E, C, D, I / C)
+    def _pass_second_product(
+        self, number: int, block: _Block, grad_rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Go back through the second product and the activation.
 
-    def run(self) -> ExpertGradients:
-        """Compute the gradients of all blocks, and add them up."""
-        for block in self.blocks:
-            own, places = self.scratch.of(block), self.tokens[block.choices]
-            self._pass_second_product(block, own, places)
-            self._add_parameters(block, own, places)
-            if self.grad_hidden is not None:
-                torch.bmm(own.both_for_rows, self.gate_up_columns[block.expert], out=own.result)
-                if self.gate_up_adapter is not None:
-                    _add_adapter_transposed(own.both, self.gate_up_adapter, block, own.result)
-                own.total_blocked.copy_(own.result)
-                self.grad_hidden.index_add_(0, places, own.total)
-        without_choices = set(range(len(self.operands.down))).difference(block.expert for block in self.blocks)
-        for stack in self.results:
-            if stack is not None:
-                for expert in without_choices:
-                    stack[expert].zero_()
-        hidden, weights = self.operands.hidden, self.operands.weights
-        results = self.results
-        if self.needs.weights:
-            by_choice = torch.empty_like(self.grad_weights).scatter_(0, self.permutation, self.grad_weights)
-            results = results._replace(weights=by_choice.view_as(weights).to(weights.dtype))
-        return results._replace(hidden=None if self.grad_hidden is None else self.grad_hidden.to(hidden.dtype))
-
-    def _pass_second_product(self, block: "_Block", own: "_Views", places: torch.Tensor) -> None:
-        """Go back through the second product and the activation. `own.both` is then the first product's gradient."""
-        # Into an activation of weight 1.
-        torch.index_select(self.grad, 0, places, out=own.rows)
-        torch.bmm(own.rows_for_act, self.down_columns[block.expert], out=own.grad_act)
-        if self.down_adapter is not None:
-            _add_adapter_transposed(own.rows, self.down_adapter, block, own.grad_act)
-        gate, up = self.kept[block.choices].view(2 * self.parts, len(places), -1).chunk(2)
-        torch.mul(_aten.silu.out(gate, out=own.silu), up, out=own.act_blocked)
-        torch.mul(own.grad_act, own.act_blocked, out=own.grad_gate)
-        torch.sum(own.first_half, 1, dtype=self.scratch.total_dtype, out=self.grad_weights[block.choices])
+        Returns:
+            The activation (n, I), and the gradient of the first product (n, 2I).
+        """
+        shared = self.shared
+        grad_act = self.products.linear_backward(grad_rows, shared.down[block.expert])  # of an activation of weight 1
+        if shared.down_adapter is not None:
+            _add_adapter_backward(grad_rows, shared.down_adapter, block, grad_act)
+        first = self.kept[number].to(grad_act.dtype)
+        gate, up = first.chunk(2, dim=1)
+        silu = F.silu(gate)
+        act = silu * up
+        torch.sum(grad_act * act, 1, dtype=shared.total_dtype, out=self.grad_weights[number])
         # With the weights, through the activation.
-        grad_act = own.grad_act.mul_(self.choice_weights[block.choices])
-        torch.mul(grad_act, own.silu, out=own.grad_up)
-        _aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=own.grad_gate)
+        grad_both = torch.empty_like(first)
+        grad_gate, grad_up = grad_both.chunk(2, dim=1)
+        torch.mul(grad_act.mul_(shared.weights[number]), silu, out=grad_up)
+        _aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=grad_gate)
+        return act, grad_both
 
-    def _add_parameters(self, block: "_Block", own: "_Views", places: torch.Tensor) -> None:
-        """Add the gradients of the parameters: the second product's first, while its gradient is in the buffer."""
-        results = self.results
-        if any(self.needs.of_second_product):
-            act = own.act.mul_(self.choice_weights[block.choices])
-            _add_outer(results.down, block, own.rows, act)
-            _add_factor_gradients((results.down_a, results.down_b), self.down_adapter, block, act, own.rows)
-        if any(self.needs.of_first_product):
-            torch.index_select(self.operands.hidden, 0, places, out=own.rows)
-            _add_outer(results.gate_up, block, own.both, own.rows)
-            factors = (results.gate_up_a, results.gate_up_b)
-            _add_factor_gradients(factors, self.gate_up_adapter, block, own.rows, own.both)
+    def _add_gradients(
+        self,
+        results: Sequence[torch.Tensor | None],
+        adapter: Adapter | None,
+        block: _Block,
+        rows: torch.Tensor,
+        grad_rows: torch.Tensor,
+    ) -> None:
+        """Add to the gradients of a stack and its factors, from rows (n, in) and the product's gradient (n, out).
 
-
-def _by_choice(weights: torch.Tensor, permutation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the token (S,) and the weight (S, 1) of every choice, in the order of the experts."""
-    return permutation // weights.shape[1], weights.flatten().index_select(0, permutation).unsqueeze(1)
-
-
-def _column_blocks(width: int) -> int:
-    return math.gcd(width, MAX_COLUMN_BLOCKS)
-
-
-def _blocked(rows: torch.Tensor) -> torch.Tensor:
-    """View rows (n, width) as (C, n, width / C)."""
-    return rows.unflatten(1, (_column_blocks(rows.shape[1]), -1)).transpose(0, 1)
+        One of these two is multiplied by the choices' weights.
+        """
+        of_stack, *of_factors = results
+        sides = [(of_stack, grad_rows, rows)]
+        if adapter is not None and any(result is not None for result in of_factors):
+            inner_grad = grad_rows @ _factor_b(adapter, block, rows) * adapter.scale
+            sides.append((of_factors[0], inner_grad, _dropout(rows, adapter, block)))
+            sides.append((of_factors[1], grad_rows, _inner(rows, adapter, block)))
+        for result, left, right in sides:
+            if result is not None:
+                self.products.outer(left, right, result[block.expert], add=not block.begin)
 
 
-def _add_outer(stack: torch.Tensor | None, block: _Block, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Write left.T (M, n) times right (n, N) to an expert's part of a stack (E, M, N), or add it to what is there."""
-    if stack is not None and block.begin:
-        torch.mm(left.t(), right, out=stack[block.expert])
-    elif stack is not None:
-        stack[block.expert].addmm_(left.t(), right)
-
-
-# --------------------------------------------------------------------------------------------------------- adapters
-def _readable_adapters(operands: ExpertOperands, blocks: Sequence[_Block]) -> tuple[Adapter | None, Adapter | None]:
-    return _readable(operands.gate_up_adapter, blocks), _readable(operands.down_adapter, blocks)
-
-
+# ----------------------------------------------------------------------------------------------------------- adapters
 def _readable(adapter: Adapter | None, blocks: Sequence[_Block]) -> Adapter | None:
     """Make `factor_b` contiguous as a whole, if most experts are at work.
 
@@ -353,6 +312,14 @@ def _readable(adapter: Adapter | None, blocks: Sequence[_Block]) -> Adapter | No
     if adapter is None or 2 * len(blocks) < len(adapter.factor_b):
         return adapter
     return adapter._replace(factor_b=adapter.factor_b.contiguous())
+
+
+def _factor_a(adapter: Adapter, block: _Block, rows: torch.Tensor) -> torch.Tensor:
+    return adapter.factor_a[block.expert].to(rows.dtype)
+
+
+def _factor_b(adapter: Adapter, block: _Block, rows: torch.Tensor) -> torch.Tensor:
+    return adapter.factor_b[block.expert].to(rows.dtype).contiguous()
 
 
 def _dropout(rows: torch.Tensor, adapter: Adapter, block: _Block) -> torch.Tensor:
@@ -367,52 +334,22 @@ def _dropout(rows: torch.Tensor, adapter: Adapter, block: _Block) -> torch.Tenso
 
 def _inner(rows: torch.Tensor, adapter: Adapter, block: _Block) -> torch.Tensor:
     """Compute the inner rows (n, R): rows with dropout, times factor_a, with the scale."""
-    return _dropout(rows, adapter, block) @ adapter.factor_a[block.expert].t() * adapter.scale
+    return _dropout(rows, adapter, block) @ _factor_a(adapter, block, rows).t() * adapter.scale
 
 
 def _add_adapter(rows: torch.Tensor, adapter: Adapter, block: _Block, out: torch.Tensor) -> None:
-    """Add what the adapter makes of rows (n, in) to the blocked product."""
-    _add_product(_inner(rows, adapter, block), adapter.factor_b[block.expert].contiguous().t(), out)
+    """Add what the adapter makes of rows (n, in) to the product (n, out)."""
+    out.addmm_(_inner(rows, adapter, block), _factor_b(adapter, block, rows).t())
 
 
-def _add_adapter_transposed(rows: torch.Tensor, adapter: Adapter, block: _Block, out: torch.Tensor) -> None:
-    """Add what the adapter makes of rows (n, out) of the product's gradient to the blocked gradient of its input."""
-    inner = rows @ adapter.factor_b[block.expert] * adapter.scale
+def _add_adapter_backward(grad: torch.Tensor, adapter: Adapter, block: _Block, out: torch.Tensor) -> None:
+    """Add what the adapter makes of the product's gradient (n, out) to the gradient of its input (n, in)."""
+    inner = grad @ _factor_b(adapter, block, grad) * adapter.scale
+    factor = _factor_a(adapter, block, grad)
     if adapter.dropout:
-        out += _blocked(_dropout(inner @ adapter.factor_a[block.expert], adapter, block))
+        out += _dropout(inner @ factor, adapter, block)
     else:
-        _add_product(inner, adapter.factor_a[block.expert], out)
+        out.addmm_(inner, factor)
 
 
-def _add_product(inner: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
-    """Add (n, R) times (R, width) to a blocked product."""
-    columns = factor.unflatten(1, (len(out), -1)).transpose(0, 1)
-    torch.baddbmm(out, inner.expand(len(out), *inner.shape), columns, out=out)
-
-
-def _add_factor_gradients(
-    stacks: Sequence[torch.Tensor | None],
-    adapter: Adapter | None,
-    block: _Block,
-    rows: torch.Tensor,
-    grad_rows: torch.Tensor,
-) -> None:
-    """Add the gradients of both factors, from rows (n, in) and the gradient (n, out) of the product.
-
-    One of these two is multiplied by the choices' weights.
-    """
-    if adapter is None:
-        return
-    inner_grad = grad_rows @ adapter.factor_b[block.expert] * adapter.scale
-    _add_outer(stacks[0], block, inner_grad, _dropout(rows, adapter, block))
-    _add_outer(stacks[1], block, grad_rows, _inner(rows, adapter, block))
-
-
-__all__ = [
-    "Adapter",
-    "ExpertGradients",
-    "ExpertOperands",
-    "experts_backward_loop",
-    "experts_forward_loop",
-    "factors_of",
-]
+__all__ = ["experts_backward_loop", "experts_forward_loop"]

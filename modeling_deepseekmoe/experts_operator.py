@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .experts_loop import Adapter, ExpertGradients, ExpertOperands, experts_backward_loop, experts_forward_loop
+from .experts_loop import experts_backward_loop, experts_forward_loop
+from .experts_operands import Adapter, ExpertGradients, ExpertOperands
 from .experts_triton import experts_backward_triton, experts_forward_triton
 from .grouping import group_by_expert
 
@@ -52,7 +53,7 @@ class _Inputs(NamedTuple):
         """Make the inputs from operands."""
         values: list[Any] = [*operands[:5]]
         for adapter in (operands.gate_up_adapter, operands.down_adapter):
-            values += _NO_ADAPTER if adapter is None else adapter
+            values += tuple(_NO_ADAPTER if adapter is None else adapter)  # a list of Dynamo (2.11) takes no subclass
         return cls(*values)
 
     def operands(self) -> ExpertOperands:

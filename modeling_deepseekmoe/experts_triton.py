@@ -22,7 +22,7 @@ from .experts_kernels import (
     outer_kernel,
     product_kernel,
 )
-from .experts_loop import Adapter, ExpertGradients, ExpertOperands
+from .experts_operands import Adapter, ExpertGradients, ExpertOperands
 from .routing_triton import MAX_EXPERTS
 from .triton_support import power_of_two, triton, why_no_triton
 

@@ -32,7 +32,7 @@ from ..experts import (
     why_unsupported,
 )
 from ..experts_grouped import GroupedChoices, alignment, grouped_linear, run_grouped
-from ..experts_loop import Adapter
+from ..experts_operands import Adapter
 from ..support.expert_parts import LocalPart, run_on_ranks
 from ..support.peft_support import ParamWrapper, get_pattern_key, parallel_style_of, spread_ourselves
 from .parallel import (
@@ -172,7 +172,7 @@ class ExpertLora(DirectLora):
     ) -> torch.Tensor:
         """Compute the outputs of the experts that this process holds, with both projections' adapters in use."""
         experts, layers = self.get_base_layer(), {layer.parameter_name: layer for layer in self.chain()}
-        backend, reason = choose_backend(experts, hidden_states)
+        backend, reason = choose_backend(experts, hidden_states, top_k=top_k_index.shape[1])
         if adapter_names is not None:
             backend, reason = "grouped", "the samples of the batch have adapters of their own"
         elif not all(layer.fusible(in_use[name]) for name, layer in layers.items()):

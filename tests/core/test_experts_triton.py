@@ -77,8 +77,8 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return experts_triton.experts_forward_triton(*arguments)
 
     monkeypatch.setattr(experts_operator, "experts_forward_triton", counted)
-    monkeypatch.setattr(experts, "choose_backend", lambda *arguments: ("triton", ""))
-    monkeypatch.setattr("modeling_deepseekmoe.lora.layer.choose_backend", lambda *arguments: ("triton", ""))
+    monkeypatch.setattr(experts, "choose_backend", lambda *_, **__: ("triton", ""))
+    monkeypatch.setattr("modeling_deepseekmoe.lora.layer.choose_backend", lambda *_, **__: ("triton", ""))
     yield
     assert calls
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.integrations import use_experts_implementation
 
 from modeling_deepseekmoe.experts import run_experts
-from modeling_deepseekmoe.experts_loop import Adapter, factors_of
+from modeling_deepseekmoe.experts_operands import Adapter, factors_of
 
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = ("random", "one expert", "elsewhere", "all elsewhere", "repeated")

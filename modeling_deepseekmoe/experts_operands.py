@@ -1,0 +1,83 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The tensors that the routed experts are computed from, and their gradients.
+
+Shape letters: T tokens, D hidden, E experts, K chosen experts, I expert width, R rank of an adapter.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Adapter(NamedTuple):
+    """A product of low rank beside a projection. It adds `scale * dropout(rows) @ factor_a[i].T @ factor_b[i].T`.
+
+    Attributes:
+        factor_a (`torch.Tensor` of shape (E, R, in)): in the dtype of the stacks.
+        factor_b (`torch.Tensor` of shape (E, out, R)): in the same dtype, with any strides.
+        scale (`float`).
+        dropout (`float`): the probability with which a number of the rows is left out.
+        seed (`torch.LongTensor` of shape ()): the seed of the dropout.
+    """
+
+    factor_a: torch.Tensor
+    factor_b: torch.Tensor
+    scale: float = 1.0
+    dropout: float = 0.0
+    seed: torch.Tensor | None = None
+
+
+class ExpertOperands(NamedTuple):
+    """The tensors that the routed experts are computed from.
+
+    Attributes:
+        hidden (`torch.Tensor` of shape (T, D)): in the dtype of the stacks.
+        expert_ids (`torch.LongTensor` of shape (T, K)): the id E stands for an expert that is elsewhere.
+        weights (`torch.Tensor` of shape (T, K)): the gate's.
+        gate_up, down (`torch.Tensor` of shapes (E, 2I, D) and (E, D, I)): the stacks.
+        gate_up_adapter, down_adapter ([`Adapter`], *optional*): the adapters beside the stacks.
+    """
+
+    hidden: torch.Tensor
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_adapter: Adapter | None = None
+    down_adapter: Adapter | None = None
+
+    def differentiable(self) -> "ExpertGradients":
+        """Collect what can have a gradient. The factors of an absent adapter are `None`."""
+        factors = factors_of(self.gate_up_adapter, self.down_adapter)
+        return ExpertGradients(self.hidden, self.weights, self.gate_up, self.down, *factors)
+
+
+class ExpertGradients(NamedTuple):
+    """One value for every tensor that can have a gradient: the gradient, whether it is wanted, or the tensor."""
+
+    hidden: Any
+    weights: Any
+    gate_up: Any
+    down: Any
+    gate_up_a: Any
+    gate_up_b: Any
+    down_a: Any
+    down_b: Any
+
+    @property
+    def of_first_product(self) -> tuple[Any, Any, Any]:
+        """Values of the first product's parameters: the stack and both factors."""
+        return self.gate_up, self.gate_up_a, self.gate_up_b
+
+    @property
+    def of_second_product(self) -> tuple[Any, Any, Any]:
+        """Values of the second product's parameters: the stack and both factors."""
+        return self.down, self.down_a, self.down_b
+
+
+def factors_of(*adapters: Adapter | None) -> list[torch.Tensor | None]:
+    """Return both factors of every adapter, and two `None` for an absent one."""
+    return [factor for adapter in adapters for factor in ((None, None) if adapter is None else adapter[:2])]
+
+
+__all__ = ["Adapter", "ExpertGradients", "ExpertOperands", "factors_of"]
