@@ -14,12 +14,13 @@ OF_VERSIONS = $(foreach name,canaries canaries_of_others generation golden model
 	lora_adapters lora_options adapters adapter_layouts adapter_training foreign_adapters esft trainer trl trl_trainers callbacks \
 	bias_update router_load copies depth quantisers tokenization upcycling sharded_files untested_versions hub hub_content renamed_code \
 	code_update publishing,$(or $(wildcard tests/*/test_$(name).py),$(error no tests/*/test_$(name).py)))
+OF_TORCH = $(foreach name,experts routing_triton modeling,tests/core/test_$(name).py)
 # Nor quantised caches, whose library compiles itself for a minute when it is first used, nor what takes long and is of
 # publishing or of several processes alone.
 NOT_OF_VERSIONS = not compiled and not quantised and not every_snippet and not token_is_nowhere \
 	and not by_its_code_alone and not two_processes
 
-.PHONY: help demo test test-slow test-gpu test-oldest test-previous test-newest environments lint kernels format benchmark docs notebook \
+.PHONY: help demo test test-slow test-gpu test-oldest test-oldest-torch test-previous test-newest environments lint kernels format benchmark docs notebook \
 	clean
 
 help:
@@ -45,11 +46,24 @@ test: lint kernels
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-gpu: $(VENV)/.installed
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+# In the environment that is there (torch, triton, transformers, peft, pytest, hypothesis), which needs no network and
+# not even an installed package. The generated cases, for which hundreds of kernels are compiled, come apart and last.
+# A part that takes longer than GPU_LIMIT is stopped, and has failed.
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+GPU_LIMIT ?= 300
+test-gpu:
+	timeout $(GPU_LIMIT) $(GPU_PYTHON) -m pytest -m "gpu and not generated" tests/core/test_gpu.py $(ARGS); \
+	first=$$?; \
+	timeout $(GPU_LIMIT) $(GPU_PYTHON) -m pytest -m "gpu and generated" tests/core/test_gpu.py $(ARGS) && \
+	exit $$first
 
 test-oldest test-previous: test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(IN_PARALLEL) -k "$(NOT_OF_VERSIONS)" $(OF_VERSIONS) $(ARGS)
+
+# The oldest torch: what Dynamo traces, and the kernels with its Triton.
+test-oldest: test-oldest-torch
+test-oldest-torch: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(IN_PARALLEL) -k compiled $(OF_TORCH) $(ARGS)
 
 # Nothing is held back but torch, whose newest builds are gigabytes. Not part of CI: what pip finds changes every day.
 test-newest:

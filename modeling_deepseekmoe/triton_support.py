@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Triton, if it is installed, and the decorators by which this package defines its kernels."""
 
+import importlib.metadata
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,26 @@ try:
     import triton.language as tl
 except ImportError:  # this file travels to machines that have no Triton, where nothing calls a kernel
     triton = tl = None
-if triton is not None and tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+if triton is not None and _numbers(triton.__version__) < (3, 6):
     triton = tl = None
 
 # Whether the kernels run on the CPU, in Triton's interpreter: TRITON_INTERPRET=1 was set when they were defined.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def _why_not_interpreted(of_triton: str, of_numpy: str) -> str:
+    if _numbers(of_triton) < (3, 7) and _numbers(of_numpy) >= (2, 4):
+        return f"the interpreter of Triton {of_triton} cannot use numpy {of_numpy} (pip install 'numpy<2.4')"
+    return ""
+
+
+_NO_INTERPRETER = _why_not_interpreted(triton.__version__, importlib.metadata.version("numpy")) if INTERPRETED else ""
 
 # Numbers that change from batch to batch: a kernel is not compiled again for those that are 1 or multiples of 16.
 _SIZES = (
@@ -42,7 +58,9 @@ def why_no_triton(device: torch.device) -> str:
     """Return the reason why kernels cannot run on a device; it is empty if they can."""
     if triton is None:
         return "triton is not installed, or too old (pip install 'triton>=3.6')"
-    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
+    if device.type == "cpu" and INTERPRETED:
+        return _NO_INTERPRETER
+    if device.type != "cuda":
         return f"the tensors are on the device {device.type!r} (Triton needs 'cuda', for CUDA and ROCm)"
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     if is_nvidia and torch.cuda.get_device_properties(device).major < 7:

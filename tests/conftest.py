@@ -1,5 +1,6 @@
 """Fixtures: the golden checkpoints, tiny configs of every generation, and a registration that leaves no trace."""
 
+import importlib.util
 import json
 import logging as pylogging
 import os
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from paths import GOLDEN_ROOT
+from paths import GOLDEN_ROOT, ROOT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -27,6 +28,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 import modeling_deepseekmoe
+
+if importlib.util.find_spec("modeling_deepseekmoe.configuration") is None:  # not installed: only lies here
+    modeling_deepseekmoe.__path__.append(str(ROOT))
+
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, experts
 from modeling_deepseekmoe.moe import DeepseekMoeExperts
 

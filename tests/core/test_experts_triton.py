@@ -15,7 +15,7 @@ from tolerances import GOLDEN_LOGITS, assert_same
 
 from modeling_deepseekmoe import experts, experts_operator, experts_triton, prepare_esft
 from modeling_deepseekmoe.experts import run_experts
-from modeling_deepseekmoe.triton_support import INTERPRETED
+from modeling_deepseekmoe.triton_support import INTERPRETED, _why_not_interpreted
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is on where there is no GPU")
@@ -118,3 +118,10 @@ def test_training_of_adapters_and_of_selected_experts(
     request.getfixturevalue("on_kernels")
     for name, found in step_of(prepare).items():
         assert_same(found, expected[name], name)
+
+
+def test_an_interpreter_that_cannot_run_says_so() -> None:
+    assert _why_not_interpreted("3.6.0", "2.4.1") == (
+        "the interpreter of Triton 3.6.0 cannot use numpy 2.4.1 (pip install 'numpy<2.4')"
+    )
+    assert _why_not_interpreted("3.6.0", "2.3.5") == _why_not_interpreted("3.7.1", "2.4.1") == ""

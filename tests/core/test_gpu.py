@@ -14,6 +14,7 @@ from experts_cases import Inputs as ExpertsInputs
 from experts_cases import cases as experts_cases
 from experts_cases import check_case, inputs_of
 from hypothesis import given, settings
+from hypothesis import seed as seeded
 from lora_cases import IDS, direct, make
 from operator_checks import CASE, check_dropout
 from routing_cases import GENERATED, Case, cases, check_grouping, check_rounding, check_route
@@ -155,10 +156,20 @@ V3_OPTIONS = {"score_function": "sigmoid", "num_groups": 8, "top_k_groups": 4, "
               "normalize": True, "scaling_factor": 2.5, "implementation": "triton"}  # fmt: skip
 
 
-@settings(GENERATED, max_examples=600)
-@given(cases())
-def test_routing_kernels_equal_the_reference(case: Case) -> None:
-    check_route(case, "cuda")
+# Parts of the generated cases, which processes of pytest-xdist can take side by side.
+PARTS = 8
+
+
+@pytest.mark.generated
+@pytest.mark.parametrize("part", range(PARTS))
+def test_routing_kernels_equal_the_reference(part: int) -> None:
+    @seeded(part)
+    @settings(GENERATED, derandomize=False, max_examples=600 // PARTS)
+    @given(cases())
+    def check(case: Case) -> None:
+        check_route(case, "cuda")
+
+    check()
 
 
 @pytest.mark.parametrize("kind", ["random", "one expert", "elsewhere", "few experts"])
@@ -230,12 +241,18 @@ def test_routing_in_one_compiled_graph() -> None:
 
 # --------------------------------------------------------------------------------------------------------- the experts
 # Almost every case has sizes of its own, for which all kernels are compiled.
-@settings(GENERATED, max_examples=40)
-@given(experts_cases(most_tokens=40, dtypes=(torch.float32, torch.bfloat16, torch.float16)))
-def test_kernels_of_experts_equal_the_reference(case: ExpertsCase) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+@pytest.mark.generated
+@pytest.mark.parametrize("part", range(PARTS))
+def test_kernels_of_experts_equal_the_reference(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+
+    @seeded(part)
+    @settings(GENERATED, derandomize=False, max_examples=40 // PARTS)
+    @given(experts_cases(most_tokens=40, dtypes=(torch.float32, torch.bfloat16, torch.float16)))
+    def check(case: ExpertsCase) -> None:
         check_case(case, "triton", "cuda")
+
+    check()
 
 
 def test_dropout_of_experts_has_the_right_mean_and_gradients() -> None:
