@@ -14,7 +14,7 @@ OF_VERSIONS = $(foreach name,canaries canaries_of_others generation golden model
 	lora_adapters lora_options adapters adapter_layouts adapter_training foreign_adapters esft trainer trl trl_trainers callbacks \
 	bias_update router_load copies depth quantisers tokenization upcycling sharded_files untested_versions hub hub_content renamed_code \
 	code_update publishing,$(or $(wildcard tests/*/test_$(name).py),$(error no tests/*/test_$(name).py)))
-OF_TORCH = $(foreach name,experts routing_triton modeling,tests/core/test_$(name).py)
+OF_TORCH = $(foreach name,experts routing_triton,tests/core/test_$(name).py)
 # Nor quantised caches, whose library compiles itself for a minute when it is first used, nor what takes long and is of
 # publishing or of several processes alone.
 NOT_OF_VERSIONS = not compiled and not quantised and not every_snippet and not token_is_nowhere \

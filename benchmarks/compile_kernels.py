@@ -23,8 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from modeling_deepseekmoe import experts_kernels, experts_triton, routing_kernels
+from modeling_deepseekmoe import experts_kernels, experts_tiles, experts_triton, routing_kernels
 from modeling_deepseekmoe.experts_operands import Adapter, ExpertGradients, ExpertOperands
+from modeling_deepseekmoe.experts_tiles import Gpu
 from modeling_deepseekmoe.routing_triton import group_options, route_backward_options, route_options
 from modeling_deepseekmoe.triton_support import INTERPRETED
 
@@ -117,13 +118,14 @@ class Recorder:
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
                 if free and isinstance(value, int) and value % 16 == 0:
                     aligned.append(name)
-        options = {key: value for key, value in kwargs.items() if key in ("num_warps", "num_stages")}
+        options = {key: value for key, value in kwargs.items() if key in ("num_warps", "num_stages", "maxnreg")}
         parts = (tuple(part.items()) for part in (signature, constants))
         self.launches[Launch(self.name, *parts, tuple(aligned), tuple(options.items()))] = None
 
 
-def launches_of_experts(num_experts: int, top_k: int, hidden: int, width: int, tokens: int, rank: int) -> list[Launch]:
-    """Record all that a layer launches: a training step or, for one token, its forward pass."""
+def launches_of_experts(target: str, layer: tuple[int, ...]) -> list[Launch]:
+    """Record all that a layer launches on a target: a training step or, for one token, its forward pass."""
+    num_experts, top_k, hidden, width, tokens, rank = layer
     launches: dict[Launch, None] = {}
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -137,8 +139,10 @@ def launches_of_experts(num_experts: int, top_k: int, hidden: int, width: int, t
         for outside, inside in ((2 * width, hidden), (hidden, width))
     ]  # fmt: skip
     operands = ExpertOperands(rows, ids, meta(tokens, top_k, dtype=torch.float32), *stacks, *adapters)
-    order = (meta(tokens * top_k, dtype=torch.int64), meta(num_experts + 1, dtype=torch.int32))
+    order = (meta(tokens * top_k, dtype=torch.int32), meta(num_experts + 1, dtype=torch.int32))
     kernels = {name: getattr(experts_triton, name) for name in experts_kernels.__all__}
+    gpu = experts_tiles.gpu_of
+    experts_tiles.gpu_of = lambda _: Gpu(target, SHARED[target])  # of tensors that are nowhere
     for name in kernels:
         setattr(experts_triton, name, Recorder(name, launches))
     try:
@@ -147,21 +151,50 @@ def launches_of_experts(num_experts: int, top_k: int, hidden: int, width: int, t
             needs = ExpertGradients(True, True, not rank, not rank, *[bool(rank)] * 4)
             experts_triton.experts_backward_triton(rows, operands, *order, kept, needs)
     finally:
+        experts_tiles.gpu_of = gpu
         for name, kernel in kernels.items():
             setattr(experts_triton, name, kernel)
     return list(launches)
 
 
-def resources(kernel: CompiledKernel) -> dict[str, int]:
+# What a multiprocessor has: bytes of shared memory, of which CUDA takes 1 KB for each program, warps, and registers of
+# a quarter of it, which has a quarter of a program's warps.
+MULTIPROCESSORS = {"sm_80": (167_936, 64, 16_384), "sm_90": (233_472, 64, 16_384), "sm_100": (233_472, 64, 16_384)}
+
+
+def programs_at_once(target: str, registers: int, shared: int, num_warps: int) -> int:
+    """Compute how many programs (CTAs) a multiprocessor, or a compute unit of ROCm, has at a time."""
+    if target == "gfx942":  # 4 SIMDs of 512 registers
+        waves = 4 * min(512 // max(-(-registers // 8) * 8, 1), 8)
+        return min(waves // num_warps, 65_536 // shared if shared else waves)
+    memory, warps, of_quarter = MULTIPROCESSORS[target]
+    of_warp = -(-registers * 32 // 256) * 256
+    by_registers = (
+        4 * (of_quarter // of_warp) // num_warps if num_warps >= 4 else of_quarter * 4 // of_warp // num_warps
+    )
+    return min(by_registers, memory // (shared + 1024), warps // num_warps, 32)
+
+
+def resources(target: str, kernel: CompiledKernel) -> dict[str, int]:
     """Read from the assembler's report: registers of a thread, spills, and bytes of shared memory.
 
-    CUDA counts spills in bytes, ROCm in registers.
+    CUDA counts spills in bytes, ROCm in registers. `programs` are those that a multiprocessor has at a time.
     """
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     if "amdgcn" in kernel.asm:
         numbers = dict(re.findall(r"\.([sv]gpr_(?:spill_)?count):\s+(\d+)", kernel.asm["amdgcn"]))
-        spills = int(numbers["sgpr_spill_count"]) + int(numbers["vgpr_spill_count"])
-        return {"registers": int(numbers["vgpr_count"]), "spills": spills, "shared": kernel.metadata.shared}
-    ptx = kernel.asm["ptx"]
+        registers, spills = (
+            int(numbers["vgpr_count"]),
+            int(numbers["sgpr_spill_count"]) + int(numbers["vgpr_spill_count"]),
+        )
+    else:
+        registers, spills = report_of_ptxas(kernel.asm["ptx"])
+    programs = programs_at_once(target, registers, shared, warps)
+    return {"registers": registers, "spills": spills, "shared": shared, "warps": warps, "programs": programs}
+
+
+def report_of_ptxas(ptx: str) -> tuple[int, int]:
+    """Assemble a kernel. Return the registers of a thread, and the bytes that it spills."""
     architecture = re.search(r"\.target (\w+)", ptx).group(1)
     programs = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
@@ -175,10 +208,8 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
                 break
         result.check_returncode()
         report = result.stderr
-    registers = int(re.search(r"Used (\d+) registers", report).group(1))
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
-    spills = int(stores) + int(loads)
-    return {"registers": registers, "spills": spills, "shared": kernel.metadata.shared}
+    return int(re.search(r"Used (\d+) registers", report).group(1)), int(stores) + int(loads)
 
 
 def variants(shape: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any], int]]:
@@ -203,16 +234,16 @@ def variants(shape: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any], int]
     }
 
 
-def compile_row(job: tuple[str, str | Launch]) -> dict[str, Any]:
-    """Compile a kernel for all targets. It is one of routing, by its name, or one of the experts, by its launch."""
+def compile_row(job: tuple[str, str | tuple[Launch, ...]]) -> dict[str, Any]:
+    """Compile a kernel for all targets. It is one of routing, by its name, or one of the experts, by its launches."""
     model, kernel = job
-    if isinstance(kernel, Launch):
-        name = f"experts, {kernel.kernel.removesuffix('_kernel').replace('_', ' ')}"
-        compiled = {target: kernel.compile(target) for target in TARGETS}
+    if isinstance(kernel, str):
+        name, (function, constants, num_warps) = kernel, variants(SHAPES[model])[kernel]
+        compiled = {target: compile_kernel(function, constants, target, num_warps) for target in TARGETS}
     else:
-        name, variant = kernel, variants(SHAPES[model])[kernel]
-        compiled = {target: compile_kernel(*variant[:2], target, variant[2]) for target in TARGETS}
-    return {"model": model, "kernel": name, **{target: resources(one) for target, one in compiled.items()}}
+        name = f"experts, {kernel[0].kernel.removesuffix('_kernel').replace('_', ' ')}"
+        compiled = {target: launch.compile(target) for target, launch in zip(TARGETS, kernel, strict=True)}
+    return {"model": model, "kernel": name, **{target: resources(target, one) for target, one in compiled.items()}}
 
 
 def main() -> int:
@@ -220,25 +251,29 @@ def main() -> int:
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, and nothing can be compiled.")
     jobs = [(model, name) for model, shape in SHAPES.items() for name in variants(shape)]
-    jobs += [(model, launch) for model, shape in EXPERTS.items() for launch in launches_of_experts(*shape)]
+    for model, layer in EXPERTS.items():
+        of_targets = [launches_of_experts(target, layer) for target in TARGETS]
+        jobs += [(model, launches) for launches in zip(*of_targets, strict=True)]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         rows = list(pool.map(compile_row, jobs))
     if "--save" in sys.argv:
         RESULTS.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    print(f"Registers of a thread (Triton {triton.__version__}); in parentheses what it spills, where it does")
+    print(f"Registers of a thread, and programs that a multiprocessor has at a time (Triton {triton.__version__})")
     print(f"| model | kernel | {' | '.join(TARGETS)} |")
     print(f"| --- | --- |{' --- |' * len(TARGETS)}")
-    spilling = 0
+    spilling = single = 0
     for row in rows:
         cells = []
         for target in TARGETS:
             spills = row[target]["spills"]
             spilling += spills > 0 and row["model"] != LARGEST
-            cells.append(f"{row[target]['registers']}" + (f" ({spills})" if spills else ""))
+            cell = f"{row[target]['registers']}, {row[target]['programs']}"
+            cells.append(cell + (f" (spills {spills})" if spills else ""))
+            single += row[target]["programs"] == 1
         print(f"| {row['model']} | {row['kernel']} | {' | '.join(cells)} |")
     too_large = sum(row[target]["shared"] > SHARED[target] for row in rows for target in TARGETS)
     print(f"{len(rows) * len(TARGETS)} kernels, of the released models {spilling} spill registers; "
-          f"{too_large} need more shared memory than there is")  # fmt: skip
+          f"{too_large} need more shared memory than there is; {single} run alone on a multiprocessor")  # fmt: skip
     return 1 if spilling or too_large else 0
 
 

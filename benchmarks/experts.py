@@ -1,17 +1,20 @@
 """Compare this package's implementation of the experts with transformers' own, on the same module and weights.
 
 For several shapes and numbers of tokens it measures the forward pass, a training step with frozen experts (gradients
-only of hidden states and gate weights) and a full training step. It measures the memory of a layer beside its
-parameters, each in a process of its own. Then it measures whole models: tokens a second in training and in decoding.
+only of hidden states and gate weights) and a full training step. On a CPU it does so in float32: on a quiet machine,
+while another process keeps a core busy, and for one shape on one thread. In bfloat16 it measures some forward passes;
+on a GPU, everything. It measures the memory of a layer beside its parameters, each in a process of its own. Last come
+whole models: tokens a second in training and in decoding.
 
 All implementations take turns within each round, and so does a large matrix product, whose rate is the peak. So every
-ratio is one of neighbouring measurements, except for whole models. Prints tables and writes
-benchmarks/results/experts.json, or experts_gpu.json. Ten minutes on two cores.
+ratio is one of neighbouring measurements, except for whole models. Prints tables. After each line it writes
+benchmarks/results/experts.json, or experts_gpu.json. About half an hour on two cores; `--budget` makes it shorter.
 
-    python benchmarks/experts.py [--quick]
+    python benchmarks/experts.py [--quick] [--budget SECONDS]
 """
 
 import argparse
+import copy
 import gc
 import importlib.util
 import json
@@ -20,71 +23,46 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from experts_lines import COLUMNS, CONDITIONS, MEMORY, OURS, Line, Shape, by_value, lines_on, row, tables
+from measuring import Job, add_options, measure_lines, results_path
 from torch import nn
 from transformers import DeepseekV3Config, DynamicCache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM
+from modeling_deepseekmoe.experts_products import has_instructions
 
-OURS = "deepseekmoe"
-KINDS = ("forward", "frozen", "full")
-FLOPS = {"forward": 1, "frozen": 2, "full": 3}  # of a forward pass
 BATCHED_SLOTS = 64  # with more, batched_mm needs more memory for its copies than machines have
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A layer, and the numbers of tokens that run through it."""
-
-    name: str
-    experts: int
-    hidden: int
-    width: int
-    top_k: int
-    tokens: tuple[int, ...]
-    trained: bool = True
-    rounds: int = 7
-
-    def flops(self, tokens: int, kind: str) -> int:
-        """Count the floating-point operations of the matrix products."""
-        return FLOPS[kind] * 6 * tokens * self.top_k * self.hidden * self.width
-
-
-CPU_SHAPES = (
-    Shape("64 x 1024 x 704, top-6", 64, 1024, 704, 6, (1, 256, 1024, 2048)),
-    Shape("the demo's", 24, 576, 192, 6, (1, 512)),
-    Shape("16B and V2-Lite", 64, 2048, 1408, 6, (1, 1024), rounds=3),
-    Shape("128 x 2048 x 768, top-8", 128, 2048, 768, 8, (1, 1024), rounds=3),
-)
-GPU_SHAPES = (
-    Shape("16B and V2-Lite", 64, 2048, 1408, 6, (1, 8, 32, 1024, 8192)),
-    Shape("128 x 2048 x 768, top-8", 128, 2048, 768, 8, (1, 8, 32, 1024, 8192)),
-    Shape("V3", 256, 7168, 2048, 8, (1, 8, 32, 8192), trained=False),
-)
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # of what is measured in full
 
 
 class Layer:
     """transformers' DeepSeek-V3 experts with random weights, computed by any implementation."""
 
-    def __init__(self, shape: Shape, device: str) -> None:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    def __init__(self, shape: Shape, device: str, dtype: str) -> None:
         self.config_of = lambda way: DeepseekV3Config(
             hidden_size=shape.hidden, moe_intermediate_size=shape.width, n_routed_experts=shape.experts,
             num_local_experts=shape.experts, num_experts_per_tok=shape.top_k, experts_implementation=way,
         )  # fmt: skip
+        self.shape, self.device, self.dtype = shape, device, getattr(torch, dtype)
         with torch.device(device):
-            self.module = DeepseekV3Experts(self.config_of(None)).to(dtype)
+            self.module = DeepseekV3Experts(self.config_of(None)).to(self.dtype)
         with torch.no_grad():
             for parameter in self.module.parameters():
                 parameter.normal_(std=0.02)
-        self.shape, self.device, self.dtype = shape, device, dtype
+
+    def widened(self) -> "Layer":
+        """Copy the layer to float32."""
+        other = copy.copy(self)
+        other.module, other.dtype = copy.deepcopy(self.module).float(), torch.float32
+        return other
 
     def inputs(self, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Make hidden states, ids and weights."""
@@ -133,10 +111,14 @@ def _wait(device: str) -> None:
 
 
 class Peak:
-    """The rate of a large matrix product, measured again in every round."""
+    """The rate of a large matrix product, measured again in every round.
 
-    def __init__(self, device: str) -> None:
-        size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    Its dtype is the layer's, or float32 on a CPU without instructions for the layer's: that is faster there.
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        size = 8192 if device == "cuda" else 2048
+        dtype = dtype if device == "cuda" or has_instructions(dtype) else torch.float32
         self.matrices = [torch.randn(size, size, device=device).to(dtype) for _ in range(3)]
         self.device, self.size = device, size
 
@@ -150,52 +132,52 @@ class Peak:
         return 2 * self.size**3 / (time.perf_counter() - begin)
 
 
-def measure(shape: Shape, device: str) -> list[dict[str, Any]]:
-    """Measure the seconds of all implementations, kinds and numbers of tokens."""
-    layer, peak, cases = Layer(shape, device), Peak(device), []
-    for tokens in shape.tokens:
-        inputs = layer.inputs(tokens)
-        for kind in KINDS if shape.trained and tokens > 1 else KINDS[:1]:
-            ways = layer.ways(tokens, kind)
-            seconds: dict[str, list[float]] = {way: [] for way in ways}
-            peaks = []
-            check_equal(layer, kind, inputs, ways)
-            gc.collect()
-            # One token reads other experts each time, or they would still lie in the cache.
-            inputs_of_repeats = [layer.inputs(tokens, seed) for seed in range(20)] if tokens == 1 else [inputs]
-            for number in range(shape.rounds):
-                peaks.append(peak.flops_a_second())
-                for way in ways if number % 2 else ways[::-1]:
-                    times = [layer.run(way, kind, other)[0] for other in inputs_of_repeats]
-                    seconds[way].append(statistics.median(times))
-            cases.append(summary(shape, tokens, kind, seconds, peaks))
-            print(line(cases[-1]), flush=True)
-    return cases
+def measure(line: Line, layer: Layer) -> dict[str, Any]:
+    """Measure the seconds of all implementations."""
+    tokens, kind, ways = line.tokens, line.kind, layer.ways(line.tokens, line.kind)
+    inputs, peak, peaks = layer.inputs(tokens), Peak(layer.device, layer.dtype), []
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with CONDITIONS[line.condition][1]():
+        check_equal(layer, kind, inputs, ways)
+        gc.collect()
+        # One token reads other experts each time, or they would still lie in the cache.
+        inputs_of_repeats = [layer.inputs(tokens, seed) for seed in range(20)] if tokens == 1 else [inputs]
+        for number in range(line.shape.rounds):
+            peaks.append(peak.flops_a_second())
+            for way in ways if number % 2 else ways[::-1]:
+                times = [layer.run(way, kind, other)[0] for other in inputs_of_repeats]
+                seconds[way].append(statistics.median(times))
+    return summary(line, seconds, peaks)
+
+
+def expected(layer: Layer, kind: str, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Compute by grouped_mm what all must give; on a CPU in float32."""
+    if layer.device == "cpu" and layer.dtype != torch.float32:
+        hidden, *rest = inputs
+        layer, inputs = layer.widened(), (hidden.detach().float().requires_grad_(), *rest)
+    return layer.run("grouped_mm", kind, inputs)[1]
 
 
 def check_equal(layer: Layer, kind: str, inputs: tuple[torch.Tensor, ...], ways: list[str]) -> None:
     """Check that all implementations give the same. This is also the warm-up."""
-    _, expected = layer.run("grouped_mm", kind, inputs)
+    wanted = expected(layer, kind, inputs)
     for way in ways:
         _, found = layer.run(way, kind, inputs)
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(found, wanted, strict=True):
             error = float((one - other).float().norm() / other.float().norm())
             if not error <= (2e-2 if layer.dtype == torch.bfloat16 else 1e-5):
-                raise ValueError(f"{way} differs from grouped_mm by {error:.1e} in a {kind} pass")
+                raise ValueError(f"{way} differs from what is expected by {error:.1e} in a {kind} pass")
 
 
-def summary(
-    shape: Shape, tokens: int, kind: str, seconds: dict[str, list[float]], peaks: list[float]
-) -> dict[str, Any]:
+def summary(line: Line, seconds: dict[str, list[float]], peaks: list[float]) -> dict[str, Any]:
     """Compute medians, the ratio to the best of transformers round by round, and the share of the peak."""
+    shape, tokens = line.shape, line.tokens
     peers = {way: statistics.median(times) for way, times in seconds.items() if way != OURS}
     best = min(peers, key=peers.__getitem__)
-    flops, weights = shape.flops(tokens, kind), 3 * tokens * shape.top_k * shape.hidden * shape.width
+    flops, weights = shape.flops(tokens, line.kind), 3 * tokens * shape.top_k * shape.hidden * shape.width
     shares = [flops / time / peak for time, peak in zip(seconds[OURS], peaks, strict=True)]
     return {
-        "shape": asdict(shape),
-        "tokens": tokens,
-        "kind": kind,
+        **asdict(line),
         "seconds": {way: statistics.median(times) for way, times in seconds.items()},
         "best": best,
         "times_as_fast": _ratio(seconds[best], seconds[OURS]),
@@ -227,7 +209,7 @@ def memory(shape: Shape, tokens: int, kind: str, device: str) -> dict[str, float
 
 def measure_memory(shape: Shape, tokens: int, kind: str, way: str, device: str) -> float:
     """Measure, in the fresh process, what is allocated, or by how much the resident memory grows."""
-    layer = Layer(shape, device)
+    layer = Layer(shape, device, DTYPES[device])
     layer.run(way, kind, layer.inputs(2))  # libraries load, and keep some memory
     inputs = layer.inputs(tokens)
     gc.collect()
@@ -260,7 +242,7 @@ def whole_model(device: str, rounds: int = 4, tokens: int = 1024) -> dict[str, A
         first_k_dense_replace=1,
     )  # fmt: skip
     with torch.device(device):
-        model = DeepseekMoeForCausalLM(config).to(torch.bfloat16 if device == "cuda" else torch.float32)
+        model = DeepseekMoeForCausalLM(config).to(getattr(torch, DTYPES[device]))
     ids = torch.randint(8192, (1, tokens), device=device)
     ways = ("grouped_mm", OURS)
     figures: dict[str, dict[str, list[float]]] = {kind: {way: [] for way in ways} for kind in ("training", "decoding")}
@@ -303,39 +285,60 @@ def decoding(model: nn.Module, prompt: torch.Tensor, device: str) -> float:
     return time.perf_counter() - begin
 
 
-NAMES: dict[str, Callable[[int], str]] = {
-    "forward": lambda tokens: "decode" if tokens == 1 else "forward",
-    "frozen": lambda tokens: "frozen step",
-    "full": lambda tokens: "full step",
-}
+def jobs_of(lines: list[Line], device: str, quick: bool, figures: dict[str, Any]) -> list[Job]:
+    """List what is measured, the most valuable first: lines, then memory, then whole models."""
+    found: dict[Line, dict[str, Any]] = {}
+    held: dict[tuple[str, str], Layer] = {}  # the last layer, or none
+
+    def of_line(line: Line) -> None:
+        key = (line.shape.name, line.dtype)
+        if key not in held:
+            held.clear()
+            held[key] = Layer(line.shape, device, line.dtype)
+        found[line] = measure(line, held[key])
+        figures["cases"] = [found[other] for other in lines if other in found]
+
+    def of_memory(shape: Shape, tokens: int, kind: str) -> None:
+        held.clear()
+        found_bytes = memory(shape, tokens, kind, device)
+        figures["memory"].append({"shape": shape.name, "tokens": tokens, "kind": kind, "bytes": found_bytes})
+
+    def of_model() -> None:
+        held.clear()
+        figures["model"] = whole_model(device)
+
+    jobs: list[Job] = [(str(line), partial(of_line, line)) for line in by_value(lines)]
+    shapes = [shape for shape in dict.fromkeys(line.shape for line in lines) if shape.trained]
+    for shape in shapes[: 1 if device == "cpu" else None]:
+        for kind, name in MEMORY.items():
+            tokens = max(shape.tokens)
+            jobs.append((f"memory of {shape.name}, {tokens} tokens, {name}", partial(of_memory, shape, tokens, kind)))
+    return jobs if quick else [*jobs, ("whole model", of_model)]
 
 
-def line(case: dict[str, Any]) -> str:
-    """Format a case as a row of Markdown."""
-    times = case["seconds"]
-    cells = [
-        f"{1e3 * times[way]:.1f} ms" if way in times else "" for way in ("eager", "batched_mm", "grouped_mm", OURS)
-    ]
-    if case["weights_a_second"] is None:
-        share = f"{case['flops_a_second'] / 1e9:.0f} GFLOP/s, {100 * case['share_of_peak']:.0f}%"
-    else:
-        share = f"{case['weights_a_second'] / 1e9:.1f} G weights/s"
-    name = NAMES[case["kind"]](case["tokens"])
-    cells += [f"{case['times_as_fast']:.2f} ({case['best']})", share]
-    return f"| {case['shape']['name']} | {case['tokens']} | {name} | {' | '.join(cells)} |"
-
-
-COLUMNS = ("experts", "tokens", "", "eager", "batched_mm", "grouped_mm", "deepseekmoe", "over the best",
-           "of the matrix peak")  # fmt: skip
-
-
-MEMORY = {"frozen": "frozen step, at its peak", "full": "full step, between its passes"}
+def print_tables(figures: dict[str, Any]) -> None:
+    """Print all tables that there are figures of."""
+    for title, cases in tables(figures["cases"]).items():
+        print(f"\n{title}\n\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
+        print("\n".join(map(row, cases)))
+    if figures["memory"]:
+        print("\n| memory of a layer | grouped_mm | deepseekmoe | of grouped_mm's |")
+        print("| --- | --- | --- | --- |")
+    for found in figures["memory"]:
+        theirs, ours = found["bytes"]["grouped_mm"], found["bytes"][OURS]
+        name = f"{found['shape']}, {found['tokens']} tokens, {MEMORY[found['kind']]}"
+        print(f"| {name} | {theirs / 1e6:.0f} MB | {ours / 1e6:.0f} MB | {100 * ours / theirs:.0f}% |")
+    if figures["model"]:
+        print("\n| whole model, tokens a second | grouped_mm | deepseekmoe |")
+        print("| --- | --- | --- |")
+    for kind, rates in figures["model"].items():
+        print(f"| {kind} | {' | '.join(f'{value:.0f}' for value in rates.values())} |")
 
 
 def main() -> None:
     """Measure, write JSON, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small layer, two rounds; nothing is written")
+    add_options(parser, quick="a small layer, two rounds; nothing is written")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -343,42 +346,18 @@ def main() -> None:
         print(measure_memory(Shape(**shape), *rest))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = GPU_SHAPES if device == "cuda" else CPU_SHAPES
-    if arguments.quick:
-        shapes = (Shape("small", 8, 64, 32, 2, (1, 64), rounds=2),)
-    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    cases = [case for shape in shapes for case in measure(shape, device)]
-    largest = [(shape, max(shape.tokens)) for shape in shapes if shape.trained]
-    peaks = [
-        {"shape": shape.name, "tokens": tokens, "kind": kind, "bytes": memory(shape, tokens, kind, device)}
-        for shape, tokens in largest[: 1 if device == "cpu" else None]
-        for kind in ("frozen", "full")
-    ]
-    print("\n| memory of a layer | grouped_mm | deepseekmoe | of grouped_mm's |")
-    print("| --- | --- | --- | --- |")
-    for row in peaks:
-        cells = " | ".join(f"{row['bytes'][way] / 1e6:.0f} MB" for way in ("grouped_mm", OURS))
-        share = row["bytes"][OURS] / row["bytes"]["grouped_mm"]
-        print(f"| {row['shape']}, {row['tokens']} tokens, {MEMORY[row['kind']]} | {cells} | {100 * share:.0f}% |")
-    if arguments.quick:
-        return
-    model = whole_model(device)
-    print("\n| whole model, tokens a second | grouped_mm | deepseekmoe |")
-    print("| --- | --- | --- |")
-    for kind, figures in model.items():
-        print(f"| {kind} | {' | '.join(f'{value:.0f}' for value in figures.values())} |")
-    figures = {
+    figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "cases": cases,
-        "memory": peaks,
-        "model": model,
+        "cases": [],
+        "memory": [],
+        "model": {},
     }
-    name = "experts_gpu.json" if device == "cuda" else "experts.json"
-    path = Path(__file__).parent / "results" / name
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    jobs = jobs_of(lines_on(device, arguments.quick), device, arguments.quick, figures)
+    measure_lines(jobs, figures, None if arguments.quick else results_path("experts", device), arguments.budget)
+    print_tables(figures)
 
 
 if __name__ == "__main__":

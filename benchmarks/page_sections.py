@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from balancing import MEASURES
-from experts import MEMORY
-from experts import line as row_of_experts
+from experts_lines import MEMORY
+from experts_lines import row as row_of_experts
+from experts_lines import tables as tables_of_experts
 
 Figures = dict[str, Any]
 
@@ -209,32 +210,41 @@ def experts(figures: Figures) -> list[str]:
     header = ("experts", "tokens", "", "eager", "batched_mm", "grouped_mm", "deepseekmoe",
               "times as fast as the best", "of the matrix peak")  # fmt: skip
     rounds = {case["shape"]["name"]: str(case["shape"]["rounds"]) for case in figures["cases"]}
-    memory, model = figures["memory"], figures["model"]
+    memory, model = figures.get("memory"), figures.get("model")
 
     def cells(row: Figures) -> list[str]:
         theirs, ours = row["bytes"]["grouped_mm"], row["bytes"]["deepseekmoe"]
         return [f"{row['shape']}, {row['tokens']} tokens, {MEMORY[row['kind']]}", f"{theirs / 1e6:.0f} MB",
                 f"{ours / 1e6:.0f} MB", f"{ours / theirs:.0%}"]  # fmt: skip
 
-    return [
-        f"""transformers' own DeepSeek-V3 experts, computed by every implementation, in float32. Medians of rounds
-        in which all take turns, and so does a large matrix product, whose rate is the peak
+    blocks = [
+        f"""transformers' own DeepSeek-V3 experts, computed by every implementation. Medians of rounds in which all
+        take turns, and so does a large matrix product, whose rate is the peak
         ({"; ".join(f"{name}: {number} rounds" for name, number in rounds.items())}). A frozen step has gradients of
         the hidden states and the gate's weights alone. eager is left out of full steps, where it is many times
         slower. Not measured on a GPU.""",
-        "\n".join([table(header, ()), *map(row_of_experts, figures["cases"])]),
-        """How to read it: "times as fast as the best" compares `deepseekmoe` with the fastest of transformers' own
-        implementations, which stands in parentheses; above 1 `deepseekmoe` is faster. The last column is how close
-        it comes to a plain matrix product. A decoded token reads weights rather than computing, so weights read in
-        a second stand there instead. How fast eager is depends on what the process has freed before.""",
-        "What a layer needs beside its parameters, each way in a process of its own:",
-        table(("memory of a layer", "grouped_mm", "deepseekmoe", "of grouped_mm's"), map(cells, memory)),
-        "A model of such layers, trained with all parameters and decoding one sequence:",
-        table(
-            ("whole model, tokens a second", "grouped_mm", "deepseekmoe"),
-            ((kind, *(f"{found[way]:.0f}" for way in ("grouped_mm", "deepseekmoe"))) for kind, found in model.items()),
-        ),
     ]
+    for title, cases in tables_of_experts(figures["cases"]).items():
+        blocks += [f"In {title}:", "\n".join([table(header, ()), *map(row_of_experts, cases)])]
+    blocks.append("""How to read it: "times as fast as the best" compares `deepseekmoe` with the fastest of
+        transformers' own implementations, which stands in parentheses; above 1 `deepseekmoe` is faster. The last
+        column is how close it comes to a plain matrix product, in float32 where the CPU has no instructions for
+        bfloat16. A decoded token reads weights rather than computing, so weights read in a second stand there
+        instead. How fast eager is depends on what the process has freed before.""")
+    if memory:
+        blocks += [
+            "What a layer needs beside its parameters, each way in a process of its own:",
+            table(("memory of a layer", "grouped_mm", "deepseekmoe", "of grouped_mm's"), map(cells, memory)),
+        ]
+    if model:
+        rates = (
+            (kind, *(f"{found[way]:.0f}" for way in ("grouped_mm", "deepseekmoe"))) for kind, found in model.items()
+        )
+        blocks += [
+            "A model of such layers, trained with all parameters and decoding one sequence:",
+            table(("whole model, tokens a second", "grouped_mm", "deepseekmoe"), rates),
+        ]
+    return blocks
 
 
 def expert_lora(figures: Figures) -> list[str]:

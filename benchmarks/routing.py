@@ -5,32 +5,32 @@ agree. Then it measures median microseconds: of the forward pass, of forward and
 into the order of the experts, which transformers does by sorting. On a GPU it also gives the bytes that must move at
 least, and their share of the bandwidth of a copy in the same run. The kernels run only there.
 
-All implementations are timed in turn within each round, so that a busy machine slows all of them. Prints tables and
-writes benchmarks/results/routing.json. About ten minutes on two cores.
+All implementations are timed in turn within each round, so that a busy machine slows all of them. Prints tables. After
+each line it writes benchmarks/results/routing.json, or routing_gpu.json. About ten minutes on two cores; `--budget`
+makes it shorter.
 
-    python benchmarks/routing.py [--quick]
+    python benchmarks/routing.py [--quick] [--budget SECONDS]
 """
 
 import argparse
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import transformers
+from measuring import Job, add_options, measure_lines, results_path
 from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from modeling_deepseekmoe import group_by_expert, route, route_native_gates
 
-RESULTS = Path(__file__).parent / "results" / "routing.json"
 TOKENS = (1, 16, 256, 4096, 8192, 65536)
 Step = Callable[[], Any]
 
@@ -77,6 +77,8 @@ GATES = (
     Gate("DeepSeek-V3", 256, 8, 8, 4, True, 2.5, 7168),
     Gate("Kimi K2", 384, 8, 1, 1, True, 2.827, 7168),
 )
+# What is measured first.
+FIRST = [(model, tokens) for model in ("DeepSeek-V3", "DeepSeekMoE 16B") for tokens in (8192, 4096)]
 
 
 class Inputs:
@@ -268,27 +270,44 @@ def table(rows: list[dict], device: str) -> str:
     return "\n".join(lines)
 
 
+def jobs_of(device: str, bandwidth: float | None, quick: bool, rows: list[dict]) -> list[Job]:
+    """List what is measured, the most valuable first. What is found goes into the rows, in the order of the table."""
+    lines = [
+        (gate, tokens) for gate in (GATES[2:3] if quick else GATES) for tokens in (TOKENS[:3] if quick else TOKENS)
+    ]
+    places = {(gate.model, tokens): place for place, (gate, tokens) in enumerate(lines)}
+
+    def measure_row(gate: Gate, tokens: int) -> None:
+        torch.compiler.reset()  # every number of tokens is compiled for itself
+        rows.append(measure(gate, tokens, device, compile_of(gate), bandwidth, 0.05 if quick else 0.5))
+        rows.sort(key=lambda row: places[row["model"], row["tokens"]])
+
+    def rank(line: tuple[Gate, int]) -> int:
+        key = (line[0].model, line[1])
+        return FIRST.index(key) if key in FIRST else len(FIRST)
+
+    return [
+        (f"{gate.model}, {tokens} tokens", partial(measure_row, gate, tokens))
+        for gate, tokens in sorted(lines, key=rank)
+    ]
+
+
 def main() -> None:
     """Measure, write JSON, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one gate, up to 256 tokens, nothing written")
-    quick = parser.parse_args().quick
+    add_options(parser, quick="one gate, up to 256 tokens, nothing written")
+    arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bandwidth = copy_bandwidth() if device == "cuda" else None
-    rows = []
-    for gate in GATES[2:3] if quick else GATES:
-        for tokens in TOKENS[:3] if quick else TOKENS:
-            torch.compiler.reset()  # every number of tokens is compiled for itself
-            rows.append(measure(gate, tokens, device, compile_of(gate), bandwidth, 0.05 if quick else 0.5))
-            print(f"{gate.model}, {tokens} tokens: done", flush=True)
+    rows: list[dict] = []
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     figures = {
         "device": name, "copy_bandwidth": bandwidth, "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "rows": rows,
     }  # fmt: skip
-    if not quick:
-        RESULTS.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    jobs = jobs_of(device, bandwidth, arguments.quick, rows)
+    measure_lines(jobs, figures, None if arguments.quick else results_path("routing", device), arguments.budget)
     print(f"On {name}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(table(rows, device))
     if bandwidth:

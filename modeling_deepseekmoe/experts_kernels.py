@@ -44,7 +44,7 @@ def _tile(tile, offsets, E: tl.constexpr, E_WIDTH: tl.constexpr, BLOCK_ROWS: tl.
 def _places(place, exists, permutation, TOP_K: tl.constexpr, BY_TOKEN: tl.constexpr):
     """Return the rows that choices are read from."""
     if BY_TOKEN:
-        return tl.load(permutation + place, mask=exists, other=0) // TOP_K
+        return (tl.load(permutation + place, mask=exists, other=0) // TOP_K).to(tl.int64)
     else:
         return place.to(tl.int64)
 
@@ -125,6 +125,12 @@ def _add_adapter(
 
 
 @jit
+def _halves(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Divide values (ROWS, COLUMNS) into those of the first and of the second half of the columns."""
+    return tl.split(tl.permute(tl.reshape(values, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+
+
+@jit
 def _multiply_twice(
     gate,
     up,
@@ -153,6 +159,56 @@ def _multiply_twice(
     return gate, up
 
 
+@jit
+def _activate(gate, up, kept, act, row, exists, begin, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store silu(gate) * up of some columns and, if they are kept, gates and ups."""
+    column = begin + tl.arange(0, COLUMNS)
+    there = exists[:, None] & (column < WIDTH)[None, :]
+    if kept is not None:
+        target = kept + row[:, None] * (2 * WIDTH) + column[None, :]
+        tl.store(target, gate, mask=there)
+        tl.store(target + WIDTH, up, mask=there)
+    # What the backward pass reads, and the same where none follows.
+    gate = gate.to(act.dtype.element_ty).to(tl.float32)
+    up = up.to(act.dtype.element_ty).to(tl.float32)
+    tl.store(act + row[:, None] * WIDTH + column[None, :], gate / (1.0 + tl.exp(-gate)) * up, mask=there)
+
+
+@jit
+def _pass_activation(
+    grad_act,
+    kept,
+    weight,
+    grad_both,
+    weighted_act,
+    place,
+    exists,
+    begin,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Store the gradients of some columns' gates and ups, and what `down` needs.
+
+    Returns the parts of the weights' gradient.
+    """
+    column = begin + tl.arange(0, COLUMNS)
+    row = place.to(tl.int64)
+    there = exists[:, None] & (column < WIDTH)[None, :]
+    source = kept + row[:, None] * (2 * WIDTH) + column[None, :]
+    gate = tl.load(source, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(source + WIDTH, mask=there, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
+    if weighted_act is not None:
+        act = weighted_act + row[:, None] * WIDTH + column[None, :]
+        tl.store(act, silu * up * weight[:, None], mask=there)
+    target = grad_both + row[:, None] * (2 * WIDTH) + column[None, :]
+    weighted = grad_act * weight[:, None]
+    tl.store(target, weighted * up * (sigmoid + silu * (1.0 - sigmoid)), mask=there)
+    tl.store(target + WIDTH, weighted * silu, mask=there)
+    return tl.sum(grad_act * silu * up, axis=1)
+
+
 # ------------------------------------------------------------------------------------------------------ the kernels
 @kernel
 def first_product_kernel(
@@ -160,7 +216,7 @@ def first_product_kernel(
     gate_up,  # (E, 2I, D)
     inner,  # (S, R): the adapter's, or None
     factor_b,  # (E, 2I, R), any strides, or None
-    permutation,  # (S,) int64
+    permutation,  # (S,) int32
     offsets,  # (E + 1,) int32
     kept,  # (S, 2I), out, or None
     act,  # (S, I), out
@@ -181,15 +237,20 @@ def first_product_kernel(
     BLOCK_IN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
+    IN_HALVES: tl.constexpr,
 ):
-    """Compute the tokens' first product at their experts, and its activation silu(gate) * up."""
+    """Compute the tokens' first product at their experts, and its activation silu(gate) * up.
+
+    IN_HALVES stores a half of the columns at a time, for which Hopper needs fewer registers, and Ampere more.
+    """
     COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     expert, first, end = _tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
     if expert >= E:
         return
     place = first + tl.arange(0, BLOCK_ROWS)
     exists = place < end
-    column = tl.program_id(0) % COLUMN_TILES * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    begin = tl.program_id(0) % COLUMN_TILES * BLOCK_COLUMNS
+    column = begin + tl.arange(0, BLOCK_COLUMNS)
     token = _places(place, exists, permutation, TOP_K, True)
     gate = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     up = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
@@ -204,15 +265,14 @@ def first_product_kernel(
             gate, up, inner, row, exists, matrix, factor_stride_r, factor_stride_out, column, R, WIDTH, BLOCK_R,
             PRECISION,
         )  # fmt: skip
-    there = exists[:, None] & (column < WIDTH)[None, :]
-    if kept is not None:
-        target = kept + row[:, None] * (2 * WIDTH) + column[None, :]
-        tl.store(target, gate, mask=there)
-        tl.store(target + WIDTH, up, mask=there)
-    # What the backward pass reads, and the same where none follows.
-    gate = gate.to(act.dtype.element_ty).to(tl.float32)
-    up = up.to(act.dtype.element_ty).to(tl.float32)
-    tl.store(act + row[:, None] * WIDTH + column[None, :], gate / (1.0 + tl.exp(-gate)) * up, mask=there)
+    if IN_HALVES:
+        first_gate, second_gate = _halves(gate, BLOCK_ROWS, BLOCK_COLUMNS)
+        first_up, second_up = _halves(up, BLOCK_ROWS, BLOCK_COLUMNS)
+        _activate(first_gate, first_up, kept, act, row, exists, begin, WIDTH, BLOCK_COLUMNS // 2)
+        begin += BLOCK_COLUMNS // 2
+        _activate(second_gate, second_up, kept, act, row, exists, begin, WIDTH, BLOCK_COLUMNS // 2)
+    else:
+        _activate(gate, up, kept, act, row, exists, begin, WIDTH, BLOCK_COLUMNS)
 
 
 @kernel
@@ -222,7 +282,7 @@ def product_kernel(
     inner,  # (S, R): what an adapter adds, or None
     factors,  # (E, R, OUT), any strides, or None
     weights,  # (T * K,): of the choices, or None
-    permutation,  # (S,) int64
+    permutation,  # (S,) int32
     offsets,  # (E + 1,) int32
     out,  # (S, OUT), out; TO_CHOICES in the order of the choices
     seed,  # () int64, or None
@@ -277,7 +337,7 @@ def product_kernel(
         )  # fmt: skip
     target = place.to(tl.int64)
     if TO_CHOICES:
-        target = tl.load(permutation + place, mask=exists, other=0)
+        target = tl.load(permutation + place, mask=exists, other=0).to(tl.int64)
     if weights is not None:
         sums = sums * tl.load(weights + target, mask=exists, other=0.0).to(tl.float32)[:, None]
     else:
@@ -293,7 +353,7 @@ def activation_gradient_kernel(
     factor_a,  # (E, R, I), or None
     kept,  # (S, 2I)
     weights,  # (T * K,)
-    permutation,  # (S,) int64
+    permutation,  # (S,) int32
     offsets,  # (E + 1,) int32
     grad_both,  # (S, 2I), out
     weighted_act,  # (S, I), out, or None
@@ -327,7 +387,7 @@ def activation_gradient_kernel(
     exists = place < end
     column_tile = tl.program_id(0) % COLUMN_TILES
     column = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    choice = tl.load(permutation + place, mask=exists, other=0)
+    choice = tl.load(permutation + place, mask=exists, other=0).to(tl.int64)
     grad_act = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     matrix = down + expert.to(tl.int64) * stride_e
     grad_act = _multiply(
@@ -340,29 +400,27 @@ def activation_gradient_kernel(
             grad_act, inner, place, exists, matrix, factor_stride_r, factor_stride_out, column, R, WIDTH, BLOCK_R,
             PRECISION, seed, probability,
         )  # fmt: skip
-    row = place.to(tl.int64)
-    there = exists[:, None] & (column < WIDTH)[None, :]
-    source = kept + row[:, None] * (2 * WIDTH) + column[None, :]
-    gate = tl.load(source, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(source + WIDTH, mask=there, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    silu = gate * sigmoid
-    part = tl.sum(grad_act * silu * up, axis=1)
+    weight = tl.load(weights + choice, mask=exists, other=0.0).to(tl.float32)
+    # Five numbers for each element: of a quarter of the columns at a time they fit into the registers.
+    begin = column_tile * BLOCK_COLUMNS
+    first, second = _halves(grad_act, BLOCK_ROWS, BLOCK_COLUMNS)
+    part = tl.zeros([BLOCK_ROWS], tl.float32)
+    for half in tl.static_range(2):
+        values = first if half == 0 else second
+        left, right = _halves(values, BLOCK_ROWS, BLOCK_COLUMNS // 2)
+        for quarter in tl.static_range(2):
+            part += _pass_activation(
+                left if quarter == 0 else right, kept, weight, grad_both, weighted_act, place, exists,
+                begin + (2 * half + quarter) * (BLOCK_COLUMNS // 4), WIDTH, BLOCK_COLUMNS // 4,
+            )  # fmt: skip
     tl.store(weight_parts + choice * COLUMN_TILES + column_tile, part, mask=exists)
-    weight = tl.load(weights + choice, mask=exists, other=0.0).to(tl.float32)[:, None]
-    if weighted_act is not None:
-        tl.store(weighted_act + row[:, None] * WIDTH + column[None, :], silu * up * weight, mask=there)
-    grad_act = grad_act * weight
-    target = grad_both + row[:, None] * (2 * WIDTH) + column[None, :]
-    tl.store(target, grad_act * up * (sigmoid + silu * (1.0 - sigmoid)), mask=there)
-    tl.store(target + WIDTH, grad_act * silu, mask=there)
 
 
 @kernel
 def outer_kernel(
     left,  # (S, M), or (T, M) LEFT_BY_TOKEN
     right,  # (S, N), or (T, N) RIGHT_BY_TOKEN
-    permutation,  # (S,) int64
+    permutation,  # (S,) int32
     offsets,  # (E + 1,) int32
     out,  # (E, M, N), out
     seed,  # () int64, or None: with dropout on the right rows

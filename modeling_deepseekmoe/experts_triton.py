@@ -23,6 +23,7 @@ from .experts_kernels import (
     product_kernel,
 )
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
+from .experts_tiles import LARGE, Problem, choose_tile, gpu_of
 from .routing_triton import MAX_EXPERTS
 from .triton_support import power_of_two, triton, why_no_triton
 
@@ -41,51 +42,6 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, num_experts: int) ->
     if is_nvidia and torch.cuda.get_device_properties(device).major < 8:
         return "the tiles need the shared memory of a GPU of compute capability 8.0 or newer"
     return ""
-
-
-def block_options(num_choices: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype) -> dict[str, int]:
-    """Choose the tile of a product, and the warps for it.
-
-    An expert's choices should fill a tile. float32 has smaller tiles, because the matrix units of a GPU do not
-    multiply it. The sizes come from registers and shared memory (in bfloat16 nothing spills), and not yet from
-    measurement on a GPU.
-    """
-    narrow = dtype == torch.float32
-    rows = power_of_two(max(num_choices // num_experts, 1))
-    rows = min(max(rows, 16), 64 if narrow else 128)
-    return {
-        "BLOCK_ROWS": rows,
-        "BLOCK_COLUMNS": min(max(power_of_two(columns), 16), 64 if narrow else 128),
-        "BLOCK_IN": min(max(power_of_two(inside), 16), 32 if narrow else 64),
-        "num_warps": 8 if rows == 128 else 4,
-        "num_stages": 3,
-    }
-
-
-def first_product_options(
-    num_choices: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype
-) -> dict[str, int]:
-    """Choose the same for the first product, which has two sums for each element of the tile."""
-    options = block_options(num_choices, num_experts, columns, inside, dtype)
-    return {**options, "BLOCK_COLUMNS": min(options["BLOCK_COLUMNS"], 64)}
-
-
-def gradient_options(
-    num_choices: int, num_experts: int, columns: int, inside: int, dtype: torch.dtype
-) -> dict[str, int]:
-    """Choose the same for the gradient of the activation, which ends with five numbers for each element."""
-    options = first_product_options(num_choices, num_experts, columns, inside, dtype)
-    rows = min(options["BLOCK_ROWS"], 64)
-    return {**options, "BLOCK_ROWS": rows, "num_warps": 8 if rows == 64 else 4}
-
-
-def outer_options(rows: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """Choose the tile of a parameter's gradient, and the warps for it."""
-    largest = 64 if dtype == torch.float32 else 128
-    blocks = {"BLOCK_M": rows, "BLOCK_N": columns}
-    blocks = {name: min(max(power_of_two(size), 16), largest) for name, size in blocks.items()}
-    warps = 8 if 128 in blocks.values() else 4
-    return {**blocks, "BLOCK_ROWS": 32 if dtype == torch.float32 else 64, "num_warps": warps, "num_stages": 3}
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -132,6 +88,12 @@ class _Launcher:
         self.constants = {"TOP_K": top_k, "PRECISION": precision(dtype)}
         self.sizes = {**self.constants, "E": self.num_experts, "E_WIDTH": power_of_two(self.num_experts)}
 
+    def tile(self, kind: str, columns: int, inside: int) -> dict[str, int]:
+        """Choose the tile of a launch, as its arguments."""
+        rows = 0 if kind == "outer" else power_of_two(max(self.num_choices // self.num_experts, 1))
+        problem = Problem(kind, self.dtype, rows, columns, inside)
+        return choose_tile(problem, self.permutation.device).options(kind)
+
     def grid(self, options: dict[str, int], columns: int) -> tuple[int]:
         """Return the number of programs for the most tiles that there can be.
 
@@ -154,9 +116,9 @@ class _Launcher:
         """Multiply rows by matrices (E, in, out); the result is (S, out). See `product_kernel`."""
         _, inside, columns = matrices.shape
         out = rows.new_empty(self.num_choices, columns)
-        options = block_options(self.num_choices, self.num_experts, columns, inside, self.dtype)
-        if beside.dropout:  # with its mask the tile for sm_80 would spill (Triton 3.9)
-            options["BLOCK_IN"] = min(options["BLOCK_IN"], 32)
+        options = self.tile("product", columns, inside)
+        if beside.dropout:  # with its mask the usual tile would spill (sm_80, Triton 3.9)
+            options |= {"BLOCK_COLUMNS": min(options["BLOCK_COLUMNS"], 128), "BLOCK_IN": min(options["BLOCK_IN"], 32)}
         product_kernel[self.grid(options, columns)](
             rows,
             matrices,
@@ -206,7 +168,7 @@ class _Launcher:
         """Compute a parameter's gradient (E, M, N). See `outer_kernel`."""
         rows, columns = left.shape[1], right.shape[1]
         out = left.new_empty(self.num_experts, rows, columns)
-        options = outer_options(rows, columns, self.dtype)
+        options = self.tile("outer", columns, rows)
         tiles = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(columns, options["BLOCK_N"])
         outer_kernel[(self.num_experts * tiles,)](
             left,
@@ -262,7 +224,7 @@ def experts_forward_triton(
         inner = launch.inner(hidden, operands.gate_up_adapter, by_token=True)
         first = _LowRank(inner, None if operands.gate_up_adapter is None else operands.gate_up_adapter.factor_b)
         act = hidden.new_empty(num_choices, width)
-        options = first_product_options(num_choices, len(down), width, hidden.shape[1], hidden.dtype)
+        options = launch.tile("first", width, hidden.shape[1])
         first_product_kernel[launch.grid(options, width)](
             hidden,
             gate_up,
@@ -278,6 +240,7 @@ def experts_forward_triton(
             WIDTH=width,
             **first.rank,
             **launch.sizes,
+            IN_HALVES=gpu_of(hidden.device).shared >= LARGE,
             **options,
         )
         second = _NOTHING
@@ -335,11 +298,13 @@ def _pass_second_product(
     """
     hidden, weights, down = operands.hidden, operands.weights, operands.down
     width, num_choices = down.shape[-1], launch.num_choices
-    options = gradient_options(num_choices, len(down), width, hidden.shape[1], hidden.dtype)
+    noise, adapter = _noise(operands.down_adapter), operands.down_adapter
+    options = launch.tile("activation_gradient", width, hidden.shape[1])
+    if noise.dropout:  # as for a product
+        options["BLOCK_COLUMNS"] = min(options["BLOCK_COLUMNS"], 64)
     both = hidden.new_empty(num_choices, 2 * width)
     act = hidden.new_empty(num_choices, width) if any(needs.of_second_product) else None
     parts = weights.new_zeros(num_choices, triton.cdiv(width, options["BLOCK_COLUMNS"]), dtype=torch.float32)
-    noise, adapter = _noise(operands.down_adapter), operands.down_adapter
     beside = _LowRank(inner, None if adapter is None else adapter.factor_a)
     activation_gradient_kernel[launch.grid(options, width)](
         grad,

@@ -13,8 +13,9 @@ from operator_checks import CASE, check_dropout, check_operators
 from routing_cases import GENERATED
 from tolerances import GOLDEN_LOGITS, assert_same
 
-from modeling_deepseekmoe import experts, experts_operator, experts_triton, prepare_esft
+from modeling_deepseekmoe import experts, experts_operator, experts_tiles, experts_triton, prepare_esft
 from modeling_deepseekmoe.experts import run_experts
+from modeling_deepseekmoe.experts_tiles import Gpu, Tile, use_tiles
 from modeling_deepseekmoe.triton_support import INTERPRETED, _why_not_interpreted
 
 pytest.importorskip("triton")
@@ -27,18 +28,21 @@ def test_kernels_equal_the_reference(case: Case) -> None:
     check_case(case, "triton")
 
 
-def test_several_tiles_in_every_direction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 16, and more rows, columns and inner numbers than one has."""
+def test_several_tiles_in_every_direction() -> None:
+    """Tiles of 16, and more rows, columns and inner numbers than one has; then wide ones, and tall ones."""
+    for tile in (Tile(16, 16, 16, 4, 1), Tile(16, 64, 32, 8, 2), Tile(64, 16, 16, 4, 1)):
+        with use_tiles(lambda problem, tile=tile: tile):
+            for kind in ("random", "one expert", "elsewhere"):
+                check_case(dataclasses.replace(CASE, tokens=40, kind=kind, hidden=37, width=21, rank=18), "triton")
 
-    def small(*arguments: object) -> dict[str, int]:
-        return {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 16, "BLOCK_IN": 16, "num_warps": 4, "num_stages": 1}
 
-    for name in ("block_options", "first_product_options", "gradient_options"):
-        monkeypatch.setattr(experts_triton, name, small)
-    blocks = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_ROWS": 16, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(experts_triton, "outer_options", lambda *arguments: blocks)
-    for kind in ("random", "one expert", "elsewhere"):
-        check_case(dataclasses.replace(CASE, tokens=40, kind=kind, hidden=37, width=21, rank=18), "triton")
+@pytest.mark.parametrize("gpu", [Gpu("sm_80", 166_912), Gpu("sm_90", 232_448)], ids=lambda gpu: gpu.name)
+def test_the_tiles_of_a_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (experts_tiles, experts_triton):
+        monkeypatch.setattr(module, "gpu_of", lambda device: gpu)
+    for dtype, rank in ((torch.float32, 18), (torch.bfloat16, 0)):
+        case = dataclasses.replace(CASE, tokens=300, experts=2, top_k=2, hidden=280, width=150, rank=rank, dtype=dtype)
+        check_case(case, "triton")
 
 
 def test_dropout_has_the_right_mean_and_gradients() -> None:
