@@ -17,6 +17,7 @@ from .experts_loop import experts_backward_loop, experts_forward_loop
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
 from .experts_triton import experts_backward_triton, experts_forward_triton
 from .grouping import group_by_expert
+from .routing_triton import group_choices
 
 # A copy of this file on the Hub registers operators of its own.
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
@@ -97,10 +98,12 @@ def run_operator(operands: ExpertOperands, implementation: str) -> torch.Tensor:
 def _experts(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     *inputs, keep, implementation = arguments
     operands = _Inputs(*inputs).operands()
-    groups = group_by_expert(operands.expert_ids, len(operands.down), implementation=implementation)
-    forward: Callable[..., Any] = experts_forward_triton if implementation == "triton" else experts_forward_loop
-    output, kept = forward(operands, groups.permutation, groups.offsets, keep)
-    return output, kept, groups.permutation, groups.offsets
+    num_experts = len(operands.down)
+    if implementation == "triton":
+        permutation, _, offsets = group_choices(operands.expert_ids, num_experts, torch.int32, with_inverse=False)
+        return *experts_forward_triton(operands, permutation, offsets, keep), permutation, offsets
+    permutation, _, offsets = group_by_expert(operands.expert_ids, num_experts, implementation="eager")
+    return *experts_forward_loop(operands, permutation, offsets, keep), permutation, offsets
 
 
 def _experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
@@ -112,13 +115,13 @@ def _experts_backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]
 
 
 def _fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    *inputs, keep, _ = arguments
+    *inputs, keep, implementation = arguments
     given = _Inputs(*inputs)
     num_choices = given.expert_ids.numel()
     return (
         given.hidden.new_empty(given.hidden.shape),
         given.hidden.new_empty((num_choices if keep else 0, given.gate_up.shape[1])),
-        given.expert_ids.new_empty(num_choices, dtype=torch.int64),
+        given.expert_ids.new_empty(num_choices, dtype=torch.int32 if implementation == "triton" else torch.int64),
         given.expert_ids.new_empty(len(given.gate_up) + 1, dtype=torch.int32),
     )
 

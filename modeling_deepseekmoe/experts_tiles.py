@@ -120,6 +120,11 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin)
 
 
+def has_large_tiles(device: torch.device) -> bool:
+    """Tell whether a GPU has the shared memory for large tiles."""
+    return gpu_of(device).shared >= LARGE
+
+
 def rule(problem: Problem, gpu: Gpu) -> Tile:
     """Choose a tile by rule.
 
@@ -182,4 +187,4 @@ def _wrong_with(entry: Any) -> str:
     return ""
 
 
-__all__ = ["Gpu", "Problem", "Tile", "choose_tile", "gpu_of", "read_tiles", "rule", "use_tiles"]
+__all__ = ["Gpu", "Problem", "Tile", "choose_tile", "gpu_of", "has_large_tiles", "read_tiles", "rule", "use_tiles"]

@@ -23,7 +23,7 @@ from .experts_kernels import (
     product_kernel,
 )
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
-from .experts_tiles import LARGE, Problem, choose_tile, gpu_of
+from .experts_tiles import Problem, choose_tile, has_large_tiles
 from .routing_triton import MAX_EXPERTS
 from .triton_support import power_of_two, triton, why_no_triton
 
@@ -212,7 +212,7 @@ def experts_forward_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do as [`experts_loop.experts_forward_loop`] does, in kernels.
 
-    In `kept` a choice's gates and ups lie side by side.
+    The permutation is int32, which the kernels read with half the bytes.
     """
     hidden, gate_up, down = operands.hidden, operands.gate_up, operands.down
     width, num_choices = down.shape[-1], len(permutation)
@@ -240,7 +240,7 @@ def experts_forward_triton(
             WIDTH=width,
             **first.rank,
             **launch.sizes,
-            IN_HALVES=gpu_of(hidden.device).shared >= LARGE,
+            IN_HALVES=has_large_tiles(hidden.device),
             **options,
         )
         second = _NOTHING

@@ -113,6 +113,13 @@ def _keep_best_groups(
     return tl.reshape(tl.where(kept[:, :, None], grouped, NOWHERE), [BLOCK, WIDTH])
 
 
+@jit
+def _histogram(chosen, num_experts, WIDTH: tl.constexpr):
+    """Count how often each expert was chosen. Ids of E and above are not counted."""
+    is_here = chosen < num_experts
+    return tl.histogram(tl.where(is_here, chosen, 0), WIDTH, mask=is_here)
+
+
 # ------------------------------------------------------------------------------------------------------ the kernels
 @kernel
 def route_kernel(
@@ -323,8 +330,8 @@ def count_kernel(
     counts = tl.zeros([WIDTH], tl.int32)
     for start in range(begin, tl.minimum(begin + choices_per_program, num_choices), BLOCK):
         choice = start + tl.arange(0, BLOCK)
-        chosen = tl.load(ids + choice, mask=choice < num_choices, other=num_experts)
-        counts += tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), axis=0)
+        chosen = tl.load(ids + choice, mask=choice < num_choices, other=num_experts).to(tl.int32)
+        counts += _histogram(chosen, num_experts, WIDTH)
     tl.store(histograms + tl.program_id(0) * num_experts + expert, counts, mask=expert < num_experts)
 
 
@@ -332,8 +339,8 @@ def count_kernel(
 def group_kernel(
     ids,  # (T * K,)
     histograms,  # (programs, E) int32
-    permutation,  # (T * K,) int64, out
-    inverse,  # (T * K,) int64, out
+    permutation,  # (T * K,) int64 or int32, out
+    inverse,  # (T * K,) of the same dtype, out, or None
     offsets,  # (E + 1,) int32, out
     num_choices,
     choices_per_program,
@@ -370,17 +377,19 @@ def group_kernel(
     for start in range(begin, tl.minimum(begin + choices_per_program, num_choices), BLOCK):
         choice = start + position
         there = choice < num_choices
-        chosen = tl.load(ids + choice, mask=there, other=num_experts)
+        chosen = tl.load(ids + choice, mask=there, other=num_experts).to(tl.int32)
         # Read once more across, so that every choice meets all earlier ones of its block.
-        across = tl.load(ids + choice[None, :], mask=there[None, :], other=num_experts)
-        rank = tl.sum(((across == chosen[:, None]) & (position[None, :] < position[:, None])).to(tl.int32), axis=1)
-        is_expert = (chosen[:, None] == expert[None, :]).to(tl.int32)
-        base = tl.sum(is_expert * next_place[None, :], axis=1)
-        place = tl.where(chosen < num_experts, base, next_elsewhere) + rank
-        tl.store(inverse + choice, place.to(tl.int64), mask=there)
-        tl.store(permutation + place, choice.to(tl.int64), mask=there)
-        next_place += tl.sum(is_expert, axis=0)
-        next_elsewhere += tl.sum((there & (chosen >= num_experts)).to(tl.int32), axis=0)
+        across = tl.load(ids + choice[None, :], mask=there[None, :], other=num_experts).to(tl.int32)
+        earlier = (across == chosen[:, None]) & (position[None, :] < position[:, None])
+        rank = tl.sum(earlier.to(tl.int32), axis=1)
+        is_here = chosen < num_experts
+        base = tl.gather(next_place, tl.where(is_here, chosen, 0), axis=0)
+        place = tl.where(is_here, base, next_elsewhere) + rank
+        if inverse is not None:
+            tl.store(inverse + choice, place, mask=there)
+        tl.store(permutation + place, choice, mask=there)
+        next_place += _histogram(chosen, num_experts, WIDTH)
+        next_elsewhere += tl.sum((there & ~is_here).to(tl.int32), axis=0)
 
 
 __all__ = ["count_kernel", "group_kernel", "route_backward_kernel", "route_kernel"]

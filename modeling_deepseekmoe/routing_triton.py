@@ -110,9 +110,12 @@ def route_backward_options(num_experts: int, top_k: int) -> dict[str, int]:
 
 
 def group_options(num_experts: int) -> dict[str, int]:
-    """Return the sizes that the kernels of grouping are compiled for."""
-    width = power_of_two(num_experts)
-    return {"WIDTH": width, "BLOCK": min(max(2048 // width, 8), 32), "ROWS": max(4096 // width, 1)}
+    """Return the sizes that the kernels of grouping are compiled for.
+
+    Every choice of a block meets every other one, so a block has as few as fill the warps.
+    """
+    width = max(power_of_two(num_experts), 32)
+    return {"WIDTH": width, "BLOCK": 64, "ROWS": max(4096 // width, 1)}
 
 
 class _RouteInputs(NamedTuple):
@@ -233,10 +236,22 @@ def _route_backward(
     return grad_logits
 
 
-def _group_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def group_choices(
+    expert_ids: torch.Tensor, num_experts: int, dtype: torch.dtype, with_inverse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Bring all choices into the order of their experts, in two launches.
+
+    Args:
+        expert_ids (`torch.Tensor` of shape (T, K)), num_experts: as for `group_by_expert`.
+        dtype: that of the permutation and its inverse, int64 or int32.
+        with_inverse: whether the inverse is wanted.
+
+    Returns:
+        Permutation, inverse and offsets of `ExpertGroups`.
+    """
     ids = expert_ids.contiguous().flatten()
-    permutation = torch.empty_like(ids, dtype=torch.int64)
-    inverse = torch.empty_like(permutation)
+    permutation = torch.empty_like(ids, dtype=dtype)
+    inverse = torch.empty_like(permutation) if with_inverse else None
     offsets = (ids.new_empty if len(ids) else ids.new_zeros)(num_experts + 1, dtype=torch.int32)
     if len(ids):
         options = group_options(num_experts)
@@ -260,6 +275,10 @@ def _group_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.
                 num_warps=4,
             )
     return permutation, inverse, offsets
+
+
+def _group_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
+    return group_choices(expert_ids, num_experts, torch.int64, with_inverse=True)
 
 
 def _route_fake(
@@ -370,6 +389,7 @@ __all__ = [
     "MAX_GROUPS",
     "MAX_TOP_K",
     "group_by_expert_triton",
+    "group_choices",
     "route_triton",
     "uses_triton",
     "why_not_triton",

@@ -38,8 +38,7 @@ def test_several_tiles_in_every_direction() -> None:
 
 @pytest.mark.parametrize("gpu", [Gpu("sm_80", 166_912), Gpu("sm_90", 232_448)], ids=lambda gpu: gpu.name)
 def test_the_tiles_of_a_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (experts_tiles, experts_triton):
-        monkeypatch.setattr(module, "gpu_of", lambda device: gpu)
+    monkeypatch.setattr(experts_tiles, "gpu_of", lambda device: gpu)
     for dtype, rank in ((torch.float32, 18), (torch.bfloat16, 0)):
         case = dataclasses.replace(CASE, tokens=300, experts=2, top_k=2, hidden=280, width=150, rank=rank, dtype=dtype)
         check_case(case, "triton")
