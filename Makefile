@@ -14,6 +14,9 @@ OF_VERSIONS = $(foreach name,canaries canaries_of_others generation golden model
 	lora_adapters lora_options adapters adapter_layouts adapter_training foreign_adapters esft trainer trl trl_trainers callbacks \
 	bias_update router_load copies depth quantisers tokenization upcycling sharded_files untested_versions hub hub_content renamed_code \
 	code_update publishing,$(or $(wildcard tests/*/test_$(name).py),$(error no tests/*/test_$(name).py)))
+# With the newest transformers but one, what has broken with a new one: generation, caches, loading, saving, Trainer.
+OF_PREVIOUS = $(foreach name,canaries canaries_of_others generation golden modeling checkpoints registration configuration \
+	trainer copies sharded_files untested_versions,$(wildcard tests/*/test_$(name).py))
 OF_TORCH = $(foreach name,experts routing_triton,tests/core/test_$(name).py)
 # Nor quantised caches, whose library compiles itself for a minute when it is first used, nor what takes long and is of
 # publishing or of several processes alone.
@@ -58,7 +61,10 @@ test-gpu:
 	exit $$first
 
 test-oldest test-previous: test-%: .venv-%/.installed
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(IN_PARALLEL) -k "$(NOT_OF_VERSIONS)" $(OF_VERSIONS) $(ARGS)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(IN_PARALLEL) -k "$(NOT_OF_VERSIONS)" $(TESTS) $(ARGS)
+
+test-oldest: TESTS = $(OF_VERSIONS)
+test-previous: TESTS = $(OF_PREVIOUS)
 
 # The oldest torch: what Dynamo traces, and the kernels with its Triton.
 test-oldest: test-oldest-torch

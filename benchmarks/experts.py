@@ -75,7 +75,7 @@ class Layer:
     def run(self, way: str, kind: str, inputs: tuple[torch.Tensor, ...]) -> tuple[float, list[torch.Tensor]]:
         """Run the experts once. Return the seconds, and the results: the output, or the gradients."""
         self.module.config = self.config_of(way)
-        self.module.requires_grad_(kind == "full")
+        self.module.requires_grad_(kind == "full").train(kind != "forward")
         hidden, _, weights = inputs
         grad = hidden.detach()
         _wait(self.device)

@@ -26,7 +26,10 @@ from .experts_grouped import GroupedChoices, grouped_linear, run_grouped
 from .experts_operands import Adapter, ExpertOperands
 from .experts_operator import run_operator
 from .experts_products import WIDEN_FROM, has_instructions
+from .experts_trial import TRIAL as EXPERTS_TRIAL
 from .experts_triton import why_not_fused
+from .grouping import TRIAL as GROUPING_TRIAL
+from .kernel_trial import why_failed
 from .transformers_support import ALL_EXPERTS_FUNCTIONS, SiLUActivation, gating_of, plain_gating
 
 logger = logging.get_logger(__name__)
@@ -116,6 +119,8 @@ def run_experts(
         raise ValueError(
             f"backend={backend!r} is not allowed: one of {BACKENDS}, and with adapters one of {FUSED_BACKENDS}."
         )
+    elif backend == "triton" and (reason := _why_not_triton(hidden_states.device, dtype, len(gate_up))):
+        raise ValueError(f"backend='triton' is not allowed: {reason}.")
     gate_up, down = gate_up.to(dtype), down.to(dtype)
     if backend in FUSED_BACKENDS:
         operands = ExpertOperands(hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down, *adapters)
@@ -193,7 +198,7 @@ def choose_backend(
     if gating_of(type(experts)) is not PLAIN_GATING or not _is_silu(experts.act_fn):
         return "grouped", "their activation is not silu(gate) * up"
     if hidden_states.device.type == "cuda":
-        reason = why_not_fused(hidden_states.device, compute_dtype(stack), num_experts)
+        reason = _why_not_triton(hidden_states.device, compute_dtype(stack), num_experts)
         return ("grouped", reason) if reason else ("triton", "")
     if hidden_states.device.type not in ("cpu", "meta"):
         return "grouped", f"the tensors are on the device {hidden_states.device.type!r}"
@@ -207,6 +212,12 @@ def choose_backend(
     if columns // 2 * hidden_size >= LOOP_FROM:
         return "loop", ""
     return "grouped", f"an expert of {hidden_size} x {columns // 2} is so small that the calls would take longer"
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype, num_experts: int) -> str:
+    """Return why the kernels do not compute such experts: they do not take them, or have failed a trial."""
+    reason = why_not_fused(device, dtype, num_experts)
+    return reason or next(filter(None, (why_failed(trial, device) for trial in (GROUPING_TRIAL, EXPERTS_TRIAL))), "")
 
 
 def compute_dtype(stack: torch.Tensor) -> torch.dtype:

@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from .kernel_trial import compare, register_trial
 from .routing_triton import group_by_expert_triton, uses_triton
+
+TRIAL = "grouping"
 
 
 class ExpertGroups(NamedTuple):
@@ -54,7 +57,7 @@ def group_by_expert(expert_ids: torch.Tensor, num_experts: int, *, implementatio
         raise ValueError(f"num_experts={num_experts} is not allowed: it must be at least 1.")
     if expert_ids.numel() > 2**30:
         raise ValueError(f"expert_ids of {expert_ids.numel()} choices are not allowed: offsets are int32, for 2^30.")
-    if uses_triton(implementation, expert_ids, num_experts):
+    if uses_triton(TRIAL, implementation, expert_ids, num_experts):
         return ExpertGroups(*group_by_expert_triton(expert_ids, num_experts))
     ids = expert_ids.flatten()
     if num_experts < 2**15 - 1:
@@ -66,4 +69,19 @@ def group_by_expert(expert_ids: torch.Tensor, num_experts: int, *, implementatio
     return ExpertGroups(permutation, inverse, torch.searchsorted(ids, bounds, out_int32=True))
 
 
-__all__ = ["ExpertGroups", "group_by_expert"]
+@register_trial(TRIAL)
+def try_grouping(device: torch.device) -> None:
+    """Compare the kernels of grouping with plain torch: several runs, experts without choices, and choices elsewhere.
+
+    Raises:
+        WrongKernelError: if they differ.
+    """
+    ids = torch.randint(0, 7, (90, 3), generator=torch.Generator().manual_seed(0)) * 5  # 0 to 30, every fifth
+    expected = group_by_expert(ids, 29, implementation="eager")
+    for name, found, other in zip(
+        ExpertGroups._fields, group_by_expert_triton(ids.to(device), 29), expected, strict=True
+    ):
+        compare(f"the {name}", found, other, 0.0)
+
+
+__all__ = ["TRIAL", "ExpertGroups", "group_by_expert", "try_grouping"]

@@ -24,8 +24,10 @@ from typing import NoReturn
 import torch
 from torch.nn.functional import softplus
 
+from .kernel_trial import compare, register_trial
 from .routing_triton import route_triton, uses_triton
 
+TRIAL = "routing"
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2_sum")
 
@@ -212,7 +214,7 @@ def choose_experts(
     if statistics and (num_sequences < 1 or num_tokens % num_sequences):
         raise ValueError(f"num_sequences={num_sequences} is not allowed: it must divide the {num_tokens} tokens.")
     compared = num_experts, options.top_k, options.compared_groups
-    run = route_triton if uses_triton(options.implementation, router_logits, *compared) else _route_eager
+    run = route_triton if uses_triton(TRIAL, options.implementation, router_logits, *compared) else _route_eager
     return Routing(*run(router_logits, options, correction_bias, token_mask, num_sequences, statistics))
 
 
@@ -402,9 +404,34 @@ def _statistics(
     return counts.scatter_add_(1, expert_ids.view(shape), chosen.view(shape)), score_sums
 
 
+@register_trial(TRIAL)
+def try_routing(device: torch.device) -> None:
+    """Compare the kernels of routing with plain torch: V3's gate, with ties, padding, two sequences and a gradient.
+
+    Raises:
+        WrongKernelError: if they differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 16, generator=generator).mul_(4).round_().div_(4)  # many are equal
+    bias = torch.randint(-2, 3, (16,), generator=generator) / 4
+    mask = torch.rand(40, generator=generator) < 0.8
+    options = RoutingOptions(3, "sigmoid", 4, 2, "top2_sum", True, 2.5)
+    results = []
+    for run, place in ((_route_eager, torch.device("cpu")), (route_triton, device)):
+        leaf = logits.to(place).requires_grad_()
+        ids, weights, counts, sums = run(leaf, options, bias.to(place), mask.to(place), 2, True)
+        assert sums is not None
+        total = weights.square().sum() + sums.square().sum()
+        results.append((ids, weights, counts, sums, *torch.autograd.grad(total, leaf)))
+    names = ("the ids", "the weights", "the counts", "the sums of scores", "the gradient")
+    for name, expected, found in zip(names, *results, strict=True):
+        compare(name, found, expected, 1e-5 if found.is_floating_point() else 0.0)
+
+
 RoutingPlan = Routing  # its name until 0.10
 
 __all__ = [
+    "TRIAL",
     "Routing",
     "RoutingOptions",
     "RoutingPlan",
@@ -412,4 +439,5 @@ __all__ = [
     "choose_experts",
     "route",
     "shares_of",
+    "try_routing",
 ]

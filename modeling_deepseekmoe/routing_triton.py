@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging
 
 from .configuration_checks import check_implementation
+from .kernel_trial import why_failed
 from .routing_kernels import count_kernel, group_kernel, route_backward_kernel, route_kernel
 from .triton_support import INTERPRETED, power_of_two, triton, why_no_triton
 
@@ -52,16 +53,20 @@ def why_not_triton(tensor: torch.Tensor, num_experts: int, top_k: int = 1, num_g
     return ""
 
 
-def uses_triton(implementation: str, tensor: torch.Tensor, *sizes: int) -> bool:
+def uses_triton(trial: str, implementation: str, tensor: torch.Tensor, *sizes: int) -> bool:
     """Tell whether an implementation means the kernels for an input. [`why_not_triton`] says what `sizes` are.
 
+    Args:
+        trial: the trial that the kernels must have passed.
+        implementation, tensor, sizes: what is asked for, and for what.
+
     Raises:
-        ValueError: for another implementation, or for `"triton"` if the kernels do not take the input.
+        ValueError: for another implementation, or for `"triton"` if the kernels do not take the input, or have failed.
     """
     check_implementation(implementation)
     if implementation == "eager":
         return False
-    reason = why_not_triton(tensor, *sizes)
+    reason = why_not_triton(tensor, *sizes) or why_failed(trial, tensor.device)
     if implementation == "triton" and reason:
         raise ValueError(f"implementation='triton' is not allowed: {reason}.")
     if implementation == "auto":

@@ -1,0 +1,80 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The trial of the experts' kernels: one layer with adapters, forward and backward, beside the loop in float32."""
+
+from typing import Any
+
+import torch
+
+from .experts_loop import experts_backward_loop, experts_forward_loop
+from .experts_operands import Adapter, ExpertGradients, ExpertOperands
+from .experts_triton import experts_backward_triton, experts_forward_triton
+from .grouping import group_by_expert
+from .kernel_trial import compare, register_trial
+
+TRIAL = "experts"
+# Tokens, experts, of which one is never chosen and one is on another rank, K, D, I, R: as few kernels as possible.
+_TOKENS, _EXPERTS, _TOP_K, _HIDDEN, _WIDTH, _RANK = 40, 5, 3, 64, 32, 16
+_TOLERANCE = 2e-2  # of bfloat16, after two products
+
+
+@register_trial(TRIAL)
+def try_experts(device: torch.device) -> None:
+    """Compare output and gradients of the kernels in bfloat16 with those of the loop in float32.
+
+    Raises:
+        WrongKernelError: if they differ.
+        Exception: whatever a kernel that does not compile or run raises.
+    """
+    operands, grad = _inputs()
+    wanted = ExpertGradients(*[True] * len(ExpertGradients._fields))
+    results = []
+    for of_kernels in (False, True):
+        given = _moved(operands, device if of_kernels else torch.device("cpu"), of_kernels)
+        # The order comes from plain torch: the grouping kernels have a trial of their own.
+        permutation, _, offsets = group_by_expert(given.expert_ids, _EXPERTS, implementation="eager")
+        gradient = grad.to(given.hidden)
+        if of_kernels:
+            order = permutation.to(torch.int32), offsets
+            output, kept = experts_forward_triton(given, *order, True)
+            gradients = experts_backward_triton(gradient, given, *order, kept, wanted)
+        else:
+            output, kept = experts_forward_loop(given, permutation, offsets, True)
+            gradients = experts_backward_loop(gradient, given, permutation, offsets, kept, wanted)
+        results.append({"the output": output} | {f"the gradient of {k}": v for k, v in gradients._asdict().items()})
+    for name, expected in results[0].items():
+        compare(name, results[1][name], expected, _TOLERANCE)
+
+
+def _inputs() -> tuple[ExpertOperands, torch.Tensor]:
+    """Make the operands, and the gradient of the output, in numbers that bfloat16 has."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * scale).bfloat16().float()
+
+    ids = torch.stack([torch.randperm(_EXPERTS, generator=generator)[:_TOP_K] for _ in range(_TOKENS)])
+    ids[ids == 3] = _EXPERTS  # another rank's
+    ids[ids == 1] = 0  # equal choices of a token; the expert 1 has none
+    adapters = [
+        Adapter(
+            numbers(_EXPERTS, _RANK, inside, scale=inside**-0.5), numbers(_EXPERTS, outside, _RANK, scale=0.2), 0.5
+        )
+        for outside, inside in ((2 * _WIDTH, _HIDDEN), (_HIDDEN, _WIDTH))
+    ]
+    stacks = numbers(_EXPERTS, 2 * _WIDTH, _HIDDEN, scale=_HIDDEN**-0.5), numbers(_EXPERTS, _HIDDEN, _WIDTH, scale=0.2)
+    weights = torch.rand(_TOKENS, _TOP_K, generator=generator).bfloat16().float()
+    return ExpertOperands(numbers(_TOKENS, _HIDDEN), ids, weights, *stacks, *adapters), numbers(_TOKENS, _HIDDEN)
+
+
+def _moved(operands: ExpertOperands, device: torch.device, to_bfloat16: bool) -> ExpertOperands:
+    dtype = torch.bfloat16 if to_bfloat16 else torch.float32
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Adapter):
+            return value._replace(factor_a=moved(value.factor_a), factor_b=moved(value.factor_b))
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+    return ExpertOperands(*map(moved, operands))
+
+
+__all__ = ["TRIAL", "try_experts"]

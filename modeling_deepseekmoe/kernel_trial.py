@@ -1,0 +1,154 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The kernels prove themselves: before they are used on a GPU they compute a small case, beside plain torch.
+
+A kernel that is right on one GPU can be wrong on another one, or not compile there, with a version of Triton or of a
+driver that nobody has tried. Where a trial fails, plain torch computes, and one warning says why. Where it passes, a
+file beside Triton's cache says so to the next process with the same GPU, versions and kernels.
+
+`routing`, `grouping` and `experts_trial` register their trials here.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .triton_support import triton
+
+logger = logging.get_logger(__name__)
+
+DEVICES = ("cuda",)  # types of devices on which the kernels are tried
+Trial = Callable[[torch.device], None]
+_TRIALS: dict[str, Trial] = {}
+_OUTCOMES: dict[tuple[str, torch.device], str] = {}
+_LOCK = threading.RLock()
+# What the kernels consist of: a record is for these very files.
+_SOURCES = (
+    "experts_kernels",
+    "experts_tiles",
+    "experts_triton",
+    "routing_kernels",
+    "routing_triton",
+    "triton_support",
+)
+
+
+class WrongKernelError(Exception):
+    """A kernel's result differs from that of plain torch."""
+
+
+def register_trial(name: str) -> Callable[[Trial], Trial]:
+    """Register the decorated function as a trial. It raises where a kernel is wrong or does not run."""
+
+    def register(trial: Trial) -> Trial:
+        _TRIALS[name] = trial
+        return trial
+
+    return register
+
+
+def why_failed(name: str, device: torch.device) -> str:
+    """Return why a trial has failed on a device; it is empty if it passed, or is not held on such devices.
+
+    The first call runs the trial, unless a record says that it has passed on this machine.
+    """
+    return _outcome(name, device) if device.type in DEVICES else ""
+
+
+@torch.compiler.assume_constant_result
+def _outcome(name: str, device: torch.device) -> str:
+    with _LOCK:
+        if (name, device) not in _OUTCOMES:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return ""  # nothing may wait now; the next call that is not captured tries
+            _OUTCOMES[name, device] = _try(name, device)
+        return _OUTCOMES[name, device]
+
+
+def _try(name: str, device: torch.device) -> str:
+    record = record_path(name, device)
+    if record.exists():
+        return ""
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            _TRIALS[name](device)
+    except Exception as error:  # of the compiler, the driver or the comparison: the reason is told
+        reason = f"the trial of the {name} kernels failed on {device} ({type(error).__name__}: {error})"
+        logger.warning(f"{reason}. Plain torch computes instead. `deepseekmoe kernels` runs the trial again.")
+        return reason
+    _keep(record, identity(device))
+    return ""
+
+
+def compare(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Compare a result with plain torch's, by the norm of the difference.
+
+    Raises:
+        WrongKernelError: if it differs by more than `tolerance` times the norm, or has another shape.
+    """
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    if found.shape != expected.shape:
+        raise WrongKernelError(f"{name} has the shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+    difference = float((found - expected).norm())
+    if not difference <= tolerance * float(expected.norm()):
+        raise WrongKernelError(f"{name} differs by {difference:.1e}, and its norm is {float(expected.norm()):.1e}")
+
+
+def identity(device: torch.device) -> dict[str, Any]:
+    """Describe what a record is for: GPU, versions, and a digest of the kernels' source."""
+    gpu = torch.cuda.get_device_properties(device).name if device.type == "cuda" else device.type
+    return {
+        "gpu": gpu,
+        "runtime": torch.version.hip or torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": None if triton is None else triton.__version__,
+        "kernels": _digest(),
+    }
+
+
+def record_path(name: str, device: torch.device) -> Path:
+    """Return the file that says that a trial has passed."""
+    text = json.dumps(identity(device), sort_keys=True)
+    folder = Path(triton.knobs.cache.dir) / "deepseekmoe"
+    return folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+@functools.cache
+def _digest() -> str:
+    texts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in _SOURCES]
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+
+
+def _keep(record: Path, content: dict[str, Any]) -> None:
+    """Write a record in one step. Other processes may do the same."""
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = record.with_name(f"{record.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(record)
+    except OSError as error:
+        logger.info(f"That the kernels have passed their trial cannot be kept in {record.parent}: {error}.")
+
+
+def forget_outcomes() -> None:
+    """Forget what this process knows of the trials. Records stay."""
+    with _LOCK:
+        _OUTCOMES.clear()
+
+
+__all__ = [
+    "WrongKernelError",
+    "compare",
+    "forget_outcomes",
+    "identity",
+    "record_path",
+    "register_trial",
+    "why_failed",
+]

@@ -1,0 +1,184 @@
+"""The kernels' trials: what passes, what is made wrong on purpose, what is kept, and what computes then."""
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from experts_cases import inputs_of
+from operator_checks import CASE
+from tolerances import assert_same
+
+from modeling_deepseekmoe import (
+    experts,
+    experts_kernels,
+    experts_triton,
+    group_by_expert,
+    kernel_trial,
+    route,
+    routing_kernels,
+    routing_triton,
+    triton_support,
+)
+from modeling_deepseekmoe.experts import choose_backend, run_experts
+from modeling_deepseekmoe.kernel_trial import record_path, why_failed
+from modeling_deepseekmoe.triton_support import INTERPRETED
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="faults are made in the interpreter")
+CPU = torch.device("cpu")
+TRIALS = ("routing", "grouping", "experts")
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Trials are held on the CPU, as if it were a GPU that nobody knows yet."""
+    monkeypatch.setattr(kernel_trial, "DEVICES", ("cpu",))
+    monkeypatch.setattr(triton_support.triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(logging.getLogger("modeling_deepseekmoe"), "propagate", True)
+    kernel_trial.forget_outcomes()
+    yield
+    kernel_trial.forget_outcomes()
+
+
+def records(tmp_path: Path) -> list[str]:
+    return sorted(path.name.partition("-")[0] for path in (tmp_path / "deepseekmoe").glob("*.json"))
+
+
+class Fault(NamedTuple):
+    """A constant of a kernel's source that is made wrong."""
+
+    trial: str
+    kernel: str
+    right: str
+    wrong: str
+
+    def make(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Put the wrong kernel in place of the right one."""
+        module, caller = {"experts": (experts_kernels, experts_triton)}.get(
+            self.trial, (routing_kernels, routing_triton)
+        )
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        assert source.count(self.right) == 1
+        path = folder / "faulty.py"
+        path.write_text(source.replace(self.right, self.wrong), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("modeling_deepseekmoe.faulty", path)
+        faulty = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(faulty)
+        monkeypatch.setattr(caller, self.kernel, getattr(faulty, self.kernel))
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_right_kernels_pass_once_a_machine(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert why_failed(name, CPU) == "" and not caplog.records
+    assert records(tmp_path) == [name]
+    assert json.loads(record_path(name, CPU).read_text())["torch"] == torch.__version__
+    kernel_trial.forget_outcomes()  # another process
+    monkeypatch.setitem(kernel_trial._TRIALS, name, pytest.fail)
+    assert why_failed(name, CPU) == ""
+
+
+FAULTS = (
+    Fault("routing", "route_kernel", "e, 1.0) / (1.0 + e)", "e, 1.0) / (1.01 + e)"),
+    Fault("routing", "route_backward_kernel", "score * (1.0 - score)", "score * (1.01 - score)"),
+    Fault("grouping", "group_kernel", "position[None, :] < position", "position[None, :] <= position"),
+    Fault("experts", "first_product_kernel", "gate / (1.0 + tl.exp(-gate))", "gate / (1.1 + tl.exp(-gate))"),
+    Fault("experts", "activation_gradient_kernel", "silu * (1.0 - sigmoid)", "silu * (0.9 - sigmoid)"),
+    Fault("experts", "combine_kernel", "range(TOP_K):", "range(TOP_K - 1):"),
+    Fault("experts", "outer_kernel", "range(begin, end, BLOCK_ROWS)", "range(begin + 1, end, BLOCK_ROWS)"),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.kernel)
+def test_a_wrong_constant_is_found_and_nothing_is_kept(
+    fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = fault.trial
+    with monkeypatch.context() as patch:
+        fault.make(tmp_path, patch)
+        reason = why_failed(name, CPU)
+        assert f"the trial of the {name} kernels failed on cpu (WrongKernelError" in reason
+        assert why_failed(name, CPU) == reason
+        assert len([record for record in caplog.records if "Plain torch computes instead" in record.message]) == 1
+        assert records(tmp_path) == []
+        kernel_trial.forget_outcomes()
+        assert why_failed(name, CPU)  # a second start tries again
+    kernel_trial.forget_outcomes()
+    assert why_failed(name, CPU) == "" and records(tmp_path) == [name]
+
+
+def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def __getitem__(self, grid: object) -> Callable:
+            raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(experts_triton, "outer_kernel", Broken())
+    assert "RuntimeError: PassManager::run failed" in why_failed("experts", CPU)
+    assert "Plain torch computes instead" in caplog.text
+
+
+def test_training_goes_on_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = inputs_of(CASE)
+    arguments = (inputs.experts, inputs.hidden, inputs.ids, inputs.weights)
+    monkeypatch.setitem(kernel_trial._OUTCOMES, ("experts", CPU), "the trial failed")
+    with pytest.raises(ValueError, match="backend='triton' is not allowed: the trial failed"):
+        run_experts(*arguments, backend="triton")
+    monkeypatch.setattr(experts, "why_not_fused", lambda *_: "")
+    monkeypatch.setattr(experts, "why_failed", lambda name, device: "the trial failed" if name == "experts" else "")
+
+    class Rows:
+        device = torch.device("cuda")
+
+    assert choose_backend(inputs.experts, Rows()) == ("grouped", "the trial failed")
+
+
+def test_routing_goes_on_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(6, 8, requires_grad=True)
+    monkeypatch.setitem(kernel_trial._OUTCOMES, ("routing", CPU), "the trial failed")
+    monkeypatch.setitem(kernel_trial._OUTCOMES, ("grouping", CPU), "the trial failed")
+    monkeypatch.setattr(routing_triton, "INTERPRETED", False)  # as on a GPU, where "auto" means the kernels
+    expected = route(logits, 2, implementation="eager")
+    found = route(logits, 2, implementation="auto")
+    assert torch.equal(found.expert_ids, expected.expert_ids)
+    for name, call in (
+        ("routing", lambda: route(logits, 2, implementation="triton")),
+        ("grouping", lambda: group_by_expert(found.expert_ids, 8, implementation="triton")),
+    ):
+        with pytest.raises(ValueError, match="implementation='triton' is not allowed: the trial failed"):
+            call()
+        monkeypatch.setitem(kernel_trial._OUTCOMES, (name, CPU), "")
+        call()
+
+
+@pytest.mark.parametrize("way", ["no_grad", "inference", "autocast"])
+def test_a_trial_does_not_depend_on_where_it_is_held(way: str) -> None:
+    modes = {"no_grad": torch.no_grad(), "inference": torch.inference_mode(), "autocast": torch.autocast("cpu")}
+    state = torch.get_rng_state()
+    with modes[way]:
+        assert [why_failed(name, CPU) for name in TRIALS] == ["", "", ""]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_trial_while_a_model_is_compiled() -> None:
+    def run(logits: torch.Tensor) -> torch.Tensor:
+        return route(logits, 2, implementation="triton").weights
+
+    logits = torch.randn(6, 8)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(logits), run(logits))
+    assert record_path("routing", CPU).exists()
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "deepseekmoe").write_text("a file")
+    with caplog.at_level("INFO", "modeling_deepseekmoe"):
+        assert why_failed("grouping", CPU) == ""
+    assert "cannot be kept in" in caplog.text
