@@ -66,15 +66,20 @@ def uses_triton(trial: str, implementation: str, tensor: torch.Tensor, *sizes: i
     check_implementation(implementation)
     if implementation == "eager":
         return False
-    reason = why_not_triton(tensor, *sizes) or why_failed(trial, tensor.device)
-    if implementation == "triton" and reason:
-        raise ValueError(f"implementation='triton' is not allowed: {reason}.")
-    if implementation == "auto":
-        if not reason and INTERPRETED:
-            reason = "the interpreter of Triton is for tests"
-        if not torch.compiler.is_compiling():
-            _tell(tensor.device.type, reason)
+    if implementation == "triton":
+        if reason := why_not_triton(tensor, *sizes) or why_failed(trial, tensor.device):
+            raise ValueError(f"implementation='triton' is not allowed: {reason}.")
+        return True
+    reason = why_eager(trial, tensor, *sizes)
+    if not torch.compiler.is_compiling():
+        _tell(tensor.device.type, reason)
     return not reason
+
+
+def why_eager(trial: str, tensor: torch.Tensor, *sizes: int) -> str:
+    """Return the reason why `"auto"` means `"eager"` for an input; it is empty if it means the kernels."""
+    reason = why_not_triton(tensor, *sizes) or why_failed(trial, tensor.device)
+    return reason or ("the interpreter of Triton is for tests" if INTERPRETED else "")
 
 
 @functools.cache
@@ -397,5 +402,6 @@ __all__ = [
     "group_choices",
     "route_triton",
     "uses_triton",
+    "why_eager",
     "why_not_triton",
 ]

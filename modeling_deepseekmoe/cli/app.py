@@ -7,6 +7,7 @@ from .convert import convert
 from .esft_select import esft_select
 from .export_adapter import export_adapter
 from .inspect import inspect
+from .kernels import kernels
 from .merge import merge
 from .push import push
 from .report import report
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, convert, verify, upcycle, report, merge, export_adapter, push, esft_select):
+for command in (inspect, kernels, convert, verify, upcycle, report, merge, export_adapter, push, esft_select):
     app.command()(command)
 
 

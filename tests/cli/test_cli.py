@@ -1,5 +1,6 @@
 """The command line: output, exit codes."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ from cli_runner import run
 from conftest import Golden
 from dense_models import spoil_one_expert
 from safetensors.torch import save_file
+
+from modeling_deepseekmoe.analysis import kernel_report
 
 
 def test_inspect_prints_a_table_or_json() -> None:
@@ -88,3 +91,24 @@ def test_convert(v3: Golden, tmp_path: Path) -> None:
     assert code == 2 and "cannot be expressed in dialect 'deepseek'" in output
     code, output = run("convert", "deepseek-v3", tmp_path / "no")
     assert code == 2 and "deepseek-v3 is no folder" in output
+
+
+def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output = run("kernels", "--no-time", "--json")
+    report = json.loads(output)
+    assert code == 0 and not report["timings"] and not report["trials"]
+    assert report["uses"][0]["implementation"] == "eager" and report["uses"][0]["reason"]
+    assert [use["implementation"] for use in report["uses"][1:]] == ["loop", "loop"]
+    monkeypatch.setattr(kernel_report, "CPU_SIZE", kernel_report.Size(4, 2, 1024, 512, 20, 40, rounds=1))
+    code, output = run("kernels")
+    assert code == 0 and "experts in float32: loop, because the tensors are on the CPU" in output
+    for part in ("routing  ", "experts, forward", "experts, training step", "frozen experts, here with LoRA r 16"):
+        assert re.search(rf"{part} +[0-9.]+ ms +[0-9.]+ ms +[0-9.]+$", output, re.MULTILINE)
+
+
+def test_kernels_that_fail_their_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = kernel_report.report_kernels(timed=False)
+    failed = dataclasses.replace(report, trials={"routing": "passed", "experts": "the output differs by 1.0e+00"})
+    monkeypatch.setattr(kernel_report, "report_kernels", lambda **_: failed)
+    code, output = run("kernels")
+    assert code == 1 and "trial of the experts kernels: the output differs" in output
