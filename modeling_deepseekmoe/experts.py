@@ -202,7 +202,7 @@ def choose_backend(
         return ("grouped", reason) if reason else ("triton", "")
     if hidden_states.device.type not in ("cpu", "meta"):
         return "grouped", f"the tensors are on the device {hidden_states.device.type!r}"
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # for any number of tokens
         return "loop", ""
     if not has_instructions(compute_dtype(stack)):  # the loop widens; with so few rows it would not
         few = top_k is not None and len(hidden_states) * top_k < WIDEN_FROM * num_experts
@@ -223,10 +223,11 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, num_experts: int) 
 def compute_dtype(stack: torch.Tensor) -> torch.dtype:
     """Return the dtype of the products with a stack: its own, or autocast's. Autocast leaves float64 alone."""
     kind = stack.device.type
+    if kind == "meta" or stack.dtype == torch.float64:
+        return stack.dtype
     # Dynamo of torch 2.11 cannot trace the first question, and compiles for devices that have autocast.
     autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
-    autocast = autocast and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast and stack.dtype != torch.float64 else stack.dtype
+    return torch.get_autocast_dtype(kind) if autocast and torch.is_autocast_enabled(kind) else stack.dtype
 
 
 def _is_silu(activation: Any) -> bool:

@@ -11,7 +11,7 @@ its experts), R rank of an adapter, n choices of one expert (in 32 bits at most 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from .experts_products import Products
 from .experts_workers import OrderedSum, run_in_workers
 
 MAX_ROWS = 512  # on two cores 192 rows reach 0.92 of the speed of a large product, and 384 rows 0.94
+DIVISIBLE_FROM = 8  # rows from which torch divides a product among threads
 _aten = torch.ops.aten
 
 
@@ -91,6 +92,13 @@ class _Pass:
         elsewhere = len(choices) - sum(block.size for block in self.blocks)
         return choices.split([*(block.size for block in self.blocks), elsewhere])
 
+    def run(self, new_worker: Callable[[], "_Worker"], total: OrderedSum | None) -> None:
+        """Let workers compute all tasks, and add to a sum."""
+        # Products of few rows are not divided among threads.
+        divisible = max((block.size for block in self.blocks), default=0) >= DIVISIBLE_FROM
+        stop = None if total is None else total.close
+        run_in_workers(self.tasks, lambda: new_worker().run, divisible=divisible, stop=stop)
+
     def new_sum(self) -> OrderedSum:
         """Return an empty sum (T, D)."""
         return OrderedSum(torch.zeros_like(self.operands.hidden, dtype=self.total_dtype))
@@ -136,7 +144,8 @@ def experts_forward_loop(
     shared = _Pass(operands, permutation, offsets)
     output = shared.new_sum()
     kept = hidden.new_empty(len(permutation) if keep else 0, operands.gate_up.shape[1])
-    run_in_workers(shared.tasks, lambda: _Forward(shared, output, shared.split(kept) if keep else None).run)
+    of_blocks = shared.split(kept) if keep else None
+    shared.run(lambda: _Forward(shared, output, of_blocks), output)
     return output.total.to(hidden.dtype), kept
 
 
@@ -202,7 +211,7 @@ def experts_backward_loop(
     grad_weights[offsets[-1] :] = 0  # of choices that are elsewhere
     results = _new_gradients(operands, of_parameters, shared)
     given = (grad, shared.split(kept), grad_hidden, shared.split(grad_weights), results)
-    run_in_workers(shared.tasks, lambda: _Backward(shared, *given).run)
+    shared.run(lambda: _Backward(shared, *given), grad_hidden)
     if needs.weights:
         by_choice = torch.empty_like(grad_weights).scatter_(0, permutation, grad_weights)
         results = results._replace(weights=by_choice.view_as(weights).to(weights.dtype))

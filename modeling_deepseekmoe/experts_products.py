@@ -24,9 +24,9 @@ def has_instructions(dtype: torch.dtype) -> bool:
         return True
     found = torch.cpu.get_capabilities()
     if found.get("architecture", platform.machine()) in ("x86_64", "AMD64"):
-        name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
         return any(found.get(f"{unit}_{name}", False) for unit in ("amx", "avx512"))
-    return bool(found.get({torch.bfloat16: "bf16", torch.float16: "fp16_arith"}[dtype], False))
+    return bool(found.get({torch.bfloat16: "bf16", torch.float16: "fp16_arith"}.get(dtype), False))
 
 
 class Products:

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from .triton_support import power_of_two
 
 KINDS = ("first", "product", "activation_gradient", "outer")
 FIELDS = ("gpu", "kind", "dtype", "rows", "columns", "inside")
+DTYPES = ("bfloat16", "float16", "float32")
 VARIABLE = "DEEPSEEKMOE_TILES"
 LARGE = 200_000  # bytes of shared memory for the large tiles: compute capability 9.0 and 10.0 have them
 
@@ -174,17 +176,25 @@ def _wrong_with(entry: Any) -> str:
     """Return what is wrong with an entry of a file of tiles; it is empty if nothing is."""
     if not isinstance(entry, dict) or set(entry) != {*FIELDS, "tile"}:
         return f"the fields are not {', '.join(FIELDS)} and tile"
-    if entry["kind"] not in KINDS:
-        return f"the kind is not one of {', '.join(KINDS)}"
-    tile = entry["tile"]
-    if not isinstance(tile, list) or len(tile) not in (5, 6) or not all(type(size) is int for size in tile):
-        return "the tile is not rows, columns, inside, warps, stages and, if wanted, registers"
-    blocks, warps, stages = tile[:3], tile[3], tile[4]
-    if any(size < 16 or size != power_of_two(size) for size in blocks):
-        return "a block's size is not a power of two of at least 16"
-    if warps not in (1, 2, 4, 8, 16) or not 1 <= stages <= 10:
-        return "the warps are not 1, 2, 4, 8 or 16, or the stages not 1 to 10"
-    return ""
+    sizes, tile = [entry[name] for name in FIELDS[3:]], entry["tile"]
+    whole = isinstance(tile, list) and len(tile) in (5, 6) and all(type(size) is int for size in tile)
+    blocks, warps, stages, *registers = (tile[:3], *tile[3:]) if whole else ([0], 0, 0)
+    checks = (
+        (isinstance(entry["gpu"], str) and re.fullmatch(r"sm_\d+|gfx\w+|cpu", entry["gpu"]),
+         "the gpu is not as sm_90 or gfx942"),
+        (entry["kind"] in KINDS, f"the kind is not one of {', '.join(KINDS)}"),
+        (entry["dtype"] in DTYPES, f"the dtype is not one of {', '.join(DTYPES)}"),
+        (all(type(size) is int and size >= 0 for size in sizes), "rows, columns and inside are not whole numbers"),
+        (sizes[0] == 0 or sizes[0] == power_of_two(sizes[0]) if type(sizes[0]) is int else False,
+         "the rows are not 0 or a power of two"),
+        (whole, "the tile is not rows, columns, inside, warps, stages and, if wanted, registers"),
+        (all(16 <= size <= 512 and size == power_of_two(size) for size in blocks),
+         "a block's size is not a power of two from 16 to 512"),
+        (warps in (1, 2, 4, 8, 16), "the warps are not 1, 2, 4, 8 or 16"),
+        (1 <= stages <= 10, "the stages are not 1 to 10"),
+        (all(0 <= number <= 255 for number in registers), "the registers are not 0 to 255"),
+    )  # fmt: skip
+    return next((problem for right, problem in checks if not right), "")
 
 
 __all__ = ["Gpu", "Problem", "Tile", "choose_tile", "gpu_of", "has_large_tiles", "read_tiles", "rule", "use_tiles"]

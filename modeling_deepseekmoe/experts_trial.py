@@ -7,6 +7,7 @@ import torch
 
 from .experts_loop import experts_backward_loop, experts_forward_loop
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
+from .experts_tiles import Problem, Tile, gpu_of, rule, use_tiles
 from .experts_triton import experts_backward_triton, experts_forward_triton
 from .grouping import group_by_expert
 from .kernel_trial import compare, register_trial
@@ -21,28 +22,42 @@ _TOLERANCE = 2e-2  # of bfloat16, after two products
 def try_experts(device: torch.device) -> None:
     """Compare output and gradients of the kernels in bfloat16 with those of the loop in float32.
 
+    Two sizes of tiles are tried: those of a small layer, and those of a large one.
+
     Raises:
         WrongKernelError: if they differ.
         Exception: whatever a kernel that does not compile or run raises.
     """
+
+    def large(problem: Problem) -> Tile:
+        """Choose the tile that a layer of a released model would have."""
+        rows = 0 if problem.kind == "outer" else 128
+        return rule(problem._replace(rows=rows, columns=2048, inside=2048), gpu_of(device))
+
+    expected, *found = _run(torch.device("cpu"), False), _run(device, True)
+    with use_tiles(large):
+        found.append(_run(device, True))
+    for results in found:
+        for name, result in results.items():
+            compare(name, result, expected[name], _TOLERANCE)
+
+
+def _run(device: torch.device, of_kernels: bool) -> dict[str, torch.Tensor]:
+    """Compute output and gradients with the kernels in bfloat16, or with the loop in float32."""
     operands, grad = _inputs()
     wanted = ExpertGradients(*[True] * len(ExpertGradients._fields))
-    results = []
-    for of_kernels in (False, True):
-        given = _moved(operands, device if of_kernels else torch.device("cpu"), of_kernels)
-        # The order comes from plain torch: the grouping kernels have a trial of their own.
-        permutation, _, offsets = group_by_expert(given.expert_ids, _EXPERTS, implementation="eager")
-        gradient = grad.to(given.hidden)
-        if of_kernels:
-            order = permutation.to(torch.int32), offsets
-            output, kept = experts_forward_triton(given, *order, True)
-            gradients = experts_backward_triton(gradient, given, *order, kept, wanted)
-        else:
-            output, kept = experts_forward_loop(given, permutation, offsets, True)
-            gradients = experts_backward_loop(gradient, given, permutation, offsets, kept, wanted)
-        results.append({"the output": output} | {f"the gradient of {k}": v for k, v in gradients._asdict().items()})
-    for name, expected in results[0].items():
-        compare(name, results[1][name], expected, _TOLERANCE)
+    given = _moved(operands, device, of_kernels)
+    # The order comes from plain torch: the grouping kernels have a trial of their own.
+    permutation, _, offsets = group_by_expert(given.expert_ids, _EXPERTS, implementation="eager")
+    gradient = grad.to(given.hidden)
+    if of_kernels:
+        order = permutation.to(torch.int32), offsets
+        output, kept = experts_forward_triton(given, *order, True)
+        gradients = experts_backward_triton(gradient, given, *order, kept, wanted)
+    else:
+        output, kept = experts_forward_loop(given, permutation, offsets, True)
+        gradients = experts_backward_loop(gradient, given, permutation, offsets, kept, wanted)
+    return {"the output": output} | {f"the gradient of {name}": of for name, of in gradients._asdict().items()}
 
 
 def _inputs() -> tuple[ExpertOperands, torch.Tensor]:
@@ -50,7 +65,7 @@ def _inputs() -> tuple[ExpertOperands, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * scale).bfloat16().float()
+        return (torch.randn(shape, generator=generator, dtype=torch.float32) * scale).bfloat16().float()
 
     ids = torch.stack([torch.randperm(_EXPERTS, generator=generator)[:_TOP_K] for _ in range(_TOKENS)])
     ids[ids == 3] = _EXPERTS  # another rank's
@@ -62,7 +77,7 @@ def _inputs() -> tuple[ExpertOperands, torch.Tensor]:
         for outside, inside in ((2 * _WIDTH, _HIDDEN), (_HIDDEN, _WIDTH))
     ]
     stacks = numbers(_EXPERTS, 2 * _WIDTH, _HIDDEN, scale=_HIDDEN**-0.5), numbers(_EXPERTS, _HIDDEN, _WIDTH, scale=0.2)
-    weights = torch.rand(_TOKENS, _TOP_K, generator=generator).bfloat16().float()
+    weights = torch.rand(_TOKENS, _TOP_K, generator=generator, dtype=torch.float32).bfloat16().float()
     return ExpertOperands(numbers(_TOKENS, _HIDDEN), ids, weights, *stacks, *adapters), numbers(_TOKENS, _HIDDEN)
 
 

@@ -8,12 +8,13 @@ file beside Triton's cache says so to the next process with the same GPU, versio
 `routing`, `grouping` and `experts_trial` register their trials here.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,11 @@ Trial = Callable[[torch.device], None]
 _TRIALS: dict[str, Trial] = {}
 _OUTCOMES: dict[tuple[str, torch.device], str] = {}
 _LOCK = threading.RLock()
-# What the kernels consist of: a record is for these very files.
+# What the kernels and their trials consist of: a record is for these very files.
 _SOURCES = (
-    "experts_kernels",
-    "experts_tiles",
-    "experts_triton",
-    "routing_kernels",
-    "routing_triton",
-    "triton_support",
-)
+    "experts_kernels", "experts_loop", "experts_tiles", "experts_trial", "experts_triton", "grouping", "kernel_trial",
+    "routing", "routing_kernels", "routing_triton", "triton_support",
+)  # fmt: skip
 
 
 class WrongKernelError(Exception):
@@ -76,15 +73,40 @@ def _try(name: str, device: torch.device) -> str:
     record = record_path(name, device)
     if record.exists():
         return ""
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
             _TRIALS[name](device)
-    except Exception as error:  # of the compiler, the driver or the comparison: the reason is told
-        reason = f"the trial of the {name} kernels failed on {device} ({type(error).__name__}: {error})"
-        logger.warning(f"{reason}. Plain torch computes instead. `deepseekmoe kernels` runs the trial again.")
-        return reason
-    _keep(record, identity(device))
-    return ""
+        except Exception as error:  # of the compiler, the driver or the comparison: the reason is told
+            errors.append(error)
+
+    # Tracing, exporting, autocast and default devices are modes of a thread, and none of this one.
+    thread = threading.Thread(target=run, name="deepseekmoe-trial")
+    with _allowed_to_wait(device):
+        thread.start()
+        thread.join()
+    if not errors:
+        _keep(record, identity(device))
+        return ""
+    first = str(errors[0]).strip().partition("\n")[0][:300]
+    reason = f"the trial of the {name} kernels failed on {device} ({type(errors[0]).__name__}: {first})"
+    logger.warning(f"{reason}. Plain torch computes instead. `deepseekmoe kernels` runs the trial again.")
+    return reason
+
+
+@contextlib.contextmanager
+def _allowed_to_wait(device: torch.device) -> Iterator[None]:
+    """Let a trial wait for the GPU where a program has made that an error. This is not a thread's own."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def compare(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

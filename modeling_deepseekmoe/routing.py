@@ -412,9 +412,9 @@ def try_routing(device: torch.device) -> None:
         WrongKernelError: if they differ.
     """
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(40, 16, generator=generator).mul_(4).round_().div_(4)  # many are equal
-    bias = torch.randint(-2, 3, (16,), generator=generator) / 4
-    mask = torch.rand(40, generator=generator) < 0.8
+    logits = torch.randn(40, 16, generator=generator, dtype=torch.float32).mul_(4).round_().div_(4)  # many are equal
+    bias = torch.randint(-2, 3, (16,), generator=generator).to(torch.float32) / 4
+    mask = torch.rand(40, generator=generator, dtype=torch.float32) < 0.8
     options = RoutingOptions(3, "sigmoid", 4, 2, "top2_sum", True, 2.5)
     results = []
     for run, place in ((_route_eager, torch.device("cpu")), (route_triton, device)):

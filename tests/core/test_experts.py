@@ -270,6 +270,17 @@ def test_autocast_decides_the_dtype(tiny_model: Callable) -> None:
     assert seen == [torch.bfloat16] and output.dtype == torch.float32
 
 
+def test_a_trace_of_few_tokens_in_16_bits_takes_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "has_instructions", lambda dtype: False)
+    inputs = inputs_of(dataclasses.replace(CASE, dtype=torch.bfloat16, tokens=9))
+    module = inputs.experts.eval()
+    with torch.no_grad():
+        few = inputs.hidden[:3], inputs.ids[:3], inputs.weights[:3]
+        traced = torch.jit.trace(lambda *given: run_experts(module, *given), few)
+        all_of_them = inputs.hidden, inputs.ids, inputs.weights
+        assert_same(traced(*all_of_them).float(), run_experts(module, *all_of_them, backend="loop").float())
+
+
 # --------------------------------------------------------------------------------------------- as an operator of torch
 @pytest.mark.parametrize("rank", [0, 4])
 def test_operators_keep_the_rules_of_torch_library(rank: int) -> None:

@@ -55,6 +55,12 @@ def test_where_a_tile_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ([{**ENTRY, "tile": [16, 16, 16, 4]}], "the tile is not rows, columns, inside, warps, stages"),
         ([{**ENTRY, "tile": [16, 16, 16, 4, 2]}, {**ENTRY, "tile": [16, 24, 16, 4, 2]}], "power of two .* in entry 1"),
         ([{**ENTRY, "tile": [16, 16, 16, 3, 2]}], "the warps are not 1, 2, 4, 8 or 16"),
+        ([{**ENTRY, "tile": [16, 16, 16, 4, 2, -5]}], "the registers are not 0 to 255"),
+        ([{**ENTRY, "tile": [16, 16, 16, 4, 2], "dtype": "bf16"}], "the dtype is not one of bfloat16, float16"),
+        ([{**ENTRY, "tile": [16, 16, 16, 4, 2], "gpu": "H100"}], "the gpu is not as sm_90 or gfx942"),
+        ([{**ENTRY, "tile": [16, 16, 16, 4, 2], "rows": 100}], "the rows are not 0 or a power of two"),
+        ([{**ENTRY, "tile": [16, 16, 16, 4, 2], "columns": "768"}], "rows, columns and inside are not whole numbers"),
+        ([{**ENTRY, "tile": [16, 16, 1024, 4, 2]}], "a block's size is not a power of two from 16 to 512"),
     ],
 )
 def test_a_file_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: object, message: str) -> None:

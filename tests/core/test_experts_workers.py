@@ -51,7 +51,7 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 # ------------------------------------------------------------------------------------------------------- the workers
-@pytest.mark.parametrize(("items", "threads_of_each"), [(1, 4), (2, 2), (3, 1), (50, 1)])
+@pytest.mark.parametrize(("items", "threads_of_each"), [(1, 4), (2, 1), (3, 1), (50, 1)])
 def test_every_item_once_and_as_many_workers_as_threads(four_threads: None, items: int, threads_of_each: int) -> None:
     seen, workers, together = [], {}, threading.Barrier(min(items, 4))
 
@@ -70,30 +70,52 @@ def test_no_items() -> None:
     run_in_workers([], lambda: pytest.fail)
 
 
-def test_new_threads_have_as_many_as_before(four_threads: None) -> None:
-    run_in_workers(range(8), lambda: lambda item: None)
+@pytest.mark.parametrize("during", [True, False])
+def test_new_threads_have_as_many_as_before(during: bool, four_threads: None) -> None:
     found = []
-    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert found == [4]
+
+    def look(item: int = 0) -> None:
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+
+    run_in_workers(range(8), lambda: look if during else lambda item: None)
+    look()
+    assert set(found) == {4}
+
+
+def test_few_items_that_many_threads_divide(four_threads: None) -> None:
+    seen = []
+    for items in (2, 3):
+        run_in_workers(range(items), lambda: lambda item: seen.append(torch.get_num_threads()), divisible=True)
+    assert seen == [4, 4, 1, 1, 1]
+
+
+def test_without_threads_this_one_computes(four_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(cls: type, count: int) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(experts_workers._Pool, "of", classmethod(none))
+    seen = []
+    run_in_workers(range(5), lambda: seen.append)
+    assert seen == [0, 1, 2, 3, 4]
 
 
 def test_an_error_of_a_worker_is_raised_and_the_rest_is_left(four_threads: None) -> None:
-    seen = []
+    seen, stopped = [], []
 
     def compute(item: int) -> None:
         seen.append(item)
         time.sleep(0.002)
-        if threading.current_thread() is not threading.main_thread():
+        if item == 20:
             raise ZeroDivisionError("of a worker")
 
     with pytest.raises(ZeroDivisionError, match="of a worker"):
-        run_in_workers(range(10_000), lambda: compute)
-    assert torch.get_num_threads() == 4
+        run_in_workers(range(10_000), lambda: compute, stop=lambda: stopped.append(True))
     after = len(seen)
+    assert torch.get_num_threads() == 4 and stopped == [True] and after < 100
     time.sleep(0.05)
-    assert len(seen) <= after + 4 < 100  # the others finished the item that they were at
+    assert len(seen) == after  # nobody computes behind the caller's back
 
 
 def test_a_forked_process_makes_threads_of_its_own() -> None:
@@ -101,9 +123,13 @@ def test_a_forked_process_makes_threads_of_its_own() -> None:
         "import os, torch\n"
         "torch.set_num_threads(2)\n"
         "from modeling_deepseekmoe.experts_workers import run_in_workers\n"
+        "import threading\n"
         "def run():\n"
-        "    done = []\n"
-        "    run_in_workers(range(9), lambda: done.append)\n"
+        "    done, both = [], threading.Barrier(2)\n"
+        "    def start():\n"
+        "        both.wait(20)\n"
+        "        return done.append\n"
+        "    run_in_workers(range(9), start)\n"
         "    return sorted(done) == list(range(9))\n"
         "assert run()\n"
         "child = os.fork()\n"
@@ -120,6 +146,7 @@ def test_a_sum_does_not_depend_on_who_is_first() -> None:
     totals = []
     for seed in range(5):
         total = OrderedSum(torch.zeros(9, 5))
+        total.ahead = len(parts)  # nobody waits, though the highest may come first
         order = random.Random(seed).sample(range(40), 40)
         shares = [order[thread::3] for thread in range(3)]
 
@@ -138,6 +165,31 @@ def test_a_sum_does_not_depend_on_who_is_first() -> None:
     for places, rows in parts:
         expected.index_add_(0, places, rows)
     assert all(torch.equal(total, expected) for total in totals)
+
+
+def test_who_is_far_ahead_waits_until_the_slowest_has_added() -> None:
+    total = OrderedSum(torch.zeros(1, 1))
+    one = (torch.zeros(1, dtype=torch.long), torch.ones(1, 1))
+    ahead = threading.Thread(target=lambda: [total.add(number, *one) for number in range(1, total.ahead + 9)])
+    ahead.start()
+    ahead.join(0.2)
+    assert ahead.is_alive() and len(total.waiting) == total.ahead - 1
+    total.add(0, *one)
+    ahead.join(10)
+    assert not ahead.is_alive() and total.total.item() == total.ahead + 9
+
+
+def test_nobody_waits_for_a_number_that_never_comes(four_threads: None) -> None:
+    total = OrderedSum(torch.zeros(1, 1))
+
+    def compute(item: int) -> None:
+        if item == 0:
+            time.sleep(0.05)
+            raise ZeroDivisionError("of the first")
+        total.add(item, torch.zeros(1, dtype=torch.long), torch.ones(1, 1))
+
+    with pytest.raises(ZeroDivisionError, match="of the first"):
+        run_in_workers(range(1000), lambda: compute, stop=total.close)
 
 
 @settings(GENERATED, max_examples=60)
@@ -258,7 +310,3 @@ def test_the_backend_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
                 backend, reason = choose_backend(module, hidden, top_k=2)
             expected = "grouped" if has or (hidden is few and not grad) else "loop"
             assert (backend, bool(reason)) == (expected, expected == "grouped")
-
-
-def test_the_pool_is_the_process_s_own() -> None:
-    assert experts_workers._Pool.get() is experts_workers._Pool.get()

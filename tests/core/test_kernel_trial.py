@@ -12,6 +12,7 @@ import torch
 from experts_cases import inputs_of
 from operator_checks import CASE
 from tolerances import assert_same
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_deepseekmoe import (
     experts,
@@ -135,7 +136,12 @@ def test_training_goes_on_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     class Rows:
         device = torch.device("cuda")
 
-    assert choose_backend(inputs.experts, Rows()) == ("grouped", "the trial failed")
+    backend, reason = choose_backend(inputs.experts, Rows())
+    assert (backend, reason) == ("grouped", "the trial failed")
+    expected = run_experts(*arguments, backend="loop")
+    found = run_experts(*arguments, backend=backend)
+    assert_same(found, expected)
+    assert_same(*(torch.autograd.grad(of.square().sum(), inputs.hidden)[0] for of in (found, expected)))
 
 
 def test_routing_goes_on_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +162,35 @@ def test_routing_goes_on_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None
         call()
 
 
-@pytest.mark.parametrize("way", ["no_grad", "inference", "autocast"])
-def test_a_trial_does_not_depend_on_where_it_is_held(way: str) -> None:
-    modes = {"no_grad": torch.no_grad(), "inference": torch.inference_mode(), "autocast": torch.autocast("cpu")}
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu"),
+    "meta": lambda: torch.device("meta"),
+    "fake": FakeTensorMode,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_trial_does_not_depend_on_where_it_is_held(mode: str) -> None:
     state = torch.get_rng_state()
-    with modes[way]:
-        assert [why_failed(name, CPU) for name in TRIALS] == ["", "", ""]
+    with MODES[mode]():
+        assert [why_failed(name, CPU) for name in ("routing", "grouping")] == ["", ""]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_trial_has_dtypes_of_its_own() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert [why_failed(name, CPU) for name in TRIALS] == ["", "", ""]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_trial_while_a_model_is_traced() -> None:
+    logits = torch.randn(6, 8)
+    traced = torch.jit.trace(lambda logits: route(logits, 2, implementation="triton").weights, logits)
+    assert_same(traced(logits), route(logits, 2, implementation="eager").weights)
 
 
 def test_a_trial_while_a_model_is_compiled() -> None:
