@@ -24,6 +24,7 @@ _MODULE_OF = {
     # models
     "ACT2FN": "transformers.activations",
     "DeepseekV2TopkRouter": "transformers.models.deepseek_v2.modeling_deepseek_v2",
+    "DeepseekV3Experts": "transformers.models.deepseek_v3.modeling_deepseek_v3",
     "DeepseekV3Attention": "transformers.models.deepseek_v3.modeling_deepseek_v3",
     "DeepseekV3MLP": "transformers.models.deepseek_v3.modeling_deepseek_v3",
     "DeepseekV3TopkRouter": "transformers.models.deepseek_v3.modeling_deepseek_v3",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import DeepseekV3Config
 
 from ..experts import FUSED_BACKENDS, choose_backend, run_experts
 from ..experts_operands import Adapter
@@ -21,6 +22,7 @@ from ..kernel_trial import forget_outcomes, identity, record_path, why_failed
 from ..routing import TRIAL as ROUTING_TRIAL
 from ..routing import route
 from ..routing_triton import why_eager
+from ..transformers_support import DeepseekV3Experts, DeepseekV3TopkRouter
 from ..triton_support import triton
 
 TRIALS = (ROUTING_TRIAL, GROUPING_TRIAL, EXPERTS_TRIAL)
@@ -159,9 +161,6 @@ def _use_of_experts(device: torch.device, dtype: torch.dtype, size: Size) -> Use
 
 def _experts(size: Size, device: torch.device | str, dtype: torch.dtype) -> Any:
     """Make transformers' own experts of DeepSeek-V3, computed by its grouped products."""
-    from transformers import DeepseekV3Config
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
-
     config = DeepseekV3Config(
         hidden_size=size.hidden, moe_intermediate_size=size.width, n_routed_experts=size.experts,
         num_local_experts=size.experts, num_experts_per_tok=size.top_k, experts_implementation="grouped_mm",
@@ -188,9 +187,6 @@ def _timings(device: torch.device, size: Size) -> list[Timing]:
 
 
 def _time_routing(device: torch.device, size: Size) -> Timing:
-    from transformers import DeepseekV3Config
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
-
     router = DeepseekV3TopkRouter(DeepseekV3Config(hidden_size=64)).to(device)
     with torch.no_grad():
         router.weight.normal_()

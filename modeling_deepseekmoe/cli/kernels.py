@@ -28,3 +28,6 @@ def kernels(options: KernelsOptions) -> None:
     typer.echo(json.dumps(report.to_dict(), indent=2) if options.as_json else report.to_text())
     if report.failed:
         raise FailedCheck("A trial of the kernels has failed: plain torch computes instead.")
+
+
+__all__ = ["KernelsOptions", "kernels"]

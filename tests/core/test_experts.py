@@ -273,12 +273,13 @@ def test_autocast_decides_the_dtype(tiny_model: Callable) -> None:
 def test_a_trace_of_few_tokens_in_16_bits_takes_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "has_instructions", lambda dtype: False)
     inputs = inputs_of(dataclasses.replace(CASE, dtype=torch.bfloat16, tokens=9))
-    module = inputs.experts.eval()
+    module = inputs.experts.eval().requires_grad_(False)
     with torch.no_grad():
         few = inputs.hidden[:3], inputs.ids[:3], inputs.weights[:3]
         traced = torch.jit.trace(lambda *given: run_experts(module, *given), few)
         all_of_them = inputs.hidden, inputs.ids, inputs.weights
-        assert_same(traced(*all_of_them).float(), run_experts(module, *all_of_them, backend="loop").float())
+        expected = run_experts(module, *all_of_them, backend="loop")
+        assert (traced(*all_of_them) - expected).norm() <= 1e-2 * expected.norm()
 
 
 # --------------------------------------------------------------------------------------------- as an operator of torch
