@@ -123,23 +123,32 @@ class Recorder:
         self.launches[Launch(self.name, *parts, tuple(aligned), tuple(options.items()))] = None
 
 
-def launches_of_experts(target: str, layer: tuple[int, ...]) -> list[Launch]:
-    """Record all that a layer launches on a target: a training step or, for one token, its forward pass."""
-    num_experts, top_k, hidden, width, tokens, rank = layer
-    launches: dict[Launch, None] = {}
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Make a tensor that is nowhere."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
-    rows, ids = meta(tokens, hidden), meta(tokens, top_k, dtype=torch.int64)
-    stacks = (meta(num_experts, 2 * width, hidden), meta(num_experts, hidden, width))
+def operands_of(
+    layer: tuple[int, ...], dtype: torch.dtype, rank: int, dropout: float
+) -> tuple[ExpertOperands, tuple[torch.Tensor, torch.Tensor]]:
+    """Make the operands of a layer (experts, top-k, hidden, width, tokens), and the order of its choices, nowhere."""
+    experts, top_k, hidden, width, tokens = layer
     adapters = [
-        Adapter(meta(num_experts, rank, inside), meta(outside, rank, num_experts).permute(2, 0, 1), 1.0, 0.1,
-                meta(dtype=torch.int64)) if rank else None
+        Adapter(meta(experts, rank, inside, dtype=dtype), meta(outside, rank, experts, dtype=dtype).permute(2, 0, 1),
+                0.5, dropout, meta(dtype=torch.int64)) if rank else None
         for outside, inside in ((2 * width, hidden), (hidden, width))
     ]  # fmt: skip
-    operands = ExpertOperands(rows, ids, meta(tokens, top_k, dtype=torch.float32), *stacks, *adapters)
-    order = (meta(tokens * top_k, dtype=torch.int32), meta(num_experts + 1, dtype=torch.int32))
+    stacks = meta(experts, 2 * width, hidden, dtype=dtype), meta(experts, hidden, width, dtype=dtype)
+    ids, weights = meta(tokens, top_k, dtype=torch.int64), meta(tokens, top_k, dtype=torch.float32)
+    operands = ExpertOperands(meta(tokens, hidden, dtype=dtype), ids, weights, *stacks, *adapters)
+    return operands, (meta(tokens * top_k, dtype=torch.int32), meta(experts + 1, dtype=torch.int32))
+
+
+def launches_of_experts(target: str, layer: tuple[int, ...]) -> list[Launch]:
+    """Record all that a layer launches on a target: a training step or, for one token, its forward pass."""
+    *_, tokens, rank = layer
+    launches: dict[Launch, None] = {}
+    operands, order = operands_of(layer[:5], torch.bfloat16, rank, 0.1)
     kernels = {name: getattr(experts_triton, name) for name in experts_kernels.__all__}
     gpu = experts_tiles.gpu_of
     experts_tiles.gpu_of = lambda _: Gpu(target, SHARED[target])  # of tensors that are nowhere
@@ -149,7 +158,7 @@ def launches_of_experts(target: str, layer: tuple[int, ...]) -> list[Launch]:
         _, kept = experts_triton.experts_forward_triton(operands, *order, tokens > 1)
         if tokens > 1:
             needs = ExpertGradients(True, True, not rank, not rank, *[bool(rank)] * 4)
-            experts_triton.experts_backward_triton(rows, operands, *order, kept, needs)
+            experts_triton.experts_backward_triton(operands.hidden, operands, *order, kept, needs)
     finally:
         experts_tiles.gpu_of = gpu
         for name, kernel in kernels.items():

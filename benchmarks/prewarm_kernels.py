@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 import triton
-from compile_kernels import EXPERTS, SHAPES, SHARED
+from compile_kernels import EXPERTS, SHAPES, SHARED, meta, operands_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from tune_kernels import CANDIDATES, LAYERS
 
 from modeling_deepseekmoe import experts_kernels, experts_tiles, experts_triton, routing_kernels, routing_triton
-from modeling_deepseekmoe.experts_operands import Adapter, ExpertGradients, ExpertOperands
+from modeling_deepseekmoe.experts_operands import ExpertGradients
 from modeling_deepseekmoe.experts_tiles import Gpu, Tile, use_tiles
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -110,29 +110,15 @@ def _specialised(value: Any) -> Any:
     return (value == 1, value % 16 == 0) if isinstance(value, int) else value is None
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Make a tensor that is nowhere."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def launch_layer(layer: Layer, dtype: torch.dtype = torch.bfloat16, rank: int = 0, dropout: float = 0.0) -> None:
     """Launch what a layer of experts launches: a forward pass, and steps with trained and with frozen experts."""
-    experts, top_k, hidden, width, tokens = layer
-    adapters = [
-        Adapter(meta(experts, rank, inside, dtype=dtype), meta(outside, rank, experts, dtype=dtype).permute(2, 0, 1),
-                0.5, dropout, meta(dtype=torch.int64)) if rank else None
-        for outside, inside in ((2 * width, hidden), (hidden, width))
-    ]  # fmt: skip
-    stacks = meta(experts, 2 * width, hidden, dtype=dtype), meta(experts, hidden, width, dtype=dtype)
-    ids, weights = meta(tokens, top_k, dtype=torch.int64), meta(tokens, top_k, dtype=torch.float32)
-    operands = ExpertOperands(meta(tokens, hidden, dtype=dtype), ids, weights, *stacks, *adapters)
-    order = meta(tokens * top_k, dtype=torch.int32), meta(experts + 1, dtype=torch.int32)
+    operands, order = operands_of(layer, dtype, rank, dropout)
     experts_triton.experts_forward_triton(operands, *order, False)
     _, kept = experts_triton.experts_forward_triton(operands, *order, True)
     for trained in (True, False):
         needs = ExpertGradients(True, True, trained, trained, *[rank > 0] * 4)
         experts_triton.experts_backward_triton(operands.hidden, operands, *order, kept, needs)
-    routing_triton.group_choices(ids, experts, torch.int32, with_inverse=False)
+    routing_triton.group_choices(operands.expert_ids, layer[0], torch.int32, with_inverse=False)
 
 
 def launch_gate(shape: dict[str, Any], tokens: int) -> None:

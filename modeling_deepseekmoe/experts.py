@@ -114,13 +114,13 @@ def run_experts(
     if backend is None:
         backend, reason = choose_backend(experts, hidden_states, gate_up, top_k_index.shape[1])
         tell_backend(experts, hidden_states, backend, reason)
+    elif backend == "triton" and (reason := _why_not_triton(hidden_states.device, dtype, len(gate_up))):
+        raise ValueError(f"backend='triton' is not allowed: {reason}.")
     adapted = any(adapter is not None for adapter in adapters)
     if backend not in BACKENDS or (backend not in FUSED_BACKENDS and adapted):
         raise ValueError(
             f"backend={backend!r} is not allowed: one of {BACKENDS}, and with adapters one of {FUSED_BACKENDS}."
         )
-    elif backend == "triton" and (reason := _why_not_triton(hidden_states.device, dtype, len(gate_up))):
-        raise ValueError(f"backend='triton' is not allowed: {reason}.")
     gate_up, down = gate_up.to(dtype), down.to(dtype)
     if backend in FUSED_BACKENDS:
         operands = ExpertOperands(hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down, *adapters)
@@ -217,7 +217,7 @@ def choose_backend(
 def _why_not_triton(device: torch.device, dtype: torch.dtype, num_experts: int) -> str:
     """Return why the kernels do not compute such experts: they do not take them, or have failed a trial."""
     reason = why_not_fused(device, dtype, num_experts)
-    return reason or next(filter(None, (why_failed(trial, device) for trial in (GROUPING_TRIAL, EXPERTS_TRIAL))), "")
+    return reason or why_failed(GROUPING_TRIAL, device) or why_failed(EXPERTS_TRIAL, device)
 
 
 def compute_dtype(stack: torch.Tensor) -> torch.dtype:

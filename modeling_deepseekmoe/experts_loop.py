@@ -11,6 +11,7 @@ its experts), R rank of an adapter, n choices of one expert (in 32 bits at most 
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -104,7 +105,7 @@ class _Pass:
         return OrderedSum(torch.zeros_like(self.operands.hidden, dtype=self.total_dtype))
 
 
-class _Worker:
+class _Worker(ABC):
     """Computes blocks in one thread."""
 
     def __init__(self, shared: _Pass) -> None:
@@ -116,9 +117,9 @@ class _Worker:
         for place, number in task:
             self.compute(place, number)
 
+    @abstractmethod
     def compute(self, place: int, number: int) -> None:
         """Compute a block."""
-        raise NotImplementedError
 
     def gather(self, source: torch.Tensor, number: int) -> torch.Tensor:
         """Return the rows (n, D) of a block's tokens."""

@@ -77,11 +77,8 @@ class Products:
             out[part] = torch.addmm(wide, left[:, part].t(), right, beta=int(add), out=wide)
 
     def _parts(self, matrix: torch.Tensor) -> list[slice]:
-        step = self._rows_of_piece(matrix)
+        step = max(PIECE // (4 * max(matrix.shape[1], 1)) // 16 * 16, 16)
         return [slice(start, min(start + step, len(matrix))) for start in range(0, len(matrix), step)]
-
-    def _rows_of_piece(self, matrix: torch.Tensor) -> int:
-        return max(PIECE // (4 * max(matrix.shape[1], 1)) // 16 * 16, 16)
 
     def _wide(self, part: torch.Tensor, copy: bool = True) -> torch.Tensor:
         """Return rows of a matrix in float32, in the buffer; with any content if they are not to be copied."""

@@ -176,23 +176,24 @@ def _wrong_with(entry: Any) -> str:
     """Return what is wrong with an entry of a file of tiles; it is empty if nothing is."""
     if not isinstance(entry, dict) or set(entry) != {*FIELDS, "tile"}:
         return f"the fields are not {', '.join(FIELDS)} and tile"
-    sizes, tile = [entry[name] for name in FIELDS[3:]], entry["tile"]
-    whole = isinstance(tile, list) and len(tile) in (5, 6) and all(type(size) is int for size in tile)
-    blocks, warps, stages, *registers = (tile[:3], *tile[3:]) if whole else ([0], 0, 0)
+    rows, *others = (entry[name] for name in FIELDS[3:])
+    if not all(type(size) is int and size >= 0 for size in (rows, *others)):
+        return "rows, columns and inside are not whole numbers"
+    tile = entry["tile"]
+    if not isinstance(tile, list) or len(tile) not in (5, 6) or not all(type(size) is int for size in tile):
+        return "the tile is not rows, columns, inside, warps, stages and, if wanted, registers"
+    *blocks, warps, stages = tile[:5]
     checks = (
-        (isinstance(entry["gpu"], str) and re.fullmatch(r"sm_\d+|gfx\w+|cpu", entry["gpu"]),
-         "the gpu is not as sm_90 or gfx942"),
+        (re.fullmatch(r"sm_\d+|gfx\w+|cpu", str(entry["gpu"])), "the gpu is not as sm_90 or gfx942"),
         (entry["kind"] in KINDS, f"the kind is not one of {', '.join(KINDS)}"),
         (entry["dtype"] in DTYPES, f"the dtype is not one of {', '.join(DTYPES)}"),
-        (all(type(size) is int and size >= 0 for size in sizes), "rows, columns and inside are not whole numbers"),
-        (sizes[0] == 0 or sizes[0] == power_of_two(sizes[0]) if type(sizes[0]) is int else False,
-         "the rows are not 0 or a power of two"),
-        (whole, "the tile is not rows, columns, inside, warps, stages and, if wanted, registers"),
+        (rows == (0 if entry["kind"] == "outer" else power_of_two(max(rows, 1))),
+         "the rows are not a power of two or, for outer, 0"),
         (all(16 <= size <= 512 and size == power_of_two(size) for size in blocks),
          "a block's size is not a power of two from 16 to 512"),
         (warps in (1, 2, 4, 8, 16), "the warps are not 1, 2, 4, 8 or 16"),
         (1 <= stages <= 10, "the stages are not 1 to 10"),
-        (all(0 <= number <= 255 for number in registers), "the registers are not 0 to 255"),
+        (all(0 <= number <= 255 for number in tile[5:]), "the registers are not 0 to 255"),
     )  # fmt: skip
     return next((problem for right, problem in checks if not right), "")
 
