@@ -26,8 +26,8 @@ from triton.compiler import ASTSource, CompiledKernel
 from modeling_deepseekmoe import experts_kernels, experts_tiles, experts_triton, routing_kernels
 from modeling_deepseekmoe.experts_operands import Adapter, ExpertGradients, ExpertOperands
 from modeling_deepseekmoe.experts_tiles import Gpu
-from modeling_deepseekmoe.routing_triton import group_options, route_backward_options, route_options
-from modeling_deepseekmoe.triton_support import INTERPRETED
+from modeling_deepseekmoe.routing_triton import WARPS, group_options, route_backward_options, route_options
+from modeling_deepseekmoe.triton_support import INTERPRETED, TensorDescriptor
 
 RESULTS = Path(__file__).parent / "results" / "compile_kernels.json"
 TARGETS = {
@@ -114,6 +114,8 @@ class Recorder:
             elif isinstance(value, torch.Tensor):
                 signature[name] = TYPES[value.dtype]
                 aligned.append(name)
+            elif isinstance(value, TensorDescriptor):
+                signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
             else:
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
                 if free and isinstance(value, int) and value % 16 == 0:
@@ -221,9 +223,9 @@ def report_of_ptxas(ptx: str) -> tuple[int, int]:
     return int(re.search(r"Used (\d+) registers", report).group(1)), int(stores) + int(loads)
 
 
-def variants(shape: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any], int]]:
-    """Return the kernels that a gate of this shape runs, with their constants and warps."""
-    sizes = route_options(shape["experts"], shape["top_k"], shape["groups"], shape["kept"])
+def variants(shape: dict[str, Any], target: str) -> dict[str, tuple[Any, dict[str, Any], int]]:
+    """Return the kernels that a gate of this shape runs on a target, with their constants and warps."""
+    sizes = route_options(shape["experts"], shape["top_k"], shape["groups"], shape["kept"], TARGETS[target].warp_size)
     gate = {"SCORE_FUNCTION": shape["score_function"], "NORMALIZE": shape["normalize"]}
     absent = {} if shape["biased"] else {"bias": None}
     forward = {**sizes, **gate, **absent, "TOP2_SUM": shape["group_score"] == "top2_sum"}
@@ -231,11 +233,11 @@ def variants(shape: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any], int]
     grouping = group_options(shape["experts"])
     counting = {name: grouping[name] for name in ("WIDTH", "BLOCK")}
     return {
-        "route, training": (routing_kernels.route_kernel, {**forward, "STATISTICS": True}, 1),
+        "route, training": (routing_kernels.route_kernel, {**forward, "STATISTICS": True}, WARPS),
         "route, inference": (
             routing_kernels.route_kernel,
             {**forward, "STATISTICS": False, "token_mask": None},
-            1,
+            WARPS,
         ),
         "route, backward": (routing_kernels.route_backward_kernel, backward, 1),
         "group, count": (routing_kernels.count_kernel, counting, 4),
@@ -247,8 +249,10 @@ def compile_row(job: tuple[str, str | tuple[Launch, ...]]) -> dict[str, Any]:
     """Compile a kernel for all targets. It is one of routing, by its name, or one of the experts, by its launches."""
     model, kernel = job
     if isinstance(kernel, str):
-        name, (function, constants, num_warps) = kernel, variants(SHAPES[model])[kernel]
-        compiled = {target: compile_kernel(function, constants, target, num_warps) for target in TARGETS}
+        name, compiled = kernel, {}
+        for target in TARGETS:
+            function, constants, num_warps = variants(SHAPES[model], target)[kernel]
+            compiled[target] = compile_kernel(function, constants, target, num_warps)
     else:
         name = f"experts, {kernel[0].kernel.removesuffix('_kernel').replace('_', ' ')}"
         compiled = {target: launch.compile(target) for target, launch in zip(TARGETS, kernel, strict=True)}
@@ -259,7 +263,7 @@ def main() -> int:
     """Compile everything, print the table, and write JSON if it is asked for."""
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, and nothing can be compiled.")
-    jobs = [(model, name) for model, shape in SHAPES.items() for name in variants(shape)]
+    jobs = [(model, name) for model, shape in SHAPES.items() for name in variants(shape, "sm_90")]
     for model, layer in EXPERTS.items():
         of_targets = [launches_of_experts(target, layer) for target in TARGETS]
         jobs += [(model, launches) for launches in zip(*of_targets, strict=True)]

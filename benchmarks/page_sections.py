@@ -307,6 +307,37 @@ def conversion(figures: Figures) -> list[str]:
     ]
 
 
+def predicted_kernels(figures: Figures) -> list[str]:
+    """Describe what the kernels are predicted to take on an H100, in the last two releases."""
+    (before, former), (now, last) = list(figures["releases"].items())[-2:]
+
+    def both(rows: Sequence[Figures], field: str, shown: str, factor: float = 1) -> str:
+        """Format what the releases have; once if it is the same."""
+        values = [shown.format(row[field] * factor) for row in rows if field in row]
+        return ", ".join(dict.fromkeys(values))
+
+    def cells(layer: str, kernel: str, rows: Sequence[Figures]) -> list[str]:
+        each = both(rows, "bytes_a_flop", "{:.4f}") or both(rows, "instructions_a_row", "{:.0f}")
+        sizes = (both(rows, name, "{:,}") for name in ("registers", "shared", "programs"))
+        return [layer, kernel, *sizes, each, both(rows, "seconds", "{:.3f}", 1e3), f"{1e3 * rows[-1]['floor']:.3f}"]
+
+    lines = []
+    for layer in dict.fromkeys(row["layer"] for row in last):
+        tables = [{row["kernel"]: row for row in release if row["layer"] == layer} for release in (former, last)]
+        lines += [cells(layer, kernel, [found[kernel] for found in tables if kernel in found]) for kernel in tables[1]]
+        sums = [{name: sum(row[name] for row in found.values()) for name in ("seconds", "floor")} for found in tables]
+        lines.append(cells(layer, "together", sums))
+    header = ("layer", "kernel", "registers", "shared memory", "programs", "bytes from L2 a FLOP", "ms", "floor, ms")
+    return [
+        f"""Not measured: predicted for an H100 from the machine code and the tiles, as the script says. The layers
+        are trained with 8,192 tokens in bfloat16, all of their experts. Where a figure changed, that of {before}
+        comes first, and that of {now} second. Of routing, the sixth column has instructions a row.""",
+        table(header, lines),
+        """How to read it: the floor is what the operations, or the bytes from memory, take at the rates of that GPU. A
+        multiprocessor has so many programs of a kernel at a time.""",
+    ]
+
+
 def router_std(figures: Figures) -> list[str]:
     """Describe how fast an upcycled model learns."""
     found = {row["model"]: f"{row['perplexity']:.2f}" for row in figures["rows"]}
@@ -373,6 +404,7 @@ SECTIONS = (
     Section("What balancing costs", "balancing_overhead", "benchmarks/balancing_overhead.py", balancing_overhead),
     Section("Routing", "routing", "benchmarks/routing.py", routing),
     Section("Compiled kernels", "compile_kernels", "benchmarks/compile_kernels.py", compiled_kernels),
+    Section("Predicted times of kernels", "predict_kernels", "benchmarks/predict_kernels.py", predicted_kernels),
     Section("Memory of sharded training", "sharded_training", "benchmarks/sharded_training.py", sharded_training),
     Section("Conversion and upcycling", "conversion", "benchmarks/conversion.py", conversion),
     Section("How fast an upcycled model learns", "router_std", "benchmarks/router_std.py", router_std),

@@ -26,7 +26,7 @@ import triton
 from compile_kernels import EXPERTS, SHAPES, SHARED, meta, operands_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from tune_kernels import CANDIDATES, LAYERS
+from tune_kernels import CANDIDATES, LAYERS, allowed
 
 from modeling_deepseekmoe import experts_kernels, experts_tiles, experts_triton, routing_kernels, routing_triton
 from modeling_deepseekmoe.experts_operands import ExpertGradients
@@ -136,8 +136,8 @@ def launch_gate(shape: dict[str, Any], tokens: int) -> None:
     routing_triton._group_by_expert(meta(tokens, top_k, dtype=torch.int64), experts)
 
 
-def launches() -> Iterator[Callable[[], None]]:
-    """Give all that is launched: what is measured, decoded and tested, and every tile that tuning tries."""
+def launches(gpu: str) -> Iterator[Callable[[], None]]:
+    """Give all that is launched on a GPU: what is measured, decoded and tested, and every tile that tuning tries."""
     for layer in [*LAYERS.values(), *(size[:5] for size in EXPERTS.values())]:
         for tokens in {layer[4], 1, 64, 1024}:
             yield lambda layer=layer, tokens=tokens: launch_layer((*layer[:4], tokens))
@@ -150,8 +150,8 @@ def launches() -> Iterator[Callable[[], None]]:
         )
     for layer in LAYERS.values():
         for kind, tiles in CANDIDATES.items():
-            for tile in tiles:
-                yield lambda layer=layer, kind=kind, tile=tile: _with_tile(layer, kind, Tile(*tile))
+            for tile in allowed(tiles, gpu):
+                yield lambda layer=layer, kind=kind, tile=tile: _with_tile(layer, kind, tile)
 
 
 def _with_tile(layer: Layer, kind: str, tile: Tile) -> None:
@@ -165,7 +165,7 @@ def compile_share(share: int, shares: int, capability: int) -> tuple[int, list[s
     name = f"sm_{capability}"
     experts_tiles.gpu_of = lambda device: Gpu(name, SHARED.get(name, 101_376))
     compiler = Compiler(share, shares)
-    for launch in launches():
+    for launch in launches(name):
         launch()
     return compiler.compiled, compiler.failed
 

@@ -13,6 +13,7 @@ in Triton's interpreter, on a CPU; nothing is written then.
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -25,7 +26,7 @@ from measuring import write_results
 
 from modeling_deepseekmoe import experts_kernels, experts_triton
 from modeling_deepseekmoe.experts_operands import ExpertGradients, ExpertOperands
-from modeling_deepseekmoe.experts_tiles import FIELDS, Problem, Tile, choose_tile, gpu_of, use_tiles
+from modeling_deepseekmoe.experts_tiles import DESCRIBING, FIELDS, Problem, Tile, choose_tile, gpu_of, use_tiles
 from modeling_deepseekmoe.routing_triton import group_choices
 
 # Experts, top-k, hidden, width, tokens.
@@ -38,23 +39,26 @@ DRY_LAYERS = {"dry": (4, 2, 48, 32, 24)}
 _PRODUCTS = (
     (128, 128, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4),
     (128, 128, 64, 4, 3), (64, 256, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 128, 8, 2), (128, 64, 64, 4, 4),
+    (128, 256, 64, 8, 4, 0, 1), (128, 128, 64, 8, 3, 0, 1), (256, 128, 64, 8, 4, 0, 1),
 )  # fmt: skip
 CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
     "first": (
         (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (128, 64, 64, 8, 4),
         (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (256, 64, 64, 8, 3), (128, 64, 128, 8, 2), (128, 128, 32, 8, 5),
+        (128, 128, 64, 8, 4, 0, 1), (128, 64, 64, 8, 3, 0, 1), (128, 64, 64, 8, 4, 0, 1), (128, 64, 64, 4, 3, 0, 1),
     ),
     "product": _PRODUCTS,
     "activation_gradient": (
         (128, 128, 64, 8, 4), (128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (128, 128, 64, 8, 3), (64, 64, 64, 8, 3),
-        (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 64, 128, 8, 2),
+        (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 64, 128, 8, 2), (128, 128, 64, 8, 3, 128),
+        (128, 128, 64, 8, 4, 0, 1), (128, 128, 64, 8, 3, 128, 1), (128, 64, 64, 8, 3, 0, 1),
     ),
     "outer": (
         (128, 128, 64, 8, 3), (128, 128, 64, 8, 5), (128, 256, 64, 8, 5), (128, 256, 64, 8, 4), (256, 128, 64, 8, 5),
         (128, 128, 64, 8, 7), (128, 128, 128, 8, 3), (64, 256, 64, 4, 5), (128, 128, 64, 4, 5),
     ),
 }  # fmt: skip
-DRY_CANDIDATES = {kind: ((16, 16, 16, 4, 1), (32, 16, 16, 4, 1)) for kind in CANDIDATES}
+DRY_CANDIDATES = {kind: ((16, 16, 16, 4, 1), (32, 16, 16, 4, 1, 0, 1)) for kind in CANDIDATES}
 LEAST_GAIN = 1.03
 TOLERANCE = 2e-2  # two products in bfloat16
 
@@ -160,7 +164,8 @@ def tune(
         for problem in list(stopwatch.asked):
             stopwatch.problem = None
             usual = choose_tile(problem, device)
-            tiles = [usual, *(Tile(*tile) for tile in candidates[problem.kind] if Tile(*tile) != usual)]
+            on_trial = allowed(candidates[problem.kind], gpu_of(device).name)
+            tiles = [usual, *(tile for tile in on_trial if tile != usual)]
             for tile in tiles:
                 if time.monotonic() > until:
                     return rows
@@ -168,6 +173,13 @@ def tune(
                 rows[-1]["usual"] = tile == usual
                 print(line(rows[-1]), flush=True)
     return rows
+
+
+def allowed(candidates: tuple[tuple[int, ...], ...], gpu: str) -> list[Tile]:
+    """Return the tiles that a GPU can have: not all GPUs have descriptors. The interpreter has everything."""
+    tiles = [Tile(*candidate) for candidate in candidates]
+    described = gpu == "cpu" or re.fullmatch(DESCRIBING, gpu)
+    return [tile for tile in tiles if described or not tile.descriptors]
 
 
 def try_tile(
@@ -208,8 +220,7 @@ def best_tiles(rows: list[dict[str, Any]], gpu: str) -> list[dict[str, Any]]:
         best = min(right, key=lambda row: row["seconds"])
         if not usual or usual[0]["seconds"] > LEAST_GAIN * best["seconds"]:
             key = (gpu, problem.kind, str(problem.dtype).removeprefix("torch."), *problem[2:])
-            tile = list(best["tile"]) if best["tile"].registers else list(best["tile"][:5])
-            entries.append({**dict(zip(FIELDS, key, strict=True)), "tile": tile})
+            entries.append({**dict(zip(FIELDS, key, strict=True)), "tile": list(best["tile"])})
     return entries
 
 

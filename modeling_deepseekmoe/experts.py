@@ -204,10 +204,11 @@ def choose_backend(
         return "grouped", f"the tensors are on the device {hidden_states.device.type!r}"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # for any number of tokens
         return "loop", ""
-    if not has_instructions(compute_dtype(stack)):  # the loop widens; with so few rows it would not
-        few = top_k is not None and len(hidden_states) * top_k < WIDEN_FROM * num_experts
-        if few and not torch.is_grad_enabled() and not experts.training:
-            return "grouped", "an expert has so few tokens that its products are the fastest as they are stored"
+    dtype = compute_dtype(stack)
+    few = top_k is not None and len(hidden_states) * top_k < WIDEN_FROM * num_experts
+    if few and dtype.itemsize == 2 and not torch.is_grad_enabled() and not experts.training:
+        return "grouped", "an expert has so few tokens that one product after the other is the fastest in 16 bits"
+    if not has_instructions(dtype):  # the loop widens
         return "loop", ""
     if columns // 2 * hidden_size >= LOOP_FROM:
         return "loop", ""

@@ -28,6 +28,7 @@ KINDS = ("first", "product", "activation_gradient", "outer")
 FIELDS = ("gpu", "kind", "dtype", "rows", "columns", "inside")
 DTYPES = ("bfloat16", "float16", "float32")
 VARIABLE = "DEEPSEEKMOE_TILES"
+DESCRIBING = r"sm_(9|1[0-9])\d"  # compute capability 9.0 and newer
 LARGE = 200_000  # bytes of shared memory for the large tiles: compute capability 9.0 and 10.0 have them
 
 
@@ -63,6 +64,8 @@ class Tile(NamedTuple):
         rows, columns, inside: of a block. For `"outer"` rows and columns are those of the result.
         warps, stages: of a program, and of its pipeline.
         registers: the most that a thread may have; 0 leaves it to the compiler.
+        descriptors: 1 reads the weights through descriptors (TMA), which `DESCRIBING` GPUs have. Weights whose rows do
+            not begin at multiples of 16 bytes, and `"outer"`, which has none, are read through pointers all the same.
     """
 
     rows: int
@@ -71,13 +74,16 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     registers: int = 0
+    descriptors: int = 0
 
-    def options(self, kind: str) -> dict[str, int]:
-        """Return the arguments of the launch."""
+    def options(self, kind: str) -> dict[str, Any]:
+        """Return the arguments of the launch. DESCRIBED is whether the weights have descriptors."""
         names = (
             ("BLOCK_M", "BLOCK_N", "BLOCK_ROWS") if kind == "outer" else ("BLOCK_ROWS", "BLOCK_COLUMNS", "BLOCK_IN")
         )
         options = dict(zip(names, self[:3], strict=True)) | {"num_warps": self.warps, "num_stages": self.stages}
+        if kind != "outer":
+            options["DESCRIBED"] = bool(self.descriptors)
         return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
@@ -180,8 +186,8 @@ def _wrong_with(entry: Any) -> str:
     if not all(type(size) is int and size >= 0 for size in (rows, *others)):
         return "rows, columns and inside are not whole numbers"
     tile = entry["tile"]
-    if not isinstance(tile, list) or len(tile) not in (5, 6) or not all(type(size) is int for size in tile):
-        return "the tile is not rows, columns, inside, warps, stages and, if wanted, registers"
+    if not isinstance(tile, list) or len(tile) not in (5, 6, 7) or not all(type(size) is int for size in tile):
+        return "the tile is not rows, columns, inside, warps, stages and, if wanted, registers and descriptors"
     *blocks, warps, stages = tile[:5]
     checks = (
         (re.fullmatch(r"sm_\d+|gfx\w+|cpu", str(entry["gpu"])), "the gpu is not as sm_90 or gfx942"),
@@ -193,9 +199,24 @@ def _wrong_with(entry: Any) -> str:
          "a block's size is not a power of two from 16 to 512"),
         (warps in (1, 2, 4, 8, 16), "the warps are not 1, 2, 4, 8 or 16"),
         (1 <= stages <= 10, "the stages are not 1 to 10"),
-        (all(0 <= number <= 255 for number in tile[5:]), "the registers are not 0 to 255"),
+        (all(0 <= number <= 255 for number in tile[5:6]), "the registers are not 0 to 255"),
+        (all(number in (0, 1) for number in tile[6:]), "the descriptors are not 0 or 1"),
+        (tile[6:] != [1] or re.fullmatch(DESCRIBING, entry["gpu"]), "this gpu has no descriptors"),
+        (tile[6:] != [1] or max(blocks) <= 256, "a block of a descriptor has more than 256 rows or columns"),
     )  # fmt: skip
     return next((problem for right, problem in checks if not right), "")
 
 
-__all__ = ["Gpu", "Problem", "Tile", "choose_tile", "gpu_of", "has_large_tiles", "read_tiles", "rule", "use_tiles"]
+__all__ = [
+    "DESCRIBING",
+    "FIELDS",
+    "Gpu",
+    "Problem",
+    "Tile",
+    "choose_tile",
+    "gpu_of",
+    "has_large_tiles",
+    "read_tiles",
+    "rule",
+    "use_tiles",
+]

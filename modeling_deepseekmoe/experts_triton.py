@@ -11,7 +11,7 @@ An adapter's product of low rank goes on inside the same sums. It costs a launch
 columns.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,8 +25,9 @@ from .experts_kernels import (
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
 from .experts_tiles import Problem, choose_tile, has_large_tiles
 from .routing_triton import MAX_EXPERTS
-from .triton_support import power_of_two, triton, why_no_triton
+from .triton_support import TensorDescriptor, power_of_two, triton, why_no_triton
 
+PART = 32  # columns of a tile that the gradient of the activation stores at a time
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -79,6 +80,18 @@ class _LowRank(NamedTuple):
 _NOTHING = _LowRank()
 
 
+def _described(matrices: torch.Tensor, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return what a kernel reads matrices (E, in, out) through, themselves or a descriptor, and its arguments."""
+    contiguous, blocks = "rows", [1, options["BLOCK_IN"], options["BLOCK_COLUMNS"]]
+    tensor = matrices
+    if matrices.stride(2) != 1:
+        contiguous, blocks, tensor = "columns", [1, blocks[2], blocks[1]], matrices.transpose(1, 2)
+    steps = (tensor.data_ptr(), *(stride * tensor.itemsize for stride in tensor.stride()[:-1]))
+    if not options["DESCRIBED"] or tensor.stride(2) != 1 or any(step % 16 for step in steps):
+        return matrices, options | {"DESCRIBED": ""}
+    return TensorDescriptor.from_tensor(tensor, blocks), options | {"DESCRIBED": contiguous}
+
+
 class _Launcher:
     """The launches for one routing, with the arguments that all of them share."""
 
@@ -88,7 +101,7 @@ class _Launcher:
         self.constants = {"TOP_K": top_k, "PRECISION": precision(dtype)}
         self.sizes = {**self.constants, "E": self.num_experts, "E_WIDTH": power_of_two(self.num_experts)}
 
-    def tile(self, kind: str, columns: int, inside: int) -> dict[str, int]:
+    def tile(self, kind: str, columns: int, inside: int) -> dict[str, Any]:
         """Choose the tile of a launch, as its arguments."""
         rows = 0 if kind == "outer" else power_of_two(max(self.num_choices // self.num_experts, 1))
         problem = Problem(kind, self.dtype, rows, columns, inside)
@@ -119,9 +132,10 @@ class _Launcher:
         options = self.tile("product", columns, inside)
         if beside.dropout:  # with its mask the usual tile would spill (sm_80, Triton 3.9)
             options |= {"BLOCK_COLUMNS": min(options["BLOCK_COLUMNS"], 128), "BLOCK_IN": min(options["BLOCK_IN"], 32)}
+        source, options = _described(matrices, options)
         product_kernel[self.grid(options, columns)](
             rows,
-            matrices,
+            source,
             beside.inner,
             beside.factors,
             weights,
@@ -224,10 +238,10 @@ def experts_forward_triton(
         inner = launch.inner(hidden, operands.gate_up_adapter, by_token=True)
         first = _LowRank(inner, None if operands.gate_up_adapter is None else operands.gate_up_adapter.factor_b)
         act = hidden.new_empty(num_choices, width)
-        options = launch.tile("first", width, hidden.shape[1])
+        source, options = _described(gate_up.transpose(1, 2), launch.tile("first", width, hidden.shape[1]))
         first_product_kernel[launch.grid(options, width)](
             hidden,
-            gate_up,
+            source,
             first.inner,
             first.factors,
             permutation,
@@ -240,7 +254,8 @@ def experts_forward_triton(
             WIDTH=width,
             **first.rank,
             **launch.sizes,
-            IN_HALVES=has_large_tiles(hidden.device),
+            # Hopper needs fewer registers to store a half of the columns at a time, and Ampere more.
+            PART=options["BLOCK_COLUMNS"] // (2 if has_large_tiles(hidden.device) else 1),
             **options,
         )
         second = _NOTHING
@@ -304,11 +319,12 @@ def _pass_second_product(
         options["BLOCK_COLUMNS"] = min(options["BLOCK_COLUMNS"], 64)
     both = hidden.new_empty(num_choices, 2 * width)
     act = hidden.new_empty(num_choices, width) if any(needs.of_second_product) else None
+    source, options = _described(down, options)
     parts = weights.new_zeros(num_choices, triton.cdiv(width, options["BLOCK_COLUMNS"]), dtype=torch.float32)
     beside = _LowRank(inner, None if adapter is None else adapter.factor_a)
     activation_gradient_kernel[launch.grid(options, width)](
         grad,
-        down,
+        source,
         beside.inner,
         beside.factors,
         kept,
@@ -324,6 +340,7 @@ def _pass_second_product(
         *beside.strides,
         D=hidden.shape[1],
         WIDTH=width,
+        PART=PART,
         **beside.rank,
         **launch.sizes,
         **options,

@@ -32,8 +32,8 @@ _OUTCOMES: dict[tuple[str, torch.device], str] = {}
 _LOCK = threading.RLock()
 # What the kernels and their trials consist of: a record is for these very files.
 _SOURCES = (
-    "experts_kernels", "experts_loop", "experts_tiles", "experts_trial", "experts_triton", "grouping", "kernel_trial",
-    "routing", "routing_kernels", "routing_triton", "triton_support",
+    "experts_blocks", "experts_kernels", "experts_loop", "experts_tiles", "experts_trial", "experts_triton",
+    "grouping", "kernel_trial", "routing", "routing_kernels", "routing_triton", "triton_support",
 )  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 
 `routing` says what they compute, and `routing_triton` calls them.
 
-A row of logits lies in the registers of one warp: E experts in lanes, each group padded to a power of two. Scores are
-compared as integers that have the order of the numbers, and leave room for marks. Where several programs add to the
-same number, they add integers: counts as they are, and affinities in units of 2^-36. So every run gives the same bits,
-in whichever order the programs arrive.
+A row of logits lies in the registers of one warp: E experts in lanes, each group padded to a power of two. Each warp
+of a program has rows of its own, and what is counted is added up at the end. Scores are compared as integers that have
+the order of the numbers, and leave room for marks. Where several programs add to the same number, they add integers:
+counts as they are, and affinities in units of 2^-36. So every run gives the same bits, in whichever order the programs
+arrive.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .triton_support import jit, kernel, tl
 # -------------------------------------------------------------------------------------------------- inside a kernel
 @jit
 def _order(value):
-    """Return int32 numbers in the order of float32 numbers. -0.0 equals 0.0."""
-    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    """Return int32 numbers in the order of float32 numbers, none of which is -0.0."""
+    bits = value.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
@@ -86,6 +87,18 @@ def _lanes(E: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, GROUP_WID
 
 
 @jit
+def _load_rows(row, expert, there, exists, BLOCK: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """Read rows of logits (BLOCK, WIDTH) as float32, each of them into one warp.
+
+    A warp reads LANES experts at a time. Triton would lay one axis of WIDTH experts across all warps.
+    """
+    expert = tl.reshape(expert, [WIDTH // LANES, LANES])[:, None, :]
+    exists = tl.reshape(exists, [WIDTH // LANES, LANES])[:, None, :]
+    parts = tl.load(row[None, :, None] + expert, mask=there[None, :, None] & exists, other=0.0)
+    return tl.reshape(tl.permute(parts, [1, 0, 2]), [BLOCK, WIDTH]).to(tl.float32)
+
+
+@jit
 def _keep_best_groups(
     order,
     BLOCK: tl.constexpr,
@@ -99,17 +112,24 @@ def _keep_best_groups(
     """Return the `_order`s of a block (BLOCK, WIDTH), with NOWHERE outside each row's best groups."""
     LANES_OF_GROUPS: tl.constexpr = WIDTH // GROUP_WIDTH
     grouped = tl.reshape(order, [BLOCK, LANES_OF_GROUPS, GROUP_WIDTH])
-    rank = tl.max(grouped, axis=2)
+    # What follows from a group is in every thread of its row. The groups are ranked with a lane for each.
+    group = tl.arange(0, LANES_OF_GROUPS)
+    of_group = ((group[:, None] == group[None, :]) & (group < GROUPS)[None, :])[None, :, :]
+    first = tl.max(grouped, axis=2)
+    rank = tl.max(tl.where(of_group, first[:, :, None], NOWHERE), axis=1)
     if TOP2_SUM:
         member = tl.arange(0, GROUP_WIDTH)[None, None, :]
-        first = tl.min(tl.where(grouped == rank[:, :, None], member, GROUP_WIDTH), axis=2)
-        second = tl.max(tl.where(member == first[:, :, None], NOWHERE, grouped), axis=2)
-        rank = _order(_number(rank) + _number(second))
-    group = tl.arange(0, LANES_OF_GROUPS)
-    rank = tl.where((group < GROUPS)[None, :], rank, NOWHERE)
-    mine, other = rank[:, :, None], rank[:, None, :]
-    before = (other > mine) | ((other == mine) & (group[None, None, :] < group[None, :, None]))
-    kept = tl.sum(before.to(tl.int32), axis=2) < KEPT_GROUPS
+        place = tl.min(tl.where(grouped == first[:, :, None], member, GROUP_WIDTH), axis=2)
+        second = tl.max(tl.where(member == place[:, :, None], NOWHERE, grouped), axis=2)
+        second = tl.max(tl.where(of_group, second[:, :, None], NOWHERE), axis=1)
+        rank = tl.where((group < GROUPS)[None, :], _order(_number(rank) + _number(second) + 0.0), NOWHERE)
+    kept = tl.zeros([BLOCK, LANES_OF_GROUPS], tl.int1)
+    for _ in tl.static_range(KEPT_GROUPS):
+        best = tl.max(rank, axis=1)
+        taken = tl.min(tl.where(rank == best[:, None], group[None, :], LANES_OF_GROUPS), axis=1)
+        is_taken = group[None, :] == taken[:, None]
+        rank = tl.where(is_taken, NOWHERE, rank)
+        kept |= is_taken
     return tl.reshape(tl.where(kept[:, :, None], grouped, NOWHERE), [BLOCK, WIDTH])
 
 
@@ -145,6 +165,7 @@ def route_kernel(
     KEPT_GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP_WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     SCORE_FUNCTION: tl.constexpr,
     TOP2_SUM: tl.constexpr,
@@ -159,16 +180,18 @@ def route_kernel(
     sequence = (tl.program_id(0) // programs_per_sequence).to(tl.int64)
     first = (tl.program_id(0) % programs_per_sequence).to(tl.int64) * tokens_per_program
     end = sequence * sequence_length + tl.minimum(first + tokens_per_program, sequence_length)
+    if bias is not None:
+        added = tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)[None, :]
     if STATISTICS:
-        program_counts = tl.zeros([WIDTH], tl.int32)
-        program_sums = tl.zeros([WIDTH], tl.float32)
-        program_nans = tl.zeros([BLOCK], tl.int32)
+        counts_of_rows = tl.zeros([BLOCK, WIDTH], tl.int32)
+        sums_of_rows = tl.zeros([BLOCK, WIDTH], tl.float32)
+        nans_of_rows = tl.zeros([BLOCK], tl.int32)
 
     for start in range(sequence * sequence_length + first, end, BLOCK):
         token = start + tl.arange(0, BLOCK).to(tl.int64)
         there = token < end
-        rows = logits + token[:, None] * row_stride
-        raw = tl.load(rows + expert[None, :], mask=there[:, None] & exists[None, :], other=0.0).to(tl.float32)
+        row = logits + token * row_stride
+        raw = _load_rows(row, expert, there, exists, BLOCK, WIDTH, LANES)
         has_nan = tl.max((raw != raw).to(tl.int32), axis=1) != 0
         logit = tl.where(exists[None, :], _finite(raw), -3.4028234663852886e38)
         highest, total = _softmax_of_rows(logit, exists, BLOCK, SCORE_FUNCTION)
@@ -178,9 +201,9 @@ def route_kernel(
             if SCORE_FUNCTION == "softmax":
                 choice = tl.where(has_nan[:, None], 3.4028234663852886e38, choice)
             if bias is not None:
-                choice += tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)[None, :]
-        else:
-            choice = tl.minimum(logit, 3.4028232635611926e38)  # below NaN, which is made the largest number
+                choice += added
+        else:  # -0.0 becomes 0.0, and all numbers are below NaN, which is made the largest one
+            choice = tl.minimum(logit + 0.0, 3.4028232635611926e38)
         choice = tl.where(raw != raw, 3.4028234663852886e38, choice)
         order = tl.where(exists[None, :], _order(choice), NOWHERE)
         if KEPT_GROUPS < GROUPS:
@@ -191,12 +214,14 @@ def route_kernel(
             best = tl.max(order, axis=1)
             chosen_lane = tl.min(tl.where(order == best[:, None], lane[None, :], WIDTH), axis=1)
             order = tl.where(lane[None, :] == chosen_lane[:, None], CHOSEN, order)
-            chosen = chosen_lane // GROUP_WIDTH * (E // GROUPS) + chosen_lane % GROUP_WIDTH
+            chosen = chosen_lane
+            if WIDTH != E:
+                chosen = chosen_lane // GROUP_WIDTH * (E // GROUPS) + chosen_lane % GROUP_WIDTH
             ids = tl.where(place[None, :] == k, chosen[:, None], ids)
 
         # The chosen logits are read again, out of the cache: cheaper than picking them out of the lanes.
         is_choice = there[:, None] & (place < K)[None, :]
-        picked = _finite(tl.load(rows + ids, mask=is_choice, other=0.0).to(tl.float32))
+        picked = _finite(tl.load(row[:, None] + ids, mask=is_choice, other=0.0).to(tl.float32))
         weight = _affinity(picked, highest[:, None], total[:, None], SCORE_FUNCTION)
         if NORMALIZE:
             weight /= tl.sum(tl.where(is_choice, weight, 0.0), axis=1)[:, None] + 1e-20
@@ -210,20 +235,22 @@ def route_kernel(
             if token_mask is not None:
                 real = there & (tl.load(token_mask + token, mask=there, other=0) != 0)
             counted = (order == CHOSEN) & real[:, None]
-            program_counts += tl.sum(counted.to(tl.int32), axis=0)
+            counts_of_rows += counted.to(tl.int32)
             share = tl.where(exists[None, :], _affinity(logit, highest[:, None], total[:, None], SCORE_FUNCTION), 0.0)
+            factor = (real & ~has_nan).to(tl.float32)
             if SCORE_FUNCTION != "softmax":
-                share /= tl.maximum(tl.sum(share, axis=1), 1e-20)[:, None]
-            program_sums += tl.sum(tl.where((real & ~has_nan)[:, None], share, 0.0), axis=0)
-            program_nans += (real & has_nan).to(tl.int32)
+                factor /= tl.maximum(tl.sum(share, axis=1), 1e-20)
+            sums_of_rows += share * factor[:, None]
+            nans_of_rows += (real & has_nan).to(tl.int32)
 
     if STATISTICS:
         # Integers, so that the order in which programs arrive does not matter; the last one turns them into numbers.
         at = sequence * E + expert
+        program_counts, program_sums = tl.sum(counts_of_rows, axis=0), tl.sum(sums_of_rows, axis=0)
         fixed = (program_sums * 68719476736.0 + 0.5).to(tl.int64)
         tl.atomic_add(counts + at, program_counts.to(tl.int64), mask=exists & (program_counts > 0), sem="relaxed")
         tl.atomic_add(fixed_sums + at, fixed, mask=exists & (fixed > 0), sem="relaxed")
-        tl.atomic_add(nan_rows + sequence, tl.sum(program_nans, axis=0).to(tl.int64), sem="relaxed")
+        tl.atomic_add(nan_rows + sequence, tl.sum(nans_of_rows, axis=0).to(tl.int64), sem="relaxed")
         tl.debug_barrier()
         if tl.atomic_add(arrivals + sequence, 1, sem="acq_rel") == programs_per_sequence - 1:
             fixed = tl.load(fixed_sums + at, mask=exists, other=0, cache_modifier=".cg")

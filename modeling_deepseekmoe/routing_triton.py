@@ -24,8 +24,9 @@ MAX_EXPERTS = 1024
 MAX_TOP_K = 32
 MAX_GROUPS = 64  # every group is compared with every other one
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WARPS = 8  # of a program of routing, each of which has rows of its own
 # Of a training step: every program adds its counts to the same numbers, and more of them would wait for each other.
-MAX_PROGRAMS = 2048
+MAX_PROGRAMS = 256
 # A copy of this file on the Hub registers operators of its own.
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
@@ -92,10 +93,12 @@ def _tell(device_type: str, reason: str) -> None:
         logger.info(f"Routing on {device_type}: implementation='auto' is 'triton'.")
 
 
-def route_options(num_experts: int, top_k: int, num_groups: int, top_k_groups: int) -> dict[str, int]:
-    """Return the sizes that the forward kernel is compiled for.
+def route_options(
+    num_experts: int, top_k: int, num_groups: int, top_k_groups: int, warp_size: int = 32
+) -> dict[str, int]:
+    """Return the sizes that the forward kernel is compiled for, on a GPU with that many threads in a warp.
 
-    A warp has as many rows at a time as fit into 256 lanes, 8 numbers for each thread.
+    A warp has one row at a time, or as many as fit into 32 threads.
     """
     groups = num_groups if top_k_groups < num_groups else 1
     group_width = power_of_two(num_experts // groups)
@@ -108,7 +111,8 @@ def route_options(num_experts: int, top_k: int, num_groups: int, top_k_groups: i
         "KEPT_GROUPS": top_k_groups if groups > 1 else 1,
         "WIDTH": width,
         "GROUP_WIDTH": group_width,
-        "BLOCK": min(max(256 // width, 1), 32),
+        "LANES": min(width, warp_size),
+        "BLOCK": WARPS * max(32 // width, 1),
     }
 
 
@@ -177,7 +181,8 @@ def _route(
     if not num_tokens:
         score_sums.zero_()
     if num_tokens:
-        options = route_options(num_experts, top_k, num_groups, top_k_groups)
+        warp_size = torch.cuda.get_device_properties(logits.device).warp_size if logits.is_cuda else 32
+        options = route_options(num_experts, top_k, num_groups, top_k_groups, warp_size)
         blocks = triton.cdiv(length, options["BLOCK"])
         # The number of programs does not depend on the device: on all of them the same tokens are added up together.
         blocks_per_program = triton.cdiv(blocks, max(MAX_PROGRAMS // max(rows, 1), 1)) if statistics else 1
@@ -204,7 +209,7 @@ def _route(
                 TOP2_SUM=group_score == "top2_sum",
                 NORMALIZE=normalize,
                 STATISTICS=statistics,
-                num_warps=1,
+                num_warps=WARPS,
             )
     return expert_ids, weights, counts[: rows * num_experts].view(rows, num_experts), score_sums
 

@@ -11,8 +11,9 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # this file travels to machines that have no Triton, where nothing calls a kernel
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -73,4 +74,4 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-__all__ = ["INTERPRETED", "jit", "kernel", "power_of_two", "tl", "triton", "why_no_triton"]
+__all__ = ["INTERPRETED", "TensorDescriptor", "jit", "kernel", "power_of_two", "tl", "triton", "why_no_triton"]

@@ -36,6 +36,37 @@ def test_several_tiles_in_every_direction() -> None:
                 check_case(dataclasses.replace(CASE, tokens=40, kind=kind, hidden=37, width=21, rank=18), "triton")
 
 
+@pytest.mark.parametrize(
+    ("hidden", "width", "rank", "used"), [(40, 24, 0, "rows, columns"), (40, 24, 16, "rows, columns"), (37, 21, 0, "")]
+)
+def test_weights_through_descriptors(
+    hidden: int, width: int, rank: int, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows begin at multiples of 16 bytes; and nothing of the next expert is read, whose weights are NaN."""
+    found, choose = set(), experts_triton._described
+
+    def spied(matrices: torch.Tensor, options: dict) -> tuple:
+        source, options = choose(matrices, options)
+        found.add(options["DESCRIBED"])
+        return source, options
+
+    monkeypatch.setattr(experts_triton, "_described", spied)
+    for dtype in (torch.float32, torch.bfloat16):
+        case = dataclasses.replace(CASE, tokens=40, hidden=hidden, width=width, rank=rank, dtype=dtype)
+        for tile in (Tile(16, 16, 16, 4, 1, 0, 1), Tile(32, 64, 64, 4, 1, 0, 1)):
+            with use_tiles(lambda problem, tile=tile: tile):
+                check_case(case, "triton")
+                inputs = inputs_of(dataclasses.replace(case, kind="one expert"))
+                with torch.no_grad():
+                    chosen = int(inputs.ids.flatten()[0])
+                    for stack in inputs.experts.parameters():
+                        stack[torch.arange(len(stack)) != chosen] = torch.nan
+                output = run_experts(inputs.experts, inputs.hidden, inputs.ids, inputs.weights, backend="triton")
+                output.backward(inputs.grad)
+                assert output.isfinite().all() and inputs.hidden.grad.isfinite().all()
+    assert found - {""} == set(used.split(", ")) - {""}
+
+
 @pytest.mark.parametrize("gpu", [Gpu("sm_80", 166_912), Gpu("sm_90", 232_448)], ids=lambda gpu: gpu.name)
 def test_the_tiles_of_a_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts_tiles, "gpu_of", lambda device: gpu)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_deepseekmoe import (
     experts,
+    experts_blocks,
     experts_kernels,
     experts_triton,
     group_by_expert,
@@ -60,16 +62,22 @@ class Fault(NamedTuple):
 
     def make(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put the wrong kernel in place of the right one."""
-        module, caller = {"experts": (experts_kernels, experts_triton)}.get(
-            self.trial, (routing_kernels, routing_triton)
+        modules, caller = {"experts": ((experts_blocks, experts_kernels), experts_triton)}.get(
+            self.trial, ((routing_kernels,), routing_triton)
         )
-        source = Path(module.__file__).read_text(encoding="utf-8")
-        assert source.count(self.right) == 1
-        path = folder / "faulty.py"
-        path.write_text(source.replace(self.right, self.wrong), encoding="utf-8")
-        spec = importlib.util.spec_from_file_location("modeling_deepseekmoe.faulty", path)
-        faulty = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(faulty)
+        sources = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
+        assert sum(source.count(self.right) for source in sources) == 1
+        for module, source in zip(modules, sources, strict=True):
+            name = module.__name__.rpartition(".")[2]
+            path = folder / f"faulty_{name}.py"
+            source = source.replace(self.right, self.wrong).replace(
+                "from .experts_blocks", "from .faulty_experts_blocks"
+            )
+            path.write_text(source, encoding="utf-8")
+            spec = importlib.util.spec_from_file_location(f"modeling_deepseekmoe.faulty_{name}", path)
+            faulty = importlib.util.module_from_spec(spec)
+            monkeypatch.setitem(sys.modules, spec.name, faulty)
+            spec.loader.exec_module(faulty)
         monkeypatch.setattr(caller, self.kernel, getattr(faulty, self.kernel))
 
 
