@@ -32,8 +32,8 @@ VERSIONS = {"python": "Python", "torch": "torch", "transformers": "transformers"
 SIZES = {"threads": "threads", "cores": "cores", "cpus": "cores"}
 FOREWORD = """# Benchmarks
 
-Speed, memory and quality, as measured, and how each figure was obtained. Read this page to see what you can expect,
-and what it costs.
+Speed, memory and quality, as measured or, where it says so, predicted, and how each figure was obtained. Read this
+page to see what you can expect, and what it costs.
 """
 AFTERWORD = """## Limits
 

@@ -309,7 +309,8 @@ def conversion(figures: Figures) -> list[str]:
 
 def predicted_kernels(figures: Figures) -> list[str]:
     """Describe what the kernels are predicted to take on an H100, in the last two releases."""
-    (before, former), (now, last) = list(figures["releases"].items())[-2:]
+    releases = list(figures["releases"].items())
+    (before, former), (now, last) = releases[-2:] if len(releases) > 1 else releases * 2
 
     def both(rows: Sequence[Figures], field: str, shown: str, factor: float = 1) -> str:
         """Format what the releases have; once if it is the same."""
@@ -325,12 +326,14 @@ def predicted_kernels(figures: Figures) -> list[str]:
     for layer in dict.fromkeys(row["layer"] for row in last):
         tables = [{row["kernel"]: row for row in release if row["layer"] == layer} for release in (former, last)]
         lines += [cells(layer, kernel, [found[kernel] for found in tables if kernel in found]) for kernel in tables[1]]
+        if any("instructions_a_row" in row for row in tables[1].values()):
+            continue  # in training and not in inference, or the other way round: there is no sum
         sums = [{name: sum(row[name] for row in found.values()) for name in ("seconds", "floor")} for found in tables]
         lines.append(cells(layer, "together", sums))
     header = ("layer", "kernel", "registers", "shared memory", "programs", "bytes from L2 a FLOP", "ms", "floor, ms")
     return [
-        f"""Not measured: predicted for an H100 from the machine code and the tiles, as the script says. The layers
-        are trained with 8,192 tokens in bfloat16, all of their experts. Where a figure changed, that of {before}
+        f"""Not measured: predicted for an H100 from the machine code and the tiles, as the script says. All experts
+        of a layer are trained, in bfloat16. Where a figure changed, that of {before}
         comes first, and that of {now} second. Of routing, the sixth column has instructions a row.""",
         table(header, lines),
         """How to read it: the floor is what the operations, or the bytes from memory, take at the rates of that GPU. A

@@ -4,12 +4,14 @@ A kernel of the experts takes the longest of three: its operations on the matrix
 bytes from memory. Where a multiprocessor has one program at a time, nothing else runs while it begins and ends, and
 that comes on top. Routing takes its instructions and its atomics, grouping its steps. The rates are those of an H100
 SXM: a product of 8,192 squared in bfloat16, a copy, and reads out of L2; what a program's beginning, an atomic and a
-step of grouping take is an estimate. So this ranks kernels and tiles. It is no measurement.
+step of grouping take, and how often an instruction is issued, are estimates. So this ranks kernels and tiles. It is no
+measurement.
 
     python benchmarks/predict_kernels.py [--save RELEASE]
 
 `--save` keeps the figures in benchmarks/results/predict_kernels.json under a release's name, and the tables compare
-the two last ones. Two minutes on two cores. Needs Triton, and TRITON_INTERPRET not set.
+the last two. The figures of 0.11.0 are those of its own code. Two minutes on two cores. Needs Triton, and
+TRITON_INTERPRET not set.
 """
 
 import argparse
@@ -39,33 +41,31 @@ BEGIN = {"outer": 0.3e-6}  # seconds until the first product; the other kernels 
 BEGIN_OTHERS = 1.0e-6
 START, ISSUED, ATOMICS, STEP = 2.5e-6, 0.57, 42e9, 1.2e-6  # a launch, the share of cycles, atomics a second, a step
 TOKENS = 8192
+ROUTER = "V3 router"
 BYTES = 2  # of a number
 
 
 def work_of(constants: dict[str, Any], kernel: str, tokens: int, choices: int, experts: int) -> dict[str, float]:
-    """Count what one launch does: operations, those of tiles that are not full too, bytes, and programs."""
+    """Count what one launch does.
+
+    Returns:
+        Operations, and those of all tiles, which are not all full; bytes that programs read while they multiply, and
+        if all tiles were full; bytes at their ends; bytes that memory must give or take at least; and programs.
+    """
     if kernel == "combine_kernel":
-        width = constants["D"]
-        moved = BYTES * width * (choices + tokens)
-        return {
-            "flops": choices * width,
-            "padded": 0,
-            "l2": moved,
-            "full": moved,
-            "memory": moved,
-            "programs": 0,
-            "end": 0,
-        }
+        moved = BYTES * constants["D"] * (choices + tokens)
+        return {"flops": 0, "padded": 0, "read": 0, "full": 0, "end": moved, "memory": moved, "programs": 0}
     if kernel == "outer_kernel":
         m, n, block_m, block_n = (constants[name] for name in ("M", "N", "BLOCK_M", "BLOCK_N"))
         tiles = -(-m // block_m) * -(-n // block_n)
-        read = BYTES * choices * tiles * (block_m + block_n)
-        rows = BYTES * ((tokens if constants["LEFT_BY_TOKEN"] else choices) * m
-                        + (tokens if constants["RIGHT_BY_TOKEN"] else choices) * n)  # fmt: skip
+        rows = (tokens if constants["LEFT_BY_TOKEN"] else choices) * m
+        rows += (tokens if constants["RIGHT_BY_TOKEN"] else choices) * n
         written = BYTES * experts * m * n
-        flops = 2.0 * choices * m * n
-        return {"flops": flops, "padded": flops, "l2": read + written, "full": read, "memory": rows + written,
-                "programs": experts * tiles, "end": BYTES * block_m * block_n}  # fmt: skip
+        steps = choices + experts * constants["BLOCK_ROWS"] / 2  # half of the last block of rows is empty
+        return {"flops": 2.0 * choices * m * n, "padded": 2.0 * steps * tiles * block_m * block_n,
+                "read": BYTES * choices * (m * -(-n // block_n) + n * -(-m // block_m)),
+                "full": BYTES * choices * m * n * (1 / block_m + 1 / block_n), "end": written,
+                "memory": BYTES * rows + written, "programs": experts * tiles}  # fmt: skip
     width = constants.get("OUT") or constants["WIDTH"]
     inside = constants.get("IN") or constants["D"]
     stacked = 2 if kernel == "first_product_kernel" else 1  # gates and ups
@@ -74,15 +74,14 @@ def work_of(constants: dict[str, Any], kernel: str, tokens: int, choices: int, e
     by_token = kernel != "product_kernel" or constants["BY_TOKEN"]
     block_rows, block_columns = constants["BLOCK_ROWS"], constants["BLOCK_COLUMNS"]
     row_tiles, column_tiles = choices / block_rows + experts / 2, -(-width // block_columns)  # half a tile is empty
-    flops = 2.0 * choices * inside * width * stacked
-    read = BYTES * inside * (choices * column_tiles + row_tiles * column_tiles * block_columns * stacked)
-    full = BYTES * choices * inside * width * (1 / block_columns + stacked / block_rows)
     end = BYTES * beside * width * choices
-    weights = BYTES * experts * inside * width * stacked
     rows = BYTES * inside * (tokens if by_token else choices)
-    return {"flops": flops, "padded": flops * row_tiles * block_rows / choices, "l2": read + end, "full": full,
-            "memory": weights + rows + end, "programs": row_tiles * column_tiles,
-            "end": BYTES * beside * block_rows * block_columns}  # fmt: skip
+    return {"flops": 2.0 * choices * inside * width * stacked,
+            "padded": 2.0 * row_tiles * block_rows * inside * column_tiles * block_columns * stacked,
+            "read": BYTES * inside * (choices * column_tiles + row_tiles * width * stacked),
+            "full": BYTES * choices * inside * width * (1 / block_columns + stacked / block_rows), "end": end,
+            "memory": BYTES * experts * inside * width * stacked + rows + end,
+            "programs": row_tiles * column_tiles}  # fmt: skip
 
 
 def predict_launch(job: tuple[str, tuple[int, ...], Launch]) -> dict[str, Any]:
@@ -91,20 +90,25 @@ def predict_launch(job: tuple[str, tuple[int, ...], Launch]) -> dict[str, Any]:
     constants, kernel = dict(launch.constants), launch.kernel
     work = work_of(constants, kernel, tokens, tokens * top_k, experts)
     found = resources(TARGET, launch.compile(TARGET))
-    floor = max(work["flops"] / MATRIX if work["padded"] else 0, work["memory"] / MEMORY)
-    seconds = max(work["padded"] / MATRIX, work["l2"] / L2, work["memory"] / MEMORY)
-    full = max(work["flops"] / MATRIX if work["padded"] else 0, work["full"] / L2, work["memory"] / MEMORY)
-    kind = kernel.removesuffix("_kernel")
+    kind, memory = kernel.removesuffix("_kernel"), work["memory"] / MEMORY
+    floor = max(work["flops"] / MATRIX, memory)
+    full = max(floor, (work["full"] + work["end"]) / L2)
+    is_alone = work["programs"] > 0 and found["programs"] == 1
+    # Where a program is alone, its end comes on top, and is no part of what is read meanwhile.
+    seconds = max(work["padded"] / MATRIX, (work["read"] + (0 if is_alone else work["end"])) / L2, memory)
     alone = 0.0
-    if work["programs"] and found["programs"] == 1:
-        alone = work["programs"] / MULTIPROCESSORS * (BEGIN.get(kind, BEGIN_OTHERS) + work["end"] / STORE)
+    if is_alone:
+        end = work["end"] / work["programs"] / STORE
+        alone = work["programs"] / MULTIPROCESSORS * (BEGIN.get(kind, BEGIN_OTHERS) + end)
     sizes = {name: constants[name] for name in ("IN", "OUT", "M", "N") if name in constants}
     label = kind.replace("_", " ") + (f" {'x'.join(map(str, sizes.values()))}" if sizes else "")
     tile = [constants[key] for key in constants if key.startswith("BLOCK_") and key != "BLOCK_R"]
     times = 2 if kind == "combine" else 1
-    return {"layer": name, "kernel": label, "tile": [*tile, *dict(launch.options).values()], **found,
-            "bytes_a_flop": work["l2"] / work["flops"], "seconds": times * (seconds + alone), "alone": times * alone,
-            "full": times * full, "floor": times * floor, "flops": work["flops"] if work["padded"] else 0}  # fmt: skip
+    row = {"layer": name, "kernel": label, "tile": [*tile, *dict(launch.options).values()], **found}
+    if work["flops"]:
+        row["bytes_a_flop"] = (work["read"] + work["end"]) / work["flops"]
+    return row | {"seconds": times * (seconds + alone), "alone": times * alone, "full": times * full,
+                  "floor": times * floor, "flops": work["flops"]}  # fmt: skip
 
 
 def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int]]:
@@ -124,37 +128,38 @@ def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int]]:
     return instructions, labels
 
 
-def longest_loop(instructions: list[str], labels: dict[str, int]) -> int:
-    """Count the instructions of the longest loop, or of everything if there is none."""
-    lengths = [len(instructions)]
+def instructions_of(cubin: bytes, loops: float) -> float:
+    """Count the instructions of a program that runs its longest loop some times."""
+    instructions, labels = machine_code(cubin)
+    lengths = [0]
     for number, instruction in enumerate(instructions):
         target = re.search(r"BRA.*?(\.L\w+)", instruction)
         if target and labels.get(target.group(1), len(instructions)) < number:
             lengths.append(number - labels[target.group(1)] + 1)
-    return max(lengths[1:], default=lengths[0])
+    return len(instructions) + (loops - 1) * max(lengths)
 
 
 def predict_router() -> list[dict[str, Any]]:
     """Predict routing and grouping of DeepSeek-V3's gate for `TOKENS`."""
     shape, rows = SHAPES["DeepSeek-V3"], []
-    warps = getattr(routing_triton, "WARPS", 1)
-    for name, statistics in (("route, training", True), ("route, inference", False)):
+    for name, is_training in (("route, training", True), ("route, inference", False)):
         function, constants, num_warps = variants(shape, TARGET)[name]
         compiled = compile_kernel(function, constants, TARGET, num_warps)
-        count = longest_loop(*machine_code(compiled.asm["cubin"])) * num_warps / constants["BLOCK"]
+        programs = routing_triton.MAX_PROGRAMS if is_training else TOKENS // constants["BLOCK"]
+        of_program = instructions_of(compiled.asm["cubin"], TOKENS / programs / constants["BLOCK"])
+        count = of_program * num_warps * programs / TOKENS
         seconds = START + TOKENS * count / (4 * MULTIPROCESSORS * CLOCK * ISSUED)
-        programs = routing_triton.MAX_PROGRAMS
         # Of E experts so many are among a program's choices, and all have a score.
         chosen = shape["experts"] * (1 - (1 - shape["top_k"] / shape["experts"]) ** (TOKENS / programs))
-        atomics = programs * (shape["experts"] + chosen) if statistics else 0
-        rows.append({"layer": "V3 router", "kernel": name, "tile": [constants["BLOCK"], warps],
+        atomics = programs * (shape["experts"] + chosen) if is_training else 0
+        rows.append({"layer": ROUTER, "kernel": name, "tile": [constants["BLOCK"], num_warps],
                      **resources(TARGET, compiled), "instructions_a_row": count, "atomics": atomics,
                      "seconds": seconds + atomics / ATOMICS,
                      "floor": 4 * TOKENS * shape["experts"] / MEMORY})  # fmt: skip
-    steps = TOKENS * shape["top_k"] / 128 / routing_triton.group_options(shape["experts"])["BLOCK"]
     function, constants, num_warps = variants(shape, TARGET)["group, place"]
+    steps = TOKENS * shape["top_k"] / 128 / constants["BLOCK"]  # of each of 128 programs
     found = resources(TARGET, compile_kernel(function, constants, TARGET, num_warps))
-    rows.append({"layer": "V3 router", "kernel": "group, both launches", "tile": [constants["BLOCK"], num_warps],
+    rows.append({"layer": ROUTER, "kernel": "group, both launches", "tile": [constants["BLOCK"], num_warps],
                  **found, "steps": steps, "seconds": 2 * START + steps * STEP,
                  "floor": 12 * TOKENS * shape["top_k"] / MEMORY})  # fmt: skip
     return rows
@@ -173,7 +178,7 @@ def print_tables(releases: dict[str, list[dict[str, Any]]]) -> None:
     """Print a table for each layer, with the release before beside the last one."""
     names = list(releases)[-2:]
     for layer in dict.fromkeys(row["layer"] for row in releases[names[-1]]):
-        each = "instructions a row" if layer == "V3 router" else "bytes from L2 a FLOP"
+        each = "instructions a row" if layer == ROUTER else "bytes from L2 a FLOP"
         columns = ("registers", "shared", "programs", each, "predicted")
         print(f"\n| {layer} | {' | '.join(f'{column}, {name}' for name in names for column in columns)} | floor |")
         print(f"| --- |{' --- |' * (len(columns) * len(names) + 1)}")
@@ -181,6 +186,8 @@ def print_tables(releases: dict[str, list[dict[str, Any]]]) -> None:
         for kernel, last in tables[-1].items():
             cells = [cell for table in tables for cell in cells_of(table.get(kernel))]
             print(f"| {kernel} | {' | '.join(cells)} | {1e3 * last['floor']:.3f} ms |")
+        if layer == ROUTER:  # in training and not in inference, or the other way round: there is no sum
+            continue
         for name, table in zip(names, tables, strict=True):
             print(f"{name}: {sum_of(table, 'seconds')}; if all tiles were full and began and ended beside others "
                   f"{sum_of(table, 'full')}; floor {sum_of(table, 'floor')}")  # fmt: skip

@@ -176,9 +176,9 @@ def tune(
 
 
 def allowed(candidates: tuple[tuple[int, ...], ...], gpu: str) -> list[Tile]:
-    """Return the tiles that a GPU can have: not all GPUs have descriptors. The interpreter has everything."""
+    """Return the tiles that a GPU can have: not all GPUs have descriptors."""
     tiles = [Tile(*candidate) for candidate in candidates]
-    described = gpu == "cpu" or re.fullmatch(DESCRIBING, gpu)
+    described = re.fullmatch(DESCRIBING, gpu)
     return [tile for tile in tiles if described or not tile.descriptors]
 
 

@@ -7,7 +7,8 @@ Qwen3-MoE, Mixtral, OLMoE, and this family.
 The backend is chosen for every call ([`choose_backend`]):
 - `"triton"`: fused kernels for all experts (`experts_triton`), on CUDA and ROCm;
 - `"loop"`: one expert after the other (`experts_loop`), on the CPU;
-- `"grouped"`: torch's grouped products (`experts_grouped`), everywhere else, and for small experts on the CPU.
+- `"grouped"`: torch's grouped products (`experts_grouped`), everywhere else, and on the CPU for small experts, and for
+  few tokens in 16 bits without a gradient.
 
 Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert width, S = T * K choices (a token at
 one of its experts).
@@ -111,12 +112,13 @@ def run_experts(
     _refuse_onnx(experts)
     gate_up, down = (experts.gate_up_proj, experts.down_proj) if stacks is None else stacks
     dtype = compute_dtype(gate_up)
+    adapted = any(adapter is not None for adapter in adapters)
     if backend is None:
-        backend, reason = choose_backend(experts, hidden_states, gate_up, top_k_index.shape[1])
+        # Few tokens would have a backend that takes no adapters.
+        backend, reason = choose_backend(experts, hidden_states, gate_up, None if adapted else top_k_index.shape[1])
         tell_backend(experts, hidden_states, backend, reason)
     elif backend == "triton" and (reason := _why_not_triton(hidden_states.device, dtype, len(gate_up))):
         raise ValueError(f"backend='triton' is not allowed: {reason}.")
-    adapted = any(adapter is not None for adapter in adapters)
     if backend not in BACKENDS or (backend not in FUSED_BACKENDS and adapted):
         raise ValueError(
             f"backend={backend!r} is not allowed: one of {BACKENDS}, and with adapters one of {FUSED_BACKENDS}."
@@ -207,7 +209,7 @@ def choose_backend(
     dtype = compute_dtype(stack)
     few = top_k is not None and len(hidden_states) * top_k < WIDEN_FROM * num_experts
     if few and dtype.itemsize == 2 and not torch.is_grad_enabled() and not experts.training:
-        return "grouped", "an expert has so few tokens that one product after the other is the fastest in 16 bits"
+        return "grouped", "an expert has so few tokens that its products are the fastest as they are stored"
     if not has_instructions(dtype):  # the loop widens
         return "loop", ""
     if columns // 2 * hidden_size >= LOOP_FROM:

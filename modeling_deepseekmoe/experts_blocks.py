@@ -75,7 +75,7 @@ def load_block(
 
     DESCRIBED says what `matrices` is: "" a pointer to the expert's matrix, of any strides, "rows" a descriptor of
     (E, IN, OUT), whose rows are contiguous, and "columns" a descriptor of (E, OUT, IN). There are zeros beyond IN.
-    Columns beyond OUT may be anything: nobody stores what comes of them.
+    Beyond OUT there are zeros too, but behind gates their ups, of which nothing is stored.
     """
     if DESCRIBED == "rows":
         return tl.reshape(matrices.load([expert, start, begin + FURTHER]), [BLOCK_IN, BLOCK_COLUMNS])

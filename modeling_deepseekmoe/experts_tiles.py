@@ -28,7 +28,7 @@ KINDS = ("first", "product", "activation_gradient", "outer")
 FIELDS = ("gpu", "kind", "dtype", "rows", "columns", "inside")
 DTYPES = ("bfloat16", "float16", "float32")
 VARIABLE = "DEEPSEEKMOE_TILES"
-DESCRIBING = r"sm_(9|1[0-9])\d"  # compute capability 9.0 and newer
+DESCRIBING = r"cpu|sm_(9|1[0-9])\d"  # Triton's interpreter, and compute capability 9.0 and newer
 LARGE = 200_000  # bytes of shared memory for the large tiles: compute capability 9.0 and 10.0 have them
 
 
@@ -65,7 +65,8 @@ class Tile(NamedTuple):
         warps, stages: of a program, and of its pipeline.
         registers: the most that a thread may have; 0 leaves it to the compiler.
         descriptors: 1 reads the weights through descriptors (TMA), which `DESCRIBING` GPUs have. Weights whose rows do
-            not begin at multiples of 16 bytes, and `"outer"`, which has none, are read through pointers all the same.
+            not begin at multiples of 16 bytes are read through pointers all the same, and a warning says so. `"outer"`
+            reads none.
     """
 
     rows: int
@@ -77,13 +78,13 @@ class Tile(NamedTuple):
     descriptors: int = 0
 
     def options(self, kind: str) -> dict[str, Any]:
-        """Return the arguments of the launch. DESCRIBED is whether the weights have descriptors."""
+        """Return the arguments of the launch, and whether it is to read weights through descriptors."""
         names = (
             ("BLOCK_M", "BLOCK_N", "BLOCK_ROWS") if kind == "outer" else ("BLOCK_ROWS", "BLOCK_COLUMNS", "BLOCK_IN")
         )
         options = dict(zip(names, self[:3], strict=True)) | {"num_warps": self.warps, "num_stages": self.stages}
         if kind != "outer":
-            options["DESCRIBED"] = bool(self.descriptors)
+            options["descriptors"] = self.descriptors
         return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
@@ -202,7 +203,7 @@ def _wrong_with(entry: Any) -> str:
         (all(0 <= number <= 255 for number in tile[5:6]), "the registers are not 0 to 255"),
         (all(number in (0, 1) for number in tile[6:]), "the descriptors are not 0 or 1"),
         (tile[6:] != [1] or re.fullmatch(DESCRIBING, entry["gpu"]), "this gpu has no descriptors"),
-        (tile[6:] != [1] or max(blocks) <= 256, "a block of a descriptor has more than 256 rows or columns"),
+        (tile[6:] != [1] or max(blocks[1:]) <= 256, "a block of a descriptor has more than 256 rows or columns"),
     )  # fmt: skip
     return next((problem for right, problem in checks if not right), "")
 

@@ -14,6 +14,7 @@ columns.
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from .experts_kernels import (
     activation_gradient_kernel,
@@ -26,6 +27,8 @@ from .experts_operands import Adapter, ExpertGradients, ExpertOperands
 from .experts_tiles import Problem, choose_tile, has_large_tiles
 from .routing_triton import MAX_EXPERTS
 from .triton_support import TensorDescriptor, power_of_two, triton, why_no_triton
+
+logger = logging.get_logger(__name__)
 
 PART = 32  # columns of a tile that the gradient of the activation stores at a time
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,12 +85,20 @@ _NOTHING = _LowRank()
 
 def _described(matrices: torch.Tensor, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return what a kernel reads matrices (E, in, out) through, themselves or a descriptor, and its arguments."""
+    options = dict(options)
+    wanted = options.pop("descriptors")
     contiguous, blocks = "rows", [1, options["BLOCK_IN"], options["BLOCK_COLUMNS"]]
     tensor = matrices
     if matrices.stride(2) != 1:
         contiguous, blocks, tensor = "columns", [1, blocks[2], blocks[1]], matrices.transpose(1, 2)
     steps = (tensor.data_ptr(), *(stride * tensor.itemsize for stride in tensor.stride()[:-1]))
-    if not options["DESCRIBED"] or tensor.stride(2) != 1 or any(step % 16 for step in steps):
+    if not wanted:
+        return matrices, options | {"DESCRIBED": ""}
+    if tensor.stride(2) != 1 or any(step % 16 for step in steps):
+        logger.warning_once(
+            f"The rows of experts' matrices {tuple(tensor.shape[1:])} of {tensor.dtype} do not begin at multiples of "
+            "16 bytes: their tile's descriptors are not used."
+        )
         return matrices, options | {"DESCRIBED": ""}
     return TensorDescriptor.from_tensor(tensor, blocks), options | {"DESCRIBED": contiguous}
 

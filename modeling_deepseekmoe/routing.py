@@ -408,12 +408,14 @@ def _statistics(
 def try_routing(device: torch.device) -> None:
     """Compare the kernels of routing with plain torch: V3's gate, with ties, padding, two sequences and a gradient.
 
+    80 experts in 4 groups have 128 lanes: a row is read in parts, as in the released models.
+
     Raises:
         WrongKernelError: if they differ.
     """
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(40, 16, generator=generator, dtype=torch.float32).mul_(4).round_().div_(4)  # many are equal
-    bias = torch.randint(-2, 3, (16,), generator=generator).to(torch.float32) / 4
+    logits = torch.randn(40, 80, generator=generator, dtype=torch.float32).mul_(4).round_().div_(4)  # many are equal
+    bias = torch.randint(-2, 3, (80,), generator=generator).to(torch.float32) / 4
     mask = torch.rand(40, generator=generator, dtype=torch.float32) < 0.8
     options = RoutingOptions(3, "sigmoid", 4, 2, "top2_sum", True, 2.5)
     results = []

@@ -124,7 +124,7 @@ def _keep_best_groups(
         second = tl.max(tl.where(of_group, second[:, :, None], NOWHERE), axis=1)
         rank = tl.where((group < GROUPS)[None, :], _order(_number(rank) + _number(second) + 0.0), NOWHERE)
     kept = tl.zeros([BLOCK, LANES_OF_GROUPS], tl.int1)
-    for _ in tl.static_range(KEPT_GROUPS):
+    for _ in range(KEPT_GROUPS):
         best = tl.max(rank, axis=1)
         taken = tl.min(tl.where(rank == best[:, None], group[None, :], LANES_OF_GROUPS), axis=1)
         is_taken = group[None, :] == taken[:, None]
@@ -171,6 +171,7 @@ def route_kernel(
     TOP2_SUM: tl.constexpr,
     NORMALIZE: tl.constexpr,
     STATISTICS: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
     """Route up to `tokens_per_program` tokens of one sequence in each program, BLOCK at a time."""
     NOWHERE: tl.constexpr = -(2**31)  # below the order of every number: no expert, or one of a dropped group
@@ -249,7 +250,7 @@ def route_kernel(
         program_counts, program_sums = tl.sum(counts_of_rows, axis=0), tl.sum(sums_of_rows, axis=0)
         fixed = (program_sums * 68719476736.0 + 0.5).to(tl.int64)
         tl.atomic_add(counts + at, program_counts.to(tl.int64), mask=exists & (program_counts > 0), sem="relaxed")
-        tl.atomic_add(fixed_sums + at, fixed, mask=exists & (fixed > 0), sem="relaxed")
+        tl.atomic_add(fixed_sums + at, fixed, mask=exists & (fixed > 0), sem=ORDER)
         tl.atomic_add(nan_rows + sequence, tl.sum(nans_of_rows, axis=0).to(tl.int64), sem="relaxed")
         tl.debug_barrier()
         if tl.atomic_add(arrivals + sequence, 1, sem="acq_rel") == programs_per_sequence - 1:

@@ -22,9 +22,11 @@ logger = logging.get_logger(__name__)
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
-MAX_GROUPS = 64  # every group is compared with every other one
+MAX_GROUPS = 64  # every group has a lane of every other one's
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARPS = 8  # of a program of routing, each of which has rows of its own
+# CUDA's barrier orders what all warps of a program have added before what its first warp does next. ROCm's does not.
+ORDER = "relaxed" if torch.version.hip is None else "acq_rel"
 # Of a training step: every program adds its counts to the same numbers, and more of them would wait for each other.
 MAX_PROGRAMS = 256
 # A copy of this file on the Hub registers operators of its own.
@@ -98,7 +100,8 @@ def route_options(
 ) -> dict[str, int]:
     """Return the sizes that the forward kernel is compiled for, on a GPU with that many threads in a warp.
 
-    A warp has one row at a time, or as many as fit into 32 threads.
+    A warp has one row at a time, or as many as fit into 32 threads. Where warps have 64, those of rows that are
+    narrower do the same as others.
     """
     groups = num_groups if top_k_groups < num_groups else 1
     group_width = power_of_two(num_experts // groups)
@@ -114,6 +117,11 @@ def route_options(
         "LANES": min(width, warp_size),
         "BLOCK": WARPS * max(32 // width, 1),
     }
+
+
+def _warp_size(device: torch.device) -> int:
+    """Return the number of threads of a warp."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 def route_backward_options(num_experts: int, top_k: int) -> dict[str, int]:
@@ -180,9 +188,8 @@ def _route(
     counts, fixed_sums, nan_rows, arrivals = zeros.split([even_sums, even_sums, even_rows, even_rows])
     if not num_tokens:
         score_sums.zero_()
-    if num_tokens:
-        warp_size = torch.cuda.get_device_properties(logits.device).warp_size if logits.is_cuda else 32
-        options = route_options(num_experts, top_k, num_groups, top_k_groups, warp_size)
+    else:
+        options = route_options(num_experts, top_k, num_groups, top_k_groups, _warp_size(logits.device))
         blocks = triton.cdiv(length, options["BLOCK"])
         # The number of programs does not depend on the device: on all of them the same tokens are added up together.
         blocks_per_program = triton.cdiv(blocks, max(MAX_PROGRAMS // max(rows, 1), 1)) if statistics else 1
@@ -209,6 +216,7 @@ def _route(
                 TOP2_SUM=group_score == "top2_sum",
                 NORMALIZE=normalize,
                 STATISTICS=statistics,
+                ORDER=ORDER,
                 num_warps=WARPS,
             )
     return expert_ids, weights, counts[: rows * num_experts].view(rows, num_experts), score_sums

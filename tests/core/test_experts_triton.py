@@ -10,6 +10,7 @@ from experts_cases import Case, cases, check_case, inputs_of
 from hypothesis import given, settings
 from lora_cases import IDS, direct, make
 from operator_checks import CASE, check_dropout, check_operators
+from program_order import shuffled_programs
 from routing_cases import GENERATED
 from tolerances import GOLDEN_LOGITS, assert_same
 
@@ -73,6 +74,24 @@ def test_the_tiles_of_a_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype, rank in ((torch.float32, 18), (torch.bfloat16, 0)):
         case = dataclasses.replace(CASE, tokens=300, experts=2, top_k=2, hidden=280, width=150, rank=rank, dtype=dtype)
         check_case(case, "triton")
+
+
+def test_programs_in_any_order_give_the_same_bits() -> None:
+    case = dataclasses.replace(CASE, tokens=40, rank=4, kind="elsewhere")
+
+    def results() -> list[torch.Tensor]:
+        inputs = inputs_of(case)
+        output = run_experts(
+            inputs.experts, inputs.hidden, inputs.ids, inputs.weights, adapters=inputs.adapters, backend="triton"
+        )
+        output.backward(inputs.grad)
+        return [output, *(leaf.grad for leaf in inputs.differentiable.values())]
+
+    expected = results()
+    for seed in range(3):
+        with shuffled_programs(seed) as numbers:
+            assert all(torch.equal(one, other) for one, other in zip(results(), expected, strict=True))
+        assert max(numbers) >= 10
 
 
 def test_dropout_has_the_right_mean_and_gradients() -> None:

@@ -302,11 +302,21 @@ def test_who_has_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_backend_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Experts(SimpleNamespace(), 8, 16, 4).to(torch.bfloat16).eval()
     many, few = torch.empty(20, 16), torch.empty(19, 16)
-    for has in (True, False):
+    for has, small in itertools.product((True, False), (True, False)):
         monkeypatch.setattr("modeling_deepseekmoe.experts.has_instructions", lambda dtype, has=has: has)
-        monkeypatch.setattr("modeling_deepseekmoe.experts.LOOP_FROM", 2**18)
+        monkeypatch.setattr("modeling_deepseekmoe.experts.LOOP_FROM", 2**18 if small else 0)
         for hidden, grad in itertools.product((many, few), (True, False)):
             with torch.set_grad_enabled(grad):
                 backend, reason = choose_backend(module, hidden, top_k=2)
-            expected = "grouped" if has or (hidden is few and not grad) else "loop"
+            expected = "grouped" if (has and small) or (hidden is few and not grad) else "loop"
             assert (backend, bool(reason)) == (expected, expected == "grouped")
+
+
+def test_adapters_of_few_tokens_need_no_backend_by_name() -> None:
+    case = dataclasses.replace(CASE, tokens=1, dtype=torch.bfloat16, rank=4, hidden=1024, width=512)
+    inputs = inputs_of(case)
+    inputs.experts.eval()
+    with torch.no_grad():
+        given = inputs.experts, inputs.hidden, inputs.ids, inputs.weights
+        found, expected = (run_experts(*given, adapters=inputs.adapters, backend=name) for name in (None, "loop"))
+    assert torch.equal(found, expected)

@@ -13,6 +13,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import Golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from program_order import shuffled_programs
 from routing_cases import GENERATED, Case, cases, check_grouping, check_rounding, check_route
 from tolerances import GOLDEN_LOGITS, SAME_COMPUTATION, assert_same
 from torch.library import opcheck
@@ -61,6 +62,24 @@ def test_sums_of_programs_with_several_blocks(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(plans[0].counts_by_sequence, plans[1].counts_by_sequence)
     torch.testing.assert_close(plans[0].score_sums, plans[1].score_sums, rtol=SAME_COMPUTATION, atol=0)
     assert torch.equal(plans[1].score_sums, plans[2].score_sums)
+
+
+def test_programs_in_any_order_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing_triton, "MAX_PROGRAMS", 14)
+    logits = torch.randn(2 * 90, 100)
+
+    def results() -> list[torch.Tensor]:
+        leaf = logits.clone().requires_grad_()
+        found = route(leaf, 4, num_sequences=2, implementation="triton", **{**V3_OPTIONS, "num_groups": 5})
+        (found.weights.square().sum() + found.score_sums.square().sum()).backward()
+        groups = group_by_expert(found.expert_ids, 100, implementation="triton")
+        return [found.expert_ids, found.weights, found.counts_by_sequence, found.score_sums, leaf.grad, *groups]
+
+    expected = results()
+    for seed in range(3):
+        with shuffled_programs(seed) as numbers:
+            assert all(torch.equal(one, other) for one, other in zip(results(), expected, strict=True))
+        assert max(numbers) > 10
 
 
 def test_golden_cases(golden: Golden) -> None:
