@@ -2,7 +2,8 @@
 
 Small models of MoE layers are measured for several numbers of experts, ranks and tokens: a training step (forward and
 backward, the base frozen, gradients down to the input embeddings), its forward pass, a decoded token, and the peak
-memory of a training step, in a process of its own. On a GPU, other and larger shapes are measured.
+memory of a training step, in a process of its own. On a CPU the first case is measured on one thread too. On a GPU,
+other and larger shapes are measured.
 
 Prints medians and the medians of ratios of neighbouring measurements. Writes benchmarks/results/expert_lora.json, or
 expert_lora_gpu.json.
@@ -227,13 +228,20 @@ def main() -> None:
         print(table(cases[-1]), flush=True)
     if arguments.first:
         return
+    threads = torch.get_num_threads()
+    one_thread = None
+    if device == "cpu":
+        torch.set_num_threads(1)
+        one_thread = measure(shapes[0], device, arguments.rounds)
+        print(f"On one thread: {table(one_thread)}", flush=True)
     figures = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "cases": cases,
+        "one_thread": one_thread,
     }
     name = "expert_lora_gpu.json" if device == "cuda" else "expert_lora.json"
     path = Path(__file__).parent / "results" / name

@@ -259,7 +259,12 @@ def expert_lora(figures: Figures) -> list[str]:
                 f"{1e3 * seconds['decode'][way]:.1f} ms ({ratios['decode'][way]:.2f})",
                 f"{case['peak_bytes'][way] / 1e9:.2f} GB"]  # fmt: skip
 
-    first = figures["cases"][0]
+    first, alone = figures["cases"][0], figures.get("one_thread")
+    of_one_thread = (
+        f"On one thread, the step of the first case is {alone['peft_over_ours']['step']:.1f} times faster."
+        if alone
+        else ""
+    )
     shape, faster = first["shape"], first["peft_over_ours"]
     return [
         f"""LoRA on stacked experts by this package and by plain PEFT, over the frozen base model; {shape["dtype"]},
@@ -272,8 +277,8 @@ def expert_lora(figures: Figures) -> list[str]:
         f"""How to read it: in parentheses stands the time over that of the frozen base; 1.00 would mean that LoRA
         costs nothing. In the first case the step is {faster["step"]:.1f} times and the decode
         {faster["decode"]:.0f} times faster than with plain PEFT, and the extra memory over the base is
-        {first["extra_memory_of_peft"]:.1%} of that of plain PEFT. A higher rank costs more, because the factors are
-        larger.""",
+        {first["extra_memory_of_peft"]:.1%} of that of plain PEFT. {of_one_thread} A higher rank costs more, because
+        the factors are larger.""",
     ]
 
 

@@ -11,8 +11,10 @@ not compile.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,9 +30,20 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from tune_kernels import CANDIDATES, LAYERS, allowed
 
-from modeling_deepseekmoe import experts_kernels, experts_tiles, experts_triton, routing_kernels, routing_triton
+from modeling_deepseekmoe import (
+    experts_kernels,
+    experts_tiles,
+    experts_trial,
+    experts_triton,
+    routing_kernels,
+    routing_triton,
+)
 from modeling_deepseekmoe.experts_operands import ExpertGradients
-from modeling_deepseekmoe.experts_tiles import Gpu, Tile, use_tiles
+from modeling_deepseekmoe.experts_tiles import DESCRIBING, Gpu, Tile, rule, use_tiles
+from modeling_deepseekmoe.experts_trial import try_experts
+from modeling_deepseekmoe.grouping import try_grouping
+from modeling_deepseekmoe.kernel_trial import WrongKernelError
+from modeling_deepseekmoe.routing import try_routing
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 Layer = tuple[int, int, int, int, int]  # experts, top-k, hidden, width, tokens
@@ -148,6 +161,10 @@ def launches(gpu: str) -> Iterator[Callable[[], None]]:
         yield lambda dtype=dtype, rank=rank, tokens=tokens: launch_layer(
             (16, 4, 512, 320, tokens), dtype, rank, 0.1 if rank else 0.0
         )
+    for descriptors in (0, 1) if re.fullmatch(DESCRIBING, gpu) else ():  # of a test
+        yield lambda flag=descriptors: _with_descriptors((16, 4, 504, 328, 3000), flag)
+    for trial in (try_routing, try_grouping, try_experts):
+        yield lambda trial=trial: _hold(trial)
     for layer in LAYERS.values():
         for kind, tiles in CANDIDATES.items():
             for tile in allowed(tiles, gpu):
@@ -159,11 +176,23 @@ def _with_tile(layer: Layer, kind: str, tile: Tile) -> None:
         launch_layer(layer)
 
 
+def _with_descriptors(layer: Layer, flag: int) -> None:
+    gpu = experts_tiles.gpu_of(torch.device("meta"))
+    with use_tiles(lambda problem: rule(problem, gpu)._replace(descriptors=flag)):
+        launch_layer(layer)
+
+
+def _hold(trial: Callable[[torch.device], None]) -> None:
+    """Hold a trial, which must find kernels wrong that are only compiled."""
+    with contextlib.suppress(WrongKernelError):
+        trial(torch.device("cpu"))
+
+
 def compile_share(share: int, shares: int, capability: int) -> tuple[int, list[str]]:
     """Compile one share of all kernels. Return their number, and what does not compile."""
     driver.set_active(NoDevice(capability))
     name = f"sm_{capability}"
-    experts_tiles.gpu_of = lambda device: Gpu(name, SHARED.get(name, 101_376))
+    experts_tiles.gpu_of = experts_trial.gpu_of = lambda device: Gpu(name, SHARED.get(name, 101_376))
     compiler = Compiler(share, shares)
     for launch in launches(name):
         launch()

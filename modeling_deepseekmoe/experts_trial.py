@@ -35,10 +35,11 @@ def try_experts(device: torch.device) -> None:
         rows = 0 if problem.kind == "outer" else 128
         return rule(problem._replace(rows=rows, columns=2048, inside=2048), gpu_of(device))
 
+    results = []
     for adapted, choose in ((True, lambda _: None), (False, large)):
-        expected = _run(torch.device("cpu"), False, adapted)
         with use_tiles(choose):
-            found = _run(device, True, adapted)
+            results.append((_run(torch.device("cpu"), False, adapted), _run(device, True, adapted)))
+    for expected, found in results:
         for name, result in found.items():
             compare(name, result, expected[name], _TOLERANCE)
 

@@ -38,10 +38,15 @@ def test_several_tiles_in_every_direction() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "width", "rank", "used"), [(40, 24, 0, "rows, columns"), (40, 24, 16, "rows, columns"), (37, 21, 0, "")]
+    ("dtype", "rank", "hidden", "tile", "used"),
+    [
+        (torch.float32, 0, 40, Tile(16, 16, 16, 4, 1, 0, 1), {"rows", "columns"}),
+        (torch.bfloat16, 16, 40, Tile(32, 64, 64, 4, 1, 0, 1), {"rows", "columns"}),
+        (torch.bfloat16, 0, 37, Tile(16, 16, 16, 4, 1, 0, 1), {""}),
+    ],
 )
 def test_weights_through_descriptors(
-    hidden: int, width: int, rank: int, used: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, rank: int, hidden: int, tile: Tile, used: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where rows begin at multiples of 16 bytes; and nothing of the next expert is read, whose weights are NaN."""
     found, choose = set(), experts_triton._described
@@ -52,20 +57,18 @@ def test_weights_through_descriptors(
         return source, options
 
     monkeypatch.setattr(experts_triton, "_described", spied)
-    for dtype in (torch.float32, torch.bfloat16):
-        case = dataclasses.replace(CASE, tokens=40, hidden=hidden, width=width, rank=rank, dtype=dtype)
-        for tile in (Tile(16, 16, 16, 4, 1, 0, 1), Tile(32, 64, 64, 4, 1, 0, 1)):
-            with use_tiles(lambda problem, tile=tile: tile):
-                check_case(case, "triton")
-                inputs = inputs_of(dataclasses.replace(case, kind="one expert"))
-                with torch.no_grad():
-                    chosen = int(inputs.ids.flatten()[0])
-                    for stack in inputs.experts.parameters():
-                        stack[torch.arange(len(stack)) != chosen] = torch.nan
-                output = run_experts(inputs.experts, inputs.hidden, inputs.ids, inputs.weights, backend="triton")
-                output.backward(inputs.grad)
-                assert output.isfinite().all() and inputs.hidden.grad.isfinite().all()
-    assert found - {""} == set(used.split(", ")) - {""}
+    case = dataclasses.replace(CASE, tokens=24, hidden=hidden, width=hidden - 16, rank=rank, dtype=dtype)
+    with use_tiles(lambda problem: tile):
+        check_case(case, "triton")
+        inputs = inputs_of(dataclasses.replace(case, kind="one expert"))
+        with torch.no_grad():
+            chosen = int(inputs.ids.flatten()[0])
+            for stack in inputs.experts.parameters():
+                stack[torch.arange(len(stack)) != chosen] = torch.nan
+        output = run_experts(inputs.experts, inputs.hidden, inputs.ids, inputs.weights, backend="triton")
+        output.backward(inputs.grad)
+    assert output.isfinite().all() and inputs.hidden.grad.isfinite().all()
+    assert found - {""} == used - {""}
 
 
 @pytest.mark.parametrize("gpu", [Gpu("sm_80", 166_912), Gpu("sm_90", 232_448)], ids=lambda gpu: gpu.name)
@@ -77,7 +80,7 @@ def test_the_tiles_of_a_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_programs_in_any_order_give_the_same_bits() -> None:
-    case = dataclasses.replace(CASE, tokens=40, rank=4, kind="elsewhere")
+    case = dataclasses.replace(CASE, tokens=30, rank=4, kind="elsewhere")
 
     def results() -> list[torch.Tensor]:
         inputs = inputs_of(case)
@@ -88,7 +91,7 @@ def test_programs_in_any_order_give_the_same_bits() -> None:
         return [output, *(leaf.grad for leaf in inputs.differentiable.values())]
 
     expected = results()
-    for seed in range(3):
+    for seed in range(2):
         with shuffled_programs(seed) as numbers:
             assert all(torch.equal(one, other) for one, other in zip(results(), expected, strict=True))
         assert max(numbers) >= 10

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
@@ -31,6 +32,7 @@ from modeling_deepseekmoe import (
     update_router_bias,
 )
 from modeling_deepseekmoe.experts import choose_backend, run_experts
+from modeling_deepseekmoe.experts_tiles import DESCRIBING, gpu_of, rule, use_tiles
 
 pytestmark = [
     pytest.mark.gpu,
@@ -296,6 +298,21 @@ def test_experts_at_size_equal_those_of_the_cpu(
     expected = [output, *(leaf.grad for leaf in leaves[:2]), *stacks, *(leaf.grad for leaf in leaves[2:])]
     for one, other in zip(found, expected, strict=True):
         assert (one.float() - other).norm() <= EXPERTS_LOW_PRECISION.get(dtype, SAME_COMPUTATION) * other.norm()
+
+
+def test_weights_through_descriptors_are_those_through_pointers() -> None:
+    """With rows of whole multiples of 16 bytes, and the last tiles not full."""
+    gpu = gpu_of(torch.device("cuda"))
+    if not re.fullmatch(DESCRIBING, gpu.name):
+        pytest.skip(f"{gpu.name} has no descriptors")
+    case = dataclasses.replace(CASE, tokens=3000, experts=16, top_k=4, hidden=504, width=328, dtype=torch.bfloat16)
+    results = []
+    for descriptors in (0, 1):
+        inputs = inputs_of(case, "cuda")
+        with use_tiles(lambda problem, flag=descriptors: rule(problem, gpu)._replace(descriptors=flag)):
+            results.append(experts_step(inputs))
+    for pointed, described in zip(*results, strict=True):
+        torch.testing.assert_close(described, pointed)
 
 
 @pytest.mark.parametrize("rank", [0, 16])
