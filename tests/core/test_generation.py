@@ -129,6 +129,7 @@ def test_the_text_is_that_without_a_cache(model: torch.nn.Module, kind: dict) ->
     assert torch.equal(generate(model, **kind), generate(model, use_cache=False, **beams))
 
 
+@pytest.mark.slow  # the library compiles itself for a minute when it is first used
 @pytest.mark.parametrize("name", ["v2-lite", "v2-group-limited", "v3-noaux"])
 def test_quantised_cache(model: torch.nn.Module, name: str) -> None:
     """Four bits change the text: to what transformers' own classes write with the same weights and cache."""
