@@ -94,7 +94,7 @@ def test_programs_in_any_order_give_the_same_bits() -> None:
     for seed in range(2):
         with shuffled_programs(seed) as numbers:
             assert all(torch.equal(one, other) for one, other in zip(results(), expected, strict=True))
-        assert max(numbers) >= 10
+        assert max(numbers) >= 8
 
 
 def test_dropout_has_the_right_mean_and_gradients() -> None:
