@@ -227,10 +227,9 @@ def variants(shape: dict[str, Any], target: str) -> dict[str, tuple[Any, dict[st
     """Return the kernels that a gate of this shape runs on a target, with their constants and warps."""
     sizes = route_options(shape["experts"], shape["top_k"], shape["groups"], shape["kept"], TARGETS[target].warp_size)
     gate = {"SCORE_FUNCTION": shape["score_function"], "NORMALIZE": shape["normalize"]}
-    absent = {"ORDER": "acq_rel" if target.startswith("gfx") else "relaxed"} | (
-        {} if shape["biased"] else {"bias": None}
-    )
-    forward = {**sizes, **gate, **absent, "TOP2_SUM": shape["group_score"] == "top2_sum"}
+    absent = {} if shape["biased"] else {"bias": None}
+    forward = {**sizes, **gate, **absent, "TOP2_SUM": shape["group_score"] == "top2_sum",
+               "ORDER": "acq_rel" if TARGETS[target].backend == "hip" else "relaxed"}  # fmt: skip
     backward = {**route_backward_options(shape["experts"], shape["top_k"]), **gate}
     grouping = group_options(shape["experts"])
     counting = {name: grouping[name] for name in ("WIDTH", "BLOCK")}

@@ -203,6 +203,7 @@ def _wrong_with(entry: Any) -> str:
         (all(0 <= number <= 255 for number in tile[5:6]), "the registers are not 0 to 255"),
         (all(number in (0, 1) for number in tile[6:]), "the descriptors are not 0 or 1"),
         (tile[6:] != [1] or re.fullmatch(DESCRIBING, entry["gpu"]), "this gpu has no descriptors"),
+        (tile[6:] != [1] or entry["kind"] != "outer", "outer reads no weights, and has no descriptors"),
         (tile[6:] != [1] or max(blocks[1:]) <= 256, "a block of a descriptor has more than 256 rows or columns"),
     )  # fmt: skip
     return next((problem for right, problem in checks if not right), "")

@@ -58,6 +58,7 @@ def test_where_a_tile_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ([{**ENTRY, "tile": [16, 16, 16, 4, 2, -5]}], "the registers are not 0 to 255"),
         ([{**ENTRY, "tile": [16, 16, 16, 4, 2, 0, 2]}], "the descriptors are not 0 or 1"),
         ([{**ENTRY, "tile": [16, 16, 16, 4, 2, 0, 1], "gpu": "sm_80"}], "this gpu has no descriptors"),
+        ([{**ENTRY, "tile": [16, 16, 16, 4, 2, 0, 1], "kind": "outer", "rows": 0}], "outer reads no weights"),
         ([{**ENTRY, "tile": [16, 512, 16, 4, 2, 0, 1], "gpu": "sm_90"}], "a block of a descriptor has more than 256"),
         ([{**ENTRY, "tile": [16, 16, 16, 4, 2], "dtype": "bf16"}], "the dtype is not one of bfloat16, float16"),
         ([{**ENTRY, "tile": [16, 16, 16, 4, 2], "gpu": "H100"}], "the gpu is not as sm_90 or gfx942"),
