@@ -104,8 +104,17 @@ def choose_tile(problem: Problem, device: torch.device) -> Tile:
             return tile
     gpu = gpu_of(device)
     key = (gpu.name, problem.kind, str(problem.dtype).removeprefix("torch."), *problem[2:])
+    return own_tiles().get(key) or MEASURED.get(key) or rule(problem, gpu)
+
+
+def own_tiles() -> dict[tuple[Any, ...], Tile]:
+    """Return the tiles of the user's own file; none if there is no file.
+
+    Raises:
+        ValueError: if the file that DEEPSEEKMOE_TILES names is not one of tiles.
+    """
     path = os.environ.get(VARIABLE)
-    return (read_tiles(path) if path else {}).get(key) or MEASURED.get(key) or rule(problem, gpu)
+    return read_tiles(path) if path else {}
 
 
 @contextlib.contextmanager
@@ -212,12 +221,14 @@ def _wrong_with(entry: Any) -> str:
 __all__ = [
     "DESCRIBING",
     "FIELDS",
+    "VARIABLE",
     "Gpu",
     "Problem",
     "Tile",
     "choose_tile",
     "gpu_of",
     "has_large_tiles",
+    "own_tiles",
     "read_tiles",
     "rule",
     "use_tiles",

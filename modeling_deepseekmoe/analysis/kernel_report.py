@@ -2,6 +2,7 @@
 """What computes routing and experts on this machine and why, whether the kernels pass their trials, and how fast."""
 
 import dataclasses
+import os
 import platform
 import statistics
 import time
@@ -16,6 +17,7 @@ from transformers import DeepseekV3Config
 from ..experts import FUSED_BACKENDS, choose_backend, run_experts
 from ..experts_operands import Adapter
 from ..experts_products import has_instructions
+from ..experts_tiles import VARIABLE, own_tiles
 from ..experts_trial import TRIAL as EXPERTS_TRIAL
 from ..grouping import TRIAL as GROUPING_TRIAL
 from ..kernel_trial import forget_outcomes, identity, record_path, why_failed
@@ -115,6 +117,9 @@ def report_kernels(device: torch.device | None = None, *, timed: bool = True, ag
         device: by default the first GPU or, without one, the CPU.
         timed: whether routing, experts and adapters are timed beside transformers.
         again: whether trials are held again that have passed here before.
+
+    Raises:
+        ValueError: if the file that DEEPSEEKMOE_TILES names is not one of tiles.
     """
     if device is None:
         device = torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
@@ -124,6 +129,8 @@ def report_kernels(device: torch.device | None = None, *, timed: bool = True, ag
         trials = _trials(device, again)
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
     uses += [_use_of_experts(device, dtype, size) for dtype in (torch.bfloat16, torch.float32)]
+    if tiles := own_tiles():  # read here, since nothing else reads them where no kernels run
+        uses.append(Use("tiles of the experts' kernels", f"{len(tiles)} of {os.environ[VARIABLE]}", ""))
     return KernelReport(_machine(device), uses, trials, _timings(device, size) if timed else [], _timed(device, size))
 
 

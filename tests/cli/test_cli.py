@@ -106,6 +106,22 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         assert re.search(rf"{part} +[0-9.]+ ms +[0-9.]+ ms +[0-9.]+$", output, re.MULTILINE)
 
 
+def test_kernels_read_the_tiles_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU too, where nothing else does."""
+    entry = {"gpu": "sm_90", "kind": "first", "dtype": "bfloat16", "rows": 512, "columns": 768, "inside": 2048,
+             "tile": [128, 64, 64, 8, 3]}  # fmt: skip
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps([entry]))
+    monkeypatch.setenv("DEEPSEEKMOE_TILES", str(path))
+    code, output = run("kernels", "--no-time")
+    assert code == 0 and f"tiles of the experts' kernels: 1 of {path}" in output
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text(json.dumps([{**entry, "kind": "frist"}]))
+    monkeypatch.setenv("DEEPSEEKMOE_TILES", str(wrong))
+    code, output = run("kernels", "--no-time")
+    assert code == 2 and "the kind is not one of first" in output.replace("\n", " ")
+
+
 def test_kernels_that_fail_their_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     report = kernel_report.report_kernels(timed=False)
     failed = dataclasses.replace(report, trials={"routing": "passed", "experts": "the output differs by 1.0e+00"})
