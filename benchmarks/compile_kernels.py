@@ -3,7 +3,8 @@
 The kernels of routing are compiled for the released models' gates and the largest one. The kernels of the experts are
 compiled for all that a layer launches in a training step and in decoding, in bfloat16. Targets are CUDA's sm_80, sm_90
 and sm_100 and ROCm's gfx942. Prints a table, and with --save writes benchmarks/results/compile_kernels.json. Exit code
-1 if a kernel of a released model spills registers. A minute on two cores. Needs Triton, and TRITON_INTERPRET not set.
+1 if a kernel of a released model spills registers, unless its tile caps them. A minute on two cores. Needs Triton, and
+TRITON_INTERPRET not set.
 """
 
 import json
@@ -200,8 +201,15 @@ def resources(target: str, kernel: CompiledKernel) -> dict[str, int]:
         )
     else:
         registers, spills = report_of_ptxas(kernel.asm["ptx"])
-    programs = programs_at_once(target, registers, shared, warps)
-    return {"registers": registers, "spills": spills, "shared": shared, "warps": warps, "programs": programs}
+    programs, capped = (
+        programs_at_once(target, registers, shared, warps),
+        bool(getattr(kernel.metadata, "maxnreg", None)),
+    )
+    found = {"registers": registers, "spills": spills, "shared": shared, "warps": warps, "programs": programs}
+    return {
+        **found,
+        "capped": capped,
+    }  # a tile that was measured with fewer registers, where spills are the lesser evil
 
 
 def report_of_ptxas(ptx: str) -> tuple[int, int]:
@@ -280,13 +288,13 @@ def main() -> int:
         cells = []
         for target in TARGETS:
             spills = row[target]["spills"]
-            spilling += spills > 0 and row["model"] != LARGEST
+            spilling += spills > 0 and row["model"] != LARGEST and not row[target]["capped"]
             cell = f"{row[target]['registers']}, {row[target]['programs']}"
             cells.append(cell + (f" (spills {spills})" if spills else ""))
             single += row[target]["programs"] == 1
         print(f"| {row['model']} | {row['kernel']} | {' | '.join(cells)} |")
     too_large = sum(row[target]["shared"] > SHARED[target] for row in rows for target in TARGETS)
-    print(f"{len(rows) * len(TARGETS)} kernels, of the released models {spilling} spill registers; "
+    print(f"{len(rows) * len(TARGETS)} kernels, of the released models {spilling} spill registers unasked; "
           f"{too_large} need more shared memory than there is; {single} run alone on a multiprocessor")  # fmt: skip
     return 1 if spilling or too_large else 0
 

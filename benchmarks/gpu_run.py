@@ -15,6 +15,7 @@ The folder is benchmarks/results/gpu, the files there are kept. Triton's cache l
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -57,28 +58,30 @@ class Outcome:
 def steps(out: Path) -> list[Step]:
     """List the steps, the most valuable first."""
     kernels = ("-m", "modeling_deepseekmoe.cli", "kernels")
-    of_gpu, interpreted = "tests/core/test_gpu.py", "tests/core/test_experts_triton.py"
+    at_once = ("-n", "6") if importlib.util.find_spec("xdist") else ()
+    of_gpu, interpreted = (*TESTS, *at_once, "tests/core/test_gpu.py"), (*TESTS, "tests/core/test_experts_triton.py")
     tune, tiles = f"{HERE}/tune_kernels.py", str(out / "tiles.json")
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     memcheck = (sanitizer, "--tool", "memcheck", "--error-exitcode", "9", sys.executable)
     return [
         Step("warm", (f"{HERE}/prewarm_kernels.py", "--present"), (), 150),
         Step("trial", (*kernels, "--again", "--no-time"), (*kernels, "--no-time"), 60),
-        Step("tests", (*TESTS, "-m", "gpu and not generated", of_gpu), (*TESTS, interpreted, "-k", "tiles"), 150),
+        Step("tests", (*of_gpu, "-m", "gpu and not generated"), (*interpreted, "-k", "tiles"), 150),
         Step("experts", (f"{HERE}/experts.py", "--budget", "80"), (f"{HERE}/experts.py", "--quick"), 120),
         Step("routing", (f"{HERE}/routing.py", "--budget", "60"), (f"{HERE}/routing.py", "--quick"), 90),
         Step("tune", (tune, "--budget", "110", "--out", tiles), (tune, "--dry"), 130),
         Step("kernels", kernels, (), 60),
         Step("tuned", (f"DEEPSEEKMOE_TILES={tiles}", *kernels), (), 60),
-        Step("generated", (*TESTS, "-m", "gpu and generated", of_gpu), (*TESTS, interpreted, "-k", "generated"), 120),
+        Step("generated", (*of_gpu, "-m", "gpu and generated"), (*interpreted, "-k", "generated"), 120),
         Step("sanitizer", (*memcheck, *kernels, "--again", "--no-time"), (), 60),
     ]  # fmt: skip
 
 
 def environment(dry: bool, package: Path) -> dict[str, str]:
     """Return the environment of the steps."""
+    path = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {
-        "PYTHONPATH": str(package), "TRITON_CACHE_DIR": CACHE, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": CACHE, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
     return {**os.environ, **own, **({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else {})}

@@ -37,7 +37,7 @@ page to see what you can expect, and what it costs.
 """
 AFTERWORD = """## Limits
 
-- Nothing was measured on a GPU.
+- On a GPU the experts and routing were measured, once, on one H200 for some minutes; nothing else was.
 - Another machine, or one that does other work, gives other times. Compare the ratios: the ways that are compared took
   turns in the same run.
 - The models that were trained are small. The methods were not compared at the size of the released models.

@@ -4,16 +4,21 @@ Each section has a function that takes a file of results and returns paragraphs,
 hold no figure: all figures come from the results. `make_page.py` makes the page of them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from balancing import MEASURES
 from experts_lines import MEMORY
 from experts_lines import row as row_of_experts
 from experts_lines import tables as tables_of_experts
-
-Figures = dict[str, Any]
+from page_sections_of_kernels import (
+    Figures,
+    compiled_kernels,
+    predicted_kernels,
+    routing,
+    routing_on_gpu,
+    table,
+)
 
 GOLDEN = {
     "v1-mha": "`deepseek`, multi-head",
@@ -22,12 +27,6 @@ GOLDEN = {
     "v2-group-limited": "`deepseek_v2`, group-limited",
     "v3-noaux": "`deepseek_v3`",
 }
-# Numbers of tokens that are shown of a gate; None: all of them.
-ROUTING_ROWS: dict[str, tuple[int, ...] | None] = {"DeepSeekMoE 16B": (1, 4096), "DeepSeek-V3": None}
-ROUTING_COLUMNS = ("forward_us", "forward_backward_us", "gate_us", "grouping_us")
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# The kernels are made for gates of this size too, but no released model has one: it may spill.
-NOT_RELEASED = "the largest"
 LORA_WAYS = {"base": "frozen base", "peft": "plain PEFT", "ours": "this package"}
 ROUTER_STD_COLUMNS = {
     "router_std 0.02": "router_std 0.02",
@@ -35,12 +34,6 @@ ROUTER_STD_COLUMNS = {
     "router_std 0.3": "router_std 0.3 (the default)",
     "dense": "the dense model itself",
 }
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Make a table of Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
 
 
 def official_checkpoints(figures: Figures) -> list[str]:
@@ -93,62 +86,6 @@ def sharded_training(figures: Figures) -> list[str]:
         from the files are included. "of one process" compares that peak with the one of a single process.
         "resident" is all resident memory, every page of the files included, again with its share of one process.
         "planned" is what `deepseekmoe inspect --gpus` predicts, and "off" how far that is from the measured peak.""",
-    ]
-
-
-def routing(figures: Figures) -> list[str]:
-    """Describe the speed of routing in plain torch."""
-    header = ("gate", "tokens", "transformers, us", "this package, us", "times as fast", "forward and backward",
-              "with the product", "grouping, times as fast as sorting")  # fmt: skip
-
-    def times(row: Figures, kind: str) -> str:
-        return f"{row[kind]['transformers'] / row[kind]['eager']:.2f}" if kind in row else "-"
-
-    def cells(row: Figures) -> list[str]:
-        forward = row["forward_us"]
-        return [row["model"], f"{row['tokens']:,}", f"{forward['transformers']:,.0f}", f"{forward['eager']:,.0f}",
-                *(times(row, kind) for kind in ROUTING_COLUMNS)]  # fmt: skip
-
-    shown = [row for row in figures["rows"] if row["model"] in ROUTING_ROWS
-             and row["tokens"] in (ROUTING_ROWS[row["model"]] or (row["tokens"],))]  # fmt: skip
-    return [
-        """Routing in plain torch against transformers' own routers, from the same logits; medians. All ways take
-        turns within each round. The figures of all gates are in `benchmarks/results/routing.json`.""",
-        table(header, map(cells, shown)),
-        """How to read it: above 1 this package is faster. "times as fast" is the forward pass, "with the product"
-        the whole gate, with the product of hidden states and weights. "grouping" brings the choices into the order
-        of the experts. With few tokens, and for a plain softmax gate, transformers is faster: giving ties to the
-        lower id takes more calls. With many tokens the gate of V3 is faster here.""",
-        "The kernels were not measured on a GPU.",
-    ]
-
-
-def compiled_kernels(figures: Figures) -> list[str]:
-    """Describe what the assemblers report of the kernels."""
-    rows = [row for row in figures["rows"] if row["model"] != NOT_RELEASED]
-    choosing = [row for row in rows if row["kernel"].startswith("route")]
-    experts = [row for row in rows if row["kernel"].startswith("experts")]
-    gates = [row for row in rows if row not in experts]
-
-    def largest(found: list[Figures], key: str) -> list[str]:
-        return [str(max(row[target][key] for row in found)) for target in TARGETS]
-
-    models = list(dict.fromkeys(row["model"] for row in gates))
-    layers = list(dict.fromkeys(row["model"] for row in experts))
-    return [
-        f"""The kernels are compiled ahead of time, without a GPU: those of routing for the gates of
-        {" and ".join((", ".join(models[:-1]), models[-1]))}, and all that a layer of experts launches in bfloat16
-        ({"; ".join(layers)}).""",
-        table(
-            ("", *TARGETS),
-            (
-                ("most registers: choosing and its gradient", *largest(choosing, "registers")),
-                ("most that a kernel of routing spills", *largest(gates, "spills")),
-                ("most that a kernel of the experts spills", *largest(experts, "spills")),
-            ),
-        ),
-        """How to read it: registers are those of one thread. A kernel that needs more than there are spills them to
-        memory, which makes it slow; 0 means that none does.""",
     ]
 
 
@@ -222,7 +159,7 @@ def experts(figures: Figures) -> list[str]:
         take turns, and so does a large matrix product, whose rate is the peak
         ({"; ".join(f"{name}: {number} rounds" for name, number in rounds.items())}). A frozen step has gradients of
         the hidden states and the gate's weights alone. eager is left out of full steps, where it is many times
-        slower. Not measured on a GPU.""",
+        slower.""",
     ]
     for title, cases in tables_of_experts(figures["cases"]).items():
         blocks += [f"In {title}:", "\n".join([table(header, ()), *map(row_of_experts, cases)])]
@@ -245,6 +182,18 @@ def experts(figures: Figures) -> list[str]:
             table(("whole model, tokens a second", "grouped_mm", "deepseekmoe"), rates),
         ]
     return blocks
+
+
+def experts_on_gpu(figures: Figures) -> list[str]:
+    """Describe the speed and the memory of the experts on a GPU."""
+    first, *rest = experts(figures)
+    return [
+        f"""{first} In bfloat16, with the tiles that this GPU's tuning has found; they are the rule for GPUs of its
+        kind since 0.13.0.""",
+        *rest,
+        """With few tokens all ways wait for the host: batched_mm, which copies the chosen experts' weights, takes the
+        fewest calls. In a CUDA graph that time goes away, and all backends can be captured.""",
+    ]
 
 
 def expert_lora(figures: Figures) -> list[str]:
@@ -312,40 +261,6 @@ def conversion(figures: Figures) -> list[str]:
     ]
 
 
-def predicted_kernels(figures: Figures) -> list[str]:
-    """Describe what the kernels are predicted to take on an H100, in the last two releases."""
-    releases = list(figures["releases"].items())
-    (before, former), (now, last) = releases[-2:] if len(releases) > 1 else releases * 2
-
-    def both(rows: Sequence[Figures], field: str, shown: str, factor: float = 1) -> str:
-        """Format what the releases have; once if it is the same."""
-        values = [shown.format(row[field] * factor) for row in rows if field in row]
-        return ", ".join(dict.fromkeys(values))
-
-    def cells(layer: str, kernel: str, rows: Sequence[Figures]) -> list[str]:
-        each = both(rows, "bytes_a_flop", "{:.4f}") or both(rows, "instructions_a_row", "{:.0f}")
-        sizes = (both(rows, name, "{:,}") for name in ("registers", "shared", "programs"))
-        return [layer, kernel, *sizes, each, both(rows, "seconds", "{:.3f}", 1e3), f"{1e3 * rows[-1]['floor']:.3f}"]
-
-    lines = []
-    for layer in dict.fromkeys(row["layer"] for row in last):
-        tables = [{row["kernel"]: row for row in release if row["layer"] == layer} for release in (former, last)]
-        lines += [cells(layer, kernel, [found[kernel] for found in tables if kernel in found]) for kernel in tables[1]]
-        if any("instructions_a_row" in row for row in tables[1].values()):
-            continue  # in training and not in inference, or the other way round: there is no sum
-        sums = [{name: sum(row[name] for row in found.values()) for name in ("seconds", "floor")} for found in tables]
-        lines.append(cells(layer, "together", sums))
-    header = ("layer", "kernel", "registers", "shared memory", "programs", "bytes from L2 a FLOP", "ms", "floor, ms")
-    return [
-        f"""Not measured: predicted for an H100 from the machine code and the tiles, as the script says. All experts
-        of a layer are trained, in bfloat16. Where a figure changed, that of {before}
-        comes first, and that of {now} second. Of routing, the sixth column has instructions a row.""",
-        table(header, lines),
-        """How to read it: the floor is what the operations, or the bytes from memory, take at the rates of that GPU. A
-        multiprocessor has so many programs of a kernel at a time.""",
-    ]
-
-
 def router_std(figures: Figures) -> list[str]:
     """Describe how fast an upcycled model learns."""
     found = {row["model"]: f"{row['perplexity']:.2f}" for row in figures["rows"]}
@@ -407,10 +322,12 @@ SECTIONS = (
         "Official checkpoints", "against_transformers", "benchmarks/against_transformers.py", official_checkpoints
     ),
     Section("The experts", "experts", "benchmarks/experts.py", experts),
+    Section("The experts on a GPU", "gpu/experts_gpu", "benchmarks/experts.py", experts_on_gpu),
     Section("LoRA on the experts", "expert_lora", "benchmarks/expert_lora.py", expert_lora),
     Section("Balancing", "balancing", "benchmarks/balancing.py", balancing),
     Section("What balancing costs", "balancing_overhead", "benchmarks/balancing_overhead.py", balancing_overhead),
     Section("Routing", "routing", "benchmarks/routing.py", routing),
+    Section("Routing on a GPU", "gpu/routing_gpu", "benchmarks/routing.py", routing_on_gpu),
     Section("Compiled kernels", "compile_kernels", "benchmarks/compile_kernels.py", compiled_kernels),
     Section("Predicted times of kernels", "predict_kernels", "benchmarks/predict_kernels.py", predicted_kernels),
     Section("Memory of sharded training", "sharded_training", "benchmarks/sharded_training.py", sharded_training),

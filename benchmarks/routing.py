@@ -77,8 +77,8 @@ GATES = (
     Gate("DeepSeek-V3", 256, 8, 8, 4, True, 2.5, 7168),
     Gate("Kimi K2", 384, 8, 1, 1, True, 2.827, 7168),
 )
-# What is measured first.
-FIRST = [(model, tokens) for model in ("DeepSeek-V3", "DeepSeekMoE 16B") for tokens in (8192, 4096)]
+# The order in which they are measured.
+BY_VALUE = (8192, 65536, 1, 4096, 256, 16)
 
 
 class Inputs:
@@ -183,6 +183,23 @@ def medians(steps: dict[str, Step], device: str, seconds: float) -> dict[str, fl
     return {name: 1e6 * statistics.median(values) for name, values in times.items()}
 
 
+def graph_medians(steps: dict[str, Step]) -> dict[str, float]:
+    """Measure the median microseconds of every step in a CUDA graph: what the GPU takes, without the host.
+
+    A step that waits for the host cannot be captured, and is left out.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    found = {}
+    for name, step in steps.items():
+        try:
+            found[name] = 1000 * do_bench_cudagraph(step, rep=20, return_mode="median")
+        except RuntimeError as error:
+            print(f"{name} cannot be captured: {str(error).splitlines()[0]}", flush=True)
+            torch.cuda.synchronize()
+    return found
+
+
 def native_groups(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Do what transformers' grouped experts do with the ids: sort them, count them, and invert the permutation."""
     ids, permutation = torch.sort(ids.reshape(-1))
@@ -202,14 +219,14 @@ def copy_bandwidth() -> float:
 
 
 def compile_of(gate: Gate) -> Callable:
-    """Compile plain torch with torch.compile, for any number of tokens."""
+    """Compile plain torch with torch.compile, for one number of tokens."""
 
     def run(logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         plan = route(logits, gate.top_k, correction_bias=bias, **gate.options, statistics=False,
                      implementation="eager")  # fmt: skip
         return plan.weights, plan.expert_ids
 
-    return torch.compile(run, dynamic=True)
+    return torch.compile(run, dynamic=False)
 
 
 def measure(gate: Gate, tokens: int, device: str, compiled: Callable, bandwidth: float | None, seconds: float) -> dict:
@@ -232,7 +249,10 @@ def measure(gate: Gate, tokens: int, device: str, compiled: Callable, bandwidth:
         return lambda: torch.autograd.grad(way(logits)[0], logits, inputs.grad)
 
     with torch.no_grad(), patch:
-        row["forward_us"] = medians({name: forward_of(way) for name, way in found.items()}, device, seconds)
+        forwards = {name: forward_of(way) for name, way in found.items()}
+        row["forward_us"] = medians(forwards, device, seconds)
+        if device == "cuda":
+            row["forward_in_graph_us"] = graph_medians(forwards)
     with patch:
         row["forward_backward_us"] = medians({name: both_of(way) for name, way in found.items()}, device, seconds)
     if tokens <= 8192:
@@ -242,9 +262,11 @@ def measure(gate: Gate, tokens: int, device: str, compiled: Callable, bandwidth:
     for implementation in ("eager", "triton") if device == "cuda" else ("eager",):
         groupings[implementation] = lambda way=implementation: group_by_expert(ids, gate.experts, implementation=way)
     row["grouping_us"] = medians(groupings, device, seconds)
+    if device == "cuda":
+        row["grouping_in_graph_us"] = graph_medians(groupings)
     row["least_bytes"] = inputs.logits.nbytes + tokens * gate.top_k * (8 + 4)
     if bandwidth:
-        seconds_of_kernel = row["forward_us"]["triton with statistics"] / 1e6
+        seconds_of_kernel = row["forward_in_graph_us"]["triton with statistics"] / 1e6
         row["share_of_copy_bandwidth"] = row["least_bytes"] / seconds_of_kernel / bandwidth
     return row
 
@@ -270,6 +292,22 @@ def table(rows: list[dict], device: str) -> str:
     return "\n".join(lines)
 
 
+def graph_table(rows: list[dict]) -> str:
+    """Format the microseconds in a CUDA graph."""
+    columns = ("transformers", "eager compiled", "triton", "triton with statistics")
+    lines = [
+        f"| gate | tokens | {', us | '.join(columns)}, us | of the copy bandwidth | grouping, sort, us | triton, us |",
+        f"|{' --- |' * (len(columns) + 5)}",
+    ]
+    for row in rows:
+        forward, grouping = (row[name] for name in ("forward_in_graph_us", "grouping_in_graph_us"))
+        cells = [*(forward.get(name) for name in columns)]
+        cells = [*cells, 100 * row["share_of_copy_bandwidth"], grouping.get("transformers"), grouping.get("triton")]
+        numbers = " | ".join("" if cell is None else f"{cell:.1f}" for cell in cells)
+        lines.append(f"| {row['model']} | {row['tokens']} | {numbers} |")
+    return "\n".join(lines)
+
+
 def jobs_of(device: str, bandwidth: float | None, quick: bool, rows: list[dict]) -> list[Job]:
     """List what is measured, the most valuable first. What is found goes into the rows, in the order of the table."""
     lines = [
@@ -279,12 +317,14 @@ def jobs_of(device: str, bandwidth: float | None, quick: bool, rows: list[dict])
 
     def measure_row(gate: Gate, tokens: int) -> None:
         torch.compiler.reset()  # every number of tokens is compiled for itself
-        rows.append(measure(gate, tokens, device, compile_of(gate), bandwidth, 0.05 if quick else 0.5))
+        rows.append(
+            measure(gate, tokens, device, compile_of(gate), bandwidth, 0.05 if quick or device == "cuda" else 0.5)
+        )
         rows.sort(key=lambda row: places[row["model"], row["tokens"]])
 
-    def rank(line: tuple[Gate, int]) -> int:
-        key = (line[0].model, line[1])
-        return FIRST.index(key) if key in FIRST else len(FIRST)
+    def rank(line: tuple[Gate, int]) -> tuple[int, bool]:
+        gate, tokens = line
+        return BY_VALUE.index(tokens), not gate.sigmoid
 
     return [
         (f"{gate.model}, {tokens} tokens", partial(measure_row, gate, tokens))
@@ -311,9 +351,7 @@ def main() -> None:
     print(f"On {name}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(table(rows, device))
     if bandwidth:
-        for row in rows:
-            print(f"{row['model']}, {row['tokens']} tokens: {row['least_bytes']} bytes at least, "
-                  f"{row['share_of_copy_bandwidth']:.0%} of a copy's {bandwidth / 1e12:.2f} TB/s")  # fmt: skip
+        print(f"\nIn a CUDA graph; a copy moves {bandwidth / 1e12:.2f} TB/s:\n\n{graph_table(rows)}")
     else:
         print("The kernels: not measured on a GPU.")
 

@@ -26,7 +26,7 @@ from .experts_kernels import (
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
 from .experts_tiles import Problem, choose_tile, has_large_tiles
 from .routing_triton import MAX_EXPERTS
-from .triton_support import TensorDescriptor, power_of_two, triton, why_no_triton
+from .triton_support import TensorDescriptor, ceil_div, power_of_two, why_no_triton
 
 logger = logging.get_logger(__name__)
 
@@ -124,7 +124,7 @@ class _Launcher:
         An expert with choices has at most one tile that is not full.
         """
         rows = self.num_choices // options["BLOCK_ROWS"] + min(self.num_choices, self.num_experts)
-        return (rows * triton.cdiv(columns, options["BLOCK_COLUMNS"]),)
+        return (rows * ceil_div(columns, options["BLOCK_COLUMNS"]),)
 
     def product(
         self,
@@ -194,7 +194,7 @@ class _Launcher:
         rows, columns = left.shape[1], right.shape[1]
         out = left.new_empty(self.num_experts, rows, columns)
         options = self.tile("outer", columns, rows)
-        tiles = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(columns, options["BLOCK_N"])
+        tiles = ceil_div(rows, options["BLOCK_M"]) * ceil_div(columns, options["BLOCK_N"])
         outer_kernel[(self.num_experts * tiles,)](
             left,
             right,
@@ -218,7 +218,7 @@ class _Launcher:
         hidden_size = by_choice.shape[1]
         out = by_choice.new_empty(num_tokens, hidden_size)
         columns = min(power_of_two(hidden_size), 512)
-        combine_kernel[(triton.cdiv(num_tokens, 4), triton.cdiv(hidden_size, columns))](
+        combine_kernel[(ceil_div(num_tokens, 4), ceil_div(hidden_size, columns))](
             by_choice,
             expert_ids,
             out,
@@ -331,7 +331,7 @@ def _pass_second_product(
     both = hidden.new_empty(num_choices, 2 * width)
     act = hidden.new_empty(num_choices, width) if any(needs.of_second_product) else None
     source, options = _described(down, options)
-    parts = weights.new_zeros(num_choices, triton.cdiv(width, options["BLOCK_COLUMNS"]), dtype=torch.float32)
+    parts = weights.new_zeros(num_choices, ceil_div(width, options["BLOCK_COLUMNS"]), dtype=torch.float32)
     beside = _LowRank(inner, None if adapter is None else adapter.factor_a)
     activation_gradient_kernel[launch.grid(options, width)](
         grad,

@@ -5,6 +5,9 @@ A kernel that is right on one GPU can be wrong on another one, or not compile th
 driver that nobody has tried. Where a trial fails, plain torch computes, and one warning says why. Where it passes, a
 file beside Triton's cache says so to the next process with the same GPU, versions and kernels.
 
+A kernel can be right for one size and wrong for another: Triton 3.6 reduced rows of 64 experts wrongly, and no others.
+So a trial can have a case, which is what the caller is about to compute, and is held once for each.
+
 `routing`, `grouping` and `experts_trial` register their trials here.
 """
 
@@ -26,14 +29,16 @@ from .triton_support import triton
 logger = logging.get_logger(__name__)
 
 DEVICES = ("cuda",)  # types of devices on which the kernels are tried
-Trial = Callable[[torch.device], None]
+Trial = Callable[..., None]
+Case = tuple[int | str, ...]
 _TRIALS: dict[str, Trial] = {}
-_OUTCOMES: dict[tuple[str, torch.device], str] = {}
+_OUTCOMES: dict[tuple[str, torch.device, Case], str] = {}
 _LOCK = threading.RLock()
 # What the kernels and their trials consist of: a record is for these very files.
 _SOURCES = (
     "experts_blocks", "experts_kernels", "experts_loop", "experts_tiles", "experts_trial", "experts_triton",
-    "grouping", "kernel_trial", "routing", "routing_kernels", "routing_triton", "triton_support",
+    "grouping", "kernel_trial", "routing", "routing_eager", "routing_kernels", "routing_options", "routing_triton",
+    "triton_support",
 )  # fmt: skip
 
 
@@ -42,7 +47,7 @@ class WrongKernelError(Exception):
 
 
 def register_trial(name: str) -> Callable[[Trial], Trial]:
-    """Register the decorated function as a trial. It raises where a kernel is wrong or does not run."""
+    """Register the decorated function as a trial, of a device and a case. It raises where a kernel is wrong."""
 
     def register(trial: Trial) -> Trial:
         _TRIALS[name] = trial
@@ -51,33 +56,33 @@ def register_trial(name: str) -> Callable[[Trial], Trial]:
     return register
 
 
-def why_failed(name: str, device: torch.device) -> str:
+def why_failed(name: str, device: torch.device, case: Case = ()) -> str:
     """Return why a trial has failed on a device; it is empty if it passed, or is not held on such devices.
 
-    The first call runs the trial, unless a record says that it has passed on this machine.
+    The first call for a case runs the trial, unless a record says that it has passed on this machine.
     """
-    return _outcome(name, device) if device.type in DEVICES else ""
+    return _outcome(name, device, case) if device.type in DEVICES else ""
 
 
 @torch.compiler.assume_constant_result
-def _outcome(name: str, device: torch.device) -> str:
+def _outcome(name: str, device: torch.device, case: Case) -> str:
     with _LOCK:
-        if (name, device) not in _OUTCOMES:
+        if (name, device, case) not in _OUTCOMES:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return ""  # nothing may wait now; the next call that is not captured tries
-            _OUTCOMES[name, device] = _try(name, device)
-        return _OUTCOMES[name, device]
+            _OUTCOMES[name, device, case] = _try(name, device, case)
+        return _OUTCOMES[name, device, case]
 
 
-def _try(name: str, device: torch.device) -> str:
-    record = record_path(name, device)
+def _try(name: str, device: torch.device, case: Case) -> str:
+    record = record_path(name, device, case)
     if record.exists():
         return ""
     errors: list[Exception] = []
 
     def run() -> None:
         try:
-            _TRIALS[name](device)
+            _TRIALS[name](device, *case)
         except Exception as error:  # of the compiler, the driver or the comparison: the reason is told
             errors.append(error)
 
@@ -87,10 +92,11 @@ def _try(name: str, device: torch.device) -> str:
         thread.start()
         thread.join()
     if not errors:
-        _keep(record, identity(device))
+        _keep(record, {**identity(device), "case": case})
         return ""
     first = str(errors[0]).strip().partition("\n")[0][:300]
-    reason = f"the trial of the {name} kernels failed on {device} ({type(errors[0]).__name__}: {first})"
+    of_case = f" for {', '.join(map(str, case))}" if case else ""
+    reason = f"the trial of the {name} kernels{of_case} failed on {device} ({type(errors[0]).__name__}: {first})"
     logger.warning(f"{reason}. Plain torch computes instead. `deepseekmoe kernels` runs the trial again.")
     return reason
 
@@ -135,9 +141,9 @@ def identity(device: torch.device) -> dict[str, Any]:
     }
 
 
-def record_path(name: str, device: torch.device) -> Path:
+def record_path(name: str, device: torch.device, case: Case = ()) -> Path:
     """Return the file that says that a trial has passed."""
-    text = json.dumps(identity(device), sort_keys=True)
+    text = json.dumps({**identity(device), "case": case}, sort_keys=True)
     folder = Path(triton.knobs.cache.dir) / "deepseekmoe"
     return folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
@@ -166,6 +172,7 @@ def forget_outcomes() -> None:
 
 
 __all__ = [
+    "Case",
     "WrongKernelError",
     "compare",
     "forget_outcomes",

@@ -14,7 +14,9 @@ from .auxiliary_losses import auxiliary_losses
 from .checkpoint_layout import stack_expert_tensors
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .router_load import NO_RECORD, RoutingContext, RoutingRecord, sum_of_entropies
-from .routing import Routing, RoutingOptions, affinities, choose_experts
+from .routing import Routing, choose_experts
+from .routing_eager import affinities
+from .routing_options import RoutingOptions
 from .token_dropping import drop_tokens
 from .torch_support import Float32Buffers
 from .transformers_support import ACT2FN, DeepseekV3MLP, maybe_autocast, use_experts_implementation

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .auxiliary_losses import LOSS_NAMES
-from .routing import shares_of
+from .routing_eager import shares_of
 from .torch_support import in_backward_pass
 
 

@@ -72,30 +72,45 @@ def _affinity(logit, highest, total, SCORE_FUNCTION: tl.constexpr):
 
 
 @jit
-def _lanes(E: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr):
+def _experts_of(lane, E: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr):
     """Return the expert that every lane of a row stands for, and whether there is one.
 
     A group of E / GROUPS experts has GROUP_WIDTH lanes.
     """
-    lane = tl.arange(0, WIDTH)
     if WIDTH == E:
-        return lane, lane, tl.full([WIDTH], True, tl.int1)
+        return lane, lane >= 0
     else:
         member = lane % GROUP_WIDTH
         expert = lane // GROUP_WIDTH * (E // GROUPS) + member
-        return lane, expert, (member < E // GROUPS) & (lane // GROUP_WIDTH < GROUPS)
+        return expert, (member < E // GROUPS) & (lane // GROUP_WIDTH < GROUPS)
 
 
 @jit
-def _load_rows(row, expert, there, exists, BLOCK: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr):
-    """Read rows of logits (BLOCK, WIDTH) as float32, each of them into one warp.
+def _load_rows(
+    logits,
+    start,
+    end,
+    row_stride,
+    E: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Read rows of logits (BLOCK, WIDTH) as float32, each of them into one warp, LANES experts at a time.
 
-    A warp reads LANES experts at a time. Triton would lay one axis of WIDTH experts across all warps.
+    Triton would lay one axis of WIDTH experts across all warps. It lays the first of these two axes across them, which
+    holds the first LANES of all rows, then the next of all rows. Of three axes, versions differ in which is laid.
     """
-    expert = tl.reshape(expert, [WIDTH // LANES, LANES])[:, None, :]
-    exists = tl.reshape(exists, [WIDTH // LANES, LANES])[:, None, :]
-    parts = tl.load(row[None, :, None] + expert, mask=there[None, :, None] & exists, other=0.0)
-    return tl.reshape(tl.permute(parts, [1, 0, 2]), [BLOCK, WIDTH]).to(tl.float32)
+    line = tl.arange(0, BLOCK * (WIDTH // LANES))
+    lane = (line // BLOCK * LANES)[:, None] + tl.arange(0, LANES)[None, :]
+    expert, exists = _experts_of(lane, E, GROUPS, WIDTH, GROUP_WIDTH)
+    token = start + (line % BLOCK).to(tl.int64)
+    at = (token * row_stride)[:, None] + expert
+    parts = tl.load(logits + at, mask=(token < end)[:, None] & exists, other=0.0)
+    parts = tl.permute(tl.reshape(parts, [WIDTH // LANES, BLOCK, LANES]), [1, 0, 2])
+    return tl.reshape(parts, [BLOCK, WIDTH]).to(tl.float32)
 
 
 @jit
@@ -176,7 +191,8 @@ def route_kernel(
     """Route up to `tokens_per_program` tokens of one sequence in each program, BLOCK at a time."""
     NOWHERE: tl.constexpr = -(2**31)  # below the order of every number: no expert, or one of a dropped group
     CHOSEN: tl.constexpr = 1 - 2**31
-    lane, expert, exists = _lanes(E, GROUPS, WIDTH, GROUP_WIDTH)
+    lane = tl.arange(0, WIDTH)
+    expert, exists = _experts_of(lane, E, GROUPS, WIDTH, GROUP_WIDTH)
     place = tl.arange(0, K_WIDTH)
     sequence = (tl.program_id(0) // programs_per_sequence).to(tl.int64)
     first = (tl.program_id(0) % programs_per_sequence).to(tl.int64) * tokens_per_program
@@ -192,7 +208,7 @@ def route_kernel(
         token = start + tl.arange(0, BLOCK).to(tl.int64)
         there = token < end
         row = logits + token * row_stride
-        raw = _load_rows(row, expert, there, exists, BLOCK, WIDTH, LANES)
+        raw = _load_rows(logits, start, end, row_stride, E, GROUPS, BLOCK, WIDTH, GROUP_WIDTH, LANES)
         has_nan = tl.max((raw != raw).to(tl.int32), axis=1) != 0
         logit = tl.where(exists[None, :], _finite(raw), -3.4028234663852886e38)
         highest, total = _softmax_of_rows(logit, exists, BLOCK, SCORE_FUNCTION)

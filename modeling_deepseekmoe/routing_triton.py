@@ -14,9 +14,9 @@ import torch
 from transformers.utils import logging
 
 from .configuration_checks import check_implementation
-from .kernel_trial import why_failed
+from .kernel_trial import Case, why_failed
 from .routing_kernels import count_kernel, group_kernel, route_backward_kernel, route_kernel
-from .triton_support import INTERPRETED, power_of_two, triton, why_no_triton
+from .triton_support import INTERPRETED, ceil_div, power_of_two, triton, why_no_triton
 
 logger = logging.get_logger(__name__)
 
@@ -56,12 +56,13 @@ def why_not_triton(tensor: torch.Tensor, num_experts: int, top_k: int = 1, num_g
     return ""
 
 
-def uses_triton(trial: str, implementation: str, tensor: torch.Tensor, *sizes: int) -> bool:
+def uses_triton(trial: str, implementation: str, tensor: torch.Tensor, *sizes: int, case: Case = ()) -> bool:
     """Tell whether an implementation means the kernels for an input. [`why_not_triton`] says what `sizes` are.
 
     Args:
         trial: the trial that the kernels must have passed.
         implementation, tensor, sizes: what is asked for, and for what.
+        case: the case of the trial.
 
     Raises:
         ValueError: for another implementation, or for `"triton"` if the kernels do not take the input, or have failed.
@@ -70,18 +71,18 @@ def uses_triton(trial: str, implementation: str, tensor: torch.Tensor, *sizes: i
     if implementation == "eager":
         return False
     if implementation == "triton":
-        if reason := why_not_triton(tensor, *sizes) or why_failed(trial, tensor.device):
+        if reason := why_not_triton(tensor, *sizes) or why_failed(trial, tensor.device, case):
             raise ValueError(f"implementation='triton' is not allowed: {reason}.")
         return True
-    reason = why_eager(trial, tensor, *sizes)
+    reason = why_eager(trial, tensor, *sizes, case=case)
     if not torch.compiler.is_compiling():
         _tell(tensor.device.type, reason)
     return not reason
 
 
-def why_eager(trial: str, tensor: torch.Tensor, *sizes: int) -> str:
+def why_eager(trial: str, tensor: torch.Tensor, *sizes: int, case: Case = ()) -> str:
     """Return the reason why `"auto"` means `"eager"` for an input; it is empty if it means the kernels."""
-    reason = why_not_triton(tensor, *sizes) or why_failed(trial, tensor.device)
+    reason = why_not_triton(tensor, *sizes) or why_failed(trial, tensor.device, case)
     return reason or ("the interpreter of Triton is for tests" if INTERPRETED else "")
 
 
@@ -95,6 +96,7 @@ def _tell(device_type: str, reason: str) -> None:
         logger.info(f"Routing on {device_type}: implementation='auto' is 'triton'.")
 
 
+@functools.cache
 def route_options(
     num_experts: int, top_k: int, num_groups: int, top_k_groups: int, warp_size: int = 32
 ) -> dict[str, int]:
@@ -124,6 +126,7 @@ def _warp_size(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
+@functools.cache
 def route_backward_options(num_experts: int, top_k: int) -> dict[str, int]:
     """Return the sizes that the backward kernel is compiled for."""
     width = power_of_two(num_experts)
@@ -131,6 +134,7 @@ def route_backward_options(num_experts: int, top_k: int) -> dict[str, int]:
     return {"E": num_experts, "K": top_k, "K_WIDTH": power_of_two(top_k), "WIDTH": width, "BLOCK": block}
 
 
+@functools.cache
 def group_options(num_experts: int) -> dict[str, int]:
     """Return the sizes that the kernels of grouping are compiled for.
 
@@ -190,10 +194,10 @@ def _route(
         score_sums.zero_()
     else:
         options = route_options(num_experts, top_k, num_groups, top_k_groups, _warp_size(logits.device))
-        blocks = triton.cdiv(length, options["BLOCK"])
+        blocks = ceil_div(length, options["BLOCK"])
         # The number of programs does not depend on the device: on all of them the same tokens are added up together.
-        blocks_per_program = triton.cdiv(blocks, max(MAX_PROGRAMS // max(rows, 1), 1)) if statistics else 1
-        programs = triton.cdiv(blocks, blocks_per_program)
+        blocks_per_program = ceil_div(blocks, max(MAX_PROGRAMS // max(rows, 1), 1)) if statistics else 1
+        programs = ceil_div(blocks, blocks_per_program)
         with torch.cuda.device_of(logits):  # Triton launches on the current device
             route_kernel[(programs * max(rows, 1),)](
                 logits,
@@ -239,7 +243,7 @@ def _route_backward(
         options = route_backward_options(num_experts, expert_ids.shape[1])
         strides = (0, 0) if grad_weights is None else grad_weights.stride()
         with torch.cuda.device_of(logits):
-            route_backward_kernel[(triton.cdiv(num_tokens, options["BLOCK"]),)](
+            route_backward_kernel[(ceil_div(num_tokens, options["BLOCK"]),)](
                 logits,
                 token_mask if token_mask is None else token_mask.contiguous(),
                 expert_ids,
@@ -278,8 +282,8 @@ def group_choices(
     offsets = (ids.new_empty if len(ids) else ids.new_zeros)(num_experts + 1, dtype=torch.int32)
     if len(ids):
         options = group_options(num_experts)
-        per_program = triton.cdiv(triton.cdiv(len(ids), options["BLOCK"]), 128) * options["BLOCK"]
-        programs = triton.cdiv(len(ids), per_program)
+        per_program = ceil_div(ceil_div(len(ids), options["BLOCK"]), 128) * options["BLOCK"]
+        programs = ceil_div(len(ids), per_program)
         histograms = ids.new_empty((programs, num_experts), dtype=torch.int32)
         counting = {name: options[name] for name in ("WIDTH", "BLOCK")}
         with torch.cuda.device_of(ids):

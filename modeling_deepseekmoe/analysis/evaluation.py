@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ..modeling_deepseekmoe import DeepseekMoeModel
 from ..moe import DeepseekMoeBlock
 from ..router_load import count_tokens, sum_of_entropies
-from ..routing import Routing, affinities
+from ..routing import Routing
+from ..routing_eager import affinities
 from ..support.models import evaluating
 
 

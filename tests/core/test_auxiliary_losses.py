@@ -18,7 +18,7 @@ from modeling_deepseekmoe import (
 )
 from modeling_deepseekmoe.auxiliary_losses import LOSS_NAMES
 from modeling_deepseekmoe.configuration_checks import LOSS_FIELDS
-from modeling_deepseekmoe.routing import affinities
+from modeling_deepseekmoe.routing_eager import affinities
 
 ALPHA = 0.01
 BATCH, LENGTH, EXPERTS, TOP_K, DEVICES, LIMIT = 3, 7, 6, 2, 3, 2

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_deepseekmoe import experts_tiles
-from modeling_deepseekmoe.experts_tiles import Gpu, Problem, Tile, choose_tile, rule, use_tiles
+from modeling_deepseekmoe.experts_tiles import Gpu, Problem, Tile, choose_tile, measured_rule, rule, use_tiles
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("first", torch.bfloat16, 128, 768, 2048)
@@ -30,12 +29,19 @@ def test_rules() -> None:
     assert rule(Problem("outer", torch.bfloat16, 0, 30, 3), AMPERE) == Tile(16, 32, 64, 4, 3)
 
 
+def test_what_was_measured() -> None:
+    many = PROBLEM._replace(rows=256)
+    assert measured_rule(many, HOPPER) == rule(many, HOPPER)._replace(descriptors=1)
+    gradient = many._replace(kind="activation_gradient")
+    assert measured_rule(gradient, HOPPER) == Tile(128, 128, 64, 8, 3, 128, 1)
+    for other in (PROBLEM, many._replace(dtype=torch.float32), Problem("outer", torch.bfloat16, 0, 2048, 1536)):
+        assert measured_rule(other, HOPPER) == rule(other, HOPPER)
+    assert measured_rule(many, AMPERE) == rule(many, AMPERE)
+
+
 def test_where_a_tile_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual, measured, own, swept = rule(PROBLEM, Gpu("cpu", 0)), *(Tile(16, 16, 16, 4, stages) for stages in (2, 4, 6))
+    usual, own, swept = rule(PROBLEM, Gpu("cpu", 0)), *(Tile(16, 16, 16, 4, stages) for stages in (4, 6))
     assert choose_tile(PROBLEM, CPU) == usual
-    key = tuple(ENTRY.values())
-    monkeypatch.setitem(experts_tiles.MEASURED, key, measured)
-    assert choose_tile(PROBLEM, CPU) == measured
     path = written(tmp_path / "tiles.json", [{**ENTRY, "tile": list(own[:5])}])
     monkeypatch.setenv("DEEPSEEKMOE_TILES", path)
     assert choose_tile(PROBLEM, CPU) == own

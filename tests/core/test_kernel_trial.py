@@ -35,6 +35,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="faults are made in the interpreter")
 CPU = torch.device("cpu")
 TRIALS = ("routing", "grouping", "experts")
+CASE_OF_ROUTING = (8, 2, "softmax", 1, 1, "max")  # that of eight experts, top-2
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +136,7 @@ def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch, caplog:
 def test_training_goes_on_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = inputs_of(CASE)
     arguments = (inputs.experts, inputs.hidden, inputs.ids, inputs.weights)
-    monkeypatch.setitem(kernel_trial._OUTCOMES, ("experts", CPU), "the trial failed")
+    monkeypatch.setitem(kernel_trial._OUTCOMES, ("experts", CPU, ()), "the trial failed")
     with pytest.raises(ValueError, match="backend='triton' is not allowed: the trial failed"):
         run_experts(*arguments, backend="triton")
     monkeypatch.setattr(experts, "why_not_fused", lambda *_: "")
@@ -154,20 +155,44 @@ def test_training_goes_on_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_routing_goes_on_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(6, 8, requires_grad=True)
-    monkeypatch.setitem(kernel_trial._OUTCOMES, ("routing", CPU), "the trial failed")
-    monkeypatch.setitem(kernel_trial._OUTCOMES, ("grouping", CPU), "the trial failed")
+    monkeypatch.setitem(kernel_trial._OUTCOMES, ("routing", CPU, CASE_OF_ROUTING), "the trial failed")
+    monkeypatch.setitem(kernel_trial._OUTCOMES, ("grouping", CPU, ()), "the trial failed")
     monkeypatch.setattr(routing_triton, "INTERPRETED", False)  # as on a GPU, where "auto" means the kernels
     expected = route(logits, 2, implementation="eager")
     found = route(logits, 2, implementation="auto")
     assert torch.equal(found.expert_ids, expected.expert_ids)
-    for name, call in (
-        ("routing", lambda: route(logits, 2, implementation="triton")),
-        ("grouping", lambda: group_by_expert(found.expert_ids, 8, implementation="triton")),
+    for name, case, call in (
+        ("routing", CASE_OF_ROUTING, lambda: route(logits, 2, implementation="triton")),
+        ("grouping", (), lambda: group_by_expert(found.expert_ids, 8, implementation="triton")),
     ):
         with pytest.raises(ValueError, match="implementation='triton' is not allowed: the trial failed"):
             call()
-        monkeypatch.setitem(kernel_trial._OUTCOMES, (name, CPU), "")
+        monkeypatch.setitem(kernel_trial._OUTCOMES, (name, CPU, case), "")
         call()
+
+
+def test_every_size_of_routing_has_a_trial_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Triton 3.6, whose kernels were right for all sizes but 64 experts."""
+    right = routing_kernels.route_kernel
+
+    class WrongFor64:
+        def __getitem__(self, grid: object) -> Callable:
+            def launch(*args: object, **sizes: int) -> None:
+                right[grid](*args, **sizes)
+                if sizes["WIDTH"] == 64:
+                    args[3].fill_(0)  # type: ignore[attr-defined]
+
+            return launch
+
+    monkeypatch.setattr(routing_triton, "route_kernel", WrongFor64())
+    monkeypatch.setattr(routing_triton, "INTERPRETED", False)
+    for experts_of_gate, used in ((32, True), (64, False), (128, True), (60, False)):
+        logits = torch.randn(5, experts_of_gate)
+        assert_same(route(logits, 3).weights, route(logits, 3, implementation="eager").weights)
+        failed = why_failed("routing", CPU, (experts_of_gate, 3, "softmax", 1, 1, "max"))
+        assert bool(failed) != used
+        assert not failed or f"for {experts_of_gate}, 3, softmax, 1, 1, max failed" in failed
+    assert records(tmp_path) == ["routing", "routing"]
 
 
 MODES = {
@@ -208,7 +233,7 @@ def test_a_trial_while_a_model_is_compiled() -> None:
     logits = torch.randn(6, 8)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert_same(compiled(logits), run(logits))
-    assert record_path("routing", CPU).exists()
+    assert record_path("routing", CPU, CASE_OF_ROUTING).exists()
 
 
 def test_a_folder_that_cannot_be_written(

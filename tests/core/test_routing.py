@@ -6,8 +6,9 @@ import pytest
 import torch
 from tolerances import ROUTED_IN_DOUBLE, SAME_COMPUTATION
 
-from modeling_deepseekmoe import group_by_expert, route, routing
-from modeling_deepseekmoe.routing import SCORE_FUNCTIONS, affinities
+from modeling_deepseekmoe import group_by_expert, route, routing_eager
+from modeling_deepseekmoe.routing_eager import affinities
+from modeling_deepseekmoe.routing_options import SCORE_FUNCTIONS
 
 V3 = {"score_function": "sigmoid", "num_groups": 4, "top_k_groups": 2, "group_score": "top2_sum", "normalize": True}
 CASES = {
@@ -124,7 +125,7 @@ def test_signs_of_zero_are_equal_and_order_holds_across_zero(tokens: int) -> Non
 def test_many_tokens_are_taken_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, options = torch.randn(101, 24), options_of(CASES[name], 24, torch.float32)
     whole = route(logits, 4, **options)
-    monkeypatch.setattr(routing, "_MANY_VALUES", 300)
+    monkeypatch.setattr(routing_eager, "_MANY_VALUES", 300)
     parts = route(logits, 4, **options)
     assert torch.equal(parts.expert_ids, whole.expert_ids) and torch.equal(parts.weights, whole.weights)
 

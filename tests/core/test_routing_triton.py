@@ -13,6 +13,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import Golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 from program_order import shuffled_programs
 from routing_cases import GENERATED, Case, cases, check_grouping, check_rounding, check_route
 from tolerances import GOLDEN_LOGITS, SAME_COMPUTATION, assert_same
@@ -255,3 +256,36 @@ def test_models_without_native_gates(tiny_model: Callable) -> None:
         route_native_gates(tiny_model())
     with pytest.raises(ValueError, match="implementation='fast' is not allowed"):
         route_native_gates(tiny_model(), "fast")
+
+
+COMPILE = """
+import sys
+
+sys.path.insert(0, "benchmarks")
+from prewarm_kernels import NoDevice, meta
+import torch
+from triton.runtime import driver
+from modeling_deepseekmoe.routing_kernels import route_kernel
+from modeling_deepseekmoe.routing_triton import WARPS, route_options
+
+driver.set_active(NoDevice(90))
+for experts, groups, kept in ((32, 1, 1), (64, 1, 1), (64, 8, 4), (72, 8, 4), (128, 1, 1), (256, 8, 4), (384, 1, 1)):
+    ids, weights = meta(64, 6, dtype=torch.int64), meta(64, 6, dtype=torch.float32)
+    nothing = [meta(64, dtype=torch.int64)] * 4 + [meta(64, dtype=torch.float32)]
+    compiled = route_kernel.warmup(
+        meta(64, experts, dtype=torch.float32), None, None, ids, weights, *nothing, experts, 64, 8, 8, 1.0,
+        **route_options(experts, 6, groups, kept), SCORE_FUNCTION="sigmoid", TOP2_SUM=False, NORMALIZE=True,
+        STATISTICS=False, ORDER="relaxed", num_warps=WARPS, grid=(8,),
+    )
+    print(experts, groups, compiled.asm["ptx"].count("bar.sync"))
+"""
+
+
+def test_compiled_rows_lie_in_one_warp(tmp_path: Path) -> None:
+    """With this version of Triton. Across warps each reduction would take barriers, and may be wrong (Triton 3.6)."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    ran = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    barriers = {tuple(map(int, line.split()[:2])): int(line.split()[2]) for line in ran.stdout.splitlines()}
+    assert len(barriers) == 7 and max(barriers.values()) <= 6, barriers

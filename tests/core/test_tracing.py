@@ -11,7 +11,7 @@ from tolerances import assert_same
 from torch import nn
 
 from modeling_deepseekmoe import expert_lora_config, prepare_esft, route
-from modeling_deepseekmoe.routing import _FEW_VALUES
+from modeling_deepseekmoe.routing_eager import _FEW_VALUES
 
 # What torch says of every number that a trace keeps; the tests look at what matters, the choices.
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
