@@ -237,6 +237,7 @@ def variants(shape: dict[str, Any], target: str) -> dict[str, tuple[Any, dict[st
     gate = {"SCORE_FUNCTION": shape["score_function"], "NORMALIZE": shape["normalize"]}
     absent = {} if shape["biased"] else {"bias": None}
     forward = {**sizes, **gate, **absent, "TOP2_SUM": shape["group_score"] == "top2_sum",
+               "BIAS_ON_LOGITS": False,
                "ORDER": "acq_rel" if TARGETS[target].backend == "hip" else "relaxed"}  # fmt: skip
     backward = {**route_backward_options(shape["experts"], shape["top_k"]), **gate}
     grouping = group_options(shape["experts"])

@@ -65,10 +65,10 @@ def routing_on_gpu(figures: Figures) -> list[str]:
         short: most of its time went to compiling plain torch.""",
         table(("", *columns), rows),
         """How to read it: these are kernels of version 0.12.0. With Triton 3.6 they laid a row of logits across all
-        warps of a program, with a barrier in every step, and chose wrong experts in rows of 64 lanes (33 to
-        64 experts, or groups that fill as many). Since 0.13.0 a row lies in one warp, and every size has a trial of its
-        own; that was not measured again. Forward and backward is slower than transformers': the host takes longer for the backward pass
-        of an operator than the GPU does.""",
+        warps of a program, with a barrier in every step, and chose wrong experts in rows of 64 lanes (33 to 64
+        experts, or groups that fill as many). Since 0.13.0 a row lies in one warp, and every size has a trial of its
+        own; that was not measured again. Forward and backward is slower than transformers': the host takes longer for
+        the backward pass of an operator than the GPU does.""",
     ]
 
 

@@ -142,7 +142,7 @@ def launch_gate(shape: dict[str, Any], tokens: int) -> None:
         bias = meta(experts, dtype=torch.float32) if biased else None
         gate = (shape["groups"], shape["kept"], shape["group_score"], shape["normalize"], 2.5)
         for statistics in (False, True):
-            routing_triton._route(logits, bias, mask, top_k, score, *gate, 1, statistics)
+            routing_triton._route(logits, bias, mask, top_k, score, *gate, False, 1, statistics)
         ids, grad = meta(tokens, top_k, dtype=torch.int64), meta(tokens, top_k, dtype=torch.float32)
         for sums in (None, meta(1, experts, dtype=torch.float32)):
             routing_triton._route_backward(grad, sums, logits, ids, mask, score, shape["normalize"], 2.5)

@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 import transformers
 from measuring import Job, add_options, measure_lines, results_path
+from torch import nn
 from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -79,6 +80,17 @@ GATES = (
 )
 # The order in which they are measured.
 BY_VALUE = (8192, 65536, 1, 4096, 256, 16)
+
+
+class Experts(nn.Module):
+    """Stands beside a router where `route_native_gates` looks for its experts."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
+        """Do nothing: this is never called."""
 
 
 class Inputs:
@@ -159,7 +171,9 @@ def whole_gates(gate: Gate, inputs: Inputs, device: str) -> dict[str, Step]:
         router = gate.native(inputs.bias, gate.hidden_size).to(device).requires_grad_(False)
         router.weight.copy_(weight)
         if name != "transformers":
-            route_native_gates(router, name)
+            block = nn.Module()
+            block.gate, block.experts = router, Experts(gate.experts)
+            route_native_gates(block, name)
         steps[name] = lambda router=router: router(hidden)
     return steps
 

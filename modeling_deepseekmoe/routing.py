@@ -69,6 +69,8 @@ def route(
     group_score: str = "max",
     normalize: bool = False,
     scaling_factor: float = 1.0,
+    bias_on: str = "scores",
+    expert_ids: torch.Tensor | None = None,
     token_mask: torch.Tensor | None = None,
     num_sequences: int = 1,
     statistics: bool = True,
@@ -78,9 +80,9 @@ def route(
 
     Args:
         router_logits (`torch.Tensor` of shape (T, E)): gate logits.
-        top_k, score_function, num_groups, top_k_groups, group_score, normalize, scaling_factor, implementation: see
-            [`RoutingOptions`].
-        correction_bias, token_mask, num_sequences, statistics: see [`choose_experts`].
+        top_k, score_function, num_groups, top_k_groups, group_score, normalize, scaling_factor, bias_on,
+            implementation: see [`RoutingOptions`].
+        correction_bias, expert_ids, token_mask, num_sequences, statistics: see [`choose_experts`].
 
     Returns:
         [`Routing`].
@@ -96,12 +98,14 @@ def route(
         group_score=group_score,
         normalize=normalize,
         scaling_factor=scaling_factor,
+        bias_on=bias_on,
         implementation=implementation,
     )
     return choose_experts(
         router_logits,
         options,
         correction_bias=correction_bias,
+        expert_ids=expert_ids,
         token_mask=token_mask,
         num_sequences=num_sequences,
         statistics=statistics,
@@ -113,6 +117,7 @@ def choose_experts(
     options: RoutingOptions,
     *,
     correction_bias: torch.Tensor | None = None,
+    expert_ids: torch.Tensor | None = None,
     token_mask: torch.Tensor | None = None,
     num_sequences: int = 1,
     statistics: bool = True,
@@ -129,6 +134,8 @@ def choose_experts(
         options ([`RoutingOptions`]): how the gate chooses.
         correction_bias (`torch.FloatTensor` of shape (E,), *optional*): the bias of auxiliary-loss-free balancing
             (2408.15664, eq. 3), finite numbers.
+        expert_ids (`torch.LongTensor` of shape (T, K), *optional*): experts that are chosen already, as by token id in
+            DeepSeek-V4's first layers. They may repeat. Bias and groups have no part then, and plain torch computes.
         token_mask (`torch.Tensor` of shape (T,), *optional*): nonzero for real tokens. The others are routed too, but
             are not counted.
         num_sequences (`int`): N, a divisor of T: the number of equal runs of consecutive tokens that are counted
@@ -146,6 +153,11 @@ def choose_experts(
     options.check(num_experts)
     if statistics and (num_sequences < 1 or num_tokens % num_sequences):
         raise ValueError(f"num_sequences={num_sequences} is not allowed: it must divide the {num_tokens} tokens.")
+    if expert_ids is not None:
+        _check_given_ids(expert_ids, num_tokens, options)
+        return Routing(
+            *route_eager(router_logits, options, None, token_mask, num_sequences, statistics, expert_ids.long())
+        )
     sizes, case = (num_experts, options.top_k, options.compared_groups), options.trial_case(num_experts)
     fused = uses_triton(TRIAL, options.implementation, router_logits, *sizes, case=case)
     run = route_triton if fused else route_eager
@@ -174,6 +186,16 @@ def _check_tensors(
         raise ValueError(f"correction_bias of {correction_bias.dtype} is not allowed: it must be floating point.")
 
 
+def _check_given_ids(expert_ids: torch.Tensor, num_tokens: int, options: RoutingOptions) -> None:
+    if expert_ids.shape != (num_tokens, options.top_k) or expert_ids.is_floating_point():
+        raise ValueError(
+            f"expert_ids of shape {tuple(expert_ids.shape)} and {expert_ids.dtype} are not allowed: they must be "
+            f"whole numbers of shape (T, K) = ({num_tokens}, {options.top_k})."
+        )
+    if options.implementation == "triton":
+        raise ValueError("implementation='triton' is not allowed with expert_ids: the kernels choose themselves.")
+
+
 @register_trial(TRIAL)
 def try_routing(
     device: torch.device,
@@ -183,6 +205,7 @@ def try_routing(
     num_groups: int = 4,
     top_k_groups: int = 2,
     group_score: str = "top2_sum",
+    bias_on: str = "scores",
 ) -> None:
     """Compare the kernels of routing with plain torch, with ties, a bias, padding, two sequences and a gradient.
 
@@ -194,7 +217,7 @@ def try_routing(
     logits = logits.mul_(4).round_().div_(4).add_(0.1)  # many are equal, and no sums of two different scores
     bias = torch.randint(-2, 3, (num_experts,), generator=generator).to(torch.float32) / 7
     mask = torch.rand(40, generator=generator, dtype=torch.float32) < 0.8
-    options = RoutingOptions(top_k, score_function, num_groups, top_k_groups, group_score, True, 2.5)
+    options = RoutingOptions(top_k, score_function, num_groups, top_k_groups, group_score, True, 2.5, bias_on)
     results = []
     for run, place in ((route_eager, torch.device("cpu")), (route_triton, device)):
         leaf = logits.to(place).requires_grad_()

@@ -52,12 +52,15 @@ def route_eager(
     token_mask: torch.Tensor | None,
     num_sequences: int,
     statistics: bool,
+    expert_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Compute the fields of the [`Routing`] of checked arguments."""
+    """Compute the fields of the [`Routing`] of checked arguments. Given ids (T, K) are taken as they are."""
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
     score_function = options.score_function
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # once, for inputs of any length
-    if logits.device.type == "cpu" and logits.numel() > _MANY_VALUES and not recorded:
+    if expert_ids is not None:
+        pass
+    elif logits.device.type == "cpu" and logits.numel() > _MANY_VALUES and not recorded:
         parts = logits.detach().split(max(_MANY_VALUES // logits.shape[1], 1))
         expert_ids = torch.cat([_choose(part, correction_bias, options) for part in parts])
     else:
@@ -83,8 +86,12 @@ def _choose(logits: torch.Tensor, correction_bias: torch.Tensor | None, options:
     """Choose the ids (T, K) by logits without a graph."""
     largest = torch.finfo(torch.float32).max
     grouped = options.compared_groups > 1
-    if correction_bias is None and not (grouped and options.group_score == "top2_sum"):
+    on_logits = correction_bias is None or options.bias_on == "logits"
+    if on_logits and not (grouped and options.group_score == "top2_sum"):
         values = logits.nan_to_num(nan=largest, posinf=_INFINITY, neginf=-largest)
+        if correction_bias is not None:
+            values = (values + correction_bias.detach().to(values.dtype)).clamp_(-largest, _INFINITY)
+            values.masked_fill_(logits.isnan(), largest)
     else:
         values = _rounded_affinities(logits, options.score_function)
         if correction_bias is not None:

@@ -185,6 +185,7 @@ def route_kernel(
     SCORE_FUNCTION: tl.constexpr,
     TOP2_SUM: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    BIAS_ON_LOGITS: tl.constexpr,
     STATISTICS: tl.constexpr,
     ORDER: tl.constexpr,
 ):
@@ -213,14 +214,17 @@ def route_kernel(
         logit = tl.where(exists[None, :], _finite(raw), -3.4028234663852886e38)
         highest, total = _softmax_of_rows(logit, exists, BLOCK, SCORE_FUNCTION)
 
-        if bias is not None or (TOP2_SUM and KEPT_GROUPS < GROUPS):
+        if (bias is not None and not BIAS_ON_LOGITS) or (TOP2_SUM and KEPT_GROUPS < GROUPS):
             choice = _affinity(logit, highest[:, None], total[:, None], SCORE_FUNCTION)
             if SCORE_FUNCTION == "softmax":
                 choice = tl.where(has_nan[:, None], 3.4028234663852886e38, choice)
             if bias is not None:
                 choice += added
         else:  # -0.0 becomes 0.0, and all numbers are below NaN, which is made the largest one
-            choice = tl.minimum(logit + 0.0, 3.4028232635611926e38)
+            choice = logit + 0.0
+            if bias is not None:
+                choice = tl.maximum(choice + added, -3.4028234663852886e38)
+            choice = tl.minimum(choice, 3.4028232635611926e38)
         choice = tl.where(raw != raw, 3.4028234663852886e38, choice)
         order = tl.where(exists[None, :], _order(choice), NOWHERE)
         if KEPT_GROUPS < GROUPS:

@@ -12,6 +12,7 @@ from .kernel_trial import Case
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2_sum")
+BIAS_PLACES = ("scores", "logits")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class RoutingOptions:
         num_groups, top_k_groups: number of groups of consecutive experts, and of groups that a token may use
             (2405.04434, section 2.2.2). `num_groups` divides E.
         group_score: `"max"` (V2) or `"top2_sum"` (V3) of the scores in a group.
+        bias_on: what the balancing bias is added to for the choice: `"scores"`, the affinities (2408.15664), or
+            `"logits"`, without groups.
         normalize: divide the chosen scores by their sum plus 1e-20.
         scaling_factor: factor on the weights, a finite number of at least 0.
         implementation: `"eager"`, `"triton"`, or `"auto"`: Triton on a CUDA or ROCm device if it is installed and
@@ -39,6 +42,7 @@ class RoutingOptions:
     group_score: str = "max"
     normalize: bool = False
     scaling_factor: float = 1.0
+    bias_on: str = "scores"
     implementation: str = "auto"
 
     @property
@@ -50,7 +54,8 @@ class RoutingOptions:
         """Return what the kernels are compiled for, of a gate of E experts: the arguments of [`try_routing`]."""
         groups = self.compared_groups
         kept, group_score = (self.top_k_groups, self.group_score) if groups > 1 else (1, "max")
-        return int(num_experts), self.top_k, self.score_function, groups, kept, group_score  # a tensor in a trace
+        # The number of experts is a tensor in a trace.
+        return int(num_experts), self.top_k, self.score_function, groups, kept, group_score, self.bias_on
 
     def check(self, num_experts: int) -> None:
         """Raise a `ValueError` for an option that is not allowed for a gate of E experts."""
@@ -58,6 +63,10 @@ class RoutingOptions:
             _refuse("score_function", self.score_function, f"one of {SCORE_FUNCTIONS}")
         if self.group_score not in GROUP_SCORES:
             _refuse("group_score", self.group_score, f"one of {GROUP_SCORES}")
+        if self.bias_on not in BIAS_PLACES:
+            _refuse("bias_on", self.bias_on, f"one of {BIAS_PLACES}")
+        if self.bias_on == "logits" and self.num_groups > 1:
+            _refuse("bias_on", self.bias_on, "'scores' where there are groups")
         top_k, groups, kept = self.top_k, self.num_groups, self.top_k_groups
         for name, value in (("top_k", top_k), ("num_groups", groups), ("top_k_groups", kept)):
             if not isinstance(value, int) or isinstance(value, bool):
@@ -81,4 +90,4 @@ def _refuse(name: str, value: object, allowed: str) -> NoReturn:
     raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}.")
 
 
-__all__ = ["GROUP_SCORES", "SCORE_FUNCTIONS", "RoutingOptions"]
+__all__ = ["BIAS_PLACES", "GROUP_SCORES", "SCORE_FUNCTIONS", "RoutingOptions"]

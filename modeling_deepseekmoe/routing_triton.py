@@ -157,6 +157,7 @@ class _RouteInputs(NamedTuple):
     group_score: Any = None
     normalize: Any = None
     scaling_factor: Any = None
+    bias_on_logits: Any = None
     num_sequences: Any = None
     statistics: Any = None
 
@@ -175,6 +176,7 @@ def _route(
     group_score: str,
     normalize: bool,
     scaling_factor: float,
+    bias_on_logits: bool,
     num_sequences: int,
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -219,6 +221,7 @@ def _route(
                 SCORE_FUNCTION=score_function,
                 TOP2_SUM=group_score == "top2_sum",
                 NORMALIZE=normalize,
+                BIAS_ON_LOGITS=bias_on_logits,
                 STATISTICS=statistics,
                 ORDER=ORDER,
                 num_warps=WARPS,
@@ -352,7 +355,7 @@ if triton is not None:
         mutates_args=(),
         schema="(Tensor router_logits, Tensor? correction_bias, Tensor? token_mask, int top_k, str score_function, "
         "int num_groups, int top_k_groups, str group_score, bool normalize, float scaling_factor, "
-        "SymInt num_sequences, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)",
+        "bool bias_on_logits, SymInt num_sequences, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)",
     )
     route_op.register_fake(_route_fake)
     route_op.register_autograd(_backward, setup_context=_save_for_backward)
@@ -398,6 +401,7 @@ def route_triton(
         options.group_score,
         options.normalize,
         float(options.scaling_factor),
+        options.bias_on == "logits",
         num_sequences,
         statistics,
     )

@@ -34,9 +34,9 @@ V3_GATE: dict[str, Any] = {
 }  # fmt: skip
 # The gates of V3, V2 and the 16B, as cases of the trial.
 RELEASED_GATES: tuple[Case, ...] = (
-    (256, 8, "sigmoid", 8, 4, "top2_sum"),
-    (160, 6, "softmax", 8, 3, "max"),
-    (64, 6, "softmax", 1, 1, "max"),
+    (256, 8, "sigmoid", 8, 4, "top2_sum", "scores"),
+    (160, 6, "softmax", 8, 3, "max", "scores"),
+    (64, 6, "softmax", 1, 1, "max", "scores"),
 )
 
 

@@ -1,10 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """The update of the gates' bias after every optimizer step: auxiliary-loss-free balancing (arXiv 2408.15664).
 
-It works on the models of this package, which count their choices themselves. It also works on every other model whose
-MoE blocks have the structure of transformers' DeepSeek-V3. Such a block has `experts`, called with (hidden states,
-ids, weights), and somewhere beside them a bias named `e_score_correction_bias`. [`track_router_load`] switches the
-counting on there.
+It works on the models of this package, which count their choices themselves, and on every other model whose gates have
+a balancing bias, under whatever name (`families.moe_layers`). [`track_router_load`] switches the counting on there.
 """
 
 import math
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..families.moe_layers import find_moe_layers
 from ..router_load import RouterLoad
 from .gates import require_biased_gates, tell_kept
 from .tracking import router_load_counter, take_router_load
@@ -88,15 +87,17 @@ def update_router_bias(
     check_update(update_rate, update)
     gates = require_biased_gates(model)
     counter = router_load_counter(model)
-    if len(gates) != len(counter.layers):
+    layers = len(find_moe_layers(model))
+    if layers != len(counter.layers):
         raise ValueError(
-            f"{type(model).__name__} holds {len(gates)} gates with a balancing bias and counts {len(counter.layers)} "
-            "layers: it takes one whole model, not several in one module and no stage of a pipeline."
+            f"{type(model).__name__} holds {layers} MoE layers and counts {len(counter.layers)}: it takes one whole "
+            "model, not several in one module and no stage of a pipeline."
         )
     load = take_router_load(model, process_group=process_group)
-    for gate, step in zip(gates, bias_step(load.tokens_per_expert, update_rate, update), strict=True):
+    steps = bias_step(load.tokens_per_expert, update_rate, update)
+    for gate in gates:
         if gate.is_kept is None:
-            gate.add(step)
+            gate.add(steps[gate.place])
     tell_kept(gates)
     counter.is_balanced = True
     return load

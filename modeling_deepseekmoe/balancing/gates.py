@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import logging
 
-from ..checkpoint_layout import BIAS_NAME
+from ..families.moe_layers import BalancingBias, MoeLayer, find_moe_layers
 from ..support.library_support import has_adapters
 from ..support.models import whole_tensor
 
@@ -20,24 +20,25 @@ class BiasedGate:
     """One MoE layer's gate with a balancing bias.
 
     Attributes:
-        name: the name of its MoE block in the model.
-        owner: the module that holds the bias.
-        router: the module whose parameters are the gate.
-        experts: the module that receives the choices.
+        layer: the MoE layer.
+        place: its place among all MoE layers of the model.
         saved: whether a file that is saved of the model holds the bias. The file of an adapter does only if PEFT
             trains the gate as a whole copy.
     """
 
-    name: str
-    owner: nn.Module
-    router: nn.Module
-    experts: nn.Module
+    layer: MoeLayer
+    place: int
     saved: bool = True
+
+    @property
+    def _own(self) -> BalancingBias:
+        assert self.layer.bias is not None
+        return self.layer.bias
 
     @property
     def bias(self) -> torch.Tensor:
         """The bias itself, E values."""
-        return getattr(self.owner, BIAS_NAME)
+        return self._own.tensor
 
     def whole_bias(self) -> torch.Tensor:
         """Return the bias without gradients, put together if FSDP2 has sharded it (all ranks must then call this)."""
@@ -46,7 +47,8 @@ class BiasedGate:
     @property
     def frozen(self) -> bool:
         """Whether the gate has parameters and none of them is trained. Its bias is then left alone too."""
-        trained = [parameter.requires_grad for parameter in self.router.parameters() if parameter is not self.bias]
+        router = self.layer.gate or self.layer.block
+        trained = [parameter.requires_grad for parameter in router.parameters() if parameter is not self.bias]
         return bool(trained) and not any(trained)
 
     @property
@@ -65,14 +67,16 @@ class BiasedGate:
     def add(self, step: torch.Tensor) -> None:
         """Add E values to the bias in place, and first make it float32 for good.
 
-        Updates are far below bfloat16's resolution.
+        Updates are far below bfloat16's resolution. A class for tokens that no expert computes keeps its value.
         """
         bias = self.bias
+        if self.layer.has_skip_class:
+            step = torch.cat([step[:-1], step.new_zeros(1)])
         if bias.dtype != torch.float32:
             if isinstance(bias, nn.Parameter):
                 bias.data = bias.data.float()
             else:
-                setattr(self.owner, BIAS_NAME, bias.float())
+                setattr(self._own.owner, self._own.name, bias.float())
         step = step.to(self.bias.device).view(self.bias.shape)
         if isinstance(self.bias, DTensor):  # FSDP2 shards a bias that is a parameter
             step = distribute_tensor(step, self.bias.device_mesh, self.bias.placements)
@@ -80,7 +84,7 @@ class BiasedGate:
 
 
 def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
-    """Find all gates of a model that have a balancing bias, by their structure, in the order of the layers.
+    """Find all gates of a model that have a balancing bias, under whatever name, in the order of the layers.
 
     Args:
         model: a model of this package or another one, wrapped (DDP, PEFT) or not.
@@ -88,46 +92,15 @@ def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
     Raises:
         ValueError: if a bias has no experts beside it, or if biases differ in size.
     """
-    gates, owners = [], set()
+    gates = []
     adapted, names = has_adapters(model), {module: name for name, module in model.named_modules()}
-    for block, name in names.items():
-        experts = getattr(block, "experts", None)
-        if not isinstance(experts, nn.Module) or ".original_module" in name:
-            continue
-        if "original_module" in dict(block.named_children()):  # PEFT's wrapper, which shows what is in it
-            continue
-        beside = [child for child in block.children() if child is not experts]
-        for module in (block, *(module for child in beside for module in child.modules())):
-            if isinstance(getattr(module, BIAS_NAME, None), torch.Tensor):
-                owner = _owner_of_bias(module)
-                router = next((child for child in beside if owner in child.modules()), None)
-                saved = not adapted or ".modules_to_save." in names[owner]
-                gates.append(BiasedGate(name, owner, router or getattr(block, "gate", block), experts, saved))
-                owners.add(owner)
-                break
-    for module, name in names.items():
-        unknown = module not in owners and BIAS_NAME in dict(module.named_buffers(recurse=False))
-        if unknown and not _is_peft_copy(name):
-            raise ValueError(f"{name}.{BIAS_NAME} is not understood: there are no `experts` beside it.")
+    for place, layer in enumerate(find_moe_layers(model)):
+        if layer.bias is not None:
+            saved = not adapted or ".modules_to_save." in names[layer.bias.owner]
+            gates.append(BiasedGate(layer, place, saved))
     if len({gate.bias.numel() for gate in gates}) > 1:
         raise ValueError(f"{type(model).__name__}: gates with different numbers of experts are not supported.")
     return gates
-
-
-def _owner_of_bias(module: nn.Module) -> nn.Module:
-    """Find the module that holds the bias which `module` shows. PEFT's wrappers show that of the copy in use."""
-    bias = getattr(module, BIAS_NAME)
-
-    def owns(part: nn.Module) -> bool:
-        own = (*part.named_buffers(recurse=False), *part.named_parameters(recurse=False))
-        return any(tensor is bias for _, tensor in own)
-
-    return next(filter(owns, module.modules()))
-
-
-def _is_peft_copy(name: str) -> bool:
-    """Tell whether PEFT keeps this module as a trained copy, or as the original of one."""
-    return ".original_module" in name or ".modules_to_save" in name
 
 
 def tell_kept(gates: list[BiasedGate]) -> None:
@@ -144,8 +117,9 @@ def require_biased_gates(model: nn.Module) -> list[BiasedGate]:
     gates = find_biased_gates(model)
     if not gates:
         raise ValueError(
-            f"{type(model).__name__} has no gate with a balancing bias ({BIAS_NAME}), so that there is nothing to "
-            "update: it takes a model with topk_method='noaux_tc'. Other gates are balanced by aux_loss_alpha."
+            f"{type(model).__name__} has no gate with a balancing bias, so that there is nothing to update: it takes "
+            "a model with topk_method='noaux_tc', or one of another family with such a bias. "
+            "add_balancing_bias(model) gives one to others. Other gates are balanced by losses (aux_loss_alpha)."
         )
     return gates
 

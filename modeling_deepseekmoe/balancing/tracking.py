@@ -10,21 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint_layout import BIAS_NAME, layer_of
+from ..families.moe_layers import MoeLayer, require_moe_layers
 from ..modeling_deepseekmoe import DeepseekMoeModel
 from ..router_load import RouterLoad, RouterLoadCounter, count_tokens, counts_as_training
 from ..torch_support import in_backward_pass
-from .gates import find_biased_gates
 
 logger = logging.get_logger(__name__)
 _TRACKER = "router_load_tracker"  # attribute of a decoder
-
-
-def _layer_of_gate(name: str, idx: int) -> int:
-    """Return the layer in a gate's name, or the first number there, or else the place of the gate among all."""
-    layer = layer_of(name)
-    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
-    return layer if layer is not None else (numbers or [idx])[0]
 
 
 def take_router_load(model: nn.Module, *, process_group: Any = None) -> RouterLoad:
@@ -82,22 +74,19 @@ class _Tracker:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        gates = find_biased_gates(model)
-        if not gates:
-            raise ValueError(
-                f"{type(model).__name__} is not allowed: tokens are counted in this package's models, and in others "
-                f"that have a gate with a balancing bias ({BIAS_NAME}). `deepseekmoe report` shows what gates do."
-            )
-        layers = tuple(_layer_of_gate(gate.name, idx) for idx, gate in enumerate(gates))
-        self.counter = RouterLoadCounter(layers, gates[0].bias.numel())
+        layers = require_moe_layers(model)
+        sizes = {layer.num_experts for layer in layers}
+        if len(sizes) > 1:
+            raise ValueError(f"{type(model).__name__}: gates with different numbers of experts are not supported.")
+        self.counter = RouterLoadCounter(tuple(layer.index for layer in layers), sizes.pop())
         self.counting = False
         self.token_mask: torch.Tensor | None = None
         pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
         decoder = model if pretrained is None else pretrained.base_model
         self.handles = [decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
-        for idx, gate in enumerate(gates):
-            hook = functools.partial(self._count, idx, gate.name)
-            self.handles.append(gate.experts.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+        for place, layer in enumerate(layers):
+            hook = functools.partial(self._count, place, layer)
+            self.handles.append(layer.experts.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
         setattr(decoder, _TRACKER, self)
 
     def remove(self) -> None:
@@ -111,24 +100,22 @@ class _Tracker:
         self.token_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
     @torch.compiler.disable
-    def _count(self, idx: int, name: str, experts: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _count(
+        self, place: int, layer: MoeLayer, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         # Under checkpointing this runs again in the backward pass, while a graph task is running.
         if not self.counting or in_backward_pass():
             return
-        expert_ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
-        if not isinstance(expert_ids, torch.Tensor) or expert_ids.is_floating_point() or expert_ids.ndim != 2:
-            raise ValueError(
-                f"{name}.experts was not called with (hidden states, expert ids, weights), which are to be counted."
-            )
-        mask = self.token_mask
+        expert_ids, mask = layer.choices_of(args, kwargs), self.token_mask
         if mask is not None and mask.numel() != len(expert_ids):
             raise ValueError(
-                f"attention_mask of shape {tuple(mask.shape)} is not allowed: {name} routes {len(expert_ids)} tokens."
+                f"attention_mask of shape {tuple(mask.shape)} is not allowed: {layer.name} routes {len(expert_ids)} "
+                "tokens."
             )
-        counts = count_tokens(expert_ids.long(), self.counter.num_experts, mask)
+        counts = count_tokens(expert_ids, self.counter.num_experts, mask)
         load = self.counter.begin(counts.device)
-        load.tokens_per_expert[idx] += counts.to(load.tokens_per_expert.device)
-        if idx == 0:
+        load.tokens_per_expert[place] += counts.to(load.tokens_per_expert.device)
+        if place == 0:
             load.micro_batches += 1
             load.tokens += len(expert_ids) if mask is None else (mask != 0).sum().to(load.tokens.device)
 
@@ -146,7 +133,7 @@ def track_router_load(model: nn.Module) -> RouterLoadCounter:
         The model's [`RouterLoadCounter`].
 
     Raises:
-        ValueError: for a model of another package without a balancing bias.
+        ValueError: for a model without MoE layers, or with experts that are not called with expert ids.
     """
     if not any(isinstance(module, DeepseekMoeModel) for module in model.modules()):
         untrack_router_load(model)

@@ -1,87 +1,135 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Route transformers' own DeepSeek-V2 and V3 models with this package: the same choices in fewer launches."""
+"""Route the models of transformers with this package: the same choices in fewer launches, and biases for all gates."""
 
 from functools import partial
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from ..checkpoint_layout import BIAS_NAME
 from ..configuration_checks import check_implementation
-from ..routing import route
+from ..families.gate_rules import GateRule, UnknownGateError, rule_of
+from ..families.moe_layers import BalancingBias, MoeLayer, find_moe_layers, require_moe_layers
+from ..moe import DeepseekMoeGate
+from ..support.folders import opened
 from ..support.library_support import replace_forward
-from ..transformers_support import DeepseekV2TopkRouter, DeepseekV3TopkRouter
+
+logger = logging.get_logger(__name__)
 
 
 def route_native_gates(model: nn.Module, implementation: str = "auto") -> int:
-    """Let the gates of a transformers model, `deepseek_v2` or `deepseek_v3`, choose the experts with [`route`].
+    """Let the gates of a model of transformers choose the experts with [`route`].
 
-    Weights, outputs and what is computed stay as transformers has them: V2's `norm_topk_prob` still has no effect.
-    Only the order of a token's choices changes: best first, and ties go to the lower id. The `forward` of the gates is
-    replaced, so call this after loading, and before `torch.compile`. Call it again to change the implementation.
+    The rule of each gate is found by trying (`families.gate_rules`), so that choices, weights and gradients stay those
+    of the family. The order of a token's choices changes: best first, and ties go to the lower id. Scores are computed
+    in float32, also where the family takes the model's dtype. The `forward` of the gates is replaced, so call this
+    after loading, and before `torch.compile`. Call it again to change the implementation.
 
     Args:
-        model: any module that holds such gates.
+        model: any model that holds such gates.
         implementation (`str`): as for [`route`].
 
     Returns:
-        `int`: the number of gates.
+        `int`: the number of gates. A warning names those that are left as they are, and why.
 
     Raises:
-        ValueError: if `implementation` is another one, or if the model has no such gates.
+        ValueError: if `implementation` is another one, or if the model has no gate that [`route`] can express.
     """
     check_implementation(implementation)
-    forwards = {DeepseekV2TopkRouter: _forward_v2, DeepseekV3TopkRouter: _forward_v3}
-    gates = [module for module in model.modules() if type(module) in forwards]
-    if not gates:
+    layers = [layer for layer in find_moe_layers(model) if not isinstance(layer.gate, DeepseekMoeGate)]
+    if not layers:
         raise ValueError(
-            f"model of class {type(model).__name__} is not allowed: it must hold gates of transformers' own "
-            "DeepSeek-V2 or V3 classes."
+            f"model of class {type(model).__name__} is not allowed: it has no gates of transformers' own models."
         )
-    for gate in gates:
-        replace_forward(gate, partial(forwards[type(gate)], gate, implementation))
-    return len(gates)
+    refused: list[str] = []
+    for layer in layers:
+        try:
+            _replace(layer, rule_of(layer), layer.bias, implementation)
+        except UnknownGateError as error:
+            refused.append(str(error))
+    if len(refused) == len(layers):
+        raise ValueError(refused[0])
+    if refused:
+        logger.warning(f"{len(refused)} of {len(layers)} gates choose by themselves. {refused[0]}")
+    return len(layers) - len(refused)
 
 
-def _forward_v2(
-    gate: nn.Module, implementation: str, hidden_states: torch.Tensor
+def add_balancing_bias(model: nn.Module, checkpoint: str | Path | None = None) -> int:
+    """Give the gates of a model of transformers a balancing bias, where they have none.
+
+    This changes the model: its gates choose by score plus bias from then on, and `LoadBalancingCallback` moves it.
+    Each gate gets a buffer `e_score_correction_bias` of zeros, in float32, which is saved with the model. Whoever
+    loads the files must call this function too: transformers itself drops the bias, and names it as unexpected. The
+    config notes `added_balancing_bias`.
+
+    Args:
+        model: any model whose gates [`route`] can express.
+        checkpoint: the folder of a model that was saved with such biases, to read them from.
+
+    Returns:
+        The number of gates that were given one. Gates with a fixed choice, and those with a bias, stay as they are.
+
+    Raises:
+        ValueError: if a gate is not understood, or if all have a bias; with a checkpoint, if it holds none.
+    """
+    layers = [layer for layer in require_moe_layers(model) if layer.bias is None]
+    if not layers or any(isinstance(layer.gate, DeepseekMoeGate) for layer in layers):
+        what = "its gates have a balancing bias already" if not layers else "it takes topk_method='noaux_tc'"
+        raise ValueError(f"{type(model).__name__} is not allowed: {what}.")
+    rules = [(layer, rule_of(layer)) for layer in layers]  # before anything is changed
+    rules = [(layer, rule) for layer, rule in rules if not rule.table]
+    names = [f"{layer.name}.{layer.gate_name}.{BIAS_NAME}" for layer, _ in rules]
+    stored = {} if checkpoint is None else _stored_biases(Path(checkpoint), names)
+    for (layer, rule), name in zip(rules, names, strict=True):
+        gate = layer.gate
+        assert gate is not None
+        values = stored.get(name, torch.zeros(layer.num_experts))
+        device = next(gate.parameters()).device
+        gate.register_buffer(BIAS_NAME, values.to(device, torch.float32))
+        _replace(layer, rule, BalancingBias(gate, BIAS_NAME), "auto")
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.added_balancing_bias = True
+    return len(rules)
+
+
+def _stored_biases(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """Read the biases of a checkpoint. The names there may have another beginning."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with opened(file) as handle:
+            keys = [key for key in handle.keys() if key.endswith(BIAS_NAME)]  # noqa: SIM118 - the handle is no mapping
+            found |= {key.rpartition("layers.")[2]: handle.get_tensor(key) for key in keys}
+    ends = {name: name.rpartition("layers.")[2] for name in names}
+    missing = [name for name, end in ends.items() if end not in found]
+    if missing:
+        raise ValueError(f"checkpoint={str(folder)!r} is not allowed: it holds no {missing[0]}.")
+    return {name: found[end] for name, end in ends.items()}
+
+
+def _replace(layer: MoeLayer, rule: GateRule, bias: BalancingBias | None, implementation: str) -> None:
+    assert layer.gate is not None
+    replace_forward(layer.gate, partial(_forward, layer.gate, rule.with_implementation(implementation), bias))
+
+
+def _forward(
+    gate: nn.Module,
+    rule: GateRule,
+    bias: BalancingBias | None,
+    hidden_states: torch.Tensor,
+    argument: torch.Tensor | None = None,
+    **named: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    limited = gate.topk_method == "group_limited_greedy"
-    router_logits = _router_logits(gate, hidden_states)
-    routing = route(
-        router_logits,
-        gate.top_k,
-        num_groups=gate.num_group if limited else 1,
-        top_k_groups=gate.topk_group if limited else 1,
-        scaling_factor=gate.routed_scaling_factor,
-        statistics=False,
-        implementation=implementation,
-    )
-    return router_logits, routing.weights, routing.expert_ids
+    """Do what the gate does. Return logits (T, E), weights (T, K) and ids (T, K)."""
+    argument = named.get(rule.takes, argument) if rule.takes else None
+    logits = rule.logits(gate, hidden_states)
+    routing = rule.route(gate, logits, None if bias is None else bias.tensor, argument, statistics=False)
+    wide = torch.float32 if rule.logits_in_float32 else logits.dtype
+    dtype = torch.float32 if rule.weights_in_float32 else hidden_states.dtype
+    return logits.to(wide), routing.weights.to(dtype), routing.expert_ids
 
 
-def _forward_v3(
-    gate: nn.Module, implementation: str, hidden_states: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    router_logits = _router_logits(gate, hidden_states)
-    routing = route(
-        router_logits,
-        gate.top_k,
-        score_function="sigmoid",
-        correction_bias=gate.e_score_correction_bias,
-        num_groups=gate.num_group,
-        top_k_groups=gate.topk_group,
-        group_score="top2_sum",
-        normalize=gate.norm_topk_prob,
-        scaling_factor=gate.routed_scaling_factor,
-        statistics=False,
-        implementation=implementation,
-    )
-    return router_logits, routing.weights, routing.expert_ids
-
-
-def _router_logits(gate: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    return F.linear(hidden_states.view(-1, gate.hidden_dim).float(), gate.weight.float())
-
-
-__all__ = ["route_native_gates"]
+__all__ = ["add_balancing_bias", "route_native_gates"]

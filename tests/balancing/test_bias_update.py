@@ -228,7 +228,7 @@ def test_gates_of_released_sizes_are_found(model_type: str) -> None:
     owners += [name for name, _ in model.named_parameters() if name.endswith("e_score_correction_bias")]
     gates = find_biased_gates(model)
     assert len(gates) == len(owners) > 0
-    assert all(gate.router is not gate.experts and not gate.frozen for gate in gates)
+    assert all(gate.layer.gate is not gate.layer.experts and not gate.frozen for gate in gates)
 
 
 def test_tensor_parallel_ranks_count_every_token_once(tiny_model: Callable, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_bad_input(tiny_model: Callable) -> None:
     for rate in (0, -1e-3, float("nan"), float("inf"), "fast", True):
         with pytest.raises(ValueError, match=r"update_rate=.* above 0"):
             update_router_bias(model, rate)
-    with pytest.raises(ValueError, match=r"no gate with a balancing bias .* topk_method='noaux_tc'"):
+    with pytest.raises(ValueError, match=r"no gate with a balancing bias.* topk_method='noaux_tc'"):
         update_router_bias(tiny_model())
     with pytest.raises(ValueError, match=r"track_router_load\(model\)"):
         update_router_bias(native_model())
@@ -365,7 +365,14 @@ def test_layers_are_counted_by_the_names_of_their_gates() -> None:
     """Also in models whose layers are called otherwise."""
     gate = nn.Linear(4, 3, bias=False)
     gate.e_score_correction_bias = nn.Buffer(torch.zeros(3))
-    blocks = nn.ModuleDict({"2": nn.ModuleDict({"gate": gate, "experts": nn.Linear(4, 4)})})
+
+    class Experts(nn.Module):
+        num_experts = 3
+
+        def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return hidden
+
+    blocks = nn.ModuleDict({"2": nn.ModuleDict({"gate": gate, "experts": Experts()})})
     model = nn.ModuleDict({"blocks": blocks})
     track_router_load(model)
     assert router_load_counter(model).layers == (2,)

@@ -197,7 +197,7 @@ def test_a_step_that_the_gradient_scaler_skipped(tiny_model: Callable, tmp_path:
 def test_frozen_gates_are_reported(tiny_model: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(**V3_LIKE)
     for gate in find_biased_gates(model):
-        gate.router.requires_grad_(False)
+        gate.layer.gate.requires_grad_(False)
     train(model, tmp_path, LoadBalancingCallback(), max_steps=1)
     assert "2 of 2 gates are frozen" in caplog.text
     assert not any(bias.any() for bias in biases(model))
@@ -326,7 +326,7 @@ def test_native_models_keep_no_hook(tmp_path: Path) -> None:
 
 
 def test_bad_input(tiny_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"no gate with a balancing bias .* aux_loss_alpha"):
+    with pytest.raises(ValueError, match=r"no gate with a balancing bias.* aux_loss_alpha"):
         Trainer(tiny_model(), arguments(tmp_path), train_dataset=data, callbacks=[LoadBalancingCallback()])
     late = Trainer(tiny_model(), arguments(tmp_path, max_steps=1), train_dataset=data)
     late.add_callback(LoadBalancingCallback())

@@ -35,7 +35,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="faults are made in the interpreter")
 CPU = torch.device("cpu")
 TRIALS = ("routing", "grouping", "experts")
-CASE_OF_ROUTING = (8, 2, "softmax", 1, 1, "max")  # that of eight experts, top-2
+CASE_OF_ROUTING = (8, 2, "softmax", 1, 1, "max", "scores")  # that of eight experts, top-2
 
 
 @pytest.fixture(autouse=True)
@@ -189,9 +189,9 @@ def test_every_size_of_routing_has_a_trial_of_its_own(tmp_path: Path, monkeypatc
     for experts_of_gate, used in ((32, True), (64, False), (128, True), (60, False)):
         logits = torch.randn(5, experts_of_gate)
         assert_same(route(logits, 3).weights, route(logits, 3, implementation="eager").weights)
-        failed = why_failed("routing", CPU, (experts_of_gate, 3, "softmax", 1, 1, "max"))
+        failed = why_failed("routing", CPU, (experts_of_gate, 3, "softmax", 1, 1, "max", "scores"))
         assert bool(failed) != used
-        assert not failed or f"for {experts_of_gate}, 3, softmax, 1, 1, max failed" in failed
+        assert not failed or f"for {experts_of_gate}, 3, softmax, 1, 1, max, scores failed" in failed
     assert records(tmp_path) == ["routing", "routing"]
 
 

@@ -8,8 +8,8 @@ from paths import ROOT
 
 NAME = "modeling_deepseekmoe"
 # From below. What lies flat in the package is the core; a folder is a layer of its own.
-LAYERS = ("core", "support", "configuration", "balancing", "esft", "lora", "sharding", "conversion", "analysis", "hub",
-          "integrations", "cli")  # fmt: skip
+LAYERS = ("core", "support", "families", "configuration", "balancing", "esft", "lora", "sharding", "conversion",
+          "analysis", "hub", "integrations", "cli")  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tolerances import ROUTED_IN_DOUBLE, SAME_COMPUTATION
+from tolerances import ROUTED_IN_DOUBLE, SAME_COMPUTATION, assert_same
 
 from modeling_deepseekmoe import group_by_expert, route, routing_eager
 from modeling_deepseekmoe.routing_eager import affinities
@@ -290,3 +290,43 @@ def test_ids_that_cannot_be_grouped() -> None:
         1,
         2,
     ]
+
+
+def test_a_bias_on_the_logits_chooses_and_does_not_weigh() -> None:
+    """Against a loop over the tokens."""
+    torch.manual_seed(0)
+    logits, bias = torch.randn(50, 9), torch.randn(9)
+    found = route(logits, 3, score_function="sigmoid", correction_bias=bias, bias_on="logits", normalize=True)
+    for token, row in enumerate(logits.tolist()):
+        chosen = sorted(range(9), key=lambda expert: -(row[expert] + float(bias[expert])))[:3]
+        scores = [1 / (1 + math.exp(-row[expert])) for expert in chosen]
+        assert found.expert_ids[token].tolist() == chosen
+        assert_same(found.weights[token], torch.tensor([score / sum(scores) for score in scores]))
+    with pytest.raises(
+        ValueError, match="bias_on='logits' is not allowed: it must be 'scores' where there are groups"
+    ):
+        route(torch.randn(2, 8), 2, num_groups=2, bias_on="logits")
+    with pytest.raises(ValueError, match="bias_on='nothing' is not allowed"):
+        route(logits, 3, bias_on="nothing")
+
+
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+def test_given_experts_are_weighed_and_counted(score_function: str) -> None:
+    """As DeepSeek-V4's first layers choose by token id; an expert may come twice."""
+    torch.manual_seed(0)
+    logits, ids = torch.randn(6, 7, requires_grad=True), torch.randint(7, (6, 3))
+    found = route(logits, 3, score_function=score_function, expert_ids=ids, normalize=True, scaling_factor=1.5)
+    scores = affinities(logits, score_function).gather(1, ids)
+    expected = 1.5 * scores / scores.sum(dim=1, keepdim=True)
+    assert torch.equal(found.expert_ids, ids)
+    assert_same(found.weights, expected)
+    assert torch.equal(found.tokens_per_expert, ids.flatten().bincount(minlength=7))
+    factor = torch.randn(6, 3)
+    assert_same(
+        *(torch.autograd.grad((of * factor).sum(), logits, retain_graph=True)[0] for of in (found.weights, expected))
+    )
+    for wrong in (ids[:5], ids.float(), ids[:, :2]):
+        with pytest.raises(ValueError, match=r"expert_ids of shape .* are not allowed"):
+            route(logits, 3, expert_ids=wrong)
+    with pytest.raises(ValueError, match="implementation='triton' is not allowed with expert_ids"):
+        route(logits, 3, expert_ids=ids, implementation="triton")

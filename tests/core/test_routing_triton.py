@@ -127,7 +127,7 @@ def test_operators_keep_the_rules_of_torch_library(transposed: bool) -> None:
     logits = torch.randn(8, 6).t() if transposed else torch.randn(6, 8)
     logits.requires_grad_()
     bias, mask = torch.randn(8), torch.arange(6) % 3 != 0
-    arguments = (logits, bias, mask, 3, "sigmoid", 4, 2, "top2_sum", True, 2.5, 2, True)
+    arguments = (logits, bias, mask, 3, "sigmoid", 4, 2, "top2_sum", True, 2.5, False, 2, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(route_op, arguments, test_utils=checks)
     ids = route_op(*arguments)[0]
@@ -252,7 +252,7 @@ def test_a_plan_of_other_sequences_is_refused(tiny_config: Callable) -> None:
 
 
 def test_models_without_native_gates(tiny_model: Callable) -> None:
-    with pytest.raises(ValueError, match="must hold gates of transformers' own"):
+    with pytest.raises(ValueError, match="it has no gates of transformers' own models"):
         route_native_gates(tiny_model())
     with pytest.raises(ValueError, match="implementation='fast' is not allowed"):
         route_native_gates(tiny_model(), "fast")
@@ -275,7 +275,7 @@ for experts, groups, kept in ((32, 1, 1), (64, 1, 1), (64, 8, 4), (72, 8, 4), (1
     compiled = route_kernel.warmup(
         meta(64, experts, dtype=torch.float32), None, None, ids, weights, *nothing, experts, 64, 8, 8, 1.0,
         **route_options(experts, 6, groups, kept), SCORE_FUNCTION="sigmoid", TOP2_SUM=False, NORMALIZE=True,
-        STATISTICS=False, ORDER="relaxed", num_warps=WARPS, grid=(8,),
+        BIAS_ON_LOGITS=False, STATISTICS=False, ORDER="relaxed", num_warps=WARPS, grid=(8,),
     )
     print(experts, groups, compiled.asm["ptx"].count("bar.sync"))
 """

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tolerances import KERNEL_GRADIENT, KERNEL_WEIGHTS
 
 from modeling_deepseekmoe import group_by_expert, route
-from modeling_deepseekmoe.routing import GROUP_SCORES, SCORE_FUNCTIONS, affinities
+from modeling_deepseekmoe.routing_eager import affinities
+from modeling_deepseekmoe.routing_options import BIAS_PLACES, GROUP_SCORES, SCORE_FUNCTIONS
 
 # Without a search for smaller failures, which takes minutes in the interpreter.
 GENERATED = settings(deadline=None, derandomize=True, database=None, phases=[Phase.generate])
@@ -50,6 +51,7 @@ class Case:
     normalize: bool
     scaling_factor: float
     statistics: bool
+    bias_on: str = "scores"
 
 
 @st.composite
@@ -91,6 +93,7 @@ def cases(draw: st.DrawFn) -> Case:
         normalize=draw(st.booleans()),
         scaling_factor=draw(st.sampled_from([1.0, 2.5, 0.0])),
         statistics=draw(st.integers(0, 3)) > 0,
+        bias_on=draw(st.sampled_from(BIAS_PLACES)) if groups == 1 else "scores",
     )
 
 
@@ -139,6 +142,7 @@ def options_of(case: Case, device: str = "cpu") -> dict:
         "token_mask": None if case.masked == "none" else mask.to(device, getattr(torch, case.masked)),
         "num_sequences": case.sequences,
         "statistics": case.statistics,
+        "bias_on": case.bias_on,
     }
 
 
@@ -189,7 +193,8 @@ def check_swaps(case: Case, logits: torch.Tensor, expected: torch.Tensor, found:
     options = options_of(case, logits.device.type)
     by_sum = case.group_score == "top2_sum" and case.kept < case.groups
     assert options["correction_bias"] is not None or by_sum
-    choice = affinities(logits.detach().double(), case.score_function)
+    on_logits = case.bias_on == "logits"
+    choice = logits.detach().double() if on_logits else affinities(logits.detach().double(), case.score_function)
     choice = choice if options["correction_bias"] is None else choice + options["correction_bias"]
     if case.kept == case.groups:
         close(choice.gather(1, found), choice.gather(1, expected), 4 * torch.finfo(torch.float32).eps)

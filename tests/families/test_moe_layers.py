@@ -1,0 +1,134 @@
+"""The MoE layers of transformers' own families: where they are found, and how their gates choose."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from family_models import Family, tiny_model
+from tolerances import assert_same
+from torch import nn
+
+from modeling_deepseekmoe import route_native_gates, track_router_load
+from modeling_deepseekmoe.families.gate_rules import UnknownGateError, rule_of
+from modeling_deepseekmoe.families.moe_layers import find_moe_layers, require_moe_layers
+
+IDS = torch.randint(3, 100, (2, 10), generator=torch.Generator().manual_seed(1))
+# One of every kind: as V3 to the letter, V2, softmax with and without a norm, a bias of another name or place, one on
+# the logits, a fixed choice by token id, softmax of the chosen, an offset, a scale outside the gate.
+EXPRESSED = ("deepseek_v3", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "qwen3_moe", "mixtral", "olmoe", "afmoe", "hy_v3",
+             "minimax_m2", "ernie4_5_moe", "kolibri1", "deepseek_v4", "granitemoe", "gpt_oss", "laguna")  # fmt: skip
+
+
+def family(name: str) -> nn.Module:
+    pytest.importorskip(f"transformers.models.{name}")
+    model = tiny_model(Family(name, True))
+    generator = torch.Generator().manual_seed(3)
+    for layer in find_moe_layers(model):
+        if layer.bias is not None:
+            with torch.no_grad():
+                layer.bias.tensor.copy_(torch.randn(layer.bias.tensor.shape, generator=generator) * 0.2)
+        for buffer in layer.gate.buffers() if layer.gate is not None else ():
+            if buffer.ndim == 2 and not buffer.is_floating_point():  # a table of experts for each token id
+                buffer.copy_(torch.rand(len(buffer), 8, generator=generator).topk(buffer.shape[1]).indices)
+    return model
+
+
+def outputs(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Logits, all gradients, and the choices of every layer, sorted."""
+    chosen: list[torch.Tensor] = []
+    handles = [
+        layer.experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1].sort(dim=1).values))
+        for layer in find_moe_layers(model)
+    ]
+    model.zero_grad()
+    logits = model(input_ids=IDS, use_cache=False).logits
+    logits.square().mean().backward()
+    for handle in handles:
+        handle.remove()
+    return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, chosen
+
+
+@pytest.mark.parametrize("name", EXPRESSED)
+def test_fused_routing_is_the_familys_own(name: str) -> None:
+    own = family(name).train()
+    fused = copy.deepcopy(own)
+    assert route_native_gates(fused) == len(find_moe_layers(own))
+    (expected, gradients, choices), (found, found_gradients, found_choices) = outputs(own), outputs(fused)
+    assert all(map(torch.equal, choices, found_choices)) and len(choices) >= len(find_moe_layers(own))
+    assert_same(found, expected)
+    assert set(found_gradients) == set(gradients)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[key], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-4)
+
+
+def test_the_bias_is_found_under_every_name() -> None:
+    expected = {
+        "glm4_moe": ("Glm4MoeTopkRouter", "e_score_correction_bias"),
+        "afmoe": ("AfmoeSparseMoeBlock", "expert_bias"),
+        "ernie4_5_moe": ("Ernie4_5_MoeStatics", "e_score_correction_bias"),
+        "minimax_m2": ("MiniMaxM2SparseMoeBlock", "e_score_correction_bias"),
+        "lfm2_moe": ("Lfm2MoeSparseMoeBlock", "expert_bias"),
+        "gpt_oss": None,  # its `bias` is one of the logits, and trained
+    }
+    for name, found in expected.items():
+        bias = find_moe_layers(family(name))[-1].bias
+        assert (bias and (type(bias.owner).__name__, bias.name)) == found
+
+
+def test_layers_are_those_of_the_language_model() -> None:
+    layers = find_moe_layers(family("qwen3_moe"))
+    assert [layer.index for layer in layers] == [0, 1, 2, 3] and layers[0].name == "model.layers.0.mlp"
+    glm = find_moe_layers(family("glm4_moe"))
+    assert [layer.index for layer in glm] == [1, 2, 3]
+    assert glm[0].shared_experts is not None and layers[0].shared_experts is None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("lfm2_moe", "gate .*its weights differ from those of route.. where scores are small or negative"),
+        ("phimoe", r"router \(PhimoeTopKRouter\) is not allowed: route\(\) has no options"),
+        ("inkling", "it must have one matrix with 8 rows, one an expert, and has weight .10, 64., global_scale"),
+    ],
+)
+def test_gates_of_an_unknown_kind_are_named(name: str, reason: str) -> None:
+    model = family(name)
+    with pytest.raises(UnknownGateError, match=reason):
+        rule_of(find_moe_layers(model)[0])
+    with pytest.raises(ValueError, match=reason):
+        route_native_gates(model)
+    track_router_load(model)  # what they choose can be counted all the same
+
+
+def test_experts_that_are_not_stacked_are_named() -> None:
+    pytest.importorskip("transformers.models.llama4")
+    model = tiny_model(Family("llama4", False))
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.feed_forward .* its experts \(Llama4TextExperts\) are not"
+    ):
+        track_router_load(model)
+    with pytest.raises(ValueError, match="Linear has no MoE layer: no module of it holds `experts`"):
+        require_moe_layers(nn.Linear(2, 2))
+
+
+def test_some_gates_are_left_to_themselves(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("modeling_deepseekmoe"), "propagate", True)
+    model = family("qwen3_moe")
+    model.model.layers[1].mlp.gate.scale = nn.Parameter(torch.ones(1))
+    assert route_native_gates(model) == 3
+    assert "1 of 4 gates choose by themselves" in caplog.text
+    assert "model.layers.1.mlp.gate (Qwen3MoeTopKRouter) is not allowed: it has parameters whose part" in caplog.text
+
+
+def test_a_rule_keeps_the_familys_dtypes() -> None:
+    for name, dtypes in (("deepseek_v3", (True, True, True)), ("qwen3_moe", (False, False, False)),
+                         ("mixtral", (False, False, True)), ("granitemoe", (False, True, False))):  # fmt: skip
+        rule = rule_of(find_moe_layers(family(name))[-1])
+        assert (rule.in_float32, rule.logits_in_float32, rule.weights_in_float32) == dtypes
+        own = family(name).to(torch.bfloat16)
+        gate = find_moe_layers(own)[-1].gate
+        hidden = torch.randn(1, 5, 64).bfloat16()
+        expected = gate(hidden)
+        route_native_gates(own)
+        assert [tensor.dtype for tensor in gate(hidden)] == [tensor.dtype for tensor in expected]
