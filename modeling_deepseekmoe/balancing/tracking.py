@@ -65,6 +65,11 @@ def router_load_counter(model: nn.Module) -> RouterLoadCounter:
     )
 
 
+def tracked_counter(model: nn.Module) -> RouterLoadCounter | None:
+    """Return the counter of a model of another package, if its tokens are counted now."""
+    return next((vars(module)[_TRACKER].counter for module in model.modules() if _TRACKER in vars(module)), None)
+
+
 # ------------------------------------------------------------------------------------------- models of other packages
 class _Tracker:
     """Hooks that count the choices of a model which does not do so itself.
@@ -150,4 +155,4 @@ def untrack_router_load(model: nn.Module) -> None:
             vars(module).pop(_TRACKER).remove()
 
 
-__all__ = ["router_load_counter", "take_router_load", "track_router_load", "untrack_router_load"]
+__all__ = ["router_load_counter", "take_router_load", "track_router_load", "tracked_counter", "untrack_router_load"]

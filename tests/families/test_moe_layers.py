@@ -16,8 +16,9 @@ from modeling_deepseekmoe.families.moe_layers import find_moe_layers, require_mo
 IDS = torch.randint(3, 100, (2, 10), generator=torch.Generator().manual_seed(1))
 # One of every kind: as V3 to the letter, V2, softmax with and without a norm, a bias of another name or place, one on
 # the logits, a fixed choice by token id, softmax of the chosen, an offset, a scale outside the gate.
-EXPRESSED = ("deepseek_v3", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "qwen3_moe", "mixtral", "olmoe", "afmoe", "hy_v3",
-             "minimax_m2", "ernie4_5_moe", "kolibri1", "deepseek_v4", "granitemoe", "gpt_oss", "laguna")  # fmt: skip
+EXPRESSED = ("deepseek_v3", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "qwen3_moe", "mixtral", "olmoe", "afmoe",
+             "hy_v3", "minimax_m2", "ernie4_5_moe", "kolibri1", "deepseek_v4", "granitemoe", "gpt_oss",
+             "laguna")  # fmt: skip
 
 
 def family(name: str) -> nn.Module:

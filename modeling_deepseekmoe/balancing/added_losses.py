@@ -1,0 +1,318 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""DeepSeek's balance losses on the models of other packages.
+
+The losses of a layer are computed where its experts are called, from the gate's logits and its choices. Their gradient
+goes into the graph there, on the weights of the choices, so that it is right under both kinds of gradient
+checkpointing: what is computed again carries it again. How large it is says the loss itself: its value is a leaf of
+the graph that is added to `outputs.loss`, and the gradient that reaches this leaf is the factor of all layers. So
+accumulation, loss scaling and whatever else is done to the loss hold for the balance losses too.
+
+Shape letters: B batch, S sequence, T = B * S tokens, E routed experts, K choices of a token.
+"""
+
+import functools
+import weakref
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from ..auxiliary_losses import (
+    LOSS_NAMES,
+    communication_balance_loss,
+    device_balance_loss,
+    expert_balance_loss,
+    router_z_loss,
+    sequence_balance_loss,
+)
+from ..families.gate_rules import GateRule, rule_of
+from ..families.moe_layers import MoeLayer, require_moe_layers
+from ..modeling_deepseekmoe import DeepseekMoeModel
+from ..modeling_pretrained import share_of_items
+from ..routing_eager import affinities
+from ..torch_support import in_backward_pass
+from .tracking import tracked_counter
+
+logger = logging.get_logger(__name__)
+_LOSSES = "added_auxiliary_losses"  # attribute of a model
+
+
+@dataclass(frozen=True)
+class LossCoefficients:
+    """The coefficients of the losses, and what they are computed over.
+
+    Attributes:
+        expert, device, communication, sequence, z: coefficients; 0 leaves a loss out.
+        num_devices: D of the losses over devices.
+        max_devices_per_token: M of the communication loss.
+        sequence_wise: whether the first three are computed for each sequence, or over the batch.
+    """
+
+    expert: float = 0.0
+    device: float = 0.0
+    communication: float = 0.0
+    sequence: float = 0.0
+    z: float = 0.0
+    num_devices: int = 1
+    max_devices_per_token: int = 1
+    sequence_wise: bool = True
+
+    def losses(
+        self, rule: GateRule, logits: torch.Tensor, expert_ids: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Compute the losses of one layer, (5,) in the order of `LOSS_NAMES`, coefficients included.
+
+        Args:
+            rule: how the gate scores.
+            logits: its logits (B, S, E).
+            expert_ids: its choices (B, S, K).
+            mask: nonzero for real tokens (B, S).
+        """
+        scores, found = affinities(logits, rule.options.score_function), {}
+        common: dict[str, Any] = {"token_mask": mask, "sequence_wise": self.sequence_wise}
+        if self.expert:
+            found["expert"] = expert_balance_loss(scores, expert_ids, self.expert, **common)
+        if self.device:
+            found["device"] = device_balance_loss(scores, expert_ids, self.device, self.num_devices, **common)
+        if self.communication:
+            found["communication"] = communication_balance_loss(
+                scores, expert_ids, self.communication, self.num_devices, self.max_devices_per_token, **common
+            )
+        if self.sequence:
+            found["sequence"] = sequence_balance_loss(scores, expert_ids.shape[-1], self.sequence, token_mask=mask)
+        if self.z:
+            found["router_z"] = router_z_loss(logits, self.z, token_mask=mask)
+        zero = scores.new_zeros(())
+        return torch.stack([found.get(name, zero) for name in LOSS_NAMES])
+
+
+class _Pass:
+    """One forward pass: the losses of its layers, and the gradient that reaches their sum."""
+
+    def __init__(self, shape: torch.Size, mask: torch.Tensor | None) -> None:
+        self.shape, self.mask = shape, mask
+        self.losses: list[torch.Tensor] = []
+        self.gradient: torch.Tensor | None = None
+
+    def receive(self, gradient: torch.Tensor) -> None:
+        """Keep the gradient of the sum."""
+        self.gradient = gradient
+
+
+class _WithLoss(torch.autograd.Function):
+    """Pass the weights of the choices on, and put the gradient of a loss beside theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, loss: torch.Tensor, of: _Pass) -> torch.Tensor:
+        ctx.of, ctx.like = of, loss.detach()
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        reached = ctx.of.gradient
+        if reached is None:
+            logger.warning_once(
+                "The auxiliary losses are not trained: whoever made the loss left outputs.aux_loss out. TRL's "
+                "trainers add it if router_aux_loss_coef is set in their config."
+            )
+            return gradient, None, None
+        return gradient, reached.to(ctx.like), None
+
+
+class AddedLosses:
+    """The hooks on one model.
+
+    Args:
+        model: the model, of another package.
+        coefficients: of the losses.
+    """
+
+    def __init__(self, model: PreTrainedModel, coefficients: LossCoefficients) -> None:
+        self.coefficients = coefficients
+        self.layers = [(layer, rule_of(layer)) for layer in require_moe_layers(model)]
+        self.current: _Pass | None = None
+        # What is computed again in a backward pass comes in the opposite order.
+        self.passes: dict[int, list[weakref.ref[_Pass]]] = defaultdict(list)
+        self.logits: dict[int, torch.Tensor] = {}
+        decoder = model.base_model
+        self.handles = [
+            model.register_forward_pre_hook(self._ask_for_nothing_else, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._add, with_kwargs=True),
+        ]
+        for place, (layer, rule) in enumerate(self.layers):
+            assert layer.gate is not None
+            keep, attach = (functools.partial(hook, place) for hook in (self._keep_logits, self._attach))
+            self.handles.append(layer.gate.register_forward_hook(keep))
+            attach = functools.partial(attach, layer, rule)
+            self.handles.append(layer.experts.register_forward_pre_hook(attach, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+
+    @torch.compiler.disable
+    def _ask_for_nothing_else(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Keep the model from computing the loss of its own family, which would be counted too."""
+        self.asked = bool(kwargs.get("output_router_logits")) and kwargs.get("labels") is None
+        return args, {**kwargs, "output_router_logits": False}
+
+    @torch.compiler.disable
+    def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if in_backward_pass():
+            return
+        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
+        inputs = next((tensor for tensor in given if isinstance(tensor, torch.Tensor)), None)
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        wanted = decoder.training and torch.is_grad_enabled() and inputs is not None
+        self.current = _Pass(inputs.shape[:2], mask) if wanted and inputs is not None else None
+
+    @torch.compiler.disable
+    def _keep_logits(self, place: int, gate: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.current is not None or in_backward_pass():
+            self.logits[place] = output[0]
+
+    @torch.compiler.disable
+    def _attach(
+        self,
+        place: int,
+        layer: MoeLayer,
+        rule: GateRule,
+        experts: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        logits, of = self.logits.pop(place, None), self._pass_of(place)
+        if of is None or logits is None:
+            return None
+        expert_ids, (batch, length) = layer.choices_of(args, kwargs), of.shape
+        if len(expert_ids) != batch * length:
+            raise ValueError(
+                f"{layer.name} routes {len(expert_ids)} tokens of a batch of {batch} x {length}, which is not allowed "
+                "with add_auxiliary_loss."
+            )
+        shape = (batch, length)
+        losses = self.coefficients.losses(rule, logits.view(*shape, -1), expert_ids.view(*shape, -1), of.mask)
+        if not in_backward_pass():
+            of.losses.append(losses.detach())
+        total = losses.sum()
+        if not total.requires_grad:
+            return None
+        hidden, ids, weights, *others = args
+        return (hidden, ids, _WithLoss.apply(weights, total, of), *others), kwargs
+
+    def _pass_of(self, place: int) -> _Pass | None:
+        """Return the forward pass that a call of a layer belongs to, also while the layer is computed again."""
+        waiting = self.passes[place]
+        if in_backward_pass():
+            while waiting:
+                found = waiting.pop()()
+                if found is not None:
+                    return found
+            return None
+        if self.current is not None:
+            waiting[:] = [one for one in waiting if one() is not None]
+            waiting.append(weakref.ref(self.current))
+        return self.current
+
+    @torch.compiler.disable
+    def _add(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        of, self.current = self.current, None
+        if of is None or not of.losses:
+            return outputs
+        device = of.losses[0].device
+        by_name = torch.stack([losses.to(device) for losses in of.losses]).sum(dim=0)
+        total = by_name.sum().requires_grad_()
+        total.register_hook(of.receive)
+        if (counter := tracked_counter(model)) is not None:
+            counter.begin(device).losses += by_name
+        labels = kwargs.get("labels")
+        share: torch.Tensor | float = 1.0
+        if labels is not None:
+            targets = kwargs.get("shift_labels")
+            items = ((labels[..., 1:] if targets is None else targets) != -100).sum()
+            share = share_of_items(items, device, num_items_in_batch=kwargs.get("num_items_in_batch"))
+        if not isinstance(outputs, ModelOutput):  # return_dict=False
+            return (outputs[0] + (total * share).to(outputs[0]), *outputs[1:]) if labels is not None else outputs
+        if outputs.get("loss") is not None:
+            outputs["loss"] = outputs["loss"] + (total * share).to(outputs["loss"])
+        # A trainer that makes the loss itself multiplies by the coefficient of the config.
+        coefficient = getattr(model.config.get_text_config(), "router_aux_loss_coef", None) if self.asked else None
+        outputs["aux_loss"] = total / coefficient if coefficient else total
+        return outputs
+
+
+def add_auxiliary_loss(
+    model: nn.Module,
+    *,
+    expert: float = 0.0,
+    device: float = 0.0,
+    communication: float = 0.0,
+    sequence: float = 0.0,
+    z: float = 0.0,
+    num_devices: int = 1,
+    max_devices_per_token: int = 1,
+    sequence_wise: bool = True,
+) -> None:
+    """Train a model of another package with DeepSeek's balance losses.
+
+    In training they are added to `outputs.loss`, and `outputs.aux_loss` holds them alone. In evaluation nothing is
+    added. A loss of the family's own (`output_router_logits`) is switched off, so that nothing is counted twice. Call
+    this again for other coefficients; all of 0 remove the losses. `RouterStatsCallback` logs them. With
+    `num_items_in_batch` a micro-batch counts by its share of the items.
+
+    A trainer that makes the loss from the logits, as TRL's DPO, adds `outputs.aux_loss` if its `router_aux_loss_coef`
+    is set; a warning says if nobody has added it.
+
+    Args:
+        model: a model of transformers whose gates [`route`] can express; wrapped or not.
+        expert: coefficient of the expert-level loss (arXiv 2401.06066, eq. 12).
+        device: of the device-level loss (2401.06066, eq. 15).
+        communication: of the communication loss (2405.04434, eq. 29).
+        sequence: of V3's sequence-wise loss (2412.19437, eq. 17).
+        z: of the router z-loss (2202.08906, eq. 5).
+        num_devices, max_devices_per_token: D and M of the losses over devices.
+        sequence_wise: whether the first three are computed for each sequence, or over the batch.
+
+    Raises:
+        ValueError: for a model of this package, whose config has these losses; for a model without MoE layers; for a
+            gate that is not understood, or a coefficient below 0.
+    """
+    coefficients = LossCoefficients(
+        expert, device, communication, sequence, z, num_devices, max_devices_per_token, sequence_wise
+    )
+    values = {"expert": expert, "device": device, "communication": communication, "sequence": sequence, "z": z}
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number of at least 0.")
+    if any(isinstance(module, DeepseekMoeModel) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is not allowed: the config of this package's models has these losses "
+            "(aux_loss_alpha and others)."
+        )
+    whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if whole is None:
+        raise ValueError(f"{type(model).__name__} is not allowed: it holds no model of transformers.")
+    _check_devices(whole, coefficients)
+    if _LOSSES in vars(whole):
+        vars(whole).pop(_LOSSES).remove()
+    if any(values.values()):
+        setattr(whole, _LOSSES, AddedLosses(whole, coefficients))
+
+
+def _check_devices(model: nn.Module, coefficients: LossCoefficients) -> None:
+    """Try the losses on a few tokens, so that numbers that do not fit are refused before training."""
+    layer = require_moe_layers(model)[0]
+    logits, ids = torch.zeros(1, 1, layer.num_experts), torch.zeros(1, 1, 1, dtype=torch.long)
+    coefficients.losses(rule_of(layer), logits, ids, None)
+
+
+__all__ = ["AddedLosses", "LossCoefficients", "add_auxiliary_loss"]
