@@ -51,6 +51,7 @@ TOWER = {"num_hidden_layers": 1, "encoder_layers": 1, "d_model": 32, "encoder_ff
 OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * (LAYERS - 1)]}},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 32]}},
+    "gemma4": {"enable_moe_block": True, "moe_intermediate_size": 32},
     "glm4v_moe": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                                                        "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}},
     "dots1": {"n_shared_experts": 1},

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .checkpoint_layout import STACKS, layer_of
+from .checkpoint_layout import STACKS
 from .experts_grouped import GroupedChoices, grouped_linear, run_grouped
 from .experts_operands import Adapter, ExpertOperands
 from .experts_operator import run_operator
@@ -144,20 +144,6 @@ def _refuse_onnx(experts: nn.Module) -> None:
         )
 
 
-def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
-    """Find the stacked experts of a model, by the indices of their layers.
-
-    Returns:
-        For every layer the name of the module (without PEFT's wrappers), and the module that holds the parameters.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        own, layer = dict(module.named_parameters(recurse=False)), layer_of(name)
-        if layer is not None and all(projection in own and own[projection].ndim == 3 for projection in STACKS):
-            found[layer] = (name.replace(".base_layer", ""), module)
-    return found
-
-
 def why_unsupported(experts: nn.Module) -> str | None:
     """Return the reason why [`run_experts`] cannot compute these experts, or `None` if it can."""
     for name in STACKS:
@@ -271,7 +257,6 @@ __all__ = [
     "choose_backend",
     "compute_dtype",
     "experts_forward",
-    "find_experts",
     "refuse_offloaded",
     "register_experts",
     "run_experts",

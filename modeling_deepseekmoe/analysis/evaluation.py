@@ -4,14 +4,15 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling_deepseekmoe import DeepseekMoeModel
-from ..moe import DeepseekMoeBlock
+from ..families.gate_rules import UnknownGateError, rule_of
+from ..families.moe_layers import MoeLayer, require_moe_layers
+from ..moe import DeepseekMoeGate
 from ..router_load import count_tokens, sum_of_entropies
-from ..routing import Routing
 from ..routing_eager import affinities
 from ..support.models import evaluating
 
@@ -49,7 +50,7 @@ class RoutingTrace:
         expert_ids (`torch.ShortTensor` of shape (L, T, K)): the chosen experts, best first.
         weights (`torch.FloatTensor` of shape (L, T, K)): the gate weights of the choices.
         entropy (`torch.FloatTensor` of shape (L,)): entropy of a token's affinities in nats, as a mean over the
-            tokens.
+            tokens; NaN for a gate whose scores are not understood.
     """
 
     layers: tuple[int, ...]
@@ -61,24 +62,33 @@ class RoutingTrace:
     entropy: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What one layer did with one batch: gate logits (T, E), expert ids (T, K) and weights (T, K)."""
+
+    logits: torch.Tensor
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+
+
 def expert_load(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
     """Count the tokens that every routed expert receives.
 
     Args:
-        model: a model of this family.
+        model: a model with MoE layers, of this family or another one.
         batches: `torch.LongTensor`s of token ids (B, S), without padding.
 
     Returns:
         For every MoE layer's index, a `torch.LongTensor` of shape (E,).
 
     Raises:
-        ValueError: if the model has no MoE layer of this family.
+        ValueError: if the model has no MoE layer, or if one is not understood.
     """
     loads: dict[int, torch.Tensor] = {}
 
-    def count(layer: int, router_logits: torch.Tensor, routing: Routing) -> None:
-        counts = count_tokens(routing.expert_ids, router_logits.shape[-1], None).cpu()
-        loads[layer] = loads[layer] + counts if layer in loads else counts
+    def count(layer: MoeLayer, choices: Choices) -> None:
+        counts = count_tokens(choices.expert_ids, layer.num_experts, None).cpu()
+        loads[layer.index] = loads[layer.index] + counts if layer.index in loads else counts
 
     for _ in _watched_batches(model, batches, count):
         pass
@@ -89,71 +99,96 @@ def trace_routing(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> Ro
     """Run the model and keep every choice of its gates: 6 bytes of memory for each token, layer and choice.
 
     Args:
-        model: a model of this family.
+        model: a model with MoE layers, of this family or another one.
         batches: `torch.LongTensor`s of token ids (B, S), without padding.
 
     Raises:
-        ValueError: if the model has no MoE layer of this family, or if there is no batch.
+        ValueError: if the model has no MoE layer, if one is not understood, or if there is no batch.
     """
-    layers = tuple(moe_blocks(model))
-    ids: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
-    weights: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
-    entropies = dict.fromkeys(layers, 0.0)
+    layers = traced_layers(model)
+    indices = tuple(layer.index for layer in layers)
+    ids: dict[int, list[torch.Tensor]] = {layer: [] for layer in indices}
+    weights: dict[int, list[torch.Tensor]] = {layer: [] for layer in indices}
+    entropies = dict.fromkeys(indices, 0.0)
+    scores = {layer.index: score_function_of(layer) for layer in layers}
 
-    def keep(layer: int, router_logits: torch.Tensor, routing: Routing) -> None:
-        ids[layer].append(routing.expert_ids.to("cpu", torch.int16))
-        weights[layer].append(routing.weights.float().cpu())
-        entropies[layer] += float(sum_of_entropies(affinities(router_logits, model.config.scoring_func), None))
+    def keep(layer: MoeLayer, choices: Choices) -> None:
+        ids[layer.index].append(choices.expert_ids.to("cpu", torch.int16))
+        weights[layer.index].append(choices.weights.float().cpu())
+        score = scores[layer.index]
+        entropy = float("nan") if score is None else float(sum_of_entropies(affinities(choices.logits, score), None))
+        entropies[layer.index] += entropy
 
     tokens = [input_ids.flatten().cpu() for input_ids in _watched_batches(model, batches, keep)]
     if not tokens:
         raise ValueError("batches is empty: at least one batch of tokens is needed.")
     token_ids = torch.cat(tokens)
     return RoutingTrace(
-        layers=layers,
-        num_experts=model.config.n_routed_experts,
+        layers=indices,
+        num_experts=layers[0].num_experts,
         token_ids=token_ids,
         batch_lengths=tuple(len(batch) for batch in tokens),
-        expert_ids=torch.stack([torch.cat(ids[layer]) for layer in layers]),
-        weights=torch.stack([torch.cat(weights[layer]) for layer in layers]),
-        entropy=torch.tensor([entropies[layer] / len(token_ids) for layer in layers]),
+        expert_ids=torch.stack([torch.cat(ids[layer]) for layer in indices]),
+        weights=torch.stack([torch.cat(weights[layer]) for layer in indices]),
+        entropy=torch.tensor([entropies[layer] / len(token_ids) for layer in indices]),
     )
 
 
-def moe_blocks(model: PreTrainedModel) -> dict[int, DeepseekMoeBlock]:
-    """Return the MoE blocks of a model by their layers' indices.
+def traced_layers(model: PreTrainedModel) -> list[MoeLayer]:
+    """Return the MoE layers of a model, which must differ in their index and agree in their number of experts.
 
     Raises:
-        ValueError: if the model has none of this family.
+        ValueError: if there is none, or if they do not.
     """
-    decoder = next((module for module in model.modules() if isinstance(module, DeepseekMoeModel)), None)
-    blocks = {} if decoder is None else {layer: decoder.layers[layer].mlp for layer in decoder.config.moe_layers}
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no MoE layer of this family: there is no load to measure.")
-    return blocks
+    layers = require_moe_layers(model)
+    indices, sizes = [layer.index for layer in layers], {layer.num_experts for layer in layers}
+    if len(set(indices)) < len(indices) or len(sizes) > 1:
+        raise ValueError(
+            f"{type(model).__name__} is not allowed: it has several MoE blocks in a layer, or layers with different "
+            "numbers of experts."
+        )
+    return layers
+
+
+def score_function_of(layer: MoeLayer) -> str | None:
+    """Return how a layer's gate scores, or `None` if that is not understood."""
+    if isinstance(layer.gate, DeepseekMoeGate):
+        return layer.gate.options.score_function
+    try:
+        return rule_of(layer).options.score_function
+    except UnknownGateError:
+        return None
 
 
 def _watched_batches(
-    model: PreTrainedModel, batches: Iterable[torch.Tensor], watch: Callable[[int, torch.Tensor, Routing], None]
+    model: PreTrainedModel, batches: Iterable[torch.Tensor], watch: Callable[[MoeLayer, Choices], None]
 ) -> Iterator[torch.Tensor]:
-    """Run the model on every batch and yield the batch.
+    """Run the model on every batch and yield the batch. Call `watch` with every layer and its choices."""
+    logits: dict[int, torch.Tensor] = {}
 
-    Call `watch` with every layer's index, gate logits and routing.
-    """
-    blocks = moe_blocks(model)
+    def hooks_of(layer: MoeLayer) -> list[Any]:
+        def keep_logits(module: torch.nn.Module, args: Any, output: Any) -> None:
+            logits[layer.index] = output[0]
 
-    def hook_of(layer: int) -> Callable[..., None]:
-        return lambda module, args, output: watch(layer, *output)
+        def see(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            weights = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)
+            found = logits[layer.index].reshape(-1, logits[layer.index].shape[-1])
+            watch(layer, Choices(found, layer.choices_of(args, kwargs), weights))
 
-    handles = [block.gate.register_forward_hook(hook_of(layer)) for layer, block in blocks.items()]
+        if layer.gate is None:
+            raise ValueError(f"{layer.name} is not allowed: there is no gate beside its experts.")
+        before = layer.experts.register_forward_pre_hook(see, with_kwargs=True)
+        return [layer.gate.register_forward_hook(keep_logits), before]
+
+    handles = [handle for layer in traced_layers(model) for handle in hooks_of(layer)]
     try:
         with evaluating(model):
             for input_ids in batches:
-                model(input_ids.to(model.device), use_cache=False, logits_to_keep=1)
+                model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1)
                 yield input_ids
     finally:
         for handle in handles:
             handle.remove()
 
 
-__all__ = ["RoutingTrace", "expert_load", "moe_blocks", "perplexity", "trace_routing"]
+__all__ = ["RoutingTrace", "expert_load", "perplexity", "score_function_of", "trace_routing", "traced_layers"]

@@ -8,8 +8,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..auxiliary_losses import max_violation
+from ..families.moe_layers import MoeLayer
+from ..moe import DeepseekMoeGate
 from ..router_load import count_tokens
-from .evaluation import RoutingTrace, moe_blocks, trace_routing
+from .evaluation import RoutingTrace, score_function_of, trace_routing, traced_layers
 from .texts import token_batches
 
 _LEAST_EXPECTED = 5
@@ -127,7 +129,7 @@ class RoutingReport:
                     "max_violation_global": self.global_violation[idx],
                     "max_violation_batch": self.batch_violation[idx],
                     "dead_experts": self.dead_experts[idx],
-                    "entropy": float(self.trace.entropy[idx]),
+                    "entropy": None if self.trace.entropy[idx].isnan() else float(self.trace.entropy[idx]),
                     "gate_weight_quantiles": {"levels": [0.1, 0.5, 0.9], "by_rank": quantiles.tolist()},
                     "most_co_activated": self.most_co_activated(layer),
                     "top_tokens": [
@@ -169,7 +171,7 @@ def make_report(
     """Run a model on texts and report what its gates do.
 
     Args:
-        model: a model of this family.
+        model: a model with MoE layers, of this family or another one.
         tokenizer: its tokenizer.
         texts: for example from [`read_texts`].
         title: name of the model.
@@ -179,8 +181,7 @@ def make_report(
     Raises:
         ValueError: if the model has no MoE layer, if the tokenizer is not the model's, or if a size is not allowed.
     """
-    moe_blocks(model)
-    config = model.config
+    layers, config = traced_layers(model), model.config.get_text_config()
     block_size = min(block_size, config.max_position_embeddings)
     batches = token_batches(texts, tokenizer, max_tokens=max_tokens, block_size=block_size, batch_size=batch_size)
     largest = max(int(batch.max()) for batch in batches)
@@ -190,16 +191,28 @@ def make_report(
             "model's tokenizer."
         )
     trace = trace_routing(model, batches)
+    if hasattr(config, "n_shared_experts"):
+        shared = f"{config.n_shared_experts or 0} shared"
+    else:
+        shared = "no shared" if layers[0].shared_experts is None else "with shared experts"
+    chosen = f"{trace.num_experts} routed, {trace.expert_ids.shape[-1]} for each token"
     facts = {
         "model type": config.model_type,
         "MoE layers": f"{len(trace.layers)} of {config.num_hidden_layers}",
-        "experts": f"{config.n_shared_experts or 0} shared, {config.n_routed_experts} routed, "
-        f"{config.num_experts_per_tok} for each token",
-        "gate": f"{config.scoring_func}, {config.topk_method}",
+        "experts": f"{shared}, {chosen}",
+        "gate": _describe_gate(layers[-1]),
         "data": source,
         "tokens": f"{len(trace.token_ids):,} in batches of {batches[0].numel():,}",
     }
     return RoutingReport(trace, tokenizer, title, facts)
+
+
+def _describe_gate(layer: MoeLayer) -> str:
+    """Say in a few words how a gate scores and chooses."""
+    if isinstance(layer.gate, DeepseekMoeGate):
+        return f"{layer.gate.config.scoring_func}, {layer.gate.config.topk_method}"
+    score = score_function_of(layer) or "scores that are not understood"
+    return f"{type(layer.gate).__name__}: {score}{' plus bias' if layer.bias is not None else ''}"
 
 
 __all__ = ["RoutingReport", "make_report"]

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """DeepSeek's balance losses on the models of other packages.
 
-The losses of a layer are computed where its experts are called, from the gate's logits and its choices. Their gradient
-goes into the graph there, on the weights of the choices, so that it is right under both kinds of gradient
+The losses of a layer are computed where its gate returns, from its logits and its choices. Their gradient goes into
+the graph there, on the weights of the choices, so that it is right under both kinds of gradient
 checkpointing: what is computed again carries it again. How large it is says the loss itself: its value is a leaf of
 the graph that is added to `outputs.loss`, and the gradient that reaches this leaf is the factor of all layers. So
 accumulation, loss scaling and whatever else is done to the loss hold for the balance losses too.
@@ -30,7 +30,7 @@ from ..auxiliary_losses import (
     sequence_balance_loss,
 )
 from ..families.gate_rules import GateRule, rule_of
-from ..families.moe_layers import MoeLayer, require_moe_layers
+from ..families.moe_layers import require_moe_layers
 from ..modeling_deepseekmoe import DeepseekMoeModel
 from ..modeling_pretrained import share_of_items
 from ..routing_eager import affinities
@@ -124,7 +124,7 @@ class _WithLoss(torch.autograd.Function):
 
 
 class AddedLosses:
-    """The hooks on one model.
+    """The hooks on one model. Copies of the model, and of its gates (PEFT's), share them.
 
     Args:
         model: the model, of another package.
@@ -132,24 +132,24 @@ class AddedLosses:
     """
 
     def __init__(self, model: PreTrainedModel, coefficients: LossCoefficients) -> None:
-        self.coefficients = coefficients
-        self.layers = [(layer, rule_of(layer)) for layer in require_moe_layers(model)]
+        self.coefficients, self.owner, self.asked = coefficients, weakref.ref(model), False
+        layers = [(layer, rule_of(layer)) for layer in require_moe_layers(model)]
         self.current: _Pass | None = None
         # What is computed again in a backward pass comes in the opposite order.
         self.passes: dict[int, list[weakref.ref[_Pass]]] = defaultdict(list)
-        self.logits: dict[int, torch.Tensor] = {}
         decoder = model.base_model
         self.handles = [
             model.register_forward_pre_hook(self._ask_for_nothing_else, with_kwargs=True),
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._add, with_kwargs=True),
         ]
-        for place, (layer, rule) in enumerate(self.layers):
+        for place, (layer, rule) in enumerate(layers):
             assert layer.gate is not None
-            keep, attach = (functools.partial(hook, place) for hook in (self._keep_logits, self._attach))
-            self.handles.append(layer.gate.register_forward_hook(keep))
-            attach = functools.partial(attach, layer, rule)
-            self.handles.append(layer.experts.register_forward_pre_hook(attach, with_kwargs=True))
+            attach = functools.partial(self._attach, place, f"{layer.name}.{layer.gate_name}", rule)
+            self.handles.append(layer.gate.register_forward_hook(attach))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AddedLosses":
+        return self
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -161,7 +161,7 @@ class AddedLosses:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Keep the model from computing the loss of its own family, which would be counted too."""
-        self.asked = bool(kwargs.get("output_router_logits")) and kwargs.get("labels") is None
+        self.asked = bool(kwargs.get("output_router_logits"))
         return args, {**kwargs, "output_router_logits": False}
 
     @torch.compiler.disable
@@ -176,38 +176,24 @@ class AddedLosses:
         self.current = _Pass(inputs.shape[:2], mask) if wanted and inputs is not None else None
 
     @torch.compiler.disable
-    def _keep_logits(self, place: int, gate: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.current is not None or in_backward_pass():
-            self.logits[place] = output[0]
-
-    @torch.compiler.disable
     def _attach(
-        self,
-        place: int,
-        layer: MoeLayer,
-        rule: GateRule,
-        experts: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        logits, of = self.logits.pop(place, None), self._pass_of(place)
-        if of is None or logits is None:
+        self, place: int, name: str, rule: GateRule, gate: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> tuple[torch.Tensor, ...] | None:
+        of = self._pass_of(place)
+        if of is None:
             return None
-        expert_ids, (batch, length) = layer.choices_of(args, kwargs), of.shape
-        if len(expert_ids) != batch * length:
+        logits, weights, expert_ids = output
+        if len(expert_ids) != of.shape.numel():
             raise ValueError(
-                f"{layer.name} routes {len(expert_ids)} tokens of a batch of {batch} x {length}, which is not allowed "
-                "with add_auxiliary_loss."
+                f"{name} routes {len(expert_ids)} tokens of a batch of {tuple(of.shape)}, which is not allowed with "
+                "add_auxiliary_loss."
             )
-        shape = (batch, length)
-        losses = self.coefficients.losses(rule, logits.view(*shape, -1), expert_ids.view(*shape, -1), of.mask)
+        by_token = (logits.view(*of.shape, -1), expert_ids.view(*of.shape, -1))
+        losses = self.coefficients.losses(rule, *by_token, of.mask)
         if not in_backward_pass():
             of.losses.append(losses.detach())
         total = losses.sum()
-        if not total.requires_grad:
-            return None
-        hidden, ids, weights, *others = args
-        return (hidden, ids, _WithLoss.apply(weights, total, of), *others), kwargs
+        return (logits, _WithLoss.apply(weights, total, of), expert_ids) if total.requires_grad else None
 
     def _pass_of(self, place: int) -> _Pass | None:
         """Return the forward pass that a call of a layer belongs to, also while the layer is computed again."""
@@ -226,8 +212,13 @@ class AddedLosses:
     @torch.compiler.disable
     def _add(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         of, self.current = self.current, None
-        if of is None or not of.losses:
+        if of is None:
             return outputs
+        if not of.losses:
+            raise ValueError(
+                f"{type(model).__name__}: no gate was called, so that there are no auxiliary losses. Was another "
+                "module put in place of the gates after add_auxiliary_loss?"
+            )
         device = of.losses[0].device
         by_name = torch.stack([losses.to(device) for losses in of.losses]).sum(dim=0)
         total = by_name.sum().requires_grad_()
@@ -244,7 +235,7 @@ class AddedLosses:
             return (outputs[0] + (total * share).to(outputs[0]), *outputs[1:]) if labels is not None else outputs
         if outputs.get("loss") is not None:
             outputs["loss"] = outputs["loss"] + (total * share).to(outputs["loss"])
-        # A trainer that makes the loss itself multiplies by the coefficient of the config.
+        # Who asks for router logits, as TRL's trainers do, multiplies the loss by the coefficient of the config.
         coefficient = getattr(model.config.get_text_config(), "router_aux_loss_coef", None) if self.asked else None
         outputs["aux_loss"] = total / coefficient if coefficient else total
         return outputs
@@ -269,8 +260,9 @@ def add_auxiliary_loss(
     this again for other coefficients; all of 0 remove the losses. `RouterStatsCallback` logs them. With
     `num_items_in_batch` a micro-batch counts by its share of the items.
 
-    A trainer that makes the loss from the logits, as TRL's DPO, adds `outputs.aux_loss` if its `router_aux_loss_coef`
-    is set; a warning says if nobody has added it.
+    TRL's trainers ask for router logits, and add `outputs.aux_loss` times the config's `router_aux_loss_coef`. So it
+    is divided by this then, and each loss keeps its coefficient. A config without that field gets it, as 1.0. A
+    warning says if nobody has added the losses.
 
     Args:
         model: a model of transformers whose gates [`route`] can express; wrapped or not.
@@ -302,10 +294,19 @@ def add_auxiliary_loss(
     if whole is None:
         raise ValueError(f"{type(model).__name__} is not allowed: it holds no model of transformers.")
     _check_devices(whole, coefficients)
-    if _LOSSES in vars(whole):
+    before = vars(whole).get(_LOSSES)
+    if before is not None and before.owner() is not whole:
+        raise ValueError(
+            f"{type(model).__name__} is not allowed: it is a copy of a model with auxiliary losses, and shares them. "
+            "Remove them there before it is copied."
+        )
+    if before is not None:
         vars(whole).pop(_LOSSES).remove()
     if any(values.values()):
         setattr(whole, _LOSSES, AddedLosses(whole, coefficients))
+        config = whole.config.get_text_config()
+        if not hasattr(config, "router_aux_loss_coef"):  # TRL looks for both
+            config.router_aux_loss_coef, config.output_router_logits = 1.0, False
 
 
 def _check_devices(model: nn.Module, coefficients: LossCoefficients) -> None:

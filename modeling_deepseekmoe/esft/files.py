@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint_layout import BIAS_NAME, PROJECTIONS
-from ..experts import find_experts
+from ..families.moe_layers import find_experts
 from ..support.folders import check_destination, read_tensors, unfinished_folder
 from ..support.models import whole_tensor
 from .layer import SelectedExperts, refuse_adapters

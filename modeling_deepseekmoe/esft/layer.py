@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import logging
 
 from ..checkpoint_layout import STACKS
-from ..experts import find_experts, refuse_offloaded, run_experts, why_unsupported
+from ..experts import refuse_offloaded, run_experts, why_unsupported
+from ..families.moe_layers import find_experts
 from ..support.expert_parts import LocalPart
 from ..support.library_support import has_adapters
 from ..support.models import whole_tensor

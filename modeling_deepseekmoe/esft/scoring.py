@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..experts import find_experts
+from ..families.gate_rules import UnknownGateError, rule_of
+from ..families.moe_layers import find_experts, find_moe_layers
 from ..support.models import evaluating
 from .selection import ExpertSelection
 
@@ -53,7 +54,7 @@ def score_experts(
         layer: torch.zeros(experts.gate_up_proj.shape[0], dtype=torch.float64)
         for layer, (_, experts) in blocks.items()
     }
-    scaling, samples, tokens = _scaling_factor(model), 0, 0
+    scaling, samples, tokens = _scaling_factors(model), 0, 0
     decoder = getattr(model, "get_base_model", lambda: model)().base_model  # no head: no logits
     choices: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with evaluating(model), _watching(model, choices):
@@ -68,7 +69,7 @@ def score_experts(
             kwargs = {} if padding is None else {"attention_mask": padding.to(device)}
             decoder(input_ids=input_ids.to(device), use_cache=False, **kwargs)
             for layer, (expert_ids, weights) in choices.items():
-                sums[layer] += _sum_over_samples(expert_ids, weights / scaling, mask, method, len(sums[layer]))
+                sums[layer] += _sum_over_samples(expert_ids, weights / scaling[layer], mask, method, len(sums[layer]))
             samples += int(mask.any(dim=1).sum())
             tokens += int(mask.sum())
             progress(int(mask.sum()))
@@ -91,10 +92,19 @@ def _checked_blocks(model: nn.Module, method: str, max_tokens: int | None) -> di
     return blocks
 
 
-def _scaling_factor(model: nn.Module) -> float:
-    config = model.config
+def _scaling_factors(model: nn.Module) -> dict[int, float]:
+    """Return what each layer's gate multiplies its weights by."""
+    config, factors = model.config, {}
     own = getattr(config, "gate_scaling_factor", None)
-    return float(own if own is not None else getattr(config, "routed_scaling_factor", None) or 1.0)
+    for layer in find_moe_layers(model):
+        if own is not None:
+            factors[layer.index] = float(own)
+            continue
+        try:
+            factors[layer.index] = rule_of(layer).options.scaling_factor
+        except UnknownGateError:  # the name that most families have
+            factors[layer.index] = float(getattr(config, "routed_scaling_factor", None) or 1.0)
+    return factors
 
 
 def _ids_and_mask(batch: Any, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:

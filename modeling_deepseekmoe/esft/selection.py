@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..experts import find_experts
+from ..families.moe_layers import find_experts
 
 
 @dataclass(frozen=True)

@@ -262,8 +262,9 @@ def _find(layer: MoeLayer) -> GateRule:
 
 
 def _digits(number: float) -> float:
-    """Round a measured factor to the number of few digits that it is."""
-    return float(f"{number:.5g}")
+    """Round a measured factor to the number of few digits that it is, if it is one."""
+    few = float(f"{number:.5g}")
+    return few if abs(few - number) <= 1e-6 * abs(number) else float(f"{number:.7g}")
 
 
 def _factor(product: torch.Tensor, logits: torch.Tensor) -> float:

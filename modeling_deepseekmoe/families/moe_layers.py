@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint_layout import layer_of
+from ..checkpoint_layout import STACKS, layer_of
 
 logger = logging.get_logger(__name__)
 
@@ -69,6 +69,10 @@ class MoeLayer:
     gate_name: str
     shared_experts: nn.Module | None
     bias: BalancingBias | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MoeLayer":
+        """Return the layer itself: a hook that holds it must not copy a model with the module it is on."""
+        return self
 
     @property
     def num_experts(self) -> int:
@@ -142,6 +146,30 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
             f"{type(model).__name__}: the MoE layers outside its language model are left alone, as {others}."
         )
     return layers
+
+
+def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    """Find the stacked experts of a model, by the indices of their layers.
+
+    Returns:
+        For every layer the name of the module (without PEFT's wrappers), and the module that holds the parameters.
+
+    Raises:
+        ValueError: if a layer has two such modules.
+    """
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for layer in find_moe_layers(model):
+        name = f"{layer.name}.experts".lstrip(".")
+        for module in layer.experts.modules():
+            own = dict(module.named_parameters(recurse=False))
+            if all(stack in own and own[stack].ndim == 3 for stack in STACKS):
+                if layer.index in found:
+                    raise ValueError(
+                        f"{name} is not allowed: layer {layer.index} has other experts, {found[layer.index][0]}, and "
+                        "experts are named by their layer."
+                    )
+                found[layer.index] = (name, module)
+    return found
 
 
 def require_moe_layers(model: nn.Module) -> list[MoeLayer]:
@@ -236,4 +264,4 @@ def _refuse_unknown_biases(names: dict[nn.Module, str], layers: list[MoeLayer]) 
                 raise ValueError(f"{name}.{buffer} is not understood: there are no `experts` beside it.")
 
 
-__all__ = ["BalancingBias", "MoeLayer", "find_moe_layers", "require_moe_layers"]
+__all__ = ["BalancingBias", "MoeLayer", "find_experts", "find_moe_layers", "require_moe_layers"]

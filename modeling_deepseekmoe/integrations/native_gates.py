@@ -112,6 +112,8 @@ def _stored_biases(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
 
 def _replace(layer: MoeLayer, rule: GateRule, bias: BalancingBias | None, implementation: str) -> None:
     assert layer.gate is not None
+    if "bias" in rule.takes:  # the block hands it over
+        bias = None
     replace_forward(layer.gate, partial(_forward, layer.gate, rule.with_implementation(implementation), bias))
 
 

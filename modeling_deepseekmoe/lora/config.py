@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from ..checkpoint_layout import PROJECTIONS
 from ..esft.selection import ExpertSelection
-from ..experts import find_experts, why_unsupported
+from ..experts import why_unsupported
+from ..families.moe_layers import find_experts, find_moe_layers
 from ..support.models import is_sharded
 from ..support.peft_support import use_own_layers
 from .layer import create_layer
@@ -277,13 +278,11 @@ def _supported_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
 
 
 def _gates(model: nn.Module, blocks: dict[int, tuple[str, nn.Module]]) -> list[str]:
-    names = [f"{name.rpartition('.')[0]}.gate" for name, _ in blocks.values()]
-    there = {name for name, _ in model.named_modules()}
-    missing = [name for name in names if name not in there]
+    layers = [layer for layer in find_moe_layers(model) if layer.index in blocks]
+    missing = [layer.name for layer in layers if layer.gate is None]
     if missing:
-        raise ValueError(
-            f"train_router=True is not allowed for {type(model).__name__}: it has no module {missing[0]}."
-        )
+        raise ValueError(f"train_router=True is not allowed for {type(model).__name__}: {missing[0]} has no gate.")
+    names = [f"{layer.name}.{layer.gate_name}" for layer in layers]
     return sorted({".".join(name.split(".")[-2:]) for name in names})
 
 

@@ -30,7 +30,7 @@ from modeling_deepseekmoe import (
     update_router_bias,
 )
 from modeling_deepseekmoe.esft.scoring import save_scores, selection_table
-from modeling_deepseekmoe.experts import find_experts
+from modeling_deepseekmoe.families.moe_layers import find_experts
 from modeling_deepseekmoe.moe import DeepseekMoeExperts
 
 ESFT_DATA = DATA / "esft"
