@@ -44,12 +44,14 @@ from modeling_deepseekmoe import (
     update_router_bias,
 )
 from modeling_deepseekmoe.balancing.gates import find_biased_gates
+from modeling_deepseekmoe.experts import why_unsupported
 from modeling_deepseekmoe.families.gate_rules import rule_of
 from modeling_deepseekmoe.families.moe_layers import MoeLayer, find_experts, find_moe_layers, require_moe_layers
 
 IDS = torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(1))
 MASK = (torch.arange(12)[None] < torch.tensor([12, 7, 10])[:, None]).long()
 EXPERTS = 8
+FIGURES = RESULTS / "families.json"
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- families, by benchmarks/families.py -->\n", "<!-- end of the families -->"
 
@@ -128,8 +130,10 @@ def seen_choices(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def try_experts(model: nn.Module) -> str:
     """Compare logits and all gradients."""
-    if not find_experts(model):
+    if not (found := find_experts(model)):
         raise ValueError(f"{type(model).__name__} has no stacked experts")
+    if reason := next(filter(None, (why_unsupported(experts) for _, experts in found.values())), None):
+        raise ValueError(reason)
     results = []
     for implementation in ("eager", "deepseekmoe"):
         one = copy.deepcopy(model).train()
@@ -143,23 +147,29 @@ def try_experts(model: nn.Module) -> str:
 
 
 def try_counting(model: nn.Module) -> str:
-    """Count by the gates' own outputs, token by token."""
+    """Count by the gates' own outputs, token by token; by the experts' calls where the block chooses."""
     model = copy.deepcopy(model).train()
     layers = require_moe_layers(model)
     expected = [torch.zeros(layer.num_experts, dtype=torch.long) for layer in layers]
+    outputs: dict[str, Any] = {}
 
     def hook_of(place: int, layer: MoeLayer) -> Callable[..., None]:
-        def count(gate: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
-            for ids, weights, real in zip(
-                output[2].tolist(), output[1].tolist(), MASK.flatten().tolist(), strict=True
-            ):
-                for expert, weight in zip(ids, weights, strict=True):
+        def count(experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            output = outputs.pop(layer.name)
+            seen = (output[2], output[1]) if chooses(output) else args[1:3]
+            ids, weights = (one.tolist() for one in seen)
+            for row, row_weights, real in zip(ids, weights, MASK.flatten().tolist(), strict=True):
+                for expert, weight in zip(row, row_weights, strict=True):
                     skipped = layer.has_skip_class and weight == 0
                     expected[place][-1 if skipped else expert] += real
 
         return count
 
-    handles = [layer.gate.register_forward_hook(hook_of(place, layer)) for place, layer in enumerate(layers)]
+    handles = []
+    for place, layer in enumerate(layers):
+        keep = lambda gate, args, output, name=layer.name: outputs.__setitem__(name, output)  # noqa: E731
+        handles += [layer.gate.register_forward_hook(keep)]
+        handles += [layer.experts.register_forward_pre_hook(hook_of(place, layer))]
     track_router_load(model)
     run(model)
     for handle in handles:
@@ -169,6 +179,11 @@ def try_counting(model: nn.Module) -> str:
     if not torch.equal(load, torch.stack(expected)):
         raise DifferenceError("counts differ")
     return "yes"
+
+
+def chooses(output: Any) -> bool:
+    """Tell whether what a gate returns are logits, weights and ids, in this order."""
+    return isinstance(output, tuple) and len(output) > 2 and not output[2].is_floating_point()
 
 
 def try_bias(model: nn.Module) -> str:
@@ -336,12 +351,18 @@ def main() -> int:
     for family in wanted:
         rows.append(describe(family))
         print(json.dumps(rows[-1]), flush=True)
+    if arguments.save and arguments.only:  # the other families as they were
+        before = json.loads(FIGURES.read_text(encoding="utf-8"))
+        if before["transformers"] != transformers.__version__:
+            sys.exit(f"{FIGURES.name} is of transformers {before['transformers']}: run without --only.")
+        known = {row["family"]: row for row in (*before["rows"], *rows)}
+        rows = [known[name] for name in sorted(known)]
     text = table(rows)
     print(f"\ntransformers {transformers.__version__}\n\n{text}")
     if arguments.save:
         figures = {"python": platform.python_version(), "torch": torch.__version__,
                    "transformers": transformers.__version__, "rows": rows}  # fmt: skip
-        (RESULTS / "families.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         version = f"Made with transformers {transformers.__version__}, by `benchmarks/families.py`.\n\n"
         PAGE.write_text(

@@ -85,13 +85,13 @@ def update_router_bias(
             allowed.
     """
     check_update(update_rate, update)
-    gates = require_biased_gates(model)
+    layers = find_moe_layers(model)
+    gates = require_biased_gates(model, layers)
     counter = router_load_counter(model)
-    layers = len(find_moe_layers(model))
-    if layers != len(counter.layers):
+    if len(layers) != len(counter.layers):
         raise ValueError(
-            f"{type(model).__name__} holds {layers} MoE layers and counts {len(counter.layers)}: it takes one whole "
-            "model, not several in one module and no stage of a pipeline."
+            f"{type(model).__name__} holds {len(layers)} MoE layers and counts {len(counter.layers)}: it takes one "
+            "whole model, not several in one module and no stage of a pipeline."
         )
     load = take_router_load(model, process_group=process_group)
     steps = bias_step(load.tokens_per_expert, update_rate, update)

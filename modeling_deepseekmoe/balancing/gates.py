@@ -83,18 +83,19 @@ class BiasedGate:
         self.bias.add_(step)
 
 
-def find_biased_gates(model: nn.Module) -> list[BiasedGate]:
+def find_biased_gates(model: nn.Module, layers: list[MoeLayer] | None = None) -> list[BiasedGate]:
     """Find all gates of a model that have a balancing bias, under whatever name, in the order of the layers.
 
     Args:
         model: a model of this package or another one, wrapped (DDP, PEFT) or not.
+        layers: its MoE layers, if they were found already.
 
     Raises:
         ValueError: if a bias has no experts beside it, or if biases differ in size.
     """
     gates = []
     adapted, names = has_adapters(model), {module: name for name, module in model.named_modules()}
-    for place, layer in enumerate(find_moe_layers(model)):
+    for place, layer in enumerate(find_moe_layers(model) if layers is None else layers):
         if layer.bias is not None:
             saved = not adapted or ".modules_to_save." in names[layer.bias.owner]
             gates.append(BiasedGate(layer, place, saved))
@@ -112,9 +113,9 @@ def tell_kept(gates: list[BiasedGate]) -> None:
         )
 
 
-def require_biased_gates(model: nn.Module) -> list[BiasedGate]:
+def require_biased_gates(model: nn.Module, layers: list[MoeLayer] | None = None) -> list[BiasedGate]:
     """Find the gates as [`find_biased_gates`] does, and raise a `ValueError` if there is none."""
-    gates = find_biased_gates(model)
+    gates = find_biased_gates(model, layers)
     if not gates:
         raise ValueError(
             f"{type(model).__name__} has no gate with a balancing bias, so that there is nothing to update: it takes "
