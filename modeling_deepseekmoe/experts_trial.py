@@ -7,7 +7,7 @@ import torch
 
 from .experts_loop import experts_backward_loop, experts_forward_loop
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
-from .experts_tiles import Problem, Tile, gpu_of, rule, use_tiles
+from .experts_tiles import Problem, Tile, gpu_of, measured_rule, use_tiles
 from .experts_triton import experts_backward_triton, experts_forward_triton
 from .grouping import group_by_expert
 from .kernel_trial import compare, register_trial
@@ -32,8 +32,8 @@ def try_experts(device: torch.device) -> None:
 
     def large(problem: Problem) -> Tile:
         """Choose the tile that a layer of a released model would have."""
-        rows = 0 if problem.kind == "outer" else 128
-        return rule(problem._replace(rows=rows, columns=2048, inside=2048), gpu_of(device))
+        rows = 0 if problem.kind == "outer" else 512
+        return measured_rule(problem._replace(rows=rows, columns=2048, inside=2048), gpu_of(device))
 
     results = []
     for adapted, choose in ((True, lambda _: None), (False, large)):

@@ -1,10 +1,11 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""The four things that the package takes from torch beyond its documented interface, because they have no public form.
+"""The five things that the package takes from torch beyond its documented interface, because they have no public form.
 
 No other file uses a private name of torch. `tests/core/test_canaries.py` states what is relied on for each.
 """
 
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,11 @@ from torch import nn
 def in_backward_pass() -> bool:
     """Tell whether autograd runs a backward pass now. A checkpointed layer is computed again inside of one."""
     return torch._C._current_graph_task_id() != -1
+
+
+def after_backward_pass(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that runs now has ended. To be called from inside of one."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 class Float32Buffers(nn.Module):
@@ -45,4 +51,4 @@ def set_group_timeout(group: Any, seconds: float) -> None:
     distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-__all__ = ["Float32Buffers", "in_backward_pass", "set_group_timeout", "without_wrappers"]
+__all__ = ["Float32Buffers", "after_backward_pass", "in_backward_pass", "set_group_timeout", "without_wrappers"]

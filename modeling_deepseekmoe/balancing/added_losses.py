@@ -2,23 +2,25 @@
 """DeepSeek's balance losses on the models of other packages.
 
 The losses of a layer are computed where its gate returns, from its logits and its choices. Their gradient goes into
-the graph there, on the weights of the choices, so that it is right under both kinds of gradient
-checkpointing: what is computed again carries it again. How large it is says the loss itself: its value is a leaf of
-the graph that is added to `outputs.loss`, and the gradient that reaches this leaf is the factor of all layers. So
-accumulation, loss scaling and whatever else is done to the loss hold for the balance losses too.
+the graph there, on the weights of the choices, so that it is right under both kinds of gradient checkpointing: what is
+computed again carries it again. How large it is says the loss itself: its value is a node of the graph, added to
+`outputs.loss`, and the gradient that reaches this node is the factor of all layers. So accumulation, loss scaling and
+whatever else is done to the loss hold for the balance losses too.
+
+A layer that is computed again belongs to the forward pass whose hidden states it is given: checkpointing keeps them.
 
 Shape letters: B batch, S sequence, T = B * S tokens, E routed experts, K choices of a token.
 """
 
 import functools
 import weakref
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.autograd.function import once_differentiable
+from transformers import GradientCheckpointingLayer, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..auxiliary_losses import (
@@ -33,12 +35,13 @@ from ..families.gate_rules import GateRule, rule_of
 from ..families.moe_layers import require_moe_layers
 from ..modeling_deepseekmoe import DeepseekMoeModel
 from ..modeling_pretrained import share_of_items
+from ..router_load import RouterLoad
 from ..routing_eager import affinities
-from ..torch_support import in_backward_pass
+from ..torch_support import after_backward_pass, in_backward_pass
 from .tracking import tracked_counter
 
 logger = logging.get_logger(__name__)
-_LOSSES = "added_auxiliary_losses"  # attribute of a model
+_LOSSES, _NOTED = "added_auxiliary_losses", "notes_auxiliary_losses"  # attributes of a model
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,34 @@ class _Pass:
     def __init__(self, shape: torch.Size, mask: torch.Tensor | None) -> None:
         self.shape, self.mask = shape, mask
         self.losses: list[torch.Tensor] = []
+        self.hidden: torch.Tensor | None = None  # what the decoder returns
         self.gradient: torch.Tensor | None = None
+        self.load: RouterLoad | None = None
 
     def receive(self, gradient: torch.Tensor) -> None:
-        """Keep the gradient of the sum."""
+        """Keep the gradient of the sum, for this backward pass."""
         self.gradient = gradient
+        after_backward_pass(self.forget)
+        if self.load is not None:
+            self.load.loss_weight += gradient.detach().abs().to(self.load.loss_weight)
+
+    def forget(self) -> None:
+        """Forget the gradient, after the backward pass."""
+        self.gradient = None
+
+
+class _Total(torch.autograd.Function):
+    """Return the sum of the losses. It hangs on the decoder's output, so that each backward pass to it comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, hidden: torch.Tensor, of: _Pass) -> torch.Tensor:
+        ctx.of = of
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
+        ctx.of.receive(gradient)
+        return None, None, None
 
 
 class _WithLoss(torch.autograd.Function):
@@ -112,6 +138,7 @@ class _WithLoss(torch.autograd.Function):
         return weights.view_as(weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         reached = ctx.of.gradient
         if reached is None:
@@ -134,19 +161,28 @@ class AddedLosses:
     def __init__(self, model: PreTrainedModel, coefficients: LossCoefficients) -> None:
         self.coefficients, self.owner, self.asked = coefficients, weakref.ref(model), False
         layers = [(layer, rule_of(layer)) for layer in require_moe_layers(model)]
+        names = {module: name for name, module in model.named_modules()}
         self.current: _Pass | None = None
-        # What is computed again in a backward pass comes in the opposite order.
-        self.passes: dict[int, list[weakref.ref[_Pass]]] = defaultdict(list)
-        decoder = model.base_model
-        self.handles = [
+        # The pass of a layer's hidden states, by their address, and that of the layer that is computed again now.
+        self.known: dict[tuple[int, int], weakref.ref[_Pass]] = {}
+        self.again: dict[int, _Pass | None] = {}
+        self.handles: list[Any] = [
             model.register_forward_pre_hook(self._ask_for_nothing_else, with_kwargs=True),
-            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.base_model.register_forward_hook(self._end),
             model.register_forward_hook(self._add, with_kwargs=True),
         ]
         for place, (layer, rule) in enumerate(layers):
             assert layer.gate is not None
             attach = functools.partial(self._attach, place, f"{layer.name}.{layer.gate_name}", rule)
             self.handles.append(layer.gate.register_forward_hook(attach))
+            # The innermost module around the block that transformers can checkpoint.
+            around = [one for one, name in names.items() if f"{layer.name}.".startswith(f"{name}." if name else "")]
+            checkpointed = [one for one in around if isinstance(one, GradientCheckpointingLayer)]
+            # Its own call, or only what is in it, is computed again, from the same hidden states.
+            for module in (checkpointed[-1], *checkpointed[-1].children()) if checkpointed else ():
+                note = functools.partial(self._note, place)
+                self.handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AddedLosses":
         return self
@@ -171,15 +207,41 @@ class AddedLosses:
         given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
         inputs = next((tensor for tensor in given if isinstance(tensor, torch.Tensor)), None)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        wanted = decoder.training and torch.is_grad_enabled() and inputs is not None
-        self.current = _Pass(inputs.shape[:2], mask) if wanted and inputs is not None else None
+        self.current = None
+        if decoder.training and torch.is_grad_enabled() and inputs is not None:
+            shape = inputs.shape[:2]
+            usual = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+            # Of a cached prefix there are no tokens.
+            self.current = _Pass(shape, None if usual is None else usual[:, -shape[1] :])
+            self.known = {key: found for key, found in self.known.items() if found() is not None}
+
+    @torch.compiler.disable
+    def _end(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.current is not None and not in_backward_pass():
+            self.current.hidden = output[0]  # of a tuple, or of an output of transformers
+
+    @torch.compiler.disable
+    def _note(self, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, torch.Tensor):
+            return
+        key = (place, hidden.data_ptr())
+        if not in_backward_pass():
+            if self.current is not None and isinstance(module, GradientCheckpointingLayer):
+                self.known[key] = weakref.ref(self.current)
+        elif key in self.known:
+            self.again[place] = self.known[key]()
 
     @torch.compiler.disable
     def _attach(
         self, place: int, name: str, rule: GateRule, gate: nn.Module, args: tuple[Any, ...], output: Any
     ) -> tuple[torch.Tensor, ...] | None:
-        of = self._pass_of(place)
+        if in_backward_pass() and place not in self.again:
+            raise RuntimeError(
+                f"{name} is computed again, and it cannot be told for which forward pass: the layer around it gets "
+                "other hidden states than before. Switch gradient checkpointing off, or remove the losses."
+            )
+        of = self.again.pop(place) if in_backward_pass() else self.current
         if of is None:
             return None
         logits, weights, expert_ids = output
@@ -189,25 +251,12 @@ class AddedLosses:
                 "add_auxiliary_loss."
             )
         by_token = (logits.view(*of.shape, -1), expert_ids.view(*of.shape, -1))
-        losses = self.coefficients.losses(rule, *by_token, of.mask)
+        mask = None if of.mask is None else of.mask.to(logits.device)
+        losses = self.coefficients.losses(rule, *by_token, mask)
         if not in_backward_pass():
             of.losses.append(losses.detach())
         total = losses.sum()
         return (logits, _WithLoss.apply(weights, total, of), expert_ids) if total.requires_grad else None
-
-    def _pass_of(self, place: int) -> _Pass | None:
-        """Return the forward pass that a call of a layer belongs to, also while the layer is computed again."""
-        waiting = self.passes[place]
-        if in_backward_pass():
-            while waiting:
-                found = waiting.pop()()
-                if found is not None:
-                    return found
-            return None
-        if self.current is not None:
-            waiting[:] = [one for one in waiting if one() is not None]
-            waiting.append(weakref.ref(self.current))
-        return self.current
 
     @torch.compiler.disable
     def _add(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -221,24 +270,39 @@ class AddedLosses:
             )
         device = of.losses[0].device
         by_name = torch.stack([losses.to(device) for losses in of.losses]).sum(dim=0)
-        total = by_name.sum().requires_grad_()
-        total.register_hook(of.receive)
+        hidden, of.hidden = of.hidden, None
+        total = by_name.sum() if hidden is None else _Total.apply(by_name.sum(), hidden, of)
         if (counter := tracked_counter(model)) is not None:
-            counter.begin(device).losses += by_name
-        labels = kwargs.get("labels")
-        share: torch.Tensor | float = 1.0
+            of.load = counter.begin(device)
+            of.load.losses += by_name
+            of.load.losses_watched += 1
+        labels, share = kwargs.get("labels"), 1.0
         if labels is not None:
-            targets = kwargs.get("shift_labels")
-            items = ((labels[..., 1:] if targets is None else targets) != -100).sum()
-            share = share_of_items(items, device, num_items_in_batch=kwargs.get("num_items_in_batch"))
+            share = share_of_items(_items(labels, of.shape, kwargs), device, **_only(kwargs, "num_items_in_batch"))
         if not isinstance(outputs, ModelOutput):  # return_dict=False
             return (outputs[0] + (total * share).to(outputs[0]), *outputs[1:]) if labels is not None else outputs
         if outputs.get("loss") is not None:
             outputs["loss"] = outputs["loss"] + (total * share).to(outputs["loss"])
         # Who asks for router logits, as TRL's trainers do, multiplies the loss by the coefficient of the config.
         coefficient = getattr(model.config.get_text_config(), "router_aux_loss_coef", None) if self.asked else None
-        outputs["aux_loss"] = total / coefficient if coefficient else total
+        total = total / coefficient if coefficient else total
+        if "aux_loss" in {field.name for field in fields(outputs)}:
+            outputs["aux_loss"] = total
+        else:  # an attribute alone: DDP makes the output anew from its fields
+            object.__setattr__(outputs, "aux_loss", total)
         return outputs
+
+
+def _items(labels: torch.Tensor, shape: torch.Size, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Count the labels that make the loss: those of tokens are shifted."""
+    targets = kwargs.get("shift_labels")
+    if targets is None:
+        targets = labels[..., 1:] if labels.shape == shape else labels
+    return (targets != -100).sum()
+
+
+def _only(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+    return {name: kwargs[name]} if name in kwargs else {}
 
 
 def add_auxiliary_loss(
@@ -261,8 +325,8 @@ def add_auxiliary_loss(
     `num_items_in_batch` a micro-batch counts by its share of the items.
 
     TRL's trainers ask for router logits, and add `outputs.aux_loss` times the config's `router_aux_loss_coef`. So it
-    is divided by this then, and each loss keeps its coefficient. A config without that field gets it, as 1.0. A
-    warning says if nobody has added the losses.
+    is divided by this then, and each loss keeps its coefficient. A config without that field gets it while there are
+    losses: the largest coefficient. A warning says if nobody has added the losses.
 
     Args:
         model: a model of transformers whose gates [`route`] can express; wrapped or not.
@@ -293,20 +357,26 @@ def add_auxiliary_loss(
     whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if whole is None:
         raise ValueError(f"{type(model).__name__} is not allowed: it holds no model of transformers.")
-    _check_devices(whole, coefficients)
+    if any(values.values()):
+        _check_devices(whole, coefficients)
     before = vars(whole).get(_LOSSES)
-    if before is not None and before.owner() is not whole:
+    if before is not None and before.owner() not in (whole, None):
         raise ValueError(
             f"{type(model).__name__} is not allowed: it is a copy of a model with auxiliary losses, and shares them. "
             "Remove them there before it is copied."
         )
     if before is not None:
         vars(whole).pop(_LOSSES).remove()
+    config = whole.config.get_text_config()
+    for name in vars(whole).pop(_NOTED, ()):
+        delattr(config, name)
     if any(values.values()):
         setattr(whole, _LOSSES, AddedLosses(whole, coefficients))
-        config = whole.config.get_text_config()
-        if not hasattr(config, "router_aux_loss_coef"):  # TRL looks for both
-            config.router_aux_loss_coef, config.output_router_logits = 1.0, False
+        noted = {"router_aux_loss_coef": max(values.values()), "output_router_logits": False}  # TRL looks for both
+        noted = {name: value for name, value in noted.items() if not hasattr(config, name)}
+        for name, value in noted.items():
+            setattr(config, name, value)
+        setattr(whole, _NOTED, tuple(noted))
 
 
 def _check_devices(model: nn.Module, coefficients: LossCoefficients) -> None:

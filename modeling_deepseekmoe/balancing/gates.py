@@ -56,6 +56,8 @@ class BiasedGate:
         """The reason why the bias is left as it is, or `None` if it is updated."""
         if self.frozen:
             return "frozen (no parameter of theirs is trained)"
+        if not self.saved and self._own.owner is self.layer.block:
+            return "in a model with adapters, whose files do not hold a bias that lies beside the gate"
         if not self.saved:
             return (
                 "adapted by PEFT, whose files do not hold the bias (modules_to_save=['gate'], or train_router=True of "
@@ -70,6 +72,11 @@ class BiasedGate:
         Updates are far below bfloat16's resolution. A class for tokens that no expert computes keeps its value.
         """
         bias = self.bias
+        if isinstance(bias, DTensor) and bias.dtype != torch.float32:
+            raise ValueError(
+                f"{self.layer.name}: its balancing bias is sharded in {bias.dtype}, in which updates get lost. Make "
+                "it a float32 tensor before the model is sharded."
+            )
         if self.layer.has_skip_class:
             step = torch.cat([step[:-1], step.new_zeros(1)])
         if bias.dtype != torch.float32:

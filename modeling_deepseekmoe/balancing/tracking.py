@@ -112,6 +112,8 @@ class _Tracker:
         if not self.counting or in_backward_pass():
             return
         expert_ids, mask = layer.choices_of(args, kwargs), self.token_mask
+        if mask is not None and len(expert_ids) % len(mask) == 0:  # of a cached prefix there are no tokens
+            mask = mask[:, -(len(expert_ids) // len(mask)) :] if len(expert_ids) else mask
         if mask is not None and mask.numel() != len(expert_ids):
             raise ValueError(
                 f"attention_mask of shape {tuple(mask.shape)} is not allowed: {layer.name} routes {len(expert_ids)} "

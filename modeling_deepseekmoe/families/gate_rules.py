@@ -21,8 +21,9 @@ from torch import nn
 
 from ..routing import Routing, choose_experts
 from ..routing_options import BIAS_PLACES, GROUP_SCORES, SCORE_FUNCTIONS, RoutingOptions
-from .moe_layers import MoeLayer
+from .moe_layers import MoeLayer, unwrapped
 
+RULE = "rule_that_routes"  # attribute of a gate whose forward was replaced
 TOKENS = 48
 TOLERANCE = 1e-5  # of weights and gradients in float32, by their norm; another rule is off by more than 1e-4
 # Names of the numbers of groups, and of those that a token may use.
@@ -45,6 +46,7 @@ class GateRule:
         factor: what the logits are multiplied by before anything else.
         takes: the name of the gate's second argument: a bias, token ids, or "" if there is none.
         table: the path of the table (V, K) of fixed experts for each token id, or "".
+        ignores_autocast: whether the product is the same under autocast.
         logits_in_float32, weights_in_float32: whether the gate returns them in float32, or in the dtype of the hidden
             states.
     """
@@ -56,6 +58,7 @@ class GateRule:
     factor: float
     takes: str
     table: str
+    ignores_autocast: bool = False
     logits_in_float32: bool = True
     weights_in_float32: bool = True
 
@@ -67,6 +70,16 @@ class GateRule:
     def logits(self, gate: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """Compute the gate logits (T, E) of hidden states (..., D)."""
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.ignores_autocast:
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                return self._logits(gate, hidden_states)
+        return self._logits(gate, hidden_states)
+
+    def _logits(self, gate: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner, _, _ = self.matrix.rpartition(".")
+        if inner and not self.in_float32:  # a module of its own, which may have an adapter or hooks
+            logits = gate.get_submodule(inner)(hidden_states)
+            return logits if self.factor == 1.0 else logits * self.factor
         matrix, offset = tensor_at(gate, self.matrix), tensor_at(gate, self.offset) if self.offset else None
         if self.in_float32:
             hidden_states, matrix = hidden_states.float(), matrix.float()
@@ -110,12 +123,24 @@ def rule_of(layer: MoeLayer) -> GateRule:
     gate = layer.gate
     if gate is None:
         raise UnknownGateError(f"{layer.name} is not allowed: there is no gate beside its experts.")
-    name = f"{layer.name}.{layer.gate_name} ({type(gate).__name__})"
+    if RULE in vars(gate):  # it was replaced
+        return vars(gate)[RULE]
+    layer = unwrapped(layer)
+    name = f"{layer.name}.{layer.gate_name} ({type(layer.gate).__name__})"
     try:  # whatever modes the caller has set
-        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            torch.random.fork_rng(devices=[]),
+        ):
             return _find(layer)
     except UnknownGateError as error:
         raise UnknownGateError(f"{name} is not allowed: {error}.") from None
+    except Exception as error:  # whatever a gate of another package raises on a stand-in
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise UnknownGateError(f"{name} is not allowed: a copy with random weights fails ({reason}).") from error
 
 
 def tensor_at(module: nn.Module, path: str) -> torch.Tensor:
@@ -200,7 +225,7 @@ class _Trial:
         """Run the gate itself. Return logits (T, E), weights (T, K) and ids (T, K)."""
         rest = () if self.argument is None else (self.argument,)
         self.gate.train(training)
-        torch.manual_seed(self.seed)  # rule_of keeps the state of the caller
+        torch.default_generator.manual_seed(self.seed)  # the CPU's alone; rule_of keeps its state
         try:
             output = self.gate(self.hidden, *rest)
         except (ValueError, IndexError):  # some want a batch
@@ -342,8 +367,13 @@ def _with_dtypes(rule: GateRule, layer: MoeLayer) -> GateRule:
         replace(rule, in_float32=wide).logits(trial.gate, trial.hidden).float() for wide in (True, False)
     )
     nearer = (in_float32 - logits.float()).norm() <= (stored - logits.float()).norm()
+    under = _Trial(layer, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_under = under.run()[0].float()
+    ignores = torch.equal(logits_under, replace(rule, ignores_autocast=True).logits(under.gate, under.hidden).float())
     of_logits, of_weights = (tensor.dtype == torch.float32 for tensor in (logits, weights))
-    return replace(rule, in_float32=bool(nearer), logits_in_float32=of_logits, weights_in_float32=of_weights)
+    dtypes = {"logits_in_float32": of_logits, "weights_in_float32": of_weights, "ignores_autocast": ignores}
+    return replace(rule, in_float32=bool(nearer), **dtypes)
 
 
-__all__ = ["GateRule", "UnknownGateError", "rule_of", "tensor_at"]
+__all__ = ["RULE", "GateRule", "UnknownGateError", "rule_of", "tensor_at"]

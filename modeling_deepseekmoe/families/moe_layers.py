@@ -9,7 +9,7 @@ chooses.
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -172,6 +172,14 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
     return found
 
 
+def unwrapped(layer: MoeLayer) -> MoeLayer:
+    """Return a layer whose gate PEFT trains as a copy with the gate as it was."""
+    original = None if layer.gate is None else dict(layer.gate.named_children()).get("original_module")
+    if original is None:
+        return layer
+    return replace(layer, gate=original, bias=_bias_of(layer.block, layer.experts, {layer.gate_name: original}))
+
+
 def require_moe_layers(model: nn.Module) -> list[MoeLayer]:
     """Find the MoE layers as [`find_moe_layers`] does.
 
@@ -193,15 +201,13 @@ def require_moe_layers(model: nn.Module) -> list[MoeLayer]:
 def _layers(names: dict[nn.Module, str]) -> Iterator[MoeLayer]:
     place = 0
     for block, name in names.items():
-        experts = getattr(block, "experts", None)
-        if not isinstance(experts, nn.Module) or ".original_module" in name:
-            continue
-        if "original_module" in dict(block.named_children()):  # PEFT's wrapper, which shows what is in it
+        experts = dict(block.named_children()).get("experts")  # its own: wrappers show what is in them
+        if experts is None or ".original_module" in name:
             continue
         beside = {child_name: child for child_name, child in block.named_children() if child is not experts}
         shared = next((beside[wanted] for wanted in SHARED_EXPERTS if wanted in beside), None)
         gates = {child_name: child for child_name, child in beside.items() if child is not shared}
-        bias = _bias_of(block, gates)
+        bias = _bias_of(block, experts, gates)
         gate_name = next((wanted for wanted in GATES if wanted in gates), "")
         if not gate_name and bias is not None:
             gate_name = next((key for key, child in gates.items() if bias.owner in child.modules()), "")
@@ -212,28 +218,41 @@ def _layers(names: dict[nn.Module, str]) -> Iterator[MoeLayer]:
         yield MoeLayer(index, name, block, experts, gates.get(gate_name), gate_name, shared, bias)
 
 
-def _bias_of(block: nn.Module, beside: dict[str, nn.Module]) -> BalancingBias | None:
+def _bias_of(block: nn.Module, experts: nn.Module, beside: dict[str, nn.Module]) -> BalancingBias | None:
     """Find the balancing bias of a block, on the block itself or in a module beside the experts."""
+    sizes = {len(p) for child in beside.values() for p in child.parameters() if p.ndim == 2}
+    if (number := getattr(experts, "num_experts", None)) is not None:
+        sizes |= {number, number + 1}  # the last one is a class of tokens that no expert computes
     for module in (block, *(part for child in beside.values() for part in child.modules())):
         own = (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False))
         for name, tensor in own:
             one_a_gate = tensor.ndim == 1 or (tensor.ndim == 2 and len(tensor) == 1)
-            if BIAS in name and name != BIAS and one_a_gate and tensor.is_floating_point():
-                shown = _in_use(module, name, beside)
-                return BalancingBias(shown, name)
+            if BIAS in name and name != BIAS and one_a_gate and tensor.is_floating_point() and tensor.numel() in sizes:
+                return BalancingBias(_in_use(module, beside), name)
     return None
 
 
-def _in_use(owner: nn.Module, name: str, beside: dict[str, nn.Module]) -> nn.Module:
+def _in_use(owner: nn.Module, beside: dict[str, nn.Module]) -> nn.Module:
     """Return the module whose bias is in use: PEFT's wrapper shows that of the copy it trains."""
     for child in beside.values():
-        if "original_module" in dict(child.named_children()) and owner in child.modules():
-            tensor = getattr(child, name, None)
-            for module in child.modules():
-                own = (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False))
-                if any(other is tensor for _, other in own):
-                    return module
+        original = dict(child.named_children()).get("original_module")
+        if original is None or owner not in child.modules():
+            continue
+        for path, module in original.named_modules():
+            if module is owner:
+                copies = list(dict(child.named_children())["modules_to_save"].children())
+                shown = [copy.get_submodule(path) for copy in copies if copy is not original]
+                values = _shown(child, path)
+                return next((one for one in shown if one is values), shown[0] if shown else owner)
     return owner
+
+
+def _shown(wrapper: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a path of what a wrapper of PEFT shows, its copy in use."""
+    copies = dict(wrapper.named_children())["modules_to_save"]
+    active = getattr(wrapper, "active_adapters", [])
+    in_use = [copy for name, copy in copies.named_children() if name in active]
+    return in_use[0].get_submodule(path) if in_use else None
 
 
 def _index(name: str, place: int) -> int:
@@ -264,4 +283,4 @@ def _refuse_unknown_biases(names: dict[nn.Module, str], layers: list[MoeLayer]) 
                 raise ValueError(f"{name}.{buffer} is not understood: there are no `experts` beside it.")
 
 
-__all__ = ["BalancingBias", "MoeLayer", "find_experts", "find_moe_layers", "require_moe_layers"]
+__all__ = ["BalancingBias", "MoeLayer", "find_experts", "find_moe_layers", "require_moe_layers", "unwrapped"]

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..checkpoint_layout import BIAS_NAME
 from ..configuration_checks import check_implementation
-from ..families.gate_rules import GateRule, UnknownGateError, rule_of
+from ..families.gate_rules import RULE, GateRule, UnknownGateError, rule_of
 from ..families.moe_layers import BalancingBias, MoeLayer, find_moe_layers, require_moe_layers
 from ..moe import DeepseekMoeGate
 from ..support.folders import opened
@@ -88,6 +88,8 @@ def add_balancing_bias(model: nn.Module, checkpoint: str | Path | None = None) -
         assert gate is not None
         values = stored.get(name, torch.zeros(layer.num_experts))
         device = next(gate.parameters()).device
+        if device.type == "meta":
+            raise ValueError(f"{name.rpartition('.')[0]} is not allowed: its weights are offloaded.")
         gate.register_buffer(BIAS_NAME, values.to(device, torch.float32))
         _replace(layer, rule, BalancingBias(gate, BIAS_NAME), "auto")
     for module in model.modules():
@@ -114,6 +116,7 @@ def _replace(layer: MoeLayer, rule: GateRule, bias: BalancingBias | None, implem
     assert layer.gate is not None
     if "bias" in rule.takes:  # the block hands it over
         bias = None
+    vars(layer.gate)[RULE] = rule
     replace_forward(layer.gate, partial(_forward, layer.gate, rule.with_implementation(implementation), bias))
 
 

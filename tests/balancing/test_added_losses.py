@@ -104,6 +104,71 @@ def test_gradient_checkpointing_and_accumulation(reentrant: bool) -> None:
     close(model, gradients, 2.25)
 
 
+@pytest.mark.parametrize("reentrant", [True, False, None])
+def test_passes_are_told_apart(reentrant: bool | None) -> None:
+    """In the order of the forward passes, of other lengths, with one that is kept and never used, and twice."""
+    model = family("glm4_moe")
+    add_auxiliary_loss(model, expert=1.0)
+    first, second = ({"input_ids": IDS, "labels": IDS}, {"input_ids": IDS[:2, :5], "labels": IDS[:2, :5]})
+
+    def gradients(*batches: dict[str, torch.Tensor]) -> torch.Tensor:
+        model.zero_grad()
+        kept = [model(**batch, use_cache=False).loss for batch in batches]
+        for loss in kept:
+            loss.backward()
+        return gate_gradients(model)
+
+    expected = gradients(first) + gradients(second)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    assert_same(gradients(first, second), expected)
+    model.zero_grad()
+    loss, unused = (model(**batch, use_cache=False).loss for batch in (first, second))
+    loss.backward()
+    alone = gate_gradients(model)
+    assert_same(alone, expected - gradients(second))
+    assert unused.requires_grad
+    if reentrant is not True:  # a reentrant checkpoint frees what it has computed again
+        model.zero_grad()
+        loss = model(**first, use_cache=False).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+        assert_same(gate_gradients(model), 2 * alone)
+
+
+def gate_gradients(model: nn.Module) -> torch.Tensor:
+    return torch.cat([layer.gate.weight.grad.flatten() for layer in find_moe_layers(model)]).clone()
+
+
+def test_other_ways_to_a_gradient() -> None:
+    model = family("qwen3_moe")
+    add_auxiliary_loss(model, expert=1.0)
+    gates = [layer.gate.weight for layer in find_moe_layers(model)]
+    outputs = model(input_ids=IDS, labels=IDS, use_cache=False)
+    outputs.loss.backward(retain_graph=True)
+    expected = gate_gradients(model)
+    found = torch.autograd.grad(outputs.loss, gates, retain_graph=True)
+    assert_same(torch.cat([gradient.flatten() for gradient in found]), expected)
+    # Another loss of the same pass has nothing of the balance losses.
+    model.zero_grad()
+    outputs.logits.square().mean().backward()
+    alone = gate_gradients(model)
+    add_auxiliary_loss(model)
+    model.zero_grad()
+    model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+    assert_same(alone, gate_gradients(model))
+
+
+def test_what_is_saved_and_taken_back(tmp_path: Any) -> None:
+    model = family("glm4_moe")
+    before = model.config.to_dict()
+    add_auxiliary_loss(model, expert=1e-3, z=1e-4)
+    assert model.config.router_aux_loss_coef == 1e-3
+    add_auxiliary_loss(model)
+    assert model.config.to_dict() == before
+
+
 def test_a_share_of_the_items() -> None:
     model = family("qwen3_moe")
     labels = IDS.masked_fill(MASK == 0, -100)

@@ -316,6 +316,27 @@ def test_a_backward_pass_can_be_seen() -> None:
         assert seen == [False, True]
 
 
+@relies_on("torch", "_execution_engine", breaks="A second backward pass would add the balance losses again.")
+def test_the_end_of_a_backward_pass_is_told() -> None:
+    seen: list[str] = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            torch_support.after_backward_pass(lambda: seen.append("end"))
+            seen.append("inside")
+            return gradient
+
+    leaf = torch.ones(1, requires_grad=True)
+    leaf.register_hook(lambda gradient: seen.append("leaf"))
+    Watch.apply(checkpoint(torch.sin, leaf, use_reentrant=True)).sum().backward()
+    assert seen == ["inside", "leaf", "end"]
+
+
 @relies_on("torch", "_apply", breaks="The balancing bias would be rounded by model.to(torch.bfloat16).")
 def test_casting_goes_through_apply() -> None:
     class Holder(torch_support.Float32Buffers):
