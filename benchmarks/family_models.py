@@ -150,6 +150,5 @@ def tiny_model(family: Family, **more: Any) -> PreTrainedModel:
     """Make a tiny model of a family with random weights, the same ones each time."""
     kind = model_class(family)
     config = shrunk(kind.config_class, OVERRIDES.get(family.name, {}) | more)
-    config._experts_implementation = None
     torch.manual_seed(0)
     return kind(config).float()

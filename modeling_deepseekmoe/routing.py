@@ -187,6 +187,8 @@ def _check_tensors(
 
 
 def _check_given_ids(expert_ids: torch.Tensor, num_tokens: int, options: RoutingOptions) -> None:
+    if not isinstance(expert_ids, torch.Tensor):
+        raise ValueError(f"expert_ids of {type(expert_ids).__name__} are not allowed: they must be a tensor (T, K).")
     if expert_ids.shape != (num_tokens, options.top_k) or expert_ids.is_floating_point():
         raise ValueError(
             f"expert_ids of shape {tuple(expert_ids.shape)} and {expert_ids.dtype} are not allowed: they must be "

@@ -43,6 +43,8 @@ from .tracking import tracked_counter
 logger = logging.get_logger(__name__)
 _LOSSES, _NOTED = "added_auxiliary_losses", "notes_auxiliary_losses"  # attributes of a model
 
+COEFFICIENTS = ("expert", "device", "communication", "sequence", "z")
+
 
 @dataclass(frozen=True)
 class LossCoefficients:
@@ -63,6 +65,11 @@ class LossCoefficients:
     num_devices: int = 1
     max_devices_per_token: int = 1
     sequence_wise: bool = True
+
+    @property
+    def of_losses(self) -> dict[str, float]:
+        """The coefficients of the losses that are wanted, by their names."""
+        return {name: getattr(self, name) for name in COEFFICIENTS if getattr(self, name)}
 
     def losses(
         self, rule: GateRule, logits: torch.Tensor, expert_ids: torch.Tensor, mask: torch.Tensor | None
@@ -163,8 +170,9 @@ class AddedLosses:
         layers = [(layer, rule_of(layer)) for layer in require_moe_layers(model)]
         names = {module: name for name, module in model.named_modules()}
         self.current: _Pass | None = None
-        # The pass of a layer's hidden states, by their address, and that of the layer that is computed again now.
-        self.known: dict[tuple[int, int], weakref.ref[_Pass]] = {}
+        # A layer's hidden states and their pass, by the address, which is theirs while they live. Then the pass of the
+        # layer that is computed again now.
+        self.known: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], weakref.ref[_Pass]]] = {}
         self.again: dict[int, _Pass | None] = {}
         self.handles: list[Any] = [
             model.register_forward_pre_hook(self._ask_for_nothing_else, with_kwargs=True),
@@ -189,6 +197,7 @@ class AddedLosses:
 
     def remove(self) -> None:
         """Remove the hooks."""
+        self.coefficients = LossCoefficients()  # copies that hold these hooks
         for handle in self.handles:
             handle.remove()
 
@@ -208,12 +217,13 @@ class AddedLosses:
         inputs = next((tensor for tensor in given if isinstance(tensor, torch.Tensor)), None)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self.current = None
-        if decoder.training and torch.is_grad_enabled() and inputs is not None:
+        wanted = bool(self.coefficients.of_losses)
+        if wanted and decoder.training and torch.is_grad_enabled() and inputs is not None:
             shape = inputs.shape[:2]
             usual = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
             # Of a cached prefix there are no tokens.
             self.current = _Pass(shape, None if usual is None else usual[:, -shape[1] :])
-            self.known = {key: found for key, found in self.known.items() if found() is not None}
+            self.known = {key: found for key, found in self.known.items() if found[0]() is not None}
 
     @torch.compiler.disable
     def _end(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -228,9 +238,9 @@ class AddedLosses:
         key = (place, hidden.data_ptr())
         if not in_backward_pass():
             if self.current is not None and isinstance(module, GradientCheckpointingLayer):
-                self.known[key] = weakref.ref(self.current)
-        elif key in self.known:
-            self.again[place] = self.known[key]()
+                self.known[key] = weakref.ref(hidden), weakref.ref(self.current)
+        elif key in self.known and self.known[key][0]() is not None:
+            self.again[place] = self.known[key][1]()
 
     @torch.compiler.disable
     def _attach(
@@ -345,8 +355,31 @@ def add_auxiliary_loss(
     coefficients = LossCoefficients(
         expert, device, communication, sequence, z, num_devices, max_devices_per_token, sequence_wise
     )
-    values = {"expert": expert, "device": device, "communication": communication, "sequence": sequence, "z": z}
-    for name, value in values.items():
+    whole = _checked(model, coefficients)
+    before = vars(whole).get(_LOSSES)
+    if before is not None and before.owner() not in (whole, None):
+        raise ValueError(
+            f"{type(model).__name__} is not allowed: it is a copy of a model with auxiliary losses, and shares them. "
+            "Remove them before the model is copied."
+        )
+    if before is not None:
+        vars(whole).pop(_LOSSES).remove()
+    config = whole.config.get_text_config()
+    for name in vars(whole).pop(_NOTED, ()):
+        delattr(config, name)
+    if coefficients.of_losses:
+        setattr(whole, _LOSSES, AddedLosses(whole, coefficients))
+        noted = {"router_aux_loss_coef": max(coefficients.of_losses.values()), "output_router_logits": False}
+        noted = {name: value for name, value in noted.items() if not hasattr(config, name)}  # TRL looks for both
+        for name, value in noted.items():
+            setattr(config, name, value)
+        setattr(whole, _NOTED, tuple(noted))
+
+
+def _checked(model: nn.Module, coefficients: LossCoefficients) -> PreTrainedModel:
+    """Check all arguments, and return the model of transformers inside."""
+    for name in COEFFICIENTS:
+        value = getattr(coefficients, name)
         if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number of at least 0.")
     if any(isinstance(module, DeepseekMoeModel) for module in model.modules()):
@@ -357,26 +390,19 @@ def add_auxiliary_loss(
     whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if whole is None:
         raise ValueError(f"{type(model).__name__} is not allowed: it holds no model of transformers.")
-    if any(values.values()):
-        _check_devices(whole, coefficients)
-    before = vars(whole).get(_LOSSES)
-    if before is not None and before.owner() not in (whole, None):
+    if not coefficients.of_losses:
+        return whole
+    if (coefficients.device or coefficients.communication) and coefficients.num_devices < 2:
         raise ValueError(
-            f"{type(model).__name__} is not allowed: it is a copy of a model with auxiliary losses, and shares them. "
-            "Remove them there before it is copied."
+            f"num_devices={coefficients.num_devices} is not allowed with device or communication: these losses are "
+            "over at least 2 devices, and constant over one."
         )
-    if before is not None:
-        vars(whole).pop(_LOSSES).remove()
-    config = whole.config.get_text_config()
-    for name in vars(whole).pop(_NOTED, ()):
-        delattr(config, name)
-    if any(values.values()):
-        setattr(whole, _LOSSES, AddedLosses(whole, coefficients))
-        noted = {"router_aux_loss_coef": max(values.values()), "output_router_logits": False}  # TRL looks for both
-        noted = {name: value for name, value in noted.items() if not hasattr(config, name)}
-        for name, value in noted.items():
-            setattr(config, name, value)
-        setattr(whole, _NOTED, tuple(noted))
+    if not hasattr(whole, "lm_head") and whole.base_model is whole:
+        raise ValueError(
+            f"{type(whole).__name__} is not allowed: it makes no loss. Give the language model that holds it."
+        )
+    _check_devices(whole, coefficients)
+    return whole
 
 
 def _check_devices(model: nn.Module, coefficients: LossCoefficients) -> None:

@@ -127,7 +127,8 @@ def require_biased_gates(model: nn.Module, layers: list[MoeLayer] | None = None)
         raise ValueError(
             f"{type(model).__name__} has no gate with a balancing bias, so that there is nothing to update: it takes "
             "a model with topk_method='noaux_tc', or one of another family with such a bias. "
-            "add_balancing_bias(model) gives one to others. Other gates are balanced by losses (aux_loss_alpha)."
+            "add_balancing_bias(model) gives one to others, before PEFT has adapted them. Or balance by losses: "
+            "aux_loss_alpha of this package's config, add_auxiliary_loss for other families."
         )
     return gates
 

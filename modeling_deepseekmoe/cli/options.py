@@ -41,15 +41,17 @@ class ModelOptions:
         """Load the model with this package's classes, and its tokenizer. The checkpoint may be of any generation."""
         from transformers import AutoModelForCausalLM
 
+        from ..integrations.native_gates import add_balancing_bias
         from ..integrations.registration import register
+        from ..support.folders import local_folder
         from ..support.tokenization import load_tokenizer
 
         self.check()
         register(override_native=True)
-        return (
-            AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, device_map=self.device_map),
-            load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code),
-        )
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, device_map=self.device_map)
+        if getattr(model.config, "added_balancing_bias", False):
+            add_balancing_bias(model, local_folder(self.model))
+        return model, load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@
 The experts have the official per-expert names.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -111,9 +112,13 @@ def read_esft(folder: str | Path) -> dict[str, torch.Tensor]:
     """
     selection = ExpertSelection.of(Path(folder) / SELECTION_NAME)
     tensors = read_tensors(Path(folder) / WEIGHTS_NAME)
+    # The block is called `mlp`, or otherwise in other families.
+    matches = (re.search(r"(?:^|\.)layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight$", name) for name in tensors)
+    there = {match.groups() for match in matches if match is not None}
     for layer, ids in selection.experts.items():
-        for name in (f"layers.{layer}.mlp.experts.{expert}.{part}.weight" for expert in ids for part in PROJECTIONS):
-            if not any(f".{found}".endswith(f".{name}") for found in tensors):
+        for expert, part in ((expert, part) for expert in ids for part in PROJECTIONS):
+            if (str(layer), str(expert), part) not in there:
+                name = f"layers.{layer}.mlp.experts.{expert}.{part}.weight"
                 raise ValueError(f"{WEIGHTS_NAME} is not allowed: {name} is missing, which {SELECTION_NAME} selects.")
     return tensors
 

@@ -29,6 +29,8 @@ RELEASED = {
     "0b95e5faf58ab12d4bf07b37faafe78d3a959598d7997d1c8ae67e2067067c25": "0.11.0",
     "171c87841ce981a22e017fe021910436052fdae69ebaa9bdee56714b2348aa37": "0.11.0",
     "4964c19158a5d9698f8da8029377d1ee4c6b04b4b713a560cf1365fb1b0f60a0": "0.11.0",
+    "bcc4e085202b895509f3296b4c0eaf977cf03e22f964afb40c9b837da680cf9a": "0.12.0",
+    "b12c69132e95b3d6e642303c629763f4ea3386e1781d67a16df5cb923a5ffdb2": "0.12.0",
 }
 _HEADS = "modeling_classification.py"
 _NAMED = re.compile(r'^CODE_VERSION = "([^"]+)"', re.MULTILINE)

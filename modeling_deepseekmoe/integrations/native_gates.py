@@ -15,7 +15,8 @@ from ..families.gate_rules import RULE, GateRule, UnknownGateError, rule_of
 from ..families.moe_layers import BalancingBias, MoeLayer, find_moe_layers, require_moe_layers
 from ..moe import DeepseekMoeGate
 from ..support.folders import opened
-from ..support.library_support import replace_forward
+from ..support.library_support import has_adapters, replace_forward
+from ..triton_support import why_no_triton
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +40,10 @@ def route_native_gates(model: nn.Module, implementation: str = "auto") -> int:
         ValueError: if `implementation` is another one, or if the model has no gate that [`route`] can express.
     """
     check_implementation(implementation)
+    if implementation == "triton":
+        for device in {parameter.device for parameter in model.parameters()}:
+            if reason := why_no_triton(device):
+                raise ValueError(f"implementation='triton' is not allowed: {reason}.")
     layers = [layer for layer in find_moe_layers(model) if not isinstance(layer.gate, DeepseekMoeGate)]
     if not layers:
         raise ValueError(
@@ -75,7 +80,19 @@ def add_balancing_bias(model: nn.Module, checkpoint: str | Path | None = None) -
     Raises:
         ValueError: if a gate is not understood, or if all have a bias; with a checkpoint, if it holds none.
     """
+    noted = any(getattr(module.config, "added_balancing_bias", False)
+                for module in model.modules() if isinstance(module, PreTrainedModel))  # fmt: skip
+    if noted and checkpoint is None:
+        logger.warning(
+            f"The config of {type(model).__name__} notes that its checkpoint holds balancing biases. They begin with "
+            "zeros now: add_balancing_bias(model, folder) reads them."
+        )
     layers = [layer for layer in require_moe_layers(model) if layer.bias is None]
+    if has_adapters(model):
+        raise ValueError(
+            f"{type(model).__name__} is not allowed: it has adapters of PEFT. Give its gates a bias before "
+            "get_peft_model, so that copies of them (train_router=True) have it too."
+        )
     if not layers or any(isinstance(layer.gate, DeepseekMoeGate) for layer in layers):
         what = "its gates have a balancing bias already" if not layers else "it takes topk_method='noaux_tc'"
         raise ValueError(f"{type(model).__name__} is not allowed: {what}.")
@@ -87,6 +104,10 @@ def add_balancing_bias(model: nn.Module, checkpoint: str | Path | None = None) -
         gate = layer.gate
         assert gate is not None
         values = stored.get(name, torch.zeros(layer.num_experts))
+        if values.shape != (layer.num_experts,):
+            raise ValueError(
+                f"{name} of shape {tuple(values.shape)} is not allowed: there are {layer.num_experts} experts."
+            )
         device = next(gate.parameters()).device
         if device.type == "meta":
             raise ValueError(f"{name.rpartition('.')[0]} is not allowed: its weights are offloaded.")
@@ -100,6 +121,8 @@ def add_balancing_bias(model: nn.Module, checkpoint: str | Path | None = None) -
 
 def _stored_biases(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
     """Read the biases of a checkpoint. The names there may have another beginning."""
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint={str(folder)!r} is not allowed: it must be a folder on this machine.")
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with opened(file) as handle:

@@ -241,6 +241,10 @@ def test_they_can_be_changed_and_removed() -> None:
 def test_bad_input(tiny_model: Any) -> None:
     with pytest.raises(ValueError, match="expert=-1 is not allowed"):
         add_auxiliary_loss(family("qwen3_moe"), expert=-1)
+    with pytest.raises(ValueError, match="num_devices=1 is not allowed with device or communication"):
+        add_auxiliary_loss(family("qwen3_moe"), device=1.0)
+    with pytest.raises(ValueError, match="Qwen3MoeModel is not allowed: it makes no loss"):
+        add_auxiliary_loss(family("qwen3_moe").model, expert=1.0)
     with pytest.raises(ValueError, match="num_device_groups=3"):
         add_auxiliary_loss(family("qwen3_moe"), device=1.0, num_devices=3)
     with pytest.raises(ValueError, match="the config of this package's models has these losses"):

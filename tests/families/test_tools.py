@@ -1,19 +1,27 @@
 """The tools on transformers' own families: balancing under every name of a bias, added biases, reports, ESFT."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from family_models import Family, tiny_model
+from peft import get_peft_model
 from tolerances import assert_same
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_deepseekmoe import (
     LoadBalancingCallback,
+    add_auxiliary_loss,
     add_balancing_bias,
     expert_lora_config,
+    load_esft,
+    merge_esft,
+    prepare_esft,
+    route_native_gates,
+    save_esft,
     score_experts,
     take_router_load,
     track_router_load,
@@ -176,3 +184,55 @@ def test_scores_and_traces(name: str) -> None:
 def test_lora_trains_the_gate_under_its_name(name: str, gate: str) -> None:
     config = expert_lora_config(family(name), r=4, train_router=True)
     assert config.modules_to_save == [gate]
+
+
+def test_what_add_balancing_bias_refuses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = family("qwen3_moe")
+    with pytest.raises(ValueError, match=r"checkpoint='.*nowhere' is not allowed: it must be a folder"):
+        add_balancing_bias(model, tmp_path / "nowhere")
+    adapted = get_peft_model(family("qwen3_moe"), expert_lora_config(family("qwen3_moe"), r=2, train_router=True))
+    with pytest.raises(ValueError, match=r"it has adapters of PEFT\. Give its gates a bias before get_peft_model"):
+        add_balancing_bias(adapted)
+    add_balancing_bias(model)
+    model.save_pretrained(tmp_path)
+    logging.getLogger("modeling_deepseekmoe").propagate = True
+    assert add_balancing_bias(AutoModelForCausalLM.from_pretrained(tmp_path)) == 4
+    assert "They begin with zeros now" in caplog.text
+    with pytest.raises(ValueError, match=r"of shape \(8,\) is not allowed: there are 4 experts"):
+        add_balancing_bias(family("qwen3_moe", num_experts=4, num_local_experts=4), tmp_path)
+
+
+def test_tools_understand_gates_that_were_replaced_or_copied() -> None:
+    model = family("qwen3_moe")
+    add_balancing_bias(model)
+    assert route_native_gates(model, "eager") == 4
+    add_auxiliary_loss(model, expert=1.0)
+    assert not trace_routing(model.eval(), [IDS[:2]]).entropy.isnan().any()
+    adapted = get_peft_model(model.train(), expert_lora_config(model, r=2, train_router=True))
+    adapted(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    gates = [p.grad for name, p in adapted.named_parameters() if "modules_to_save" in name]
+    assert len(gates) == 4 and all(gradient.any() for gradient in gates)
+    assert [gate.saved for gate in find_biased_gates(adapted)] == [True] * 4
+    ernie = family("ernie4_5_moe")
+    ernie = get_peft_model(ernie, expert_lora_config(ernie, r=2, train_router=True))
+    assert [gate.saved for gate in find_biased_gates(ernie)] == [True] * 3
+
+
+def test_wrapped_blocks_count_once() -> None:
+    model = family("glm4_moe")
+    for layer in model.model.layers[1:]:
+        layer.mlp = torch.compile(layer.mlp, backend="eager")
+    assert [layer.index for layer in find_moe_layers(model)] == [1, 2, 3]
+
+
+def test_esft_of_blocks_under_another_name(tmp_path: Path) -> None:
+    model = family("granitemoe")
+    prepare_esft(model, {1: [0, 3]})
+    with torch.no_grad():
+        model.model.layers[1].block_sparse_moe.experts.selected_down_proj.add_(1.0)
+    save_esft(model, tmp_path / "esft")
+    again = family("granitemoe")
+    load_esft(again, tmp_path / "esft")
+    merge_esft(model)
+    model, again = model.eval(), again.eval()
+    assert_same(again(input_ids=IDS, use_cache=False).logits, model(input_ids=IDS, use_cache=False).logits)
