@@ -5,7 +5,9 @@ import logging
 
 import pytest
 import torch
+import transformers
 from family_models import Family, tiny_model
+from packaging.version import Version
 from tolerances import assert_same
 from torch import nn
 
@@ -19,6 +21,10 @@ IDS = torch.randint(3, 100, (2, 10), generator=torch.Generator().manual_seed(1))
 EXPRESSED = ("deepseek_v3", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "qwen3_moe", "mixtral", "olmoe", "afmoe",
              "hy_v3", "minimax_m2", "ernie4_5_moe", "kolibri1", "deepseek_v4", "granitemoe", "gpt_oss",
              "laguna")  # fmt: skip
+
+
+# Before, Granite's gates returned ids first, and were left to themselves.
+LOGITS_FIRST = Version(transformers.__version__) >= Version("5.23")
 
 
 def family(name: str) -> nn.Module:
@@ -52,6 +58,8 @@ def outputs(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor], li
 
 @pytest.mark.parametrize("name", EXPRESSED)
 def test_fused_routing_is_the_familys_own(name: str) -> None:
+    if name == "granitemoe" and not LOGITS_FIRST:
+        pytest.skip("its gate returns ids first")
     own = family(name).train()
     fused = copy.deepcopy(own)
     assert route_native_gates(fused) == len(find_moe_layers(own))
@@ -123,8 +131,9 @@ def test_some_gates_are_left_to_themselves(caplog: pytest.LogCaptureFixture, mon
 
 
 def test_a_rule_keeps_the_familys_dtypes() -> None:
+    granite = (("granitemoe", (False, True, False)),) if LOGITS_FIRST else ()
     for name, dtypes in (("deepseek_v3", (True, True, True)), ("qwen3_moe", (False, False, False)),
-                         ("mixtral", (False, False, True)), ("granitemoe", (False, True, False))):  # fmt: skip
+                         ("mixtral", (False, False, True)), *granite):  # fmt: skip
         rule = rule_of(find_moe_layers(family(name))[-1])
         assert (rule.in_float32, rule.logits_in_float32, rule.weights_in_float32) == dtypes
         own = family(name).to(torch.bfloat16)
