@@ -277,10 +277,12 @@ def _language_model(model: nn.Module, names: dict[nn.Module, str]) -> str:
 def _refuse_unknown_biases(names: dict[nn.Module, str], layers: list[MoeLayer]) -> None:
     known = {layer.bias.owner for layer in layers if layer.bias is not None}
     for module, name in names.items():
-        for buffer, _ in module.named_buffers(recurse=False):
+        for buffer, tensor in module.named_buffers(recurse=False):
             is_copy = ".original_module" in name or ".modules_to_save" in name  # of PEFT
             if buffer == "e_score_correction_bias" and module not in known and not is_copy:
-                raise ValueError(f"{name}.{buffer} is not understood: there are no `experts` beside it.")
+                raise ValueError(
+                    f"{name}.{buffer} is not understood: there are no `experts` beside it, {tensor.numel()} of them."
+                )
 
 
 __all__ = ["BalancingBias", "MoeLayer", "find_experts", "find_moe_layers", "require_moe_layers", "unwrapped"]
