@@ -152,14 +152,15 @@ def tensor_at(module: nn.Module, path: str) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------- the stand-in
-def _stand_in(gate: nn.Module, random: dict[int, torch.Tensor], table: dict[int, torch.Tensor]) -> nn.Module:
+def _stand_in(gate: nn.Module, tensors: dict[int, torch.Tensor]) -> nn.Module:
     """Copy a gate with other tensors in place of its own: nothing large is copied, and no hook."""
-    memo: dict[int, Any] = {**random, **table}
+    memo: dict[int, Any] = dict(tensors)
     for part in gate.modules():
         own = vars(part)
         memo |= {id(value): type(value)() for name, value in own.items() if "hook" in name and isinstance(value, dict)}
         memo |= {id(own[name]): None for name in ("forward", "_old_forward", "_hf_hook") if name in own}
-        memo |= {id(own[name]): own[name] for name in ("config",) if name in own}
+        if "config" in own:
+            memo[id(own["config"])] = own["config"]
     stand_in = copy.deepcopy(gate, memo)
     for part in stand_in.modules():
         for name in ("forward", "_old_forward", "_hf_hook"):
@@ -198,7 +199,7 @@ class _Trial:
         spread = 1e-4 if low else 0.3
         self.bias = None if layer.bias is None else (numbers(experts) * spread + bias_level).to(dtype)
         self.hidden = hidden.to(dtype).requires_grad_()
-        random = {id(tensor_at(gate, self.matrix)): nn.Parameter(matrix.to(dtype))}
+        random: dict[int, torch.Tensor] = {id(tensor_at(gate, self.matrix)): nn.Parameter(matrix.to(dtype))}
         if self.offset:
             random[id(tensor_at(gate, self.offset))] = nn.Parameter(numbers(experts).to(dtype))
         if layer.bias is not None and self.bias is not None:
@@ -208,18 +209,18 @@ class _Trial:
         unknown = [name for name, one in gate.named_parameters() if id(one) not in random]
         if unknown:
             raise UnknownGateError(f"it has parameters whose part is not known: {', '.join(unknown)}")
-        self.table, tables, self.argument = "", {}, None
+        self.table, self.argument = "", None
         for name, buffer in gate.named_buffers():
             if buffer.ndim == 2 and not buffer.is_floating_point():
                 self.table = name
                 chosen = torch.rand(len(buffer), experts, generator=generator).topk(buffer.shape[1]).indices
-                tables[id(buffer)] = chosen
+                random[id(buffer)] = chosen
                 self.argument = torch.randint(len(buffer), (TOKENS,), generator=generator)
         if "bias" in self.takes:
             self.argument = self.bias
         elif self.takes and not self.table:
             raise UnknownGateError(f"it is called with {self.takes}")
-        self.gate = _stand_in(gate, random, tables)
+        self.gate = _stand_in(gate, random)
 
     def run(self, training: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run the gate itself. Return logits (T, E), weights (T, K) and ids (T, K)."""

@@ -235,24 +235,16 @@ def _bias_of(block: nn.Module, experts: nn.Module, beside: dict[str, nn.Module])
 def _in_use(owner: nn.Module, beside: dict[str, nn.Module]) -> nn.Module:
     """Return the module whose bias is in use: PEFT's wrapper shows that of the copy it trains."""
     for child in beside.values():
-        original = dict(child.named_children()).get("original_module")
-        if original is None or owner not in child.modules():
+        parts = dict(child.named_children())
+        if "original_module" not in parts:
             continue
-        for path, module in original.named_modules():
+        for path, module in parts["original_module"].named_modules():
             if module is owner:
-                copies = list(dict(child.named_children())["modules_to_save"].children())
-                shown = [copy.get_submodule(path) for copy in copies if copy is not original]
-                values = _shown(child, path)
-                return next((one for one in shown if one is values), shown[0] if shown else owner)
+                copies = dict(parts["modules_to_save"].named_children())
+                active = [copies[name] for name in copies if name in getattr(child, "active_adapters", [])]
+                in_use = active or list(copies.values())
+                return in_use[0].get_submodule(path) if in_use else owner
     return owner
-
-
-def _shown(wrapper: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at a path of what a wrapper of PEFT shows, its copy in use."""
-    copies = dict(wrapper.named_children())["modules_to_save"]
-    active = getattr(wrapper, "active_adapters", [])
-    in_use = [copy for name, copy in copies.named_children() if name in active]
-    return in_use[0].get_submodule(path) if in_use else None
 
 
 def _index(name: str, place: int) -> int:
