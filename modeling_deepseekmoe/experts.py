@@ -16,13 +16,13 @@ one of its experts).
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from .checkpoint_layout import STACKS
+from .experts_gating import SILU, Gating, gating_numbers
 from .experts_grouped import GroupedChoices, grouped_linear, run_grouped
 from .experts_operands import Adapter, ExpertOperands
 from .experts_operator import run_operator
@@ -31,17 +31,19 @@ from .experts_trial import TRIAL as EXPERTS_TRIAL
 from .experts_triton import why_not_fused
 from .grouping import TRIAL as GROUPING_TRIAL
 from .kernel_trial import why_failed
-from .transformers_support import ALL_EXPERTS_FUNCTIONS, SiLUActivation, gating_of, plain_gating
+from .transformers_support import ALL_EXPERTS_FUNCTIONS, gating_of
 
 logger = logging.get_logger(__name__)
 
 IMPLEMENTATION = "deepseekmoe"
 BACKENDS = ("triton", "loop", "grouped")
 FUSED_BACKENDS = ("triton", "loop")
-PLAIN_GATING = plain_gating()
 # Hidden times width of an expert. Measured on two cores, with 8 and 64 experts: below it the calls of the loop cost
 # more than what it saves.
 LOOP_FROM = 2**18
+_OTHER_GATING = (
+    "their activation is not silu(gate) * up, with a clamp, slope and offset or not, nor tanh-GELU(gate) * up"
+)
 
 
 def refuse_offloaded(experts: nn.Module) -> None:
@@ -111,13 +113,13 @@ def run_experts(
     """
     _refuse_onnx(experts)
     gate_up, down = (experts.gate_up_proj, experts.down_proj) if stacks is None else stacks
-    dtype = compute_dtype(gate_up)
+    dtype, gating = compute_dtype(gate_up), gating_numbers(experts)
     adapted = any(adapter is not None for adapter in adapters)
     if backend is None:
         # Few tokens would have a backend that takes no adapters.
         backend, reason = choose_backend(experts, hidden_states, gate_up, None if adapted else top_k_index.shape[1])
         tell_backend(experts, hidden_states, backend, reason)
-    elif backend == "triton" and (reason := _why_not_triton(hidden_states.device, dtype, len(gate_up))):
+    elif backend == "triton" and (reason := _why_not_triton(hidden_states.device, dtype, len(gate_up), gating)):
         raise ValueError(f"backend='triton' is not allowed: {reason}.")
     if backend not in BACKENDS or (backend not in FUSED_BACKENDS and adapted):
         raise ValueError(
@@ -125,7 +127,11 @@ def run_experts(
         )
     gate_up, down = gate_up.to(dtype), down.to(dtype)
     if backend in FUSED_BACKENDS:
-        operands = ExpertOperands(hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down, *adapters)
+        if gating is None:
+            raise ValueError(f"backend={backend!r} is not allowed: {_OTHER_GATING}. It must be 'grouped'.")
+        operands = ExpertOperands(
+            hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down, gating, *adapters
+        )
         return run_operator(operands, "triton" if backend == "triton" else "eager").to(hidden_states.dtype)
     stack_of = dict(zip(STACKS, (gate_up, down), strict=True))
 
@@ -183,10 +189,11 @@ def choose_backend(
     """
     stack = experts.gate_up_proj if stack is None else stack
     num_experts, columns, hidden_size = stack.shape
-    if gating_of(type(experts)) is not PLAIN_GATING or not _is_silu(experts.act_fn):
-        return "grouped", "their activation is not silu(gate) * up"
+    gating = gating_numbers(experts)
+    if gating is None:
+        return "grouped", _OTHER_GATING
     if hidden_states.device.type == "cuda":
-        reason = _why_not_triton(hidden_states.device, compute_dtype(stack), num_experts)
+        reason = _why_not_triton(hidden_states.device, compute_dtype(stack), num_experts, gating)
         return ("grouped", reason) if reason else ("triton", "")
     if hidden_states.device.type not in ("cpu", "meta"):
         return "grouped", f"the tensors are on the device {hidden_states.device.type!r}"
@@ -203,10 +210,11 @@ def choose_backend(
     return "grouped", f"an expert of {hidden_size} x {columns // 2} is so small that the calls would take longer"
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype, num_experts: int) -> str:
+def _why_not_triton(device: torch.device, dtype: torch.dtype, num_experts: int, gating: Gating | None) -> str:
     """Return why the kernels do not compute such experts: they do not take them, or have failed a trial."""
+    case = () if gating is None or gating == SILU else tuple(gating)
     reason = why_not_fused(device, dtype, num_experts)
-    return reason or why_failed(GROUPING_TRIAL, device) or why_failed(EXPERTS_TRIAL, device)
+    return reason or why_failed(GROUPING_TRIAL, device) or why_failed(EXPERTS_TRIAL, device, case)
 
 
 def compute_dtype(stack: torch.Tensor) -> torch.dtype:
@@ -217,10 +225,6 @@ def compute_dtype(stack: torch.Tensor) -> torch.dtype:
     # Dynamo of torch 2.11 cannot trace the first question, and compiles for devices that have autocast.
     autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
     return torch.get_autocast_dtype(kind) if autocast and torch.is_autocast_enabled(kind) else stack.dtype
-
-
-def _is_silu(activation: Any) -> bool:
-    return activation is nn.functional.silu or isinstance(activation, (nn.SiLU, SiLUActivation))
 
 
 def tell_backend(experts: nn.Module, hidden_states: torch.Tensor, backend: str, reason: str) -> None:

@@ -207,6 +207,26 @@ def multiply_twice(
 
 
 @jit
+def clamp(gate, up, LIMIT: tl.constexpr):
+    """Clamp gates above, and ups on both sides. A NaN stays."""
+    if LIMIT is not None:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return gate, up
+
+
+@jit
+def exponent(gate, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
+    """Compute what the sigmoid is taken of: LINEAR * gate + CUBIC * gate**3."""
+    if CUBIC != 0.0:
+        return gate * (LINEAR + CUBIC * gate * gate)
+    elif LINEAR != 1.0:
+        return gate * LINEAR
+    else:
+        return gate
+
+
+@jit
 def activate(
     gate,
     up,
@@ -219,14 +239,23 @@ def activate(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PART: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LINEAR: tl.constexpr,
+    CUBIC: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
-    """Store silu(gate) * up of some columns, PART at a time, and, if they are kept, gates and ups."""
+    """Store the activation of some columns, PART at a time, and, if they are kept, gates and ups."""
     if COLUMNS > PART:
         HALF: tl.constexpr = COLUMNS // 2
         left_gate, right_gate = split_columns(gate, ROWS, COLUMNS)
         left_up, right_up = split_columns(up, ROWS, COLUMNS)
-        activate(left_gate, left_up, kept, act, row, exists, begin, WIDTH, ROWS, HALF, PART)
-        activate(right_gate, right_up, kept, act, row, exists, begin + HALF, WIDTH, ROWS, HALF, PART)
+        activate(
+            left_gate, left_up, kept, act, row, exists, begin, WIDTH, ROWS, HALF, PART, LIMIT, LINEAR, CUBIC, OFFSET
+        )
+        activate(
+            right_gate, right_up, kept, act, row, exists, begin + HALF, WIDTH, ROWS, HALF, PART, LIMIT, LINEAR, CUBIC,
+            OFFSET,
+        )  # fmt: skip
         return
     column = begin + tl.arange(0, COLUMNS)
     there = exists[:, None] & (column < WIDTH)[None, :]
@@ -237,7 +266,11 @@ def activate(
     # What the backward pass reads, and the same where none follows.
     gate = gate.to(act.dtype.element_ty).to(tl.float32)
     up = up.to(act.dtype.element_ty).to(tl.float32)
-    tl.store(act + row[:, None] * WIDTH + column[None, :], gate / (1.0 + tl.exp(-gate)) * up, mask=there)
+    gate, up = clamp(gate, up, LIMIT)
+    if OFFSET != 0.0:
+        up += OFFSET
+    opened = gate / (1.0 + tl.exp(-exponent(gate, LINEAR, CUBIC)))
+    tl.store(act + row[:, None] * WIDTH + column[None, :], opened * up, mask=there)
 
 
 @jit
@@ -254,6 +287,10 @@ def pass_activation(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PART: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LINEAR: tl.constexpr,
+    CUBIC: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
     """Store the gradients of some columns' gates and ups, and what `down` needs.
 
@@ -264,35 +301,51 @@ def pass_activation(
         HALF: tl.constexpr = COLUMNS // 2
         left, right = split_columns(grad_act, ROWS, COLUMNS)
         of_left = pass_activation(
-            left, kept, weight, grad_both, weighted_act, place, exists, begin, WIDTH, ROWS, HALF, PART
-        )
+            left, kept, weight, grad_both, weighted_act, place, exists, begin, WIDTH, ROWS, HALF, PART, LIMIT, LINEAR,
+            CUBIC, OFFSET,
+        )  # fmt: skip
         of_right = pass_activation(
-            right, kept, weight, grad_both, weighted_act, place, exists, begin + HALF, WIDTH, ROWS, HALF, PART
-        )
+            right, kept, weight, grad_both, weighted_act, place, exists, begin + HALF, WIDTH, ROWS, HALF, PART, LIMIT,
+            LINEAR, CUBIC, OFFSET,
+        )  # fmt: skip
         return of_left + of_right
     column = begin + tl.arange(0, COLUMNS)
     row = place.to(tl.int64)
     there = exists[:, None] & (column < WIDTH)[None, :]
     source = kept + row[:, None] * (2 * WIDTH) + column[None, :]
-    gate = tl.load(source, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(source + WIDTH, mask=there, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    silu = gate * sigmoid
+    stored_gate = tl.load(source, mask=there, other=0.0).to(tl.float32)
+    stored_up = tl.load(source + WIDTH, mask=there, other=0.0).to(tl.float32)
+    gate, up = clamp(stored_gate, stored_up, LIMIT)
+    if OFFSET != 0.0:
+        up += OFFSET
+    sigmoid = 1.0 / (1.0 + tl.exp(-exponent(gate, LINEAR, CUBIC)))
+    opened = gate * sigmoid
     if weighted_act is not None:
         act = weighted_act + row[:, None] * WIDTH + column[None, :]
-        tl.store(act, silu * up * weight[:, None], mask=there)
+        tl.store(act, opened * up * weight[:, None], mask=there)
     target = grad_both + row[:, None] * (2 * WIDTH) + column[None, :]
     weighted = grad_act * weight[:, None]
-    tl.store(target, weighted * up * (sigmoid + silu * (1.0 - sigmoid)), mask=there)
-    tl.store(target + WIDTH, weighted * silu, mask=there)
-    return tl.sum(grad_act * silu * up, axis=1)
+    curve = opened * (1.0 - sigmoid)  # times the slope of the exponent
+    if CUBIC != 0.0:
+        curve *= LINEAR + 3.0 * CUBIC * gate * gate
+    elif LINEAR != 1.0:
+        curve *= LINEAR
+    of_gate, of_up = weighted * up * (sigmoid + curve), weighted * opened
+    if LIMIT is not None:
+        of_gate = tl.where(stored_gate > LIMIT, 0.0, of_gate)
+        of_up = tl.where(tl.abs(stored_up) > LIMIT, 0.0, of_up)
+    tl.store(target, of_gate, mask=there)
+    tl.store(target + WIDTH, of_up, mask=there)
+    return tl.sum(grad_act * opened * up, axis=1)
 
 
 __all__ = [
     "activate",
     "add_adapter",
+    "clamp",
     "dot",
     "drop",
+    "exponent",
     "find_tile",
     "load_block",
     "multiply",

@@ -11,6 +11,9 @@ the order of the token's choices. It needs no atomics, and gives the same bits i
 A choice is one token at one of its experts, numbered as in the flattened (T, K). Its place is where it stands in the
 order of the experts.
 
+An activation is sigmoid(LINEAR * g + CUBIC * g**3) * g * (u + OFFSET), of a gate g and an up u that LIMIT clamps, or
+that are as they are where it is None (`experts_gating`).
+
 "Rows" lie in the order of the experts, (S, width). If a flag says so, they are the tokens' rows (T, width), read
 through the permutation. Sums are float32.
 """
@@ -60,8 +63,12 @@ def first_product_kernel(
     PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr,
     PART: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LINEAR: tl.constexpr,
+    CUBIC: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
-    """Compute the tokens' first product at their experts, and its activation silu(gate) * up."""
+    """Compute the tokens' first product at their experts, and its activation."""
     COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     expert, first, end = find_tile(tl.program_id(0) // COLUMN_TILES, offsets, E, E_WIDTH, BLOCK_ROWS)
     if expert >= E:
@@ -82,7 +89,9 @@ def first_product_kernel(
             gate, up, inner, row, exists, factor_b, expert, factor_stride_e, factor_stride_r, factor_stride_out, begin,
             R, WIDTH, BLOCK_R, BLOCK_COLUMNS, PRECISION, "",
         )  # fmt: skip
-    activate(gate, up, kept, act, row, exists, begin, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, PART)
+    activate(
+        gate, up, kept, act, row, exists, begin, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, PART, LIMIT, LINEAR, CUBIC, OFFSET
+    )
 
 
 @kernel
@@ -189,6 +198,10 @@ def activation_gradient_kernel(
     PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr,
     PART: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LINEAR: tl.constexpr,
+    CUBIC: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
     """Compute the gradient through the second product and the activation, and the parts of the weights' gradient."""
     COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
@@ -212,8 +225,9 @@ def activation_gradient_kernel(
         )  # fmt: skip
     weight = tl.load(weights + choice, mask=exists, other=0.0).to(tl.float32)
     part = pass_activation(
-        grad_act, kept, weight, grad_both, weighted_act, place, exists, begin, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, PART
-    )
+        grad_act, kept, weight, grad_both, weighted_act, place, exists, begin, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, PART,
+        LIMIT, LINEAR, CUBIC, OFFSET,
+    )  # fmt: skip
     tl.store(weight_parts + choice * COLUMN_TILES + column_tile, part, mask=exists)
 
 

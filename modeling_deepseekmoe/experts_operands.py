@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .experts_gating import SILU, Gating
+
 
 class Adapter(NamedTuple):
     """A product of low rank beside a projection. It adds `scale * dropout(rows) @ factor_a[i].T @ factor_b[i].T`.
@@ -35,6 +37,7 @@ class ExpertOperands(NamedTuple):
         expert_ids (`torch.LongTensor` of shape (T, K)): the id E stands for an expert that is elsewhere.
         weights (`torch.Tensor` of shape (T, K)): the gate's.
         gate_up, down (`torch.Tensor` of shapes (E, 2I, D) and (E, D, I)): the stacks.
+        gating ([`Gating`]): what becomes of the first product.
         gate_up_adapter, down_adapter ([`Adapter`], *optional*): the adapters beside the stacks.
     """
 
@@ -43,6 +46,7 @@ class ExpertOperands(NamedTuple):
     weights: torch.Tensor
     gate_up: torch.Tensor
     down: torch.Tensor
+    gating: Gating = SILU
     gate_up_adapter: Adapter | None = None
     down_adapter: Adapter | None = None
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .experts_gating import Gating
 from .experts_loop import experts_backward_loop, experts_forward_loop
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
 from .experts_triton import experts_backward_triton, experts_forward_triton
@@ -22,8 +23,13 @@ from .routing_triton import group_choices
 # A copy of this file on the Hub registers operators of its own.
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 _ADAPTER = "Tensor? {0}_a, Tensor? {0}_b, float {0}_scale, float {0}_dropout, Tensor? {0}_seed"
-_INPUTS = "Tensor hidden, Tensor expert_ids, Tensor weights, Tensor gate_up, Tensor down, " + ", ".join(
-    _ADAPTER.format(name) for name in ("gate_up", "down")
+_GATING = "str function, float? limit, float slope, float offset"  # the fields of a `Gating`
+_INPUTS = ", ".join(
+    [
+        "Tensor hidden, Tensor expert_ids, Tensor weights, Tensor gate_up, Tensor down",
+        _GATING,
+        *(_ADAPTER.format(name) for name in ("gate_up", "down")),
+    ]
 )
 
 
@@ -38,6 +44,10 @@ class _Inputs(NamedTuple):
     weights: Any
     gate_up: Any
     down: Any
+    function: Any
+    limit: Any
+    slope: Any
+    offset: Any
     gate_up_a: Any
     gate_up_b: Any
     gate_up_scale: Any
@@ -52,7 +62,7 @@ class _Inputs(NamedTuple):
     @classmethod
     def of(cls, operands: ExpertOperands) -> "_Inputs":
         """Make the inputs from operands."""
-        values: list[Any] = [*operands[:5]]
+        values: list[Any] = [*operands[:5], *tuple(operands.gating)]
         for adapter in (operands.gate_up_adapter, operands.down_adapter):
             values += tuple(_NO_ADAPTER if adapter is None else adapter)  # a list of Dynamo (2.11) takes no subclass
         return cls(*values)
@@ -65,6 +75,7 @@ class _Inputs(NamedTuple):
             self.weights.contiguous(),
             self.gate_up.contiguous(),
             self.down.contiguous(),
+            Gating(self.function, self.limit, self.slope, self.offset),
             self._adapter(self.gate_up_a, self.gate_up_b, self.gate_up_scale, self.gate_up_dropout, self.gate_up_seed),
             self._adapter(self.down_a, self.down_b, self.down_scale, self.down_dropout, self.down_seed),
         )

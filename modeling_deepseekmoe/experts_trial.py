@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .experts_gating import Gating
 from .experts_loop import experts_backward_loop, experts_forward_loop
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
 from .experts_tiles import Problem, Tile, gpu_of, measured_rule, use_tiles
@@ -19,11 +20,17 @@ _TOLERANCE = 2e-2  # of bfloat16, after two products
 
 
 @register_trial(TRIAL)
-def try_experts(device: torch.device) -> None:
+def try_experts(
+    device: torch.device, function: str = "silu", limit: float | None = None, slope: float = 1.0, offset: float = 0.0
+) -> None:
     """Compare output and gradients of the kernels in bfloat16 with those of the loop in float32.
 
     Two sizes of tiles are tried: those of a small layer, with adapters, and those of a large one, without, since a
     kernel takes half a second to compile.
+
+    Args:
+        device: where the kernels run.
+        function, limit, slope, offset: the fields of the experts' [`Gating`], but for another limit if there is one.
 
     Raises:
         WrongKernelError: if they differ.
@@ -35,18 +42,20 @@ def try_experts(device: torch.device) -> None:
         rows = 0 if problem.kind == "outer" else 512
         return measured_rule(problem._replace(rows=rows, columns=2048, inside=2048), gpu_of(device))
 
+    # A limit that the numbers here reach, and do not meet: they are multiples of 1/64.
+    gating = Gating(function, None if limit is None else 0.51, slope, offset)
     results = []
     for adapted, choose in ((True, lambda _: None), (False, large)):
         with use_tiles(choose):
-            results.append((_run(torch.device("cpu"), False, adapted), _run(device, True, adapted)))
+            results.append((_run(torch.device("cpu"), False, adapted, gating), _run(device, True, adapted, gating)))
     for expected, found in results:
         for name, result in found.items():
             compare(name, result, expected[name], _TOLERANCE)
 
 
-def _run(device: torch.device, of_kernels: bool, adapted: bool) -> dict[str, torch.Tensor]:
+def _run(device: torch.device, of_kernels: bool, adapted: bool, gating: Gating) -> dict[str, torch.Tensor]:
     """Compute output and gradients with the kernels in bfloat16, or with the loop in float32."""
-    operands, grad = _inputs()
+    operands, grad = _inputs(gating)
     if not adapted:
         operands = operands._replace(gate_up_adapter=None, down_adapter=None)
     wanted = ExpertGradients(True, True, True, True, *[adapted] * 4)
@@ -65,33 +74,40 @@ def _run(device: torch.device, of_kernels: bool, adapted: bool) -> dict[str, tor
     return {"the output": output} | found
 
 
-def _inputs() -> tuple[ExpertOperands, torch.Tensor]:
-    """Make the operands, and the gradient of the output, in numbers that bfloat16 has."""
+def _inputs(gating: Gating) -> tuple[ExpertOperands, torch.Tensor]:
+    """Make the operands, and the gradient of the output, in numbers that bfloat16 has.
+
+    It has the first product, too, of numbers as coarse as these: a gate near its limit would else be rounded to one of
+    the two sides, and have a gradient on one of them.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float32) * scale).bfloat16().float()
 
+    def coarse(*shape: int, unit: float) -> torch.Tensor:
+        return torch.randint(-1, 2, shape, generator=generator).float() * unit
+
     ids = torch.stack([torch.randperm(_EXPERTS, generator=generator)[:_TOP_K] for _ in range(_TOKENS)])
     ids[ids == 3] = _EXPERTS  # another rank's
     ids[ids == 1] = 0  # equal choices of a token; the expert 1 has none
-    adapters = [
-        Adapter(
-            numbers(_EXPERTS, _RANK, inside, scale=inside**-0.5), numbers(_EXPERTS, outside, _RANK, scale=0.2), 0.5
-        )
-        for outside, inside in ((2 * _WIDTH, _HIDDEN), (_HIDDEN, _WIDTH))
-    ]
-    stacks = numbers(_EXPERTS, 2 * _WIDTH, _HIDDEN, scale=_HIDDEN**-0.5), numbers(_EXPERTS, _HIDDEN, _WIDTH, scale=0.2)
+    hidden, gate_up = coarse(_TOKENS, _HIDDEN, unit=1), coarse(_EXPERTS, 2 * _WIDTH, _HIDDEN, unit=1 / 8)
+    of_first = Adapter(coarse(_EXPERTS, _RANK, _HIDDEN, unit=1), coarse(_EXPERTS, 2 * _WIDTH, _RANK, unit=1 / 32), 0.5)
+    of_second = Adapter(
+        numbers(_EXPERTS, _RANK, _WIDTH, scale=_WIDTH**-0.5), numbers(_EXPERTS, _HIDDEN, _RANK, scale=0.2), 0.5
+    )
+    down = numbers(_EXPERTS, _HIDDEN, _WIDTH, scale=0.2)
     weights = torch.rand(_TOKENS, _TOP_K, generator=generator, dtype=torch.float32).bfloat16().float()
-    return ExpertOperands(numbers(_TOKENS, _HIDDEN), ids, weights, *stacks, *adapters), numbers(_TOKENS, _HIDDEN)
+    operands = ExpertOperands(hidden, ids, weights, gate_up, down, gating, of_first, of_second)
+    return operands, numbers(_TOKENS, _HIDDEN)
 
 
 def _moved(operands: ExpertOperands, device: torch.device, to_bfloat16: bool) -> ExpertOperands:
     dtype = torch.bfloat16 if to_bfloat16 else torch.float32
 
     def moved(value: Any) -> Any:
-        if value is None:
-            return None
+        if value is None or isinstance(value, Gating):
+            return value
         if isinstance(value, Adapter):
             return value._replace(factor_a=moved(value.factor_a), factor_b=moved(value.factor_b))
         return value.to(device, dtype if value.is_floating_point() else value.dtype)

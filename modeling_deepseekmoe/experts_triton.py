@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import logging
 
+from .experts_gating import Gating
 from .experts_kernels import (
     activation_gradient_kernel,
     combine_kernel,
@@ -267,6 +268,7 @@ def experts_forward_triton(
             **launch.sizes,
             # Hopper needs fewer registers to store a half of the columns at a time, and Ampere more.
             PART=options["BLOCK_COLUMNS"] // (2 if has_large_tiles(hidden.device) else 1),
+            **_constants(operands.gating),
             **options,
         )
         second = _NOTHING
@@ -352,6 +354,7 @@ def _pass_second_product(
         D=hidden.shape[1],
         WIDTH=width,
         PART=PART,
+        **_constants(operands.gating),
         **beside.rank,
         **launch.sizes,
         **options,
@@ -382,6 +385,12 @@ def _pass_first_product(
     if needs.gate_up_b:
         results = results._replace(gate_up_b=launch.outer(both, launch.inner(hidden, adapter, by_token=True)))
     return results
+
+
+def _constants(gating: Gating) -> dict[str, float | None]:
+    """Return the numbers of the activation that a kernel is compiled for."""
+    linear, cubic = gating.sigmoid
+    return {"LIMIT": gating.limit, "LINEAR": linear, "CUBIC": cubic, "OFFSET": gating.offset}
 
 
 def _noise(adapter: Adapter | None) -> _LowRank:

@@ -30,15 +30,15 @@ logger = logging.get_logger(__name__)
 
 DEVICES = ("cuda",)  # types of devices on which the kernels are tried
 Trial = Callable[..., None]
-Case = tuple[int | str, ...]
+Case = tuple[int | float | str | None, ...]
 _TRIALS: dict[str, Trial] = {}
 _OUTCOMES: dict[tuple[str, torch.device, Case], str] = {}
 _LOCK = threading.RLock()
 # What the kernels and their trials consist of: a record is for these very files.
 _SOURCES = (
-    "experts_blocks", "experts_kernels", "experts_loop", "experts_tiles", "experts_trial", "experts_triton",
-    "grouping", "kernel_trial", "routing", "routing_eager", "routing_kernels", "routing_options", "routing_triton",
-    "triton_support",
+    "experts_blocks", "experts_gating", "experts_kernels", "experts_loop", "experts_tiles", "experts_trial",
+    "experts_triton", "grouping", "kernel_trial", "routing", "routing_eager", "routing_kernels", "routing_options",
+    "routing_triton", "triton_support",
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ _MODULE_OF = {
     "DeepseekV3Attention": "transformers.models.deepseek_v3.modeling_deepseek_v3",
     "DeepseekV3MLP": "transformers.models.deepseek_v3.modeling_deepseek_v3",
     "DeepseekV3TopkRouter": "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "GELUTanh": "transformers.activations",
     "LlamaAttention": "transformers.models.llama.modeling_llama",
     "LlamaRMSNorm": "transformers.models.llama.modeling_llama",
     "LlamaRotaryEmbedding": "transformers.models.llama.modeling_llama",
@@ -188,17 +189,6 @@ def experts_implementation_of(config: Any) -> str | None:
     return config._experts_implementation
 
 
-def plain_gating() -> Any:
-    """Return the gating of all classes of experts that have none of their own: `act_fn(gate) * up`."""
-
-    @__getattr__("use_experts_implementation")
-    class Experts(nn.Module):
-        def forward(self) -> None:
-            """Do nothing: this is never called."""
-
-    return gating_of(Experts)
-
-
 __all__ = [
     "CACHE_NAMES",
     "EXPERTS_MODULE",
@@ -208,7 +198,6 @@ __all__ = [
     "cache_name",
     "experts_implementation_of",
     "gating_of",
-    "plain_gating",
     "read_tokenizers_as_they_are",
     "takes_cache",
 ]

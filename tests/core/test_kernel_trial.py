@@ -35,6 +35,8 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="faults are made in the interpreter")
 CPU = torch.device("cpu")
 TRIALS = ("routing", "grouping", "experts")
+# The activations of DeepSeek-V4, MiniMax-M3 and Gemma 4.
+CLAMPED, SHIFTED, GELU = ("silu", 10.0, 1.0, 0.0), ("silu", 7.0, 1.702, 1.0), ("gelu_tanh", None, 1.0, 0.0)
 CASE_OF_ROUTING = (8, 2, "softmax", 1, 1, "max", "scores")  # that of eight experts, top-2
 
 
@@ -60,6 +62,7 @@ class Fault(NamedTuple):
     kernel: str
     right: str
     wrong: str
+    case: tuple = ()
 
     def make(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put the wrong kernel in place of the right one."""
@@ -98,29 +101,34 @@ FAULTS = (
     Fault("routing", "route_kernel", "e, 1.0) / (1.0 + e)", "e, 1.0) / (1.01 + e)"),
     Fault("routing", "route_backward_kernel", "score * (1.0 - score)", "score * (1.01 - score)"),
     Fault("grouping", "group_kernel", "position[None, :] < position", "position[None, :] <= position"),
-    Fault("experts", "first_product_kernel", "gate / (1.0 + tl.exp(-gate))", "gate / (1.1 + tl.exp(-gate))"),
-    Fault("experts", "activation_gradient_kernel", "silu * (1.0 - sigmoid)", "silu * (0.9 - sigmoid)"),
+    Fault("experts", "first_product_kernel", "gate / (1.0 + tl.exp(", "gate / (1.1 + tl.exp("),
+    Fault("experts", "activation_gradient_kernel", "opened * (1.0 - sigmoid)", "opened * (0.9 - sigmoid)"),
+    Fault("experts", "first_product_kernel", "tl.where(gate > LIMIT, LIMIT, gate)", "gate", CLAMPED),
+    Fault("experts", "activation_gradient_kernel", "tl.abs(stored_up) > LIMIT", "stored_up > LIMIT", CLAMPED),
+    Fault("experts", "activation_gradient_kernel", "curve *= LINEAR + 3.0", "curve *= 2.0 * LINEAR + 3.0", GELU),
+    Fault("experts", "first_product_kernel", "gate * LINEAR", "gate", SHIFTED),
     Fault("experts", "combine_kernel", "range(TOP_K):", "range(TOP_K - 1):"),
     Fault("experts", "outer_kernel", "range(begin, end, BLOCK_ROWS)", "range(begin + 1, end, BLOCK_ROWS)"),
 )
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.kernel)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}-{fault.case[:2]}")
 def test_a_wrong_constant_is_found_and_nothing_is_kept(
     fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = fault.trial
     with monkeypatch.context() as patch:
         fault.make(tmp_path, patch)
-        reason = why_failed(name, CPU)
-        assert f"the trial of the {name} kernels failed on cpu (WrongKernelError" in reason
-        assert why_failed(name, CPU) == reason
+        reason = why_failed(name, CPU, fault.case)
+        of_case = f" for {', '.join(map(str, fault.case))}" if fault.case else ""
+        assert f"the trial of the {name} kernels{of_case} failed on cpu (WrongKernelError" in reason
+        assert why_failed(name, CPU, fault.case) == reason
         assert len([record for record in caplog.records if "Plain torch computes instead" in record.message]) == 1
         assert records(tmp_path) == []
         kernel_trial.forget_outcomes()
-        assert why_failed(name, CPU)  # a second start tries again
+        assert why_failed(name, CPU, fault.case)  # a second start tries again
     kernel_trial.forget_outcomes()
-    assert why_failed(name, CPU) == "" and records(tmp_path) == [name]
+    assert why_failed(name, CPU, fault.case) == "" and records(tmp_path) == [name]
 
 
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -140,7 +148,9 @@ def test_training_goes_on_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match="backend='triton' is not allowed: the trial failed"):
         run_experts(*arguments, backend="triton")
     monkeypatch.setattr(experts, "why_not_fused", lambda *_: "")
-    monkeypatch.setattr(experts, "why_failed", lambda name, device: "the trial failed" if name == "experts" else "")
+    monkeypatch.setattr(
+        experts, "why_failed", lambda name, device, case=(): "the trial failed" if name == "experts" else ""
+    )
 
     class Rows:
         device = torch.device("cuda")

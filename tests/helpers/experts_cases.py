@@ -18,6 +18,9 @@ DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.flo
 KINDS = ("random", "one expert", "elsewhere", "all elsewhere", "repeated")
 # What can have a gradient.
 LEAVES = ("hidden", "weights", "gate_up", "down", "gate_up_a", "gate_up_b", "down_a", "down_b")
+# Activations: the one of most families, and those of DeepSeek-V4, MiniMax-M3 and Gemma 4.
+GATINGS = ("silu", "clamped", "shifted", "gelu")
+LIMIT, SLOPE = 0.6, 1.7
 
 
 @use_experts_implementation
@@ -26,13 +29,45 @@ class Experts(nn.Module):
 
     def __init__(self, config: SimpleNamespace, num_experts: int, hidden: int, width: int) -> None:
         super().__init__()
-        self.num_experts, self.act_fn = num_experts, nn.SiLU()
+        self.num_experts, self.act_fn, self.limit = num_experts, nn.SiLU(), LIMIT
         self.gate_up_proj = nn.Parameter(torch.randn(num_experts, 2 * width, hidden) / hidden**0.5)
         self.down_proj = nn.Parameter(torch.randn(num_experts, hidden, width) / width**0.5)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Not called."""
         raise NotImplementedError
+
+
+@use_experts_implementation
+class ClampedExperts(Experts):
+    """Experts as those of DeepSeek-V4."""
+
+    def _apply_gate(self, first: torch.Tensor) -> torch.Tensor:
+        gate, up = first.chunk(2, dim=-1)
+        return self.act_fn(gate.clamp(max=self.limit)) * up.clamp(min=-self.limit, max=self.limit)
+
+
+@use_experts_implementation
+class ShiftedExperts(Experts):
+    """Experts as those of MiniMax-M3."""
+
+    slope = SLOPE
+
+    def _apply_gate(self, first: torch.Tensor) -> torch.Tensor:
+        gate, up = first.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.slope))
+
+
+def activation(gating: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The reference of an activation."""
+    if gating in ("clamped", "shifted"):
+        gate, up = torch.clamp(gate, max=LIMIT), torch.clamp(up, -LIMIT, LIMIT)
+    if gating == "shifted":
+        return gate / (1 + torch.exp(-SLOPE * gate)) * (up + 1)
+    if gating == "gelu":
+        return 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+    return F.silu(gate) * up
 
 
 @dataclass(frozen=True)
@@ -52,13 +87,15 @@ class Case:
     strided: bool
     masked: bool
     trained: frozenset[str]
+    gating: str = "silu"
 
 
 @st.composite
 def cases(draw: st.DrawFn, most_tokens: int = 12, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
     """Sizes that are no powers of two, none at all, one expert, as many choices as experts."""
-    experts, kind = draw(st.integers(1, 7)), draw(st.sampled_from(KINDS))
-    if kind == "repeated":  # equal slots are rounded alike, and their errors add up
+    experts, kind, gating = draw(st.integers(1, 7)), draw(st.sampled_from(KINDS)), draw(st.sampled_from(GATINGS))
+    # Equal slots are rounded alike, and their errors add up; a gate at its limit is rounded to one of its two sides.
+    if kind == "repeated" or gating in ("clamped", "shifted"):
         dtypes = tuple(dtype for dtype in dtypes if dtype.itemsize > 2)
     return Case(
         seed=draw(st.integers(0, 2**20)),
@@ -74,6 +111,7 @@ def cases(draw: st.DrawFn, most_tokens: int = 12, dtypes: tuple[torch.dtype, ...
         strided=draw(st.booleans()),
         masked=draw(st.booleans()),
         trained=draw(st.one_of(st.just(frozenset(LEAVES)), st.frozensets(st.sampled_from(LEAVES)))),
+        gating=gating,
     )
 
 
@@ -87,6 +125,7 @@ class Inputs:
     experts: Experts
     adapters: list[Adapter | None]
     grad: torch.Tensor
+    gating: str = "silu"
 
     @property
     def differentiable(self) -> dict[str, torch.Tensor]:
@@ -105,7 +144,10 @@ class Inputs:
 def inputs_of(case: Case, device: str = "cpu", dropout: float = 0.0) -> Inputs:
     """Random tensors, leaves that have a gradient where the case wants one."""
     torch.manual_seed(case.seed)
-    experts = Experts(SimpleNamespace(_experts_implementation="deepseekmoe"), case.experts, case.hidden, case.width)
+    kind = {"clamped": ClampedExperts, "shifted": ShiftedExperts}.get(case.gating, Experts)
+    experts = kind(SimpleNamespace(_experts_implementation="deepseekmoe"), case.experts, case.hidden, case.width)
+    if case.gating == "gelu":
+        experts.act_fn = nn.GELU(approximate="tanh")
     experts = experts.to(device, case.dtype)
     hidden = torch.randn(case.tokens, 2 * case.hidden if case.strided else case.hidden).to(device, case.dtype)
     hidden = hidden[:, ::2] if case.strided else hidden
@@ -136,7 +178,7 @@ def inputs_of(case: Case, device: str = "cpu", dropout: float = 0.0) -> Inputs:
         seed = torch.randint(2**62, (), device=device) if dropout else None
         adapters.append(Adapter(factor_a, factor_b, 0.7, dropout, seed))
     grad = torch.randn(case.tokens, case.hidden).to(device, case.dtype)
-    inputs = Inputs(hidden, ids.to(device), weights.to(device), experts, adapters, grad)
+    inputs = Inputs(hidden, ids.to(device), weights.to(device), experts, adapters, grad, case.gating)
     for name, tensor in inputs.differentiable.items():
         tensor.requires_grad_(name in case.trained)
     return inputs
@@ -159,8 +201,7 @@ def by_token(inputs: Inputs) -> torch.Tensor:
                     factor_a, factor_b = adapter.factor_a[expert].double(), adapter.factor_b[expert].double()
                     product = product + adapter.scale * (factor_b @ (factor_a @ values))
                 if number == 0:
-                    gate, up = product.chunk(2)
-                    product = F.silu(gate) * up
+                    product = activation(inputs.gating, *product.chunk(2))
                 values = product
             row = row + weight * values
         rows.append(row)

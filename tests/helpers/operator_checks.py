@@ -7,6 +7,7 @@ from experts_cases import LEAVES, Case, inputs_of
 from torch.library import opcheck
 
 from modeling_deepseekmoe.experts import run_experts
+from modeling_deepseekmoe.experts_gating import gating_numbers
 from modeling_deepseekmoe.experts_operator import experts_backward_op, experts_op
 
 CASE = Case(0, "random", torch.float32, 9, 5, 3, 24, 20, 0, "both", False, False, frozenset(LEAVES))
@@ -43,12 +44,12 @@ def check_dropout(backend: str, seeds: int, device: str = "cpu") -> None:
         assert abs(slope - float((tensor.grad * direction).sum())) <= 1e-2 * max(1.0, abs(slope)), name
 
 
-def check_operators(rank: int, implementation: str) -> None:
+def check_operators(rank: int, implementation: str, gating: str = "silu") -> None:
     """The checks of torch, of both operators."""
-    inputs = inputs_of(dataclasses.replace(CASE, rank=rank))
+    inputs = inputs_of(dataclasses.replace(CASE, rank=rank, gating=gating))
     adapters = [value for adapter in inputs.adapters for value in adapter or WITHOUT_ADAPTERS[:5]]
     stacks = (inputs.experts.gate_up_proj, inputs.experts.down_proj)
-    arguments = (inputs.hidden, inputs.ids, inputs.weights, *stacks, *adapters)
+    arguments = (inputs.hidden, inputs.ids, inputs.weights, *stacks, *gating_numbers(inputs.experts), *adapters)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(experts_op, (*arguments, True, implementation), test_utils=checks)
     _, kept, permutation, offsets = experts_op(*arguments, True, implementation)
