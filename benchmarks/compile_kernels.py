@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from modeling_deepseekmoe import experts_kernels, experts_tiles, experts_triton, routing_kernels
+from modeling_deepseekmoe.experts_gating import SILU, Gating
 from modeling_deepseekmoe.experts_operands import Adapter, ExpertGradients, ExpertOperands
 from modeling_deepseekmoe.experts_tiles import Gpu
 from modeling_deepseekmoe.routing_triton import WARPS, group_options, route_backward_options, route_options
@@ -51,18 +52,29 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Kimi K2": {"experts": 384, "top_k": 8, "groups": 1, "kept": 1, **SIGMOID},
 }
 # Routed experts, chosen experts, hidden, expert width, tokens, rank of adapters (0: without, all parameters trained).
+# The activation of most is SiLU; GATINGS has the others.
 EXPERTS = {
     "DeepSeekMoE 16B": (64, 6, 2048, 1408, 8192, 0),
     "DeepSeek-V3": (256, 8, 7168, 2048, 8192, 0),
     "DeepSeek-V3, decoding": (256, 8, 7168, 2048, 1, 0),
     "128 x 2048 x 768, r 16": (128, 8, 2048, 768, 8192, 16),
+    "DeepSeek-V4 Flash": (256, 6, 4096, 2048, 8192, 0),
+    "MiniMax-M3's activation": (256, 6, 4096, 2048, 8192, 0),
+    "GELU": (256, 6, 4096, 2048, 8192, 0),
 }
+GATINGS = {
+    "DeepSeek-V4 Flash": Gating(limit=10.0),
+    "MiniMax-M3's activation": Gating(limit=7.0, slope=1.702, offset=1.0),
+    "GELU": Gating("gelu_tanh"),
+}
+OF_ACTIVATION = ("first_product_kernel", "activation_gradient_kernel")
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 POINTERS = {
     "logits": "*fp32", "bias": "*fp32", "token_mask": "*i1", "expert_ids": "*i64", "weights": "*fp32",
     "counts": "*i64", "fixed_sums": "*i64", "nan_rows": "*i64", "arrivals": "*i64", "score_sums": "*fp32",
     "grad_weights": "*fp32", "grad_sums": "*fp32", "grad_logits": "*fp32", "ids": "*i64", "histograms": "*i32",
     "permutation": "*i64", "inverse": "*i64", "offsets": "*i32", "scaling_factor": "fp32",
+    "epsilon": "fp32",
 }  # fmt: skip
 
 
@@ -132,7 +144,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def operands_of(
-    layer: tuple[int, ...], dtype: torch.dtype, rank: int, dropout: float
+    layer: tuple[int, ...], dtype: torch.dtype, rank: int, dropout: float, gating: Gating = SILU
 ) -> tuple[ExpertOperands, tuple[torch.Tensor, torch.Tensor]]:
     """Make the operands of a layer (experts, top-k, hidden, width, tokens), and the order of its choices, nowhere."""
     experts, top_k, hidden, width, tokens = layer
@@ -143,15 +155,19 @@ def operands_of(
     ]  # fmt: skip
     stacks = meta(experts, 2 * width, hidden, dtype=dtype), meta(experts, hidden, width, dtype=dtype)
     ids, weights = meta(tokens, top_k, dtype=torch.int64), meta(tokens, top_k, dtype=torch.float32)
-    operands = ExpertOperands(meta(tokens, hidden, dtype=dtype), ids, weights, *stacks, *adapters)
+    operands = ExpertOperands(meta(tokens, hidden, dtype=dtype), ids, weights, *stacks, gating, *adapters)
     return operands, (meta(tokens * top_k, dtype=torch.int32), meta(experts + 1, dtype=torch.int32))
 
 
-def launches_of_experts(target: str, layer: tuple[int, ...]) -> list[Launch]:
-    """Record all that a layer launches on a target: a training step or, for one token, its forward pass."""
+def launches_of_experts(target: str, model: str) -> list[Launch]:
+    """Record all that a layer launches on a target: a training step or, for one token, its forward pass.
+
+    Of layers with another activation these are the two kernels that know of it.
+    """
+    layer, gating = EXPERTS[model], GATINGS.get(model, SILU)
     *_, tokens, rank = layer
     launches: dict[Launch, None] = {}
-    operands, order = operands_of(layer[:5], torch.bfloat16, rank, 0.1)
+    operands, order = operands_of(layer[:5], torch.bfloat16, rank, 0.1, gating)
     kernels = {name: getattr(experts_triton, name) for name in experts_kernels.__all__}
     gpu = experts_tiles.gpu_of
     experts_tiles.gpu_of = lambda _: Gpu(target, SHARED[target])  # of tensors that are nowhere
@@ -166,7 +182,7 @@ def launches_of_experts(target: str, layer: tuple[int, ...]) -> list[Launch]:
         experts_tiles.gpu_of = gpu
         for name, kernel in kernels.items():
             setattr(experts_triton, name, kernel)
-    return list(launches)
+    return [launch for launch in launches if model not in GATINGS or launch.kernel in OF_ACTIVATION]
 
 
 # What a multiprocessor has: bytes of shared memory, of which CUDA takes 1 KB for each program, warps, and registers of
@@ -274,8 +290,8 @@ def main() -> int:
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, and nothing can be compiled.")
     jobs = [(model, name) for model, shape in SHAPES.items() for name in variants(shape, "sm_90")]
-    for model, layer in EXPERTS.items():
-        of_targets = [launches_of_experts(target, layer) for target in TARGETS]
+    for model in EXPERTS:
+        of_targets = [launches_of_experts(target, model) for target in TARGETS]
         jobs += [(model, launches) for launches in zip(*of_targets, strict=True)]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         rows = list(pool.map(compile_row, jobs))

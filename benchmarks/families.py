@@ -3,7 +3,8 @@
 For each family a tiny model with random weights is made (`family_models`), and then:
 
 - routing: `route_native_gates` gives the same experts, and the same weights to 1e-6.
-- experts: `experts_implementation="deepseekmoe"` gives the same logits and all gradients as "eager", to 1e-5.
+- experts: `experts_implementation="deepseekmoe"` gives the same logits and all gradients as "eager", to 1e-5 or, where
+  float32 is not enough for that (Gemma 4), to twice what transformers' own "batched_mm" is off.
 - counting: the counts of a padded batch are those of a loop over the gates' own choices.
 - bias: an update moves the family's own bias, or `add_balancing_bias` gives one that changes nothing at first.
 - losses: `add_auxiliary_loss` gives the values of formulas in float64 to 1e-6, and the gates' gradients to 1e-5.
@@ -37,6 +38,7 @@ from modeling_deepseekmoe import (
     add_auxiliary_loss,
     add_balancing_bias,
     expert_lora_config,
+    experts,
     route_native_gates,
     take_router_load,
     track_router_load,
@@ -60,11 +62,15 @@ class DifferenceError(AssertionError):
     """A tool takes a family, and gives something else."""
 
 
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Measure by the norm of the difference."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
 def same(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     """Compare by the norm of the difference."""
-    found, expected = found.detach().double(), expected.detach().double()
-    off = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-    if not off <= tolerance:
+    if not (off := difference(found, expected)) <= tolerance:
         raise DifferenceError(f"{name} differ by {off:.0e}")
 
 
@@ -134,15 +140,14 @@ def try_experts(model: nn.Module) -> str:
         raise ValueError(f"{type(model).__name__} has no stacked experts")
     if reason := next(filter(None, (why_unsupported(experts) for _, experts in found.values())), None):
         raise ValueError(reason)
-    results = []
-    for implementation in ("eager", "deepseekmoe"):
+    results = {}
+    for implementation in ("eager", "batched_mm", "deepseekmoe"):
         one = copy.deepcopy(model).train()
         one.set_experts_implementation(implementation)
         result = run(one)
-        results.append((result, gradients_of(one, result)))
-    (expected, gradients), (found, found_gradients) = results
-    same("logits", found, expected, 1e-5)
-    same("gradients", found_gradients, gradients, 1e-5)
+        results[implementation] = (result, gradients_of(one, result))
+    for name, found, other, expected in zip(("logits", "gradients"), *reversed(results.values()), strict=True):
+        same(name, found, expected, max(1e-5, 2 * difference(other, expected)))
     return "yes"
 
 
@@ -200,9 +205,10 @@ def try_bias(model: nn.Module) -> str:
     track_router_load(model)
     before = [gate.bias.clone() for gate in gates]
     run(model)
-    update_router_bias(model, 0.1)
-    if any(torch.equal(old, gate.bias) for old, gate in zip(before, gates, strict=True)):
-        raise DifferenceError("a bias stayed as it was")
+    loads = update_router_bias(model, 0.1).tokens_per_expert
+    for old, gate in zip(before, gates, strict=True):
+        if torch.equal(old, gate.bias) == bool(loads[gate.place].any()):  # of an image's experts none has a token
+            raise DifferenceError("a bias stayed as it was")
     return word
 
 
@@ -346,6 +352,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="names of families, with commas")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    experts.LOOP_FROM = 0  # experts as small as these would all have the backend of small ones
     wanted = [family for family in families() if not arguments.only or family.name in arguments.only.split(",")]
     rows = []
     for family in wanted:

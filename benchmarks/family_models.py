@@ -44,13 +44,15 @@ GROUPED = {"n_group": 4, "topk_group": 2}
 LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "moe_layer_freq", "attention_types", "no_rope_layers",
          "block_types", "full_attention_idxs", "hybrid_layer_pattern")  # fmt: skip
 # Their defaults may be None, for a dense model.
-FORCED = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_topk")
+FORCED = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_topk", "top_k_experts")
 TOWER = {"num_hidden_layers": 1, "encoder_layers": 1, "d_model": 32, "encoder_ffn_dim": 32, 
          "downsample_hidden_size": 8,
          "encoder_attention_heads": 2, "output_dim": 64}  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * (LAYERS - 1)]}},
-    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 32]}},
+    "diffusion_gemma": {"text_config": {"moe_intermediate_size": 32}},
+    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 32], 
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}}},
     "gemma4": {"enable_moe_block": True, "moe_intermediate_size": 32},
     "glm4v_moe": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                                                        "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}},
@@ -59,9 +61,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16},
     "hy_v4_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                                                       "mrope_section": [2, 1, 1]}}},
+    "longcat_flash": {"num_layers": LAYERS // 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32,
+                      "zero_expert_num": 4, "head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
-    "qwen4_exp": {"text_config": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
-                                  "indexer_budget": 8, "indexer_compress_ratio": 2}},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
+                   "text_config": {"moe_hidden_size": 48, "mlp_layer_types": ["dense", *["sparse"] * (LAYERS - 1)]}},
+    "qwen3_omni_moe": {"vision_start_token_id": 3},
+    "qwen4_exp": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+                  "indexer_compress_ratio": 2, "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8},
+    "step3p7": {"text_config": {"sliding_window": 16, "share_expert_dim": 32}},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
@@ -146,9 +154,15 @@ def shrunk(
     return config_class(**values)
 
 
+def _config_class(kind: type[PreTrainedModel]) -> type[PreTrainedConfig]:
+    """Return the class of a model's config: the one that its class is annotated with, of several that it may take."""
+    annotated = vars(kind).get("__annotations__", {}).get("config")
+    return annotated if inspect.isclass(annotated) else kind.config_class
+
+
 def tiny_model(family: Family, **more: Any) -> PreTrainedModel:
     """Make a tiny model of a family with random weights, the same ones each time."""
     kind = model_class(family)
-    config = shrunk(kind.config_class, OVERRIDES.get(family.name, {}) | more)
+    config = shrunk(_config_class(kind), OVERRIDES.get(family.name, {}) | more)
     torch.manual_seed(0)
     return kind(config).float()

@@ -335,6 +335,7 @@ def _pass_second_product(
     source, options = _described(down, options)
     parts = weights.new_zeros(num_choices, ceil_div(width, options["BLOCK_COLUMNS"]), dtype=torch.float32)
     beside = _LowRank(inner, None if adapter is None else adapter.factor_a)
+    part = PART if operands.gating.limit is None else PART // 2  # a clamp needs gates and ups as they were, too
     activation_gradient_kernel[launch.grid(options, width)](
         grad,
         source,
@@ -353,7 +354,7 @@ def _pass_second_product(
         *beside.strides,
         D=hidden.shape[1],
         WIDTH=width,
-        PART=PART,
+        PART=part,
         **_constants(operands.gating),
         **beside.rank,
         **launch.sizes,

@@ -68,6 +68,7 @@ def route(
     top_k_groups: int = 1,
     group_score: str = "max",
     normalize: bool = False,
+    epsilon: float = 1e-20,
     scaling_factor: float = 1.0,
     bias_on: str = "scores",
     expert_ids: torch.Tensor | None = None,
@@ -80,7 +81,7 @@ def route(
 
     Args:
         router_logits (`torch.Tensor` of shape (T, E)): gate logits.
-        top_k, score_function, num_groups, top_k_groups, group_score, normalize, scaling_factor, bias_on,
+        top_k, score_function, num_groups, top_k_groups, group_score, normalize, epsilon, scaling_factor, bias_on,
             implementation: see [`RoutingOptions`].
         correction_bias, expert_ids, token_mask, num_sequences, statistics: see [`choose_experts`].
 
@@ -97,6 +98,7 @@ def route(
         top_k_groups=top_k_groups,
         group_score=group_score,
         normalize=normalize,
+        epsilon=epsilon,
         scaling_factor=scaling_factor,
         bias_on=bias_on,
         implementation=implementation,
@@ -219,7 +221,9 @@ def try_routing(
     logits = logits.mul_(4).round_().div_(4).add_(0.1)  # many are equal, and no sums of two different scores
     bias = torch.randint(-2, 3, (num_experts,), generator=generator).to(torch.float32) / 7
     mask = torch.rand(40, generator=generator, dtype=torch.float32) < 0.8
-    options = RoutingOptions(top_k, score_function, num_groups, top_k_groups, group_score, True, 2.5, bias_on)
+    options = RoutingOptions(
+        top_k, score_function, num_groups, top_k_groups, group_score, True, 0.25, scaling_factor=2.5, bias_on=bias_on
+    )
     results = []
     for run, place in ((route_eager, torch.device("cpu")), (route_triton, device)):
         leaf = logits.to(place).requires_grad_()

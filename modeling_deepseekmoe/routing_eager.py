@@ -71,7 +71,7 @@ def route_eager(
     else:
         weights = affinities(logits.gather(1, expert_ids), score_function)
     if options.normalize:
-        weights = weights.div(weights.sum(dim=-1, keepdim=True).add_(1e-20))
+        weights = weights.div(weights.sum(dim=-1, keepdim=True).add_(options.epsilon))
     elif score_function != "softmax":
         weights = weights + 0.0 * weights.detach().sum(dim=-1, keepdim=True)  # one NaN makes the row NaN
     # Neither a quotient nor a sum nor gathered values are needed by their own gradients.

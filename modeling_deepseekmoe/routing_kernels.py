@@ -173,6 +173,7 @@ def route_kernel(
     programs_per_sequence,
     tokens_per_program,
     scaling_factor,
+    epsilon,
     E: tl.constexpr,
     K: tl.constexpr,
     K_WIDTH: tl.constexpr,
@@ -245,7 +246,7 @@ def route_kernel(
         picked = _finite(tl.load(row[:, None] + ids, mask=is_choice, other=0.0).to(tl.float32))
         weight = _affinity(picked, highest[:, None], total[:, None], SCORE_FUNCTION)
         if NORMALIZE:
-            weight /= tl.sum(tl.where(is_choice, weight, 0.0), axis=1)[:, None] + 1e-20
+            weight /= tl.sum(tl.where(is_choice, weight, 0.0), axis=1)[:, None] + epsilon
         weight = tl.where(has_nan[:, None], float("nan"), weight * scaling_factor)
         out = token[:, None] * K + place[None, :]
         tl.store(expert_ids + out, ids.to(tl.int64), mask=is_choice)
@@ -294,6 +295,7 @@ def route_backward_kernel(
     grad_stride_k,
     sequence_length,
     scaling_factor,
+    epsilon,
     E: tl.constexpr,
     K: tl.constexpr,
     K_WIDTH: tl.constexpr,
@@ -333,7 +335,7 @@ def route_backward_kernel(
             picked = tl.where(is_choice, picked, 0.0)
             at = token[:, None] * grad_stride_t + place[None, :] * grad_stride_k
             dots = picked * tl.load(grad_weights + at, mask=is_choice, other=0.0)
-            divisor = tl.sum(picked, axis=1) + 1e-20
+            divisor = tl.sum(picked, axis=1) + epsilon
             factor /= divisor
             shift = tl.sum(dots, axis=1) / divisor
         for k in range(K):

@@ -28,8 +28,8 @@ class RoutingOptions:
         group_score: `"max"` (V2) or `"top2_sum"` (V3) of the scores in a group.
         bias_on: what the balancing bias is added to for the choice: `"scores"`, the affinities (2408.15664), or
             `"logits"`, without groups.
-        normalize: divide the chosen scores by their sum plus 1e-20.
-        scaling_factor: factor on the weights, a finite number of at least 0.
+        normalize: divide the chosen scores by their sum plus `epsilon`.
+        epsilon, scaling_factor: what is added to that sum, and a factor on the weights: finite numbers of at least 0.
         implementation: `"eager"`, `"triton"`, or `"auto"`: Triton on a CUDA or ROCm device if it is installed and
             takes the input (E up to 1024, K up to 32, G up to 64), else eager. The log says which, at level INFO, or
             as a warning if a GPU could do better. The kernels have no gradient of the gradient.
@@ -41,6 +41,7 @@ class RoutingOptions:
     top_k_groups: int = 1
     group_score: str = "max"
     normalize: bool = False
+    epsilon: float = 1e-20
     scaling_factor: float = 1.0
     bias_on: str = "scores"
     implementation: str = "auto"
@@ -82,8 +83,9 @@ class RoutingOptions:
             _refuse("top_k", top_k, f"at most the {kept * size} experts of top_k_groups={kept} groups")
         if self.compared_groups > 1 and self.group_score == "top2_sum" and size < 2:
             _refuse("num_groups", groups, "such that a group holds two experts, for group_score='top2_sum'")
-        if not isinstance(self.scaling_factor, (int, float)) or not 0 <= self.scaling_factor < math.inf:
-            _refuse("scaling_factor", self.scaling_factor, "a finite number of at least 0")
+        for name, number in (("scaling_factor", self.scaling_factor), ("epsilon", self.epsilon)):
+            if not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+                _refuse(name, number, "a finite number of at least 0")
 
 
 def _refuse(name: str, value: object, allowed: str) -> NoReturn:

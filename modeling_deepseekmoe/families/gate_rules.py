@@ -281,6 +281,7 @@ def _find(layer: MoeLayer) -> GateRule:
         else:
             raise UnknownGateError("route() has no options that give its experts and their weights")
     rule = replace(rule, options=replace(options, scaling_factor=scale))
+    rule = replace(rule, options=replace(rule.options, epsilon=_epsilon(rule, _Trial(layer, torch.float32, low=True))))
     for seed, low, level, training in ((1, False, 0.0, True), (2, False, -1.5, False), (3, True, 0.0, False)):
         _check(rule, _Trial(layer, torch.float32, seed, low, level), training)
     rule = _with_dtypes(rule, layer)
@@ -313,7 +314,9 @@ def _options(gate: nn.Module | None, trial: _Trial, top_k: int) -> Iterator[Rout
         for number, kept, group_score in groups:
             for place in BIAS_PLACES if number == 1 and trial.bias is not None else BIAS_PLACES[:1]:
                 for normalize in (False, True):
-                    yield RoutingOptions(top_k, score, number, kept, group_score, normalize, 1.0, place, "eager")
+                    yield RoutingOptions(
+                        top_k, score, number, kept, group_score, normalize, bias_on=place, implementation="eager"
+                    )
 
 
 def _in_order(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -333,6 +336,24 @@ def _scale(rule: GateRule, trial: _Trial, ids: torch.Tensor, weights: torch.Tens
         return None
     scale = _digits(float((weights * found).sum() / found.square().sum()))
     return scale if torch.allclose(scale * found, weights, atol=1e-6, rtol=TOLERANCE) else None
+
+
+@torch.no_grad()
+def _epsilon(rule: GateRule, trial: _Trial) -> float:
+    """Return what is added to a sum of scores, from scores that are small. Below 1e-9 it is the usual number."""
+    options = rule.options
+    if not options.normalize:
+        return options.epsilon
+    _, weights, ids = trial.run()
+    scores_alone = replace(rule, options=replace(options, normalize=False))
+    routing = scores_alone.route(trial.gate, rule.logits(trial.gate, trial.hidden), trial.bias, trial.argument)
+    (found_ids, scores), (ids, weights) = _in_order(routing.expert_ids, routing.weights), _in_order(ids, weights)
+    if not torch.equal(found_ids, ids):  # which is told later
+        return options.epsilon
+    # weights = scores / (sum + epsilon), and the scores here are multiplied by the scaling factor.
+    total = scores.double().sum(1, keepdim=True) / options.scaling_factor
+    added = float((scores.double() / weights.double() - total).mean())
+    return float(f"{added:.3g}") if added > 1e-9 else options.epsilon
 
 
 def _check(rule: GateRule, trial: _Trial, training: bool) -> None:

@@ -19,6 +19,7 @@ CASES = {
     "v3-negative-bias": {**V3, "biased": True, "shift": -5.0},
     "v3-without-bias": V3,
     "v4": {"score_function": "sqrtsoftplus", "normalize": True, "biased": True},
+    "epsilon": {**V3, "epsilon": 0.2},
     "sqrtsoftplus": {"score_function": "sqrtsoftplus", "scaling_factor": 0.5},
     "sigmoid": {"score_function": "sigmoid"},
     "softmax-bias": {"biased": True},
@@ -52,7 +53,7 @@ def route_token(logits: list[float], bias: list[float], top_k: int, case: dict) 
     chosen = sorted(allowed, key=lambda expert: choice[expert], reverse=True)[:top_k]
     weights = [scores[expert] for expert in chosen]
     if case.get("normalize"):
-        total = sum(weights) + 1e-20
+        total = sum(weights) + case.get("epsilon", 1e-20)
         weights = [weight / total for weight in weights]
     return chosen, [weight * case.get("scaling_factor", 1.0) for weight in weights]
 
@@ -243,6 +244,7 @@ REFUSED = {
     "scaling_factor=-1.0 .* at least 0": {"scaling_factor": -1.0},
     "scaling_factor=nan .* finite": {"scaling_factor": math.nan},
     "scaling_factor=inf .* finite": {"scaling_factor": math.inf},
+    "epsilon=-1e-06 .* at least 0": {"epsilon": -1e-6},
     r"num_sequences=3 .* 4 tokens": {"num_sequences": 3},
     r"router_logits of shape \(8,\)": {"router_logits": torch.zeros(8)},
     r"router_logits of shape \(4, 0\)": {"router_logits": torch.zeros(4, 0)},

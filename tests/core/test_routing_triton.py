@@ -127,11 +127,11 @@ def test_operators_keep_the_rules_of_torch_library(transposed: bool) -> None:
     logits = torch.randn(8, 6).t() if transposed else torch.randn(6, 8)
     logits.requires_grad_()
     bias, mask = torch.randn(8), torch.arange(6) % 3 != 0
-    arguments = (logits, bias, mask, 3, "sigmoid", 4, 2, "top2_sum", True, 2.5, False, 2, True)
+    arguments = (logits, bias, mask, 3, "sigmoid", 4, 2, "top2_sum", True, 0.1, 2.5, False, 2, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(route_op, arguments, test_utils=checks)
     ids = route_op(*arguments)[0]
-    grads = (torch.randn(6, 3), torch.randn(2, 8), logits.detach(), ids, mask, "sigmoid", True, 2.5)
+    grads = (torch.randn(6, 3), torch.randn(2, 8), logits.detach(), ids, mask, "sigmoid", True, 0.1, 2.5)
     opcheck(route_backward_op, grads, test_utils=checks)
     opcheck(group_by_expert_op, (ids, 8))
 
@@ -273,7 +273,7 @@ for experts, groups, kept in ((32, 1, 1), (64, 1, 1), (64, 8, 4), (72, 8, 4), (1
     ids, weights = meta(64, 6, dtype=torch.int64), meta(64, 6, dtype=torch.float32)
     nothing = [meta(64, dtype=torch.int64)] * 4 + [meta(64, dtype=torch.float32)]
     compiled = route_kernel.warmup(
-        meta(64, experts, dtype=torch.float32), None, None, ids, weights, *nothing, experts, 64, 8, 8, 1.0,
+        meta(64, experts, dtype=torch.float32), None, None, ids, weights, *nothing, experts, 64, 8, 8, 1.0, 1e-20,
         **route_options(experts, 6, groups, kept), SCORE_FUNCTION="sigmoid", TOP2_SUM=False, NORMALIZE=True,
         BIAS_ON_LOGITS=False, STATISTICS=False, ORDER="relaxed", num_warps=WARPS, grid=(8,),
     )

@@ -17,10 +17,10 @@ from modeling_deepseekmoe.families.moe_layers import find_moe_layers, require_mo
 
 IDS = torch.randint(3, 100, (2, 10), generator=torch.Generator().manual_seed(1))
 # One of every kind: as V3 to the letter, V2, softmax with and without a norm, a bias of another name or place, one on
-# the logits, a fixed choice by token id, softmax of the chosen, an offset, a scale outside the gate.
+# the logits, a fixed choice by token id, softmax of the chosen, an offset, a scale outside the gate, another epsilon.
 EXPRESSED = ("deepseek_v3", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "qwen3_moe", "mixtral", "olmoe", "afmoe",
              "hy_v3", "minimax_m2", "ernie4_5_moe", "kolibri1", "deepseek_v4", "granitemoe", "gpt_oss",
-             "laguna")  # fmt: skip
+             "laguna", "lfm2_moe")  # fmt: skip
 
 
 # Before, Granite's gates returned ids first, and were left to themselves.
@@ -96,7 +96,6 @@ def test_layers_are_those_of_the_language_model() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("lfm2_moe", "gate .*its weights differ from those of route.. where scores are small or negative"),
         ("phimoe", r"router \(PhimoeTopKRouter\) is not allowed: route\(\) has no options"),
         ("inkling", "it must have one matrix with 8 rows, one an expert, and has weight .10, 64., global_scale"),
     ],
@@ -108,6 +107,29 @@ def test_gates_of_an_unknown_kind_are_named(name: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         route_native_gates(model)
     track_router_load(model)  # what they choose can be counted all the same
+
+
+def test_what_only_small_scores_show() -> None:
+    model = family("glm4_moe")
+    gate = find_moe_layers(model)[0].gate
+
+    class Floored(type(gate)):
+        """Its weights have a floor."""
+
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            logits, weights, ids = super().forward(hidden_states)
+            floor = logits.sigmoid().gather(1, ids).sum(1, keepdim=True).clamp(max=1e-3) / 1e-3
+            return logits, weights * floor, ids
+
+    gate.__class__ = Floored
+    reason = r"gate .*its (weights|gradients) differ from those of route"
+    with pytest.raises(UnknownGateError, match=reason):
+        rule_of(find_moe_layers(model)[0])
+
+
+def test_what_is_added_to_a_sum_of_scores() -> None:
+    assert rule_of(find_moe_layers(family("lfm2_moe"))[0]).options.epsilon == 1e-6
+    assert rule_of(find_moe_layers(family("glm4_moe"))[0]).options.epsilon == 1e-20
 
 
 def test_experts_that_are_not_stacked_are_named() -> None:

@@ -155,7 +155,7 @@ def test_a_bias_that_is_added(tmp_path: Path) -> None:
         add_balancing_bias(family("qwen3_moe"), tmp_path / "without")
 
 
-@pytest.mark.parametrize("name", ["glm4_moe", "afmoe", "mixtral", "lfm2_moe", "deepseek_v4"])
+@pytest.mark.parametrize("name", ["glm4_moe", "afmoe", "mixtral", "inkling", "deepseek_v4"])
 def test_scores_and_traces(name: str) -> None:
     """By the choices that the experts receive, counted token by token."""
     model = family(name).eval()
@@ -175,7 +175,7 @@ def test_scores_and_traces(name: str) -> None:
     )
     normalises = name in ("glm4_moe", "afmoe", "mixtral", "deepseek_v4")
     assert not normalises or all(abs(float(values.sum()) - 1) < 1e-5 for values in gate_scores.values())
-    assert trace.entropy.isnan().any() == (name == "lfm2_moe")  # whose gate route() cannot express
+    assert trace.entropy.isnan().any() == (name == "inkling")  # whose gate route() cannot express
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ class Case:
     sequences: int
     normalize: bool
     scaling_factor: float
+    epsilon: float
     statistics: bool
     bias_on: str = "scores"
 
@@ -92,6 +93,7 @@ def cases(draw: st.DrawFn) -> Case:
         sequences=sequences,
         normalize=draw(st.booleans()),
         scaling_factor=draw(st.sampled_from([1.0, 2.5, 0.0])),
+        epsilon=draw(st.sampled_from([1e-20, 0.1])),
         statistics=draw(st.integers(0, 3)) > 0,
         bias_on=draw(st.sampled_from(BIAS_PLACES)) if groups == 1 else "scores",
     )
@@ -139,6 +141,7 @@ def options_of(case: Case, device: str = "cpu") -> dict:
         "group_score": case.group_score,
         "normalize": case.normalize,
         "scaling_factor": case.scaling_factor,
+        "epsilon": case.epsilon,
         "token_mask": None if case.masked == "none" else mask.to(device, getattr(torch, case.masked)),
         "num_sequences": case.sequences,
         "statistics": case.statistics,
