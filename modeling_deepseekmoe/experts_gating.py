@@ -145,13 +145,13 @@ class _Reader:
 
 
 @torch.compiler.assume_constant_result
-def _form_of(kind: type[nn.Module]) -> _Form | None:
+def _form_of(kind: Any) -> _Form | None:
     """Find the formula of a class of experts; `None` if it is another one."""
     return _found_form(kind)  # Dynamo would trace the function in a cache
 
 
 @functools.cache
-def _found_form(kind: type[nn.Module]) -> _Form | None:
+def _found_form(kind: Any) -> _Form | None:
     with ThreadPoolExecutor(1) as thread:  # tracing and default devices are modes of a thread, and none of this one
         return thread.submit(_try_forms, gating_of(kind)).result()
 

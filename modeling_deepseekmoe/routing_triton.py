@@ -155,7 +155,6 @@ class _RouteInputs(NamedTuple):
     num_groups: Any = None
     top_k_groups: Any = None
     group_score: Any = None
-    normalize: Any = None
     epsilon: Any = None
     scaling_factor: Any = None
     bias_on_logits: Any = None
@@ -175,8 +174,7 @@ def _route(
     num_groups: int,
     top_k_groups: int,
     group_score: str,
-    normalize: bool,
-    epsilon: float,
+    epsilon: float | None,
     scaling_factor: float,
     bias_on_logits: bool,
     num_sequences: int,
@@ -213,11 +211,11 @@ def _route(
                 programs,
                 blocks_per_program * options["BLOCK"],
                 scaling_factor,
-                epsilon,
+                epsilon or 0.0,
                 **options,
                 SCORE_FUNCTION=score_function,
                 TOP2_SUM=group_score == "top2_sum",
-                NORMALIZE=normalize,
+                NORMALIZE=epsilon is not None,
                 BIAS_ON_LOGITS=bias_on_logits,
                 STATISTICS=statistics,
                 ORDER=ORDER,
@@ -233,8 +231,7 @@ def _route_backward(
     expert_ids: torch.Tensor,
     token_mask: torch.Tensor | None,
     score_function: str,
-    normalize: bool,
-    epsilon: float,
+    epsilon: float | None,
     scaling_factor: float,
 ) -> torch.Tensor:
     num_tokens, num_experts = router_logits.shape
@@ -256,10 +253,10 @@ def _route_backward(
                 *strides,
                 num_tokens // len(grad_sums) if grad_sums is not None else num_tokens,
                 scaling_factor,
-                epsilon,
+                epsilon or 0.0,
                 **options,
                 SCORE_FUNCTION=score_function,
-                NORMALIZE=normalize,
+                NORMALIZE=epsilon is not None,
                 num_warps=1,
             )
     return grad_logits
@@ -335,7 +332,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
     ctx.mark_non_differentiable(expert_ids, counts)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(given.router_logits, expert_ids, given.token_mask)
-    ctx.options = (given.score_function, given.normalize, given.epsilon, given.scaling_factor)
+    ctx.options = (given.score_function, given.epsilon, given.scaling_factor)
 
 
 def _backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -353,7 +350,7 @@ if triton is not None:
         _route,
         mutates_args=(),
         schema="(Tensor router_logits, Tensor? correction_bias, Tensor? token_mask, int top_k, str score_function, "
-        "int num_groups, int top_k_groups, str group_score, bool normalize, float epsilon, float scaling_factor, "
+        "int num_groups, int top_k_groups, str group_score, float? epsilon, float scaling_factor, "
         "bool bias_on_logits, SymInt num_sequences, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)",
     )
     route_op.register_fake(_route_fake)
@@ -363,7 +360,7 @@ if triton is not None:
         _route_backward,
         mutates_args=(),
         schema="(Tensor? grad_weights, Tensor? grad_sums, Tensor router_logits, Tensor expert_ids, "
-        "Tensor? token_mask, str score_function, bool normalize, float epsilon, float scaling_factor) -> Tensor",
+        "Tensor? token_mask, str score_function, float? epsilon, float scaling_factor) -> Tensor",
     )
     route_backward_op.register_fake(lambda grad_weights, grad_sums, logits, *_: logits.new_empty(logits.shape))
     group_by_expert_op = torch.library.custom_op(
@@ -398,8 +395,7 @@ def route_triton(
         options.num_groups,
         options.top_k_groups,
         options.group_score,
-        options.normalize,
-        float(options.epsilon),
+        float(options.epsilon) if options.normalize else None,
         float(options.scaling_factor),
         options.bias_on == "logits",
         num_sequences,

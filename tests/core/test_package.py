@@ -173,6 +173,15 @@ def test_functions_are_short_and_take_few_arguments() -> None:
                 assert count <= 8 or node.name in free, f"{path.name}: {node.name} takes {count} arguments"
 
 
+def test_every_folder_of_code_is_in_the_wheel() -> None:
+    """What pip builds has the listed packages alone, and an editable install all of them."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = [path.parent.relative_to(ROOT) for top in ("modeling_deepseekmoe", "configuration", "conversion")
+               for path in (ROOT / top).rglob("__init__.py")]  # fmt: skip
+    names = {".".join(folder.parts) for folder in folders}
+    assert {name if name.startswith("modeling") else f"modeling_deepseekmoe.{name}" for name in names} == set(listed)
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_everything_and_nothing_beside_the_package(tmp_path: Path) -> None:
     """Installed elsewhere and used from another folder; building it fetches setuptools."""

@@ -127,11 +127,11 @@ def test_operators_keep_the_rules_of_torch_library(transposed: bool) -> None:
     logits = torch.randn(8, 6).t() if transposed else torch.randn(6, 8)
     logits.requires_grad_()
     bias, mask = torch.randn(8), torch.arange(6) % 3 != 0
-    arguments = (logits, bias, mask, 3, "sigmoid", 4, 2, "top2_sum", True, 0.1, 2.5, False, 2, True)
+    arguments = (logits, bias, mask, 3, "sigmoid", 4, 2, "top2_sum", 0.1, 2.5, False, 2, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(route_op, arguments, test_utils=checks)
     ids = route_op(*arguments)[0]
-    grads = (torch.randn(6, 3), torch.randn(2, 8), logits.detach(), ids, mask, "sigmoid", True, 0.1, 2.5)
+    grads = (torch.randn(6, 3), torch.randn(2, 8), logits.detach(), ids, mask, "sigmoid", 0.1, 2.5)
     opcheck(route_backward_op, grads, test_utils=checks)
     opcheck(group_by_expert_op, (ids, 8))
 
