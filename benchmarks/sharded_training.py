@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, ShardedTrainer, expert_lora_config
-from modeling_deepseekmoe.analysis.inspection import meta_parameters
+from modeling_deepseekmoe.analysis.counted_model import CountedModel
 from modeling_deepseekmoe.analysis.planning import Layout, plan_memory
 
 RESULTS = Path(__file__).parent / "results" / "sharded_training.json"
@@ -164,7 +164,7 @@ def main() -> None:
             measured = measure(str(folder), method, ranks, Path(scratch))
             rows.append({"method": method, "ranks": ranks, **measured, "planned": plan.total, "parts": plan.parts})
             print(json.dumps(rows[-1]), flush=True)
-        layer = sum(p.numel() for name, p in meta_parameters(config).items() if ".layers.0." in name) * 4
+        layer = sum(p.numel() for name, p in CountedModel.of(config).parameters.items() if ".layers.0." in name) * 4
         if not report(rows, plan.parameters, layer):
             sys.exit(1)
     return None

@@ -77,6 +77,15 @@ def load_config(folder: str | Path) -> DeepseekMoeConfig:
     Raises:
         ValueError: if the folder has no `config.json`, or one that is not of the family.
     """
+    return config_from_dict(read_config_file(folder))
+
+
+def read_config_file(folder: str | Path) -> dict[str, Any]:
+    """Read the content of a folder's `config.json`, of any family.
+
+    Raises:
+        ValueError: if there is no such file, or if it holds no JSON object.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"folder={str(folder)!r} is not allowed: it must hold a config.json.")
@@ -84,7 +93,17 @@ def load_config(folder: str | Path) -> DeepseekMoeConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    return config_from_dict(content)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not allowed: it must hold a JSON object, and holds a {type(content).__name__}.")
+    return content
 
 
-__all__ = ["Preset", "config_from_dict", "list_presets", "load_config", "load_preset", "read_preset"]
+__all__ = [
+    "Preset",
+    "config_from_dict",
+    "list_presets",
+    "load_config",
+    "load_preset",
+    "read_config_file",
+    "read_preset",
+]

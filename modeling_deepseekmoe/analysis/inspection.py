@@ -1,17 +1,20 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Count what a model costs (parameters, FLOPs, cache, memory) on the meta device, without reading a weight."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from transformers import PreTrainedConfig
 
-from modeling_deepseekmoe.configuration import Preset, list_presets, load_config, read_preset
+from modeling_deepseekmoe.configuration import read_preset
 
-from ..configuration_deepseekmoe import DeepseekMoeConfig
-from ..remote_code import auto_classes_of
+from .cache_sizes import UnknownCacheError, kv_cache_elements_per_token
+from .counted_model import CountedModel, UnknownExpertsError
+from .meta_models import config_named, is_preset, number_in
 
+Figure = TypeVar("Figure")
 PAPER_SEQUENCE_LENGTH = 4096
 BYTES_PER_ELEMENT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8_e4m3 (128 x 128 blocks)": 1 + 4 / 128**2}
 _ADAMW_BYTES = 16  # bf16 weight and gradient (2 + 2), float32 master weight and two AdamW moments (4 + 4 + 4)
@@ -21,43 +24,52 @@ _ADAMW_BYTES = 16  # bf16 weight and gradient (2 + 2), float32 master weight and
 class ModelReport:
     """The figures of `deepseekmoe inspect`. Parameters are counts. Memory is in bytes and leaves activations out.
 
+    A figure that cannot be told is `None`.
+
     Attributes:
         name: preset or folder.
-        model_type: dialect.
+        model_type: dialect, or the model type of another family.
         total_parameters: all parameters, with the balancing biases, without multi-token prediction. Tied ones count
             once.
-        activated_parameters: those that one token uses, embeddings included.
-        embedding_parameters: token embedding and, if it is not tied, the output head.
+        activated_parameters: all but the routed experts that a token does not choose. Where gates also choose among
+            experts that do nothing, it is the most that a token uses.
+        embedding_parameters: embeddings of tokens (and of layers and positions, where a family has them) and, if it is
+            not tied, the output head.
+        tower_parameters: those of images, of sounds, and of what joins them to the language model.
         routed_parameters, shared_parameters: in routed and in shared experts.
         ffn_multiple: the activated experts, measured in standard FFNs of 8 * hidden_size**2 parameters. The paper's
-            FLOPs count them so.
-        forward_flops_per_token: 2 * activated parameters without the token embedding.
+            FLOPs count them so. Of a dense model it is the FFN.
+        forward_flops_per_token: 2 * activated parameters without embeddings of which rows are read, and towers.
         training_flops_4k: forward and backward of one sequence of 4096 tokens, by the paper's formula.
-        kv_cache_elements_per_token: elements that the cache keeps of one token, in all layers.
+        kv_cache_elements_per_token: elements that the cache keeps of one token, in all layers. Those with a sliding
+            window count as long as it is not full.
         kv_cache_bytes_per_token: the same in bfloat16.
         load_bytes: memory of the weights by dtype.
         lora_rank, lora_parameters: LoRA of that rank on all linear layers but the gate, and on every expert.
         lora_bytes: bfloat16 base plus the adapter's AdamW training state.
         full_bytes: full fine-tuning with AdamW in mixed precision, 16 bytes a parameter.
+        unknown: for the figures that are `None`, why.
     """
 
     name: str
     model_type: str
     total_parameters: int
-    activated_parameters: int
+    activated_parameters: int | None
     embedding_parameters: int
-    routed_parameters: int
-    shared_parameters: int
-    ffn_multiple: float
-    forward_flops_per_token: int
-    training_flops_4k: float
-    kv_cache_elements_per_token: int
-    kv_cache_bytes_per_token: int
+    tower_parameters: int
+    routed_parameters: int | None
+    shared_parameters: int | None
+    ffn_multiple: float | None
+    forward_flops_per_token: int | None
+    training_flops_4k: float | None
+    kv_cache_elements_per_token: int | None
+    kv_cache_bytes_per_token: int | None
     load_bytes: dict[str, int]
     lora_rank: int
-    lora_parameters: int
-    lora_bytes: int
+    lora_parameters: int | None
+    lora_bytes: int | None
     full_bytes: int
+    unknown: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain numbers and strings."""
@@ -69,30 +81,47 @@ class ModelReport:
         rows = [
             ("model type", self.model_type),
             ("parameters, total", f"{total:,} ({total / 1e9:.2f} B)"),
-            ("parameters, activated", f"{self.activated_parameters:,} ({self.activated_parameters / 1e9:.3f} B)"),
+            ("parameters, activated", self._text("activated_parameters", lambda n: f"{n:,} ({n / 1e9:.3f} B)")),
             ("  in embeddings", f"{self.embedding_parameters:,}"),
-            ("routed experts", f"{self.routed_parameters:,} ({self.routed_parameters / total:.1%} of all)"),
-            ("shared experts", f"{self.shared_parameters:,} ({self.shared_parameters / total:.1%} of all)"),
-            ("forward FLOPs per token", f"{self.forward_flops_per_token / 1e9:.2f} G (2 x activated, no attention)"),
+        ]
+        if self.tower_parameters:
+            rows.append(("  beside the language model", f"{self.tower_parameters:,}"))
+        rows += [
+            ("routed experts", self._text("routed_parameters", lambda n: f"{n:,} ({n / total:.1%} of all)")),
+            ("shared experts", self._text("shared_parameters", lambda n: f"{n:,} ({n / total:.1%} of all)")),
+            (
+                "forward FLOPs per token",
+                self._text("forward_flops_per_token", lambda n: f"{n / 1e9:.2f} G (2 x activated, no attention)"),
+            ),
             (
                 "training FLOPs per 4K tokens",
-                f"{self.training_flops_4k / 1e12:.1f} T (paper's formula, experts = {self.ffn_multiple:g} FFNs)",
+                self._text(
+                    "training_flops_4k",
+                    lambda n: f"{n / 1e12:.1f} T (paper's formula, experts = {self.ffn_multiple:g} FFNs)",
+                ),
             ),
             (
                 "KV cache per token",
-                f"{self.kv_cache_elements_per_token:,} elements, {self.kv_cache_bytes_per_token:,} bytes in bfloat16",
+                self._text("kv_cache_elements_per_token", lambda n: f"{n:,} elements, {2 * n:,} bytes in bfloat16"),
             ),
         ]
         rows += [(f"weights in {dtype}", gigabytes(size)) for dtype, size in self.load_bytes.items()]
         rows += [
             (
                 f"LoRA fine-tuning, rank {self.lora_rank}",
-                f"{gigabytes(self.lora_bytes)} without activations ({self.lora_parameters:,} trained)",
+                self._text(
+                    "lora_bytes",
+                    lambda n: f"{gigabytes(n)} without activations ({self.lora_parameters:,} trained)",
+                ),
             ),
             ("full fine-tuning, AdamW", f"{gigabytes(self.full_bytes)} without activations"),
         ]
         width = max(len(label) for label, _ in rows)
         return "\n".join([self.name, "-" * len(self.name), *(f"{label:<{width}}  {value}" for label, value in rows)])
+
+    def _text(self, figure: str, show: Callable[[Any], str]) -> str:
+        value = getattr(self, figure)
+        return f"not known ({self.unknown[figure]})" if value is None else show(value)
 
 
 def gigabytes(size: float) -> str:
@@ -101,90 +130,65 @@ def gigabytes(size: float) -> str:
 
 
 def inspect_model(name_or_folder: str | Path, lora_rank: int = 16) -> ModelReport:
-    """Count the parameters and costs of a preset or a checkpoint folder. No weight is read.
+    """Count the parameters and costs of a preset or a checkpoint folder. No weight is read, and no code of the folder.
 
     Args:
-        name_or_folder: a preset's name, or a folder with a `config.json` of the family.
+        name_or_folder: a preset's name, or a folder with the `config.json` of a language model, of any family that
+            transformers has classes for.
         lora_rank: rank of the LoRA that the memory figure assumes.
 
     Raises:
-        ValueError: if the name is neither, if the config is not allowed, or if the rank is below 1.
+        ValueError: if the name is neither, if the config is not allowed, if transformers has no classes for it or they
+            have an encoder and a decoder, or if the rank is below 1.
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank={lora_rank} is not allowed: it must be at least 1.")
-    found = _named(name_or_folder)
-    return report_on(found.config, found.name, ffn_multiple=found.ffn_multiple, lora_rank=lora_rank)
-
-
-def config_named(name_or_folder: str | Path) -> DeepseekMoeConfig:
-    """Return the config of a preset or of a folder. Raise ValueError if the name is neither."""
-    return _named(name_or_folder).config
-
-
-def _named(name_or_folder: str | Path) -> Preset:
-    folder, is_preset = Path(name_or_folder), str(name_or_folder) in list_presets()
-    if (folder / "config.json").is_file() or (folder.is_dir() and not is_preset):
-        return Preset(str(folder), load_config(folder), "", None)
-    if not is_preset:
-        raise ValueError(
-            f"{str(name_or_folder)!r} is not allowed: it must be a folder with a config.json, or one of the presets "
-            f"{', '.join(list_presets())}."
-        )
-    return read_preset(str(name_or_folder))
+    multiple = read_preset(str(name_or_folder)).ffn_multiple if is_preset(name_or_folder) else None
+    return report_on(config_named(name_or_folder), str(name_or_folder), ffn_multiple=multiple, lora_rank=lora_rank)
 
 
 def report_on(
-    config: DeepseekMoeConfig, name: str, ffn_multiple: float | None = None, lora_rank: int = 16
+    config: PreTrainedConfig, name: str, ffn_multiple: float | None = None, lora_rank: int = 16
 ) -> ModelReport:
-    """Compute the figures of a config. `ffn_multiple` replaces the value that follows from the config's widths."""
-    parameters = meta_parameters(config)
-    biased = config.topk_method == "noaux_tc"
-    biases = len(config.moe_layers) * config.n_routed_experts if biased and config.moe_layers else 0
-    total = sum(parameter.numel() for parameter in parameters.values()) + biases
-    routed = _count(parameters, ".mlp.experts.")
-    embedding = _count(parameters, "embed_tokens", "lm_head")
-    input_embedding = 0 if config.tie_word_embeddings else _count(parameters, "embed_tokens")
-    inactive = routed * (1 - config.num_experts_per_tok / config.n_routed_experts) if routed else 0
-    activated = total - round(inactive)
-    lora = sum(lora_parameters(key, parameter, lora_rank) for key, parameter in parameters.items())
-    multiple = ffn_multiple if ffn_multiple is not None else _ffn_multiple(config)
-    cache = kv_cache_elements_per_token(config)
+    """Compute the figures of a config. `ffn_multiple` replaces the value that follows from the model's widths.
+
+    Raises:
+        ValueError: if no language model of one sequence can be built of it.
+    """
+    counted = CountedModel.of(config)
+    figures = _Figures()
+    total, cache = (
+        counted.total,
+        figures.of(("kv_cache_elements_per_token",), lambda: kv_cache_elements_per_token(counted)),
+    )
+    activated = figures.of(("activated_parameters", "forward_flops_per_token"), lambda: counted.activated)
+    lora = figures.of(("lora_parameters", "lora_bytes"), lambda: counted.lora_parameters(lora_rank))
+    multiple = figures.of(("ffn_multiple", "training_flops_4k"), lambda: ffn_multiple or _ffn_multiple(counted))
+    sizes = figures.of(("training_flops_4k",), lambda: _sizes_of_formula(counted))
+    routed = figures.of(("routed_parameters",), lambda: _count(counted.routed))
+    shared = figures.of(("shared_parameters",), lambda: _count(counted.shared))
+    read = _count(counted.tables) - (counted.embedding.numel() if counted.has_tied_head else 0)
     return ModelReport(
         name=name,
         model_type=config.model_type,
         total_parameters=total,
         activated_parameters=activated,
-        embedding_parameters=embedding,
+        embedding_parameters=_count(counted.tables | counted.head),
+        tower_parameters=_count(counted.of_towers),
         routed_parameters=routed,
-        shared_parameters=_count(parameters, ".shared_experts."),
+        shared_parameters=shared,
         ffn_multiple=multiple,
-        forward_flops_per_token=2 * (activated - input_embedding),
-        training_flops_4k=training_flops(
-            config.num_hidden_layers, config.hidden_size, config.vocab_size, multiple, PAPER_SEQUENCE_LENGTH
-        ),
+        forward_flops_per_token=activated and 2 * (activated - read - _count(counted.of_towers)),
+        training_flops_4k=training_flops(*sizes, multiple, PAPER_SEQUENCE_LENGTH) if sizes and multiple else None,
         kv_cache_elements_per_token=cache,
-        kv_cache_bytes_per_token=2 * cache,
+        kv_cache_bytes_per_token=None if cache is None else 2 * cache,
         load_bytes={dtype: round(total * size) for dtype, size in BYTES_PER_ELEMENT.items()},
         lora_rank=lora_rank,
         lora_parameters=lora,
-        lora_bytes=round(total * BYTES_PER_ELEMENT["bfloat16"]) + _ADAMW_BYTES * lora,
+        lora_bytes=None if lora is None else round(total * BYTES_PER_ELEMENT["bfloat16"]) + _ADAMW_BYTES * lora,
         full_bytes=_ADAMW_BYTES * total,
+        unknown=figures.unknown,
     )
-
-
-def meta_parameters(config: DeepseekMoeConfig) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters of a model on the meta device. A tied one is there once.
-
-    The class is the one that the config names, or else the language model.
-    """
-    import transformers
-
-    named = next(iter(config.architectures or ()), "")
-    auto_class = auto_classes_of(config.model_type).get(named, "AutoModelForCausalLM")
-    with torch.device("meta"):
-        model = getattr(transformers, auto_class).from_config(config)
-    model.tie_weights()
-    return dict(model.named_parameters())
 
 
 def training_flops(layers: int, hidden: int, vocabulary: int, ffn_multiple: float, tokens: int) -> float:
@@ -198,37 +202,46 @@ def training_flops(layers: int, hidden: int, vocabulary: int, ffn_multiple: floa
     return tokens * per_token
 
 
-def kv_cache_elements_per_token(config: DeepseekMoeConfig) -> int:
-    """Count the elements that the cache keeps of one token: keys and values, or MLA's latent and rotary key."""
-    if config.attention_type == "mla":
-        return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
-    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+class _UnknownFigureError(ValueError):
+    """A figure does not follow from a config."""
 
 
-def _count(parameters: dict[str, torch.nn.Parameter], *parts: str) -> int:
-    return sum(parameter.numel() for key, parameter in parameters.items() if any(part in key for part in parts))
+@dataclass
+class _Figures:
+    """Computes figures, and keeps why some cannot be told."""
+
+    unknown: dict[str, str] = field(default_factory=dict)
+
+    def of(self, names: tuple[str, ...], compute: Callable[[], Figure]) -> Figure | None:
+        """Return what is computed; `None` if it cannot be told, which is noted for these figures."""
+        try:
+            return compute()
+        except (UnknownExpertsError, UnknownCacheError, _UnknownFigureError) as error:
+            self.unknown |= dict.fromkeys(names, str(error).rstrip("."))
+            return None
 
 
-def _ffn_multiple(config: DeepseekMoeConfig) -> float:
-    if config.moe_layers:
-        width = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_intermediate_size
-    else:
-        width = config.intermediate_size
-    return 3 * width / (8 * config.hidden_size)
+def _ffn_multiple(counted: CountedModel) -> float:
+    hidden, parameters = number_in(counted.text_config, "hidden_size"), counted.ffn_parameters()
+    if parameters is None or not hidden:
+        raise _UnknownFigureError("its layers have no FFN each, or none that is found by its name")
+    return parameters / (8 * hidden**2)
 
 
-def lora_parameters(key: str, parameter: torch.nn.Parameter, rank: int) -> int:
-    """Count the parameters of a LoRA on this parameter: 0 for embeddings, head, gate and vectors."""
-    if parameter.ndim < 2 or key.endswith("mlp.gate.weight") or "embed_tokens" in key or "lm_head" in key:
-        return 0
-    stack = parameter.shape[0] if parameter.ndim == 3 else 1
-    return stack * rank * (parameter.shape[-1] + parameter.shape[-2])
+def _sizes_of_formula(counted: CountedModel) -> tuple[int, int, int]:
+    config, built = counted.text_config, len(counted.decoder_layers or ())
+    layers, hidden, vocabulary = (
+        number_in(config, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")
+    )
+    if not layers or not hidden or not vocabulary:
+        raise _UnknownFigureError("its config lacks num_hidden_layers, hidden_size or vocab_size")
+    if layers != built:
+        raise _UnknownFigureError(f"its config has num_hidden_layers={layers}, and the model {built} decoder layers")
+    return layers, hidden, vocabulary
 
 
-__all__ = [
-    "ModelReport",
-    "inspect_model",
-    "kv_cache_elements_per_token",
-    "report_on",
-    "training_flops",
-]
+def _count(parameters: dict[str, Any]) -> int:
+    return sum(parameter.numel() for parameter in parameters.values())
+
+
+__all__ = ["ModelReport", "inspect_model", "report_on", "training_flops"]

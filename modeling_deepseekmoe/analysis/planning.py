@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import PreTrainedConfig
 
-from ..checkpoint_layout import layer_of
-from ..configuration_deepseekmoe import DeepseekMoeConfig
+from ..checkpoint_layout import MODEL_TYPES
 from ..support.sizes import bytes_of
-from .inspection import config_named, gigabytes, lora_parameters, meta_parameters
+from .activations import Activations
+from .counted_model import CountedModel
+from .inspection import gigabytes
+from .meta_models import config_named
 
 METHODS = ("full", "lora", "esft")
 CUDA_CONTEXT, CUDA_FRAGMENTATION = 1.5e9, 0.05  # assumed: bytes, and a share of the rest
@@ -84,7 +86,7 @@ class _Sizes:
     Attributes:
         total, routed: all parameters, and those of routed experts.
         layers: routed and other parameters of every layer.
-        embedding, tail: parameters of the embedding and of the head.
+        embedding, tail: parameters of the largest embedding and of the head.
     """
 
     total: int
@@ -98,19 +100,16 @@ class _Sizes:
         return max(self.embedding, *(routed // ep_size + other for routed, other in self.layers))
 
     @classmethod
-    def of(cls, parameters: dict[str, torch.nn.Parameter]) -> "_Sizes":
-        layers: dict[int, list[int]] = {}
-        routed = 0
-        for name, parameter in parameters.items():
-            is_routed = ".mlp.experts." in name
-            routed += parameter.numel() * is_routed
-            layer = layer_of(name)
-            if layer is not None:
-                layers.setdefault(layer, [0, 0])[0 if is_routed else 1] += parameter.numel()
-        embedding = parameters["model.embed_tokens.weight"]
-        tail = parameters.get("lm_head.weight", embedding).numel()
-        total = sum(parameter.numel() for parameter in parameters.values())
-        return cls(total, routed, tuple((counts[0], counts[1]) for counts in layers.values()), embedding.numel(), tail)
+    def of(cls, counted: CountedModel) -> "_Sizes":
+        layers = []
+        for names in counted.units.values():
+            of_experts = sum(counted.parameters[name].numel() for name in names if name in counted.routed)
+            layers.append((of_experts, sum(counted.parameters[name].numel() for name in names) - of_experts))
+        embedding = max(table.numel() for table in counted.tables.values())
+        tail = sum(one.numel() for one in counted.head.values()) or counted.embedding.numel()
+        routed = sum(one.numel() for one in counted.routed.values())
+        total = sum(one.numel() for one in counted.parameters.values())
+        return cls(total, routed, tuple(layers), embedding, tail)
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Training:
         """Whether every parameter is trained."""
         return self.method == "full"
 
-    def check(self, config: DeepseekMoeConfig, layout: Layout) -> None:
+    def check(self, counted: CountedModel, layout: Layout) -> None:
         """Raise ValueError if a field names what does not exist, or is not allowed for this model in this layout."""
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not allowed: it must be one of {', '.join(METHODS)}.")
@@ -169,43 +168,44 @@ class Training:
         for name, number in (("lora_rank", self.lora_rank), ("tokens", self.tokens)):
             if number < 1:
                 raise ValueError(f"{name}={number} is not allowed: it must be at least 1.")
-        if self.method == "esft" and not config.moe_layers:
+        if self.method == "esft" and not counted.layers:
             raise ValueError("method='esft' is not allowed for a model without routed experts.")
         if layout.offload and self.method != "full":
             raise ValueError(f"method={self.method!r} is not allowed with offloading: it must be 'full'.")
-        experts = config.n_routed_experts or 0
-        if layout.shards % layout.ep_size or (layout.ep_size > 1 and (not experts or experts % layout.ep_size)):
+        experts, allowed = _experts_to_spread(counted), layout.ep_size == 1 or _spreads(counted, layout.ep_size)
+        if layout.shards % layout.ep_size or not allowed:
             raise ValueError(
                 f"ep_size={layout.ep_size} is not allowed: it must divide the {layout.shards} shards and the "
-                f"{experts} routed experts."
+                f"{experts} routed experts, and the model must be of one of the types {', '.join(MODEL_TYPES)}."
             )
 
 
 def plan_memory(
-    config: DeepseekMoeConfig,
+    config: PreTrainedConfig,
     layout: Layout,
     *,
-    parameters: dict[str, torch.nn.Parameter] | None = None,
+    counted: CountedModel | None = None,
     **training: Any,
 ) -> MemoryPlan:
     """Work out what a rank needs to train a model in a layout.
 
     Args:
-        config: config of the model.
+        config: config of the model, of any family.
         layout: how the ranks share it.
-        parameters: `meta_parameters(config)`, if they are at hand.
+        counted: `CountedModel.of(config)`, if it is at hand.
         training: fields of [`Training`].
 
     Raises:
-        ValueError: if a method or a dtype does not exist, or if a number is not allowed.
+        ValueError: if a method or a dtype does not exist, if a number is not allowed, or if it cannot be told how many
+            experts a token uses.
     """
     how = Training(**training)
-    how.check(config, layout)
-    parameters = meta_parameters(config) if parameters is None else parameters
-    sizes, shards = _Sizes.of(parameters), layout.shards
+    counted = CountedModel.of(config) if counted is None else counted
+    how.check(counted, layout)
+    sizes, shards = _Sizes.of(counted), layout.shards
     trained, trained_bytes = sizes.total, 4 * how.held  # weight, gradient and two moments, in the same dtype
     if how.method == "lora":
-        trained = sum(lora_parameters(name, parameter, how.lora_rank) for name, parameter in parameters.items())
+        trained = counted.lora_parameters(how.lora_rank)
         trained_bytes = 4 * _BYTES["float32"]
     elif how.method == "esft":
         trained = round(how.esft_share * sizes.routed)
@@ -222,13 +222,13 @@ def plan_memory(
     if layout.offload:
         parts = dict.fromkeys(parts, 0)
     parts["gathered layers"] = _gathered(sizes, layout, how.used, how.trains_all)
-    parts["activations"] = _activations(config, how)
+    parts["activations"] = _activations(Activations.of(counted), how)
     if how.held_dtype != how.compute and shards == 1:  # autocast's copies, of one layer where layers are recomputed
         parts["activations"] += how.used * (sizes.largest_unit(1) if how.checkpointing else sizes.total)
     if how.cuda:
         parts["CUDA (assumed)"] = round(CUDA_CONTEXT + CUDA_FRAGMENTATION * sum(parts.values()))
     reduced = trained_bytes // 4 * trained  # gradients of what every rank holds, in its own dtype
-    return MemoryPlan(layout, sizes.total, trained, parts, host, _sent(config, sizes, layout, reduced, how))
+    return MemoryPlan(layout, sizes.total, trained, parts, host, _sent(counted, sizes, layout, reduced, how))
 
 
 def _gathered(sizes: _Sizes, layout: Layout, used: int, trains_all: bool) -> int:
@@ -245,29 +245,18 @@ def _gathered(sizes: _Sizes, layout: Layout, used: int, trains_all: bool) -> int
     return max(3 * used * unit, backward) + used * sizes.tail
 
 
-def _activations(config: DeepseekMoeConfig, how: Training) -> int:
+def _activations(kept: Activations, how: Training) -> int:
     """Count the bytes that the backward pass needs: the main tensors of layers, and the logits.
 
     The tensors are those of all layers or, if layers are recomputed, those of one.
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    if config.attention_type == "mla":
-        width = heads * (2 * config.qk_head_dim + 2 * config.v_head_dim) + config.kv_lora_rank
-    else:
-        width = (2 * heads + 2 * config.num_key_value_heads) * config.head_dim
-    layer = 8 * hidden + width
-    if config.moe_layers:
-        layer += 2 * config.num_experts_per_tok * config.moe_intermediate_size + 3 * config.shared_intermediate_size
-    else:
-        layer += 3 * config.intermediate_size
-    layers = config.num_hidden_layers
-    kept = layers * hidden + layer if how.checkpointing else layers * layer
-    kept += 2 * (config.num_experts_per_tok or 0) * hidden if config.moe_layers else 0  # rows of the experts, once
-    logits = (how.used + 3 * 4) * config.vocab_size  # and their copy, softmax and gradient in float32
-    return how.tokens * (how.used * kept + logits)
+    elements = kept.layers * kept.hidden + kept.layer if how.checkpointing else kept.layers * kept.layer
+    elements += kept.rows  # of the experts, once
+    logits = (how.used + 3 * 4) * kept.vocabulary  # and their copy, softmax and gradient in float32
+    return how.tokens * (how.used * elements + logits)
 
 
-def _sent(config: DeepseekMoeConfig, sizes: _Sizes, layout: Layout, reduced: int, how: Training) -> dict[str, int]:
+def _sent(counted: CountedModel, sizes: _Sizes, layout: Layout, reduced: int, how: Training) -> dict[str, int]:
     """Count the bytes that a rank sends, by kind.
 
     Transfers go round rings. An all-gather or a reduce-scatter of n ranks sends (n - 1) / n of the whole, an
@@ -292,8 +281,8 @@ def _sent(config: DeepseekMoeConfig, sizes: _Sizes, layout: Layout, reduced: int
         sent["gradients"] = 2 * (ranks - 1) / ranks * reduced
     if ep_size > 1:
         passes = 6 if how.checkpointing else 4  # there and back, forward, recomputed and backward
-        row = (config.num_experts_per_tok or 0) * config.hidden_size * how.used
-        sent["tokens to experts"] = passes * len(config.moe_layers) * how.tokens * row * (ep_size - 1) / ep_size
+        rows = sum(layer.choices for layer in counted.moe_layers) * counted.text_config.hidden_size
+        sent["tokens to experts"] = passes * how.tokens * rows * how.used * (ep_size - 1) / ep_size
     return {kind: round(size) for kind, size in sent.items()}
 
 
@@ -310,17 +299,19 @@ def plan_training(
     """Plan a training for every layout that a number of GPUs allows, the simplest first.
 
     Args:
-        name_or_folder: a preset, or a folder with a `config.json`.
+        name_or_folder: a preset, or a folder with a `config.json` of any family, as for [`inspect_model`].
         gpus: number of GPUs in all.
         gpu_memory: memory of one, in bytes or as `"80GB"`.
         gpus_per_machine: number of GPUs with fast links between them.
         method, settings: fields of [`Training`].
 
     Returns:
-        One [`MemoryPlan`] for each layout. The first that fits is the one to use.
+        One [`MemoryPlan`] for each layout. The first that fits is the one to use. Layouts that spread the experts
+        (`--ep-size`) are there for the four types of this package: the examples can do that with them alone.
 
     Raises:
-        ValueError: if a number is not allowed.
+        ValueError: if a number is not allowed, if the model is none that [`inspect_model`] takes, or if it cannot be
+            told how many experts a token uses.
     """
     memory = bytes_of("gpu_memory", gpu_memory, least=10**6, example="'80GB' or '24GiB'")
     for name, number in (("gpus", gpus), ("gpus_per_machine", gpus_per_machine)):
@@ -329,14 +320,25 @@ def plan_training(
     if gpus > gpus_per_machine and gpus % gpus_per_machine:
         raise ValueError(f"gpus={gpus} is not allowed: it must be a multiple of gpus_per_machine={gpus_per_machine}.")
     config = config_named(name_or_folder)
-    parameters, plans = meta_parameters(config), []
-    for layout in _layouts(config, gpus, min(gpus, gpus_per_machine), method):
-        plan = plan_memory(config, layout, method=method, parameters=parameters, **settings)
+    counted, plans = CountedModel.of(config), []
+    for layout in _layouts(counted, gpus, min(gpus, gpus_per_machine), method):
+        plan = plan_memory(config, layout, method=method, counted=counted, **settings)
         plans.append(MemoryPlan(**{**vars(plan), "fits": plan.total <= memory}))
     return plans
 
 
-def _layouts(config: DeepseekMoeConfig, gpus: int, in_machine: int, method: str) -> Iterator[Layout]:
+def _experts_to_spread(counted: CountedModel) -> int:
+    """Return how many routed experts a layer has, those of the layer with the fewest; 0 if there are none."""
+    return min((layer.num_experts for layer in counted.layers), default=0)
+
+
+def _spreads(counted: CountedModel, ep_size: int) -> bool:
+    """Tell whether the ranks of a group can hold distinct experts: the examples do that with this package's models."""
+    experts = _experts_to_spread(counted)
+    return counted.model.config.model_type in MODEL_TYPES and experts > 0 and experts % ep_size == 0
+
+
+def _layouts(counted: CountedModel, gpus: int, in_machine: int, method: str) -> Iterator[Layout]:
     sharded = "fsdp2_lora.yaml" if method == "lora" else "fsdp2_full.yaml"
     if gpus == 1:
         yield Layout("single_gpu.yaml")
@@ -348,8 +350,7 @@ def _layouts(config: DeepseekMoeConfig, gpus: int, in_machine: int, method: str)
         sizes = f" (dp_replicate_size {machines}, dp_shard_size {in_machine})" if own else ""
         yield Layout(f"hsdp.yaml{sizes}", replicas=machines, shards=in_machine)
     yield Layout(sharded, shards=gpus)
-    spreads = config.n_routed_experts and config.n_routed_experts % in_machine == 0 and method != "esft"
-    if spreads and in_machine > 1:
+    if in_machine > 1 and method != "esft" and _spreads(counted, in_machine):
         yield Layout(f"{sharded} --ep-size {in_machine}", shards=gpus, ep_size=in_machine)
     if method == "full":  # adapters and selected experts are made where the base lies, which would be the CPU
         yield Layout("fsdp2_cpu_offload.yaml", shards=gpus, offload=True)

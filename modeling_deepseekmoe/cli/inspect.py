@@ -38,11 +38,11 @@ def inspect(options: InspectOptions) -> None:
 
     allow_only(options.context, "without --gpus", "name_or_folder", "as_json", "check", "lora_rank")
     report = inspect_model(options.name_or_folder, lora_rank=options.lora_rank)
+    if options.check:
+        _require_checkable(options.name_or_folder, report.model_type)
     typer.echo(json.dumps(report.to_dict(), indent=2) if options.as_json else report.to_text())
     if not options.check:
         return
-    if not Path(options.name_or_folder).is_dir():
-        raise ValueError(f"--check is not allowed for the preset {options.name_or_folder!r}: it has no weights.")
     from modeling_deepseekmoe.conversion import VerificationError, verify
 
     try:
@@ -50,6 +50,19 @@ def inspect(options: InspectOptions) -> None:
     except (VerificationError, ValueError) as error:
         raise FailedCheck(str(error)) from error
     typer.echo(str(checked), err=options.as_json)
+
+
+def _require_checkable(name_or_folder: str, model_type: str) -> None:
+    """Raise ValueError if there are no weights, or none that `verify` reads."""
+    from ..checkpoint_layout import MODEL_TYPES
+
+    if not Path(name_or_folder).is_dir():
+        raise ValueError(f"--check is not allowed for the preset {name_or_folder!r}: it has no weights.")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"--check is not allowed for model_type={model_type!r}: `deepseekmoe verify` reads checkpoints of "
+            f"{', '.join(MODEL_TYPES)}. Inspect this one without --check."
+        )
 
 
 def _plan(options: InspectOptions, gpus: int) -> None:

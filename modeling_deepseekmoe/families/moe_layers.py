@@ -57,7 +57,7 @@ class MoeLayer:
         experts: the module that is called with (hidden states, expert ids, weights).
         gate: the module that chooses, or `None` if there is none beside the experts.
         gate_name: its name in the block.
-        shared_experts: the module of the shared experts, if the block has one.
+        shared_experts: the module of the shared experts, in the block or beside it, if there is one.
         bias: the balancing bias, if there is one.
     """
 
@@ -200,12 +200,14 @@ def require_moe_layers(model: nn.Module) -> list[MoeLayer]:
 
 def _layers(names: dict[nn.Module, str]) -> Iterator[MoeLayer]:
     place = 0
+    modules = {name: module for module, name in names.items()}
     for block, name in names.items():
         experts = dict(block.named_children()).get("experts")  # its own: wrappers show what is in them
         if experts is None or ".original_module" in name:
             continue
         beside = {child_name: child for child_name, child in block.named_children() if child is not experts}
-        shared = next((beside[wanted] for wanted in SHARED_EXPERTS if wanted in beside), None)
+        around = dict(modules[name.rpartition(".")[0]].named_children()) if name else {}  # GraniteMoeShared
+        shared = next((of[wanted] for of in (beside, around) for wanted in SHARED_EXPERTS if wanted in of), None)
         gates = {child_name: child for child_name, child in beside.items() if child is not shared}
         bias = _bias_of(block, experts, gates)
         gate_name = next((wanted for wanted in GATES if wanted in gates), "")

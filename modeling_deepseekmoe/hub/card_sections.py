@@ -94,12 +94,14 @@ def architecture_section(config: DeepseekMoeConfig) -> str:
 def parameters_section(config: DeepseekMoeConfig, tensors: int, nbytes: int) -> str:
     """Describe what the model costs, and what its weight files hold."""
     report = report_on(config, config.model_type)
+    flops = report.forward_flops_per_token
+    assert flops is not None  # every figure of the family is known
     rows = [
         ("total", f"{report.total_parameters:,}"),
         ("activated for a token", f"{report.activated_parameters:,}"),
         ("in routed experts", f"{report.routed_parameters:,}"),
         ("in shared experts", f"{report.shared_parameters:,}"),
-        ("forward FLOPs for a token", f"{report.forward_flops_per_token / 1e9:,.3g} G, attention left out"),
+        ("forward FLOPs for a token", f"{flops / 1e9:,.3g} G, attention left out"),
         ("KV cache for a token", f"{report.kv_cache_bytes_per_token:,} bytes in bfloat16"),
         ("weights in these files", f"{tensors:,} tensors, {gigabytes(nbytes)}"),
     ]
