@@ -171,9 +171,8 @@ def _watched_batches(
             logits[layer.index] = output[0]
 
         def see(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            weights = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)
             found = logits[layer.index].reshape(-1, logits[layer.index].shape[-1])
-            watch(layer, Choices(found, layer.choices_of(args, kwargs), weights))
+            watch(layer, Choices(found, *layer.choices_of(args, kwargs)))
 
         if layer.gate is None:
             raise ValueError(f"{layer.name} is not allowed: there is no gate beside its experts.")

@@ -101,8 +101,7 @@ class _Tracker:
     @torch.compiler.disable
     def _before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.counting = counts_as_training(decoder)
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self.token_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        self.token_mask = given_mask(args, kwargs)
 
     @torch.compiler.disable
     def _count(
@@ -111,7 +110,7 @@ class _Tracker:
         # Under checkpointing this runs again in the backward pass, while a graph task is running.
         if not self.counting or in_backward_pass():
             return
-        expert_ids, mask = layer.choices_of(args, kwargs), self.token_mask
+        (expert_ids, _), mask = layer.choices_of(args, kwargs), self.token_mask
         if mask is not None and len(expert_ids) % len(mask) == 0:  # of a cached prefix there are no tokens
             mask = mask[:, -(len(expert_ids) // len(mask)) :] if len(expert_ids) else mask
         if mask is not None and mask.numel() != len(expert_ids):
@@ -125,6 +124,12 @@ class _Tracker:
         if place == 0:
             load.micro_batches += 1
             load.tokens += len(expert_ids) if mask is None else (mask != 0).sum().to(load.tokens.device)
+
+
+def given_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Return the mask (B, S) that a decoder is called with, nonzero for real tokens; `None` if it has no such mask."""
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
 def track_router_load(model: nn.Module) -> RouterLoadCounter:
@@ -157,4 +162,11 @@ def untrack_router_load(model: nn.Module) -> None:
             vars(module).pop(_TRACKER).remove()
 
 
-__all__ = ["router_load_counter", "take_router_load", "track_router_load", "tracked_counter", "untrack_router_load"]
+__all__ = [
+    "given_mask",
+    "router_load_counter",
+    "take_router_load",
+    "track_router_load",
+    "tracked_counter",
+    "untrack_router_load",
+]

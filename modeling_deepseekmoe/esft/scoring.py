@@ -4,6 +4,7 @@
 Shape letters: B batch, S sequence, T tokens, E routed experts, K choices.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from ..families.gate_rules import UnknownGateError, rule_of
-from ..families.moe_layers import find_experts, find_moe_layers
+from ..families.moe_layers import MoeLayer, find_experts, find_moe_layers
 from ..support.models import evaluating
 from .selection import ExpertSelection
 
@@ -127,16 +128,17 @@ def _ids_and_mask(batch: Any, vocabulary: int) -> tuple[torch.Tensor, torch.Tens
 def _watching(model: nn.Module, choices: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
     """Keep the ids and weights (T, K) that the experts of every layer receive in the latest forward pass."""
 
-    def hook_of(layer: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            choices[layer] = (args[1].cpu(), args[2].double().cpu())
+    def keep(layer: MoeLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        expert_ids, weights = layer.choices_of(args, kwargs)
+        if layer.has_skip_class:  # which is no expert
+            expert_ids = expert_ids.masked_fill(weights == 0, 0)
+        choices[layer.index] = (expert_ids.cpu(), weights.double().cpu())
 
-        return keep
-
-    # By the name without PEFT's wrappers, which is that of the outermost one: the module that is called.
+    scored = find_experts(model)
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(hook_of(layer))
-        for layer, (name, _) in find_experts(model).items()
+        layer.experts.register_forward_pre_hook(functools.partial(keep, layer), with_kwargs=True)
+        for layer in find_moe_layers(model)
+        if layer.index in scored
     ]
     try:
         yield

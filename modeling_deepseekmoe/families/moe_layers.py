@@ -92,22 +92,24 @@ class MoeLayer:
         """
         return self.bias is not None and self.bias.tensor.numel() == getattr(self.experts, "num_experts", 0) + 1
 
-    def choices_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """Read the expert ids (T, K) from a call of the experts.
+    def choices_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read the expert ids and their weights, (T, K) both, from a call of the experts.
 
         Raises:
             ValueError: if they were called with something else.
         """
         expert_ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
-        if not isinstance(expert_ids, torch.Tensor) or expert_ids.is_floating_point() or expert_ids.ndim != 2:
+        weights = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)
+        are_tensors = isinstance(expert_ids, torch.Tensor) and isinstance(weights, torch.Tensor)
+        if expert_ids is None or not are_tensors or expert_ids.is_floating_point() or expert_ids.ndim != 2:
             raise ValueError(
                 f"{self.name}.experts was not called with (hidden states, expert ids, weights), which are to be "
                 "counted."
             )
+        expert_ids = expert_ids.long()
         if self.has_skip_class:
-            weights = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)
-            return expert_ids.long().masked_fill(weights == 0, self.num_experts - 1)
-        return expert_ids.long()
+            expert_ids = expert_ids.masked_fill(weights == 0, self.num_experts - 1)
+        return expert_ids, weights
 
     @property
     def why_not_counted(self) -> str:

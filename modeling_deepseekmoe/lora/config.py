@@ -33,6 +33,7 @@ from .options import (
 )
 
 logger = logging.get_logger(__name__)
+_INDEXER = "indexer"  # what families call the module that chooses the tokens of their attention
 
 
 @dataclass
@@ -301,7 +302,7 @@ def _linear_targets(model: nn.Module, targets: list[str]) -> tuple[dict[str, lis
 
     Each of the two results maps ends of names to the full names that have them.
     """
-    linears = _linear_names(model)
+    linears, odd = _linear_names(model), _odd_linears(model)
     modules: dict[str, list[str]] = {}
     parameters: dict[str, list[str]] = {}
     for target in targets:
@@ -316,6 +317,7 @@ def _linear_targets(model: nn.Module, targets: list[str]) -> tuple[dict[str, lis
                 f"target_modules: {target!r} is not allowed: no linear map has that name. There are "
                 f"{', '.join(leaves)}; train_router=True trains the gates."
             )
+        found = _without_odd_ones(target, found, odd)
         for name, end in found.items():
             # PEFT takes these, wherever they stand in a V2 or V3 model, for the old names of the routed experts.
             if end.endswith(PROJECTIONS):
@@ -323,6 +325,48 @@ def _linear_targets(model: nn.Module, targets: list[str]) -> tuple[dict[str, lis
             else:
                 modules.setdefault(end, []).append(name)
     return modules, parameters
+
+
+def _without_odd_ones(target: str, found: dict[str, str], odd: dict[str, str]) -> dict[str, str]:
+    """Leave out the maps that an adapter would be of no use to, or would break.
+
+    Args:
+        target: what the user has named.
+        found: the full names of the linear maps that it means, and the ends that PEFT is to look for.
+        odd: the names of such maps in the model, and what they are.
+
+    Raises:
+        ValueError: if there are no others.
+    """
+    left_out = [name for name in found if name in odd]
+    if not left_out:
+        return found
+    first = f"{left_out[0]} ({odd[left_out[0]]})"
+    if len(left_out) == len(found):
+        raise ValueError(f"target_modules: {target!r} is not allowed: it names {first} alone.")
+    logger.warning_once(f"target_modules: {target!r} leaves out {len(left_out)} linear maps, as {first}.")
+    kept = {name: end for name, end in found.items() if name not in odd}
+    # PEFT adapts whatever has such an end.
+    ambiguous = any(f".{name}".endswith(f".{end}") for name in left_out for end in kept.values())
+    return {name: name for name in kept} if ambiguous else kept
+
+
+def _odd_linears(model: nn.Module) -> dict[str, str]:
+    """Return the names of linear maps that get no adapter, and what they are.
+
+    Of an indexer (DeepSeek-V3.2, V4) only which tokens it chooses has an effect, so that it gets no gradient. Classes
+    of a family's own, as V4's grouped maps and some gates, compute something else than a linear map does.
+    """
+    odd = {}
+    for name, module in model.named_modules():
+        kind = type(module)
+        if not isinstance(module, nn.Linear):
+            continue
+        if f".{_INDEXER}." in f".{name}.":
+            odd[name] = "of an indexer, which gets no gradient"
+        elif kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.models."):
+            odd[name] = f"a {kind.__name__}, which is no plain linear map"
+    return {name.replace(".base_layer", "").replace(".original_module", ""): what for name, what in odd.items()}
 
 
 def _linear_names(model: nn.Module) -> list[str]:

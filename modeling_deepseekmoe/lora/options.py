@@ -69,8 +69,7 @@ def check_options(init_lora_weights: Any, options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r} is not allowed: {_REFUSED.get(name, 'it is not known on experts')}.")
     if options.get("bias", "none") not in _BIASES:
         raise ValueError(
-            f"bias={options['bias']!r} is not allowed: it must be 'none' or 'all'. PEFT before 0.21 trains those of "
-            "'lora_only' and does not save them."
+            f"bias={options['bias']!r} is not allowed: it must be 'none' or 'all'. Experts have no biases."
         )
     if str(options.get("peft_type") or "LORA") not in ("LORA", "PeftType.LORA"):
         raise ValueError(f"peft_type={options['peft_type']!r} is not allowed: it must be 'LORA'.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import Family, tiny_model
+from other_families import family
 from tolerances import assert_same
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -19,11 +19,6 @@ IDS = torch.randint(3, 100, (3, 8), generator=torch.Generator().manual_seed(1))
 MASK = (torch.arange(8)[None] < torch.tensor([8, 5, 7])[:, None]).long()
 COEFFICIENTS = {"expert": 0.5, "device": 0.3, "sequence": 0.2, "z": 0.01}
 FAMILIES = ("qwen3_moe", "glm4_moe", "deepseek_v4", "minimax_m2", "gpt_oss")
-
-
-def family(name: str) -> nn.Module:
-    pytest.importorskip(f"transformers.models.{name}")
-    return tiny_model(Family(name, True)).train()
 
 
 def formula(score: str, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

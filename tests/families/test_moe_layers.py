@@ -3,10 +3,10 @@
 import copy
 import logging
 
+import other_families
 import pytest
 import torch
 import transformers
-from family_models import Family, tiny_model
 from packaging.version import Version
 from tolerances import assert_same
 from torch import nn
@@ -28,8 +28,7 @@ LOGITS_FIRST = Version(transformers.__version__) >= Version("5.23")
 
 
 def family(name: str) -> nn.Module:
-    pytest.importorskip(f"transformers.models.{name}")
-    model = tiny_model(Family(name, True))
+    model = other_families.family(name)
     generator = torch.Generator().manual_seed(3)
     for layer in find_moe_layers(model):
         if layer.bias is not None:
@@ -133,8 +132,7 @@ def test_what_is_added_to_a_sum_of_scores() -> None:
 
 
 def test_experts_that_are_not_stacked_are_named() -> None:
-    pytest.importorskip("transformers.models.llama4")
-    model = tiny_model(Family("llama4", False))
+    model = other_families.family("llama4")
     with pytest.raises(
         ValueError, match=r"model\.layers\.0\.feed_forward .* its experts \(Llama4TextExperts\) are not"
     ):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import Family, tiny_model
+from other_families import family
 from peft import get_peft_model
 from tolerances import assert_same
 from torch import nn
@@ -35,11 +35,6 @@ from modeling_deepseekmoe.families.moe_layers import find_moe_layers
 IDS = torch.randint(3, 100, (8, 16), generator=torch.Generator().manual_seed(1))
 # One of every name and place of a bias.
 NAMINGS = ("deepseek_v3", "glm4_moe", "afmoe", "lfm2_moe", "minimax_m2", "ernie4_5_moe")
-
-
-def family(name: str, **more: Any) -> nn.Module:
-    pytest.importorskip(f"transformers.models.{name}")
-    return tiny_model(Family(name, True), **more).train()
 
 
 def skew(model: nn.Module) -> None:

@@ -4,11 +4,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import other_families
 import pytest
 import torch
 import trl
 from datasets import Dataset
-from family_models import Family, tiny_model
 from peft import get_peft_model
 from tokenizers_of_tests import tokenizer
 from torch import nn
@@ -34,8 +34,7 @@ class GateGradients(TrainerCallback):
 
 
 def family(name: str) -> nn.Module:
-    pytest.importorskip(f"transformers.models.{name}")
-    return tiny_model(Family(name, True), vocab_size=256, pad_token_id=190, bos_token_id=188, eos_token_id=189)
+    return other_families.family(name, vocab_size=256, pad_token_id=190, bos_token_id=188, eos_token_id=189)
 
 
 def arguments(kind: type, folder: Path, **more: Any) -> Any:
