@@ -7,7 +7,6 @@ names of its fields: sizes, ranks, counts. What a family needs beyond that stand
 import importlib
 import inspect
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,32 +73,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Family:
-    """A family of transformers, by the name of its folder."""
-
-    name: str
-    stacked: bool
-
-
-def families() -> list[Family]:
-    """List the families that have routed experts."""
+def families() -> list[str]:
+    """List the families that have routed experts, by the names of their folders."""
     found = []
     for folder in sorted(MODELS.iterdir()):
         file = folder / f"modeling_{folder.name}.py"
         if not file.exists():
             continue
         text = file.read_text(encoding="utf-8")
-        if STACKED in text:
-            found.append(Family(folder.name, True))
-        elif "experts" in text and UNSTACKED.search(text) and ("router" in text or "gate" in text):
-            found.append(Family(folder.name, False))
+        others = "experts" in text and UNSTACKED.search(text) and ("router" in text or "gate" in text)
+        if STACKED in text or others:
+            found.append(folder.name)
     return found
 
 
-def model_class(family: Family) -> type[PreTrainedModel]:
+def model_class(family: str) -> type[PreTrainedModel]:
     """Choose the class of a family: its causal language model or, without one, what generates from images and text."""
-    module = importlib.import_module(f"transformers.models.{family.name}.modeling_{family.name}")
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     own = {
         name: value for name, value in vars(module).items()
         if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
@@ -114,7 +104,7 @@ def model_class(family: Family) -> type[PreTrainedModel]:
         chosen = [value for name, value in own.items() if name.endswith(ending)]
         if chosen:
             return min(chosen, key=lambda value: len(value.__name__))
-    raise ValueError(f"{family.name} has no model class")
+    raise ValueError(f"{family} has no model class")
 
 
 def usual_value(config: PreTrainedConfig, name: str) -> Any:
@@ -160,9 +150,9 @@ def _config_class(kind: type[PreTrainedModel]) -> type[PreTrainedConfig]:
     return annotated if inspect.isclass(annotated) else kind.config_class
 
 
-def tiny_model(family: Family, **more: Any) -> PreTrainedModel:
+def tiny_model(family: str, **more: Any) -> PreTrainedModel:
     """Make a tiny model of a family with random weights, the same ones each time."""
     kind = model_class(family)
-    config = shrunk(_config_class(kind), OVERRIDES.get(family.name, {}) | more)
+    config = shrunk(_config_class(kind), OVERRIDES.get(family, {}) | more)
     torch.manual_seed(0)
     return kind(config).float()

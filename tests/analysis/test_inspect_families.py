@@ -8,7 +8,7 @@ import pytest
 import torch
 from cli_runner import run
 from conftest import MLA, TINY
-from family_models import Family, tiny_model
+from family_models import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -60,7 +60,7 @@ def saved(model: PreTrainedModel, folder: Path, **more: Any) -> Path:
 
 def tiny(name: str, **more: Any) -> PreTrainedModel:
     pytest.importorskip(f"transformers.models.{name}")
-    return tiny_model(Family(name, True), **more).eval()
+    return tiny_model(name, **more).eval()
 
 
 def numel(model: nn.Module, *parts: str) -> int:

@@ -8,7 +8,7 @@ import fresh_process
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from family_models import MODELS, Family, tiny_model
+from family_models import MODELS, tiny_model
 from paths import SCRIPTS
 from rank_batches import COEFFICIENTS, batch_of, train
 from tolerances import assert_same
@@ -33,7 +33,7 @@ if torch.__version__ >= "2.13":  # before, FSDP2 did not cast what a layer that 
 
 def alone(name: str, rank: int) -> dict[str, Any]:
     """What one rank finds without the others, by plain autograd."""
-    model = tiny_model(Family(name, True)).train()
+    model = tiny_model(name).train()
     model.set_experts_implementation("eager")
     layers, batch = find_moe_layers(model), batch_of(rank)
     shape, mask = batch["input_ids"].shape, batch["attention_mask"]
@@ -81,7 +81,7 @@ def test_two_ranks_have_the_mean_of_their_gradients(case: str, found: dict[str, 
 def test_trainer_in_two_processes(found: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """Accumulated micro-batches of two ranks are those of one: each counts by its tokens."""
     two, one = found["trainer"], train(tmp_path, 2, 4)
-    begin = dict(tiny_model(Family("glm4_moe", True)).named_parameters())
+    begin = dict(tiny_model("glm4_moe").named_parameters())
     for name, parameter in one["parameters"].items():
         change = float((parameter - begin[name]).detach().abs().max())
         torch.testing.assert_close(two["parameters"][name], parameter, atol=1e-3 * change, rtol=0, msg=name)
@@ -106,7 +106,7 @@ def test_a_checkpointed_layer_that_is_given_a_moved_tensor(reentrant: bool) -> N
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return tuple(arg.clone() for arg in args), kwargs
 
-    model, expected = tiny_model(Family("glm4_moe", True)).train(), alone("glm4_moe", 0)
+    model, expected = tiny_model("glm4_moe").train(), alone("glm4_moe", 0)
     model.set_experts_implementation("eager")
     add_auxiliary_loss(model, **COEFFICIENTS, num_devices=2)
     for layer in model.model.layers:

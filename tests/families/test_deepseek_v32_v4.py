@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import Family, tiny_model
+from family_models import tiny_model
 from peft import get_peft_model
 from tolerances import assert_same
 from torch import nn
@@ -39,13 +39,13 @@ BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.masked_fill(MAS
 
 
 def v32() -> nn.Module:
-    return tiny_model(Family("deepseek_v32", True)).train()
+    return tiny_model("deepseek_v32").train()
 
 
 def v4() -> nn.Module:
     """Two layers of each kind. The clamp of the experts is in use, and so is the table, which begins as zeros."""
     model = tiny_model(
-        Family("deepseek_v4", True), mlp_layer_types=["hash_moe", "hash_moe", "moe", "moe"], swiglu_limit=0.5,
+        "deepseek_v4", mlp_layer_types=["hash_moe", "hash_moe", "moe", "moe"], swiglu_limit=0.5,
         compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
     )  # fmt: skip
     for index, layer in enumerate(model.model.layers[:2]):

@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from family_models import Family, tiny_model
+from family_models import tiny_model
 from torch import nn
 
 
 def family(name: str, **fields: Any) -> nn.Module:
     """A tiny model of a family, in training mode; the test is skipped if this version has no such family."""
     pytest.importorskip(f"transformers.models.{name}")
-    return tiny_model(Family(name, True), **fields).train()
+    return tiny_model(name, **fields).train()

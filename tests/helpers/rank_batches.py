@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from family_models import Family, tiny_model
+from family_models import tiny_model
 from transformers import Trainer, TrainingArguments
 
 from modeling_deepseekmoe import RouterStatsCallback, add_auxiliary_loss
@@ -25,7 +25,7 @@ def batch_of(rank: int, number: int = 0) -> dict[str, torch.Tensor]:
 
 def train(folder: Path, rank_batch: int, accumulate: int) -> dict[str, Any]:
     """transformers' Trainer, two steps, on rows of several lengths."""
-    model = tiny_model(Family("glm4_moe", True))
+    model = tiny_model("glm4_moe")
     add_auxiliary_loss(model, **COEFFICIENTS, num_devices=2)
     arguments = TrainingArguments(
         str(folder), max_steps=2, per_device_train_batch_size=rank_batch, gradient_accumulation_steps=accumulate,

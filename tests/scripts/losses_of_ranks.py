@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from family_models import Family, tiny_model
+from family_models import tiny_model
 from rank_batches import COEFFICIENTS, batch_of, train
 from ranks import leave
 
@@ -39,7 +39,7 @@ def sharded(model: nn.Module, options: list[str]) -> nn.Module:
 
 def run(case: str, rank: int) -> dict[str, Any]:
     how, name, *options = case.split(":")
-    model = tiny_model(Family(name, True)).train()
+    model = tiny_model(name).train()
     model.set_experts_implementation("eager")
     if "checkpointing" in options:
         model.gradient_checkpointing_enable({"use_reentrant": False})

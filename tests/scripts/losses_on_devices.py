@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from family_models import Family, tiny_model
+from family_models import tiny_model
 
 from modeling_deepseekmoe import add_auxiliary_loss, track_router_load, update_router_bias
 from modeling_deepseekmoe.families.moe_layers import find_moe_layers
@@ -31,7 +31,7 @@ def put(module: nn.Module, device: str) -> None:
 def main() -> None:
     backend_registration._setup_privateuseone_for_python_backend("other")
     for devices in (("other:0", "cpu"), ("cpu", "other:0")):
-        model = tiny_model(Family(sys.argv[1], True)).train()
+        model = tiny_model(sys.argv[1]).train()
         model.set_experts_implementation("batched_mm")  # no size of a tensor depends on values
         add_auxiliary_loss(model, expert=0.1, device=0.1, sequence=0.1, z=0.1, num_devices=2)
         track_router_load(model)
