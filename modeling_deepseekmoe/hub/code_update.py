@@ -31,6 +31,8 @@ RELEASED = {
     "4964c19158a5d9698f8da8029377d1ee4c6b04b4b713a560cf1365fb1b0f60a0": "0.11.0",
     "bcc4e085202b895509f3296b4c0eaf977cf03e22f964afb40c9b837da680cf9a": "0.12.0",
     "b12c69132e95b3d6e642303c629763f4ea3386e1781d67a16df5cb923a5ffdb2": "0.12.0",
+    "b03349986124ecc1e40c3655b4203563a7a8af6af473f5d08f2e8f4538ea6ea1": "0.13.0",
+    "80c8c227313d5c19412ae8e30e6578b7da43d035cf2d2616e27cd60a10e287fe": "0.13.0",
 }
 _HEADS = "modeling_classification.py"
 _NAMED = re.compile(r'^CODE_VERSION = "([^"]+)"', re.MULTILINE)
