@@ -99,6 +99,7 @@ def model_class(family: str) -> type[PreTrainedModel]:
         "ThinkerForConditionalGeneration",
         "ForConditionalGeneration",
         "ForBlockDiffusion",
+        "ForTokenClassification",
         "Model",
     ):
         chosen = [value for name, value in own.items() if name.endswith(ending)]

@@ -42,7 +42,8 @@ FUSED_BACKENDS = ("triton", "loop")
 # more than what it saves.
 LOOP_FROM = 2**18
 _OTHER_GATING = (
-    "their activation is not silu(gate) * up, with a clamp, slope and offset or not, nor tanh-GELU(gate) * up"
+    "their activation is neither silu(gate) * up, with or without a clamp, slope and offset, nor gelu(gate) * up in "
+    "the tanh form"
 )
 
 
@@ -212,7 +213,7 @@ def choose_backend(
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, num_experts: int, gating: Gating | None) -> str:
     """Return why the kernels do not compute such experts: they do not take them, or have failed a trial."""
-    case = () if gating is None or gating == SILU else tuple(gating)
+    case = () if gating is None or gating == SILU else gating.trial_case
     reason = why_not_fused(device, dtype, num_experts)
     return reason or why_failed(GROUPING_TRIAL, device) or why_failed(EXPERTS_TRIAL, device, case)
 

@@ -20,9 +20,7 @@ _TOLERANCE = 2e-2  # of bfloat16, after two products
 
 
 @register_trial(TRIAL)
-def try_experts(
-    device: torch.device, function: str = "silu", limit: float | None = None, slope: float = 1.0, offset: float = 0.0
-) -> None:
+def try_experts(device: torch.device, function: str = "silu", *numbers: str) -> None:
     """Compare output and gradients of the kernels in bfloat16 with those of the loop in float32.
 
     Two sizes of tiles are tried: those of a small layer, with adapters, and those of a large one, without, since a
@@ -30,7 +28,7 @@ def try_experts(
 
     Args:
         device: where the kernels run.
-        function, limit, slope, offset: the fields of the experts' [`Gating`], but for another limit if there is one.
+        function, numbers: the [`Gating.trial_case`] of the experts.
 
     Raises:
         WrongKernelError: if they differ.
@@ -43,7 +41,12 @@ def try_experts(
         return measured_rule(problem._replace(rows=rows, columns=2048, inside=2048), gpu_of(device))
 
     # A limit that the numbers here reach, and do not meet: they are multiples of 1/64.
-    gating = Gating(function, None if limit is None else 0.51, slope, offset)
+    limit, slope, offset = (
+        0.51 if "clamp" in numbers else None,
+        1.7 if "slope" in numbers else 1.0,
+        "offset" in numbers,
+    )
+    gating = Gating(function, limit, slope, float(offset))
     results = []
     for adapted, choose in ((True, lambda _: None), (False, large)):
         with use_tiles(choose):

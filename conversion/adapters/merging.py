@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from modeling_deepseekmoe.checkpoint_layout import STACKS, layer_of
+from modeling_deepseekmoe.checkpoint_layout import BIAS_NAME, STACKS, layer_of
 from modeling_deepseekmoe.conversion.adapters.files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -244,6 +244,16 @@ def _mismatch(source: str, found: str, name: str, shapes: Shapes) -> str:
             hint = " Is its head tied to the embedding?"
         elif f"model.{name}" in shapes:
             hint = f" It has model.{name}: the adapter is of a model without a head."
+        elif name.endswith(BIAS_NAME):
+            hint = (
+                " Was it trained after add_balancing_bias? Then do that with the base too, save_pretrained it, and "
+                "merge into that folder."
+            )
+        elif ".experts." in name or ".gate." in name:
+            hint = (
+                " Is it of this base? The files of some other families have names of their own: merge these in "
+                "Python, by merge_and_unload() or load_esft(model, folder), and save_pretrained."
+            )
     elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
         hint = (
             " The adapter was trained after resize_token_embeddings: load the base, resize it in the same way, "

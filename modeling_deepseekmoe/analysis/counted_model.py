@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families.gate_rules import UnknownGateError, rule_of
+from ..families.linear_maps import odd_linears
 from ..families.moe_layers import MoeLayer, find_moe_layers
 from .meta_models import configs_of_layers, meta_model, token_embedding
 
@@ -67,7 +68,11 @@ class CountedModel:
             ValueError: if it cannot be built, or if it is no language model of one sequence.
         """
         model = meta_model(config)
-        return cls(model, dict(model.named_parameters()), tuple(find_moe_layers(model)))
+        counted = cls(model, dict(model.named_parameters()), tuple(find_moe_layers(model)))
+        if not counted.decoder_layers:
+            layers = getattr(counted.text_config, "num_hidden_layers", None)
+            raise ValueError(f"num_hidden_layers={layers} is not allowed: {type(model).__name__} has no layers then.")
+        return counted
 
     @property
     def text_config(self) -> PreTrainedConfig:
@@ -148,7 +153,7 @@ class CountedModel:
             UnknownExpertsError: as [`routed`], or if it cannot be told how many experts a token uses.
         """
         _refuse_other_experts(self.model, self.layers)
-        found: dict[Any, int] = {}
+        found: dict[Any, int | UnknownGateError] = {}
         return tuple(self._counted(layer, found) for layer in self.layers)
 
     @property
@@ -205,6 +210,8 @@ class CountedModel:
     def lora_parameters(self, rank: int) -> int:
         """Count the parameters of a LoRA of a rank: on linear layers, without gates and head, and on every expert.
 
+        What gets no adapter in training either ([`odd_linears`]) is left out.
+
         A linear layer is a module whose weight is a matrix, and which is no embedding.
 
         Raises:
@@ -212,6 +219,7 @@ class CountedModel:
         """
         left_out = {id(one) for layer in self.layers if layer.gate is not None for one in layer.gate.parameters()}
         left_out |= {id(self.embedding), *map(id, self.head.values())}
+        left_out |= {id(self.model.get_submodule(name).weight) for name in odd_linears(self.model)}
         sides = 0
         for module in self.model.modules():
             weight = dict(module.named_parameters(recurse=False)).get("weight")
@@ -237,7 +245,7 @@ class CountedModel:
     def _names(self) -> dict[int, str]:
         return {id(one): name for name, one in self.parameters.items()}
 
-    def _counted(self, layer: MoeLayer, found: dict[Any, int]) -> CountedMoeLayer:
+    def _counted(self, layer: MoeLayer, found: dict[Any, int | UnknownGateError]) -> CountedMoeLayer:
         num_experts = _experts_of(layer)
         choices = min(self._choices_of(layer, found), num_experts)
         parameters = list(self._named(layer.experts).items())
@@ -253,7 +261,7 @@ class CountedModel:
         routed = _count(one for _, one in parameters)
         return CountedMoeLayer(num_experts, choices, routed, activated, shared, _count(beside))
 
-    def _choices_of(self, layer: MoeLayer, found: dict[Any, int]) -> int:
+    def _choices_of(self, layer: MoeLayer, found: dict[Any, int | UnknownGateError]) -> int:
         """Find K by trying the gate, or where it is written. Gates that are alike are tried once.
 
         Raises:
@@ -267,8 +275,15 @@ class CountedModel:
             try:
                 found[key] = rule_of(layer).options.top_k
             except UnknownGateError as error:
-                found[key] = _written_choices(layer, self.text_config, error)
-        return found[key]
+                found[key] = error
+        known = found[key]
+        choices = known if isinstance(known, int) else _written_choices(layer, self.text_config, known)
+        if not 1 <= choices <= layer.num_experts:
+            raise ValueError(
+                f"{layer.name}: {choices} experts for each token are not allowed: it must be from 1 to "
+                f"{layer.num_experts}."
+            )
+        return choices
 
 
 def _written_choices(layer: MoeLayer, config: PreTrainedConfig, error: Exception) -> int:

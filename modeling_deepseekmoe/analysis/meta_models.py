@@ -62,6 +62,9 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
     """
     content, path = read_config_file(folder), Path(folder) / "config.json"
     model_type = content.get("model_type")
+    if not isinstance(model_type, str):
+        what = "it has no model_type" if model_type is None else f"model_type={model_type!r} is no name of a type"
+        raise ValueError(f"{path} is not allowed: {what}.")
     if model_type in MODEL_TYPES:
         return config_from_dict(content)
     if model_type not in transformers.CONFIG_MAPPING:

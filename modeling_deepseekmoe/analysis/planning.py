@@ -17,6 +17,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..checkpoint_layout import MODEL_TYPES
+from ..experts import why_unsupported
+from ..families.moe_layers import find_experts
 from ..support.sizes import bytes_of
 from .activations import Activations
 from .counted_model import CountedModel
@@ -170,6 +172,8 @@ class Training:
                 raise ValueError(f"{name}={number} is not allowed: it must be at least 1.")
         if self.method == "esft" and not counted.layers:
             raise ValueError("method='esft' is not allowed for a model without routed experts.")
+        if self.method != "full" and (reason := _why_not_adapted(counted)):
+            raise ValueError(f"method={self.method!r} is not allowed: {reason}. It must be 'full'.")
         if layout.offload and self.method != "full":
             raise ValueError(f"method={self.method!r} is not allowed with offloading: it must be 'full'.")
         experts, allowed = _experts_to_spread(counted), layout.ep_size == 1 or _spreads(counted, layout.ep_size)
@@ -178,6 +182,17 @@ class Training:
                 f"ep_size={layout.ep_size} is not allowed: it must divide the {layout.shards} shards and the "
                 f"{experts} routed experts, and the model must be of one of the types {', '.join(MODEL_TYPES)}."
             )
+
+
+def _why_not_adapted(counted: CountedModel) -> str:
+    """Return why neither LoRA nor ESFT takes the experts of a model; it is empty if they do."""
+    stacked = find_experts(counted.model)
+    if len(stacked) < len(counted.layers):
+        return "the routed experts are not stacked as expert LoRA and ESFT need them"
+    for name, experts in stacked.values():
+        if reason := why_unsupported(experts):
+            return f"{name} ({type(experts).__name__}): {reason}"
+    return ""
 
 
 def plan_memory(

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """DeepSeek's balance losses on the models of other packages."""
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -90,13 +92,15 @@ def _checked(model: nn.Module, coefficients: LossCoefficients) -> PreTrainedMode
     if whole is None:
         raise ValueError(f"{type(model).__name__} is not allowed: it holds no model of transformers.")
     if not coefficients.of_losses:
+        if coefficients != LossCoefficients():
+            raise ValueError(f"No loss has a coefficient: one of {', '.join(COEFFICIENTS)} must be above 0.")
         return whole
     if (coefficients.device or coefficients.communication) and coefficients.num_devices < 2:
         raise ValueError(
             f"num_devices={coefficients.num_devices} is not allowed with device or communication: these losses are "
             "over at least 2 devices, and constant over one."
         )
-    if not hasattr(whole, "lm_head") and whole.base_model is whole:
+    if "labels" not in inspect.signature(whole.forward).parameters:
         raise ValueError(
             f"{type(whole).__name__} is not allowed: it makes no loss. Give the language model that holds it."
         )
@@ -108,7 +112,10 @@ def _check_devices(model: nn.Module, coefficients: LossCoefficients) -> None:
     """Try the losses on a few tokens, so that numbers that do not fit are refused before training."""
     layer = require_moe_layers(model)[0]
     logits, ids = torch.zeros(1, 1, layer.num_experts), torch.zeros(1, 1, 1, dtype=torch.long)
-    coefficients.losses(rule_of(layer), logits, ids, None)
+    try:
+        coefficients.losses(rule_of(layer), logits, ids, None)
+    except ValueError as error:  # by the names that they have here
+        raise ValueError(str(error).replace("num_device_groups", "num_devices")) from None
 
 
 __all__ = ["add_auxiliary_loss"]

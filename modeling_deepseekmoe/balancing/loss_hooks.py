@@ -265,11 +265,27 @@ def _any_lives(tensors: list[weakref.ref[torch.Tensor]]) -> bool:
 def _with_aux_loss(outputs: Any) -> Any:
     """Return the outputs with the field `aux_loss`: what is no field gets lost where DDP or FSDP2 make them anew."""
     kind = type(outputs)
-    if "aux_loss" in {one.name for one in fields(kind)}:
+    names = {one.name for one in fields(kind)}
+    if "aux_loss" in names:
         return outputs
     if kind not in _KINDS:
-        _KINDS[kind] = make_dataclass(kind.__name__, [("aux_loss", Any, field(default=None))], bases=(kind,))
-    return _KINDS[kind](**outputs)
+        added = [("aux_loss", Any, field(default=None))]
+        # The class has no name that pickle could look for.
+        reduced = {"__reduce__": lambda self: (_remade, (kind, dict(self)))}
+        _KINDS[kind] = make_dataclass(kind.__name__, added, bases=(kind,), namespace=reduced)
+    rest = {name: value for name, value in outputs.items() if name not in names}  # that other hooks have added
+    made = _KINDS[kind](**{name: value for name, value in outputs.items() if name in names})
+    for name, value in rest.items():
+        made[name] = value
+    return made
+
+
+def _remade(kind: type, values: dict[str, Any]) -> Any:
+    """Make the outputs again from their class without the field, and their values."""
+    made = _with_aux_loss(kind())
+    for name, value in values.items():
+        made[name] = value
+    return made
 
 
 def _items(labels: torch.Tensor, shape: torch.Size, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -112,8 +112,9 @@ def read_esft(folder: str | Path) -> dict[str, torch.Tensor]:
     """
     selection = ExpertSelection.of(Path(folder) / SELECTION_NAME)
     tensors = read_tensors(Path(folder) / WEIGHTS_NAME)
-    # The block is called `mlp`, or otherwise in other families.
-    matches = (re.search(r"(?:^|\.)layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight$", name) for name in tensors)
+    # The block is called `mlp`, or otherwise in other families; it may be the decoder layer.
+    pattern = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:\w+\.)?experts\.(\d+)\.(\w+)\.weight$")
+    matches = (pattern.search(name) for name in tensors)
     there = {match.groups() for match in matches if match is not None}
     for layer, ids in selection.experts.items():
         for expert, part in ((expert, part) for expert in ids for part in PROJECTIONS):

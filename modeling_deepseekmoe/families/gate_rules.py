@@ -25,6 +25,7 @@ from .moe_layers import MoeLayer, unwrapped
 
 RULE = "rule_that_routes"  # attribute of a gate whose forward was replaced
 TOKENS = 48
+LOW_LOGITS = (-9.0, -20.0)  # means of logits that are far below zero
 TOLERANCE = 1e-5  # of weights and gradients in float32, by their norm; another rule is off by more than 1e-4
 # Names of the numbers of groups, and of those that a token may use.
 GROUPS = (("num_group", "topk_group"), ("n_group", "topk_group"), ("num_expert_group", "topk_group"))
@@ -175,12 +176,13 @@ class _Trial:
         layer: the MoE layer.
         dtype: of hidden states and of the stand-in's tensors.
         seed: of all random numbers.
-        low: make all logits far below zero: what is added to a sum of scores shows then.
+        mean: make all numbers of the product of the same sign, with this mean, far from zero: what is added to a sum
+            of scores shows then.
         bias_level: the mean of the bias. Where it is far below zero, scores plus bias are negative.
     """
 
     def __init__(
-        self, layer: MoeLayer, dtype: torch.dtype, seed: int = 0, low: bool = False, bias_level: float = 0.0
+        self, layer: MoeLayer, dtype: torch.dtype, seed: int = 0, mean: float | None = None, bias_level: float = 0.0
     ) -> None:
         gate, experts = layer.gate, layer.num_experts
         assert gate is not None
@@ -193,10 +195,10 @@ class _Trial:
         self.matrix, self.offset = _matrix_of(gate, experts), _offset_of(gate, experts)
         width = tensor_at(gate, self.matrix).shape[1]
         matrix, hidden = numbers(experts, width) * 1.5 * width**-0.5, numbers(TOKENS, width)
-        if low:  # all numbers of a product are negative, and add up to -9 on average
-            matrix, hidden = -matrix.abs(), hidden.abs()
-            matrix *= 9 / (hidden @ -matrix.T).mean()
-        spread = 1e-4 if low else 0.3
+        if mean is not None:
+            matrix, hidden = matrix.abs(), hidden.abs()
+            matrix *= mean / (hidden @ matrix.T).mean()
+        spread = 0.3 if mean is None else 1e-4
         self.bias = None if layer.bias is None else (numbers(experts) * spread + bias_level).to(dtype)
         self.hidden = hidden.to(dtype).requires_grad_()
         random: dict[int, torch.Tensor] = {id(tensor_at(gate, self.matrix)): nn.Parameter(matrix.to(dtype))}
@@ -281,9 +283,17 @@ def _find(layer: MoeLayer) -> GateRule:
         else:
             raise UnknownGateError("route() has no options that give its experts and their weights")
     rule = replace(rule, options=replace(options, scaling_factor=scale))
-    rule = replace(rule, options=replace(rule.options, epsilon=_epsilon(rule, _Trial(layer, torch.float32, low=True))))
-    for seed, low, level, training in ((1, False, 0.0, True), (2, False, -1.5, False), (3, True, 0.0, False)):
-        _check(rule, _Trial(layer, torch.float32, seed, low, level), training)
+    low, lowest = (mean / rule.factor for mean in LOW_LOGITS)
+    rule = replace(
+        rule, options=replace(rule.options, epsilon=_epsilon(rule, _Trial(layer, torch.float32, mean=lowest)))
+    )
+    for seed, mean, level, training in (
+        (1, None, 0.0, True),
+        (2, None, -1.5, False),
+        (3, low, 0.0, False),
+        (4, lowest, 0.0, False),
+    ):
+        _check(rule, _Trial(layer, torch.float32, seed, mean, level), training)
     rule = _with_dtypes(rule, layer)
     return replace(rule, options=replace(rule.options, implementation="auto"))
 
@@ -340,7 +350,7 @@ def _scale(rule: GateRule, trial: _Trial, ids: torch.Tensor, weights: torch.Tens
 
 @torch.no_grad()
 def _epsilon(rule: GateRule, trial: _Trial) -> float:
-    """Return what is added to a sum of scores, from scores that are small. Below 1e-9 it is the usual number."""
+    """Return what is added to a sum of scores, from scores that are small, or else the usual number."""
     options = rule.options
     if not options.normalize:
         return options.epsilon
@@ -352,8 +362,9 @@ def _epsilon(rule: GateRule, trial: _Trial) -> float:
         return options.epsilon
     # weights = scores / (sum + epsilon), and the scores here are multiplied by the scaling factor.
     total = scores.double().sum(1, keepdim=True) / options.scaling_factor
-    added = float((scores.double() / weights.double() - total).mean())
-    return float(f"{added:.3g}") if added > 1e-9 else options.epsilon
+    added = scores.double() / weights.double() - total
+    shows = added.mean() > 1e-5 * total.mean() and added.std() < 0.1 * added.mean()  # and is no rounding error
+    return float(f"{float(added.mean()):.3g}") if shows else options.epsilon
 
 
 def _check(rule: GateRule, trial: _Trial, training: bool) -> None:

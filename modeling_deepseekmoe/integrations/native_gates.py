@@ -78,15 +78,8 @@ def add_balancing_bias(model: nn.Module, checkpoint: str | Path | None = None) -
         The number of gates that were given one. Gates with a fixed choice, and those with a bias, stay as they are.
 
     Raises:
-        ValueError: if a gate is not understood, or if all have a bias; with a checkpoint, if it holds none.
+        ValueError: if a gate is not understood, or if none needs one; with a checkpoint, if it holds none.
     """
-    noted = any(getattr(module.config, "added_balancing_bias", False)
-                for module in model.modules() if isinstance(module, PreTrainedModel))  # fmt: skip
-    if noted and checkpoint is None:
-        logger.warning(
-            f"The config of {type(model).__name__} notes that its checkpoint holds balancing biases. They begin with "
-            "zeros now: add_balancing_bias(model, folder) reads them."
-        )
     layers = [layer for layer in require_moe_layers(model) if layer.bias is None]
     if has_adapters(model):
         raise ValueError(
@@ -98,6 +91,17 @@ def add_balancing_bias(model: nn.Module, checkpoint: str | Path | None = None) -
         raise ValueError(f"{type(model).__name__} is not allowed: {what}.")
     rules = [(layer, rule_of(layer)) for layer in layers]  # before anything is changed
     rules = [(layer, rule) for layer, rule in rules if not rule.table]
+    if not rules:
+        raise ValueError(
+            f"{type(model).__name__} is not allowed: its gates have a balancing bias already, or choose from a table."
+        )
+    noted = any(getattr(module.config, "added_balancing_bias", False)
+                for module in model.modules() if isinstance(module, PreTrainedModel))  # fmt: skip
+    if noted and checkpoint is None:
+        logger.warning(
+            f"The config of {type(model).__name__} notes that its checkpoint holds balancing biases. They begin with "
+            "zeros now: add_balancing_bias(model, folder) reads them."
+        )
     names = [f"{layer.name}.{layer.gate_name}.{BIAS_NAME}" for layer, _ in rules]
     stored = {} if checkpoint is None else _stored_biases(Path(checkpoint), names)
     for (layer, rule), name in zip(rules, names, strict=True):

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..checkpoint_layout import PROJECTIONS
 from ..esft.selection import ExpertSelection
 from ..experts import why_unsupported
+from ..families.linear_maps import gate_names, linear_names, odd_linears
 from ..families.moe_layers import find_experts, find_moe_layers
 from ..support.models import is_sharded
 from ..support.peft_support import use_own_layers
@@ -33,7 +34,6 @@ from .options import (
 )
 
 logger = logging.get_logger(__name__)
-_INDEXER = "indexer"  # what families call the module that chooses the tokens of their attention
 
 
 @dataclass
@@ -94,7 +94,7 @@ def expert_lora_config(
         train_router: train the gates too, as whole copies. Their balancing bias is saved with the adapter.
         target_modules: linear maps to adapt beside the experts, by the end of their names or by the name of a module
             that holds them: `("self_attn", "shared_experts")`, `("q_proj", "v_proj")`; `"all-linear"` for all of them
-            but the head.
+            but the head and the gates.
         options: other fields of `peft.LoraConfig`, which hold for experts too: `lora_dropout` (drawn for every token
             at every expert), `use_rslora`, `init_lora_weights` (`True`, `False` or `"gaussian"`), `modules_to_save`,
             `task_type` (`"CAUSAL_LM"` by default), `layers_to_transform`, `exclude_modules`, `rank_pattern`,
@@ -123,7 +123,7 @@ def expert_lora_config(
     return ExpertLoraConfig(
         r=r,
         lora_alpha=lora_alpha,
-        target_modules=list(places.modules),
+        target_modules=places.targets(own),
         target_parameters=_shortened(places.ends(), adapted) + _shortened(places.weights, others),
         modules_to_save=copies or None,
         experts=None if selection is None else selection.experts,
@@ -202,6 +202,15 @@ class _Places:
     def wanted(self) -> list[str]:
         """Parameters of experts in the selected layers."""
         return [name for name, layer in self.experts_of.items() if self.layers is None or layer in self.layers]
+
+    def targets(self, options: Mapping[str, Any]) -> list[str]:
+        """Return what PEFT is to look for. A full name is adapted whatever the layers: others are left out here."""
+        layers = {name: options.get(name) for name in ("layers_to_transform", "layers_pattern")}
+        return [
+            end
+            for end, names in self.modules.items()
+            if names != [end] or chosen_parameters([f"{end}.weight"], layers)
+        ]
 
     @property
     def linear(self) -> list[str]:
@@ -302,20 +311,21 @@ def _linear_targets(model: nn.Module, targets: list[str]) -> tuple[dict[str, lis
 
     Each of the two results maps ends of names to the full names that have them.
     """
-    linears, odd = _linear_names(model), _odd_linears(model)
+    linears, odd, gates = linear_names(model), odd_linears(model), gate_names(model)
     modules: dict[str, list[str]] = {}
     parameters: dict[str, list[str]] = {}
     for target in targets:
         if target == "all-linear":
             found = {name: name for name in linears if name.rsplit(".", 1)[-1] not in ("lm_head", "score")}
+            found = {name: name for name in found if not f"{name}.".startswith(gates)}
         else:
             padded = {name: f".{name}." for name in linears if f".{target}." in f".{name}."}
             found = {name: text[text.rindex(f".{target}.") + 1 : -1] for name, text in padded.items()}
         if not found:
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in linears if name not in odd})
             raise ValueError(
                 f"target_modules: {target!r} is not allowed: no linear map has that name. There are "
-                f"{', '.join(leaves)}; train_router=True trains the gates."
+                f"{', '.join(leaves)}, and 'all-linear'; train_router=True trains the gates."
             )
         found = _without_odd_ones(target, found, odd)
         for name, end in found.items():
@@ -344,39 +354,11 @@ def _without_odd_ones(target: str, found: dict[str, str], odd: dict[str, str]) -
     first = f"{left_out[0]} ({odd[left_out[0]]})"
     if len(left_out) == len(found):
         raise ValueError(f"target_modules: {target!r} is not allowed: it names {first} alone.")
-    logger.warning_once(f"target_modules: {target!r} leaves out {len(left_out)} linear maps, as {first}.")
+    logger.warning_once(f"target_modules: {target!r} leaves some linear maps out ({len(left_out)}), as {first}.")
     kept = {name: end for name, end in found.items() if name not in odd}
     # PEFT adapts whatever has such an end.
     ambiguous = any(f".{name}".endswith(f".{end}") for name in left_out for end in kept.values())
     return {name: name for name in kept} if ambiguous else kept
-
-
-def _odd_linears(model: nn.Module) -> dict[str, str]:
-    """Return the names of linear maps that get no adapter, and what they are.
-
-    Of an indexer (DeepSeek-V3.2, V4) only which tokens it chooses has an effect, so that it gets no gradient. Classes
-    of a family's own, as V4's grouped maps and some gates, compute something else than a linear map does.
-    """
-    odd = {}
-    for name, module in model.named_modules():
-        kind = type(module)
-        if not isinstance(module, nn.Linear):
-            continue
-        if f".{_INDEXER}." in f".{name}.":
-            odd[name] = "of an indexer, which gets no gradient"
-        elif kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.models."):
-            odd[name] = f"a {kind.__name__}, which is no plain linear map"
-    return {name.replace(".base_layer", "").replace(".original_module", ""): what for name, what in odd.items()}
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    """Return the names of all linear maps of the base, also in a model that has adapters already."""
-    names = {
-        name.replace(".base_layer", "").replace(".original_module", ""): None
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name and ".modules_to_save." not in name
-    }
-    return list(names)
 
 
 __all__ = ["ExpertLoraConfig", "expert_lora_config"]

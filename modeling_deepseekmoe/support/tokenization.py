@@ -29,14 +29,19 @@ def load_tokenizer(name_or_folder: str | Path, **kwargs: Any) -> Any:
         kwargs: those of `AutoTokenizer.from_pretrained`. `add_bos_token` and `add_eos_token` among them win.
 
     Raises:
-        ValueError, OSError: as AutoTokenizer does.
+        ValueError, OSError: as AutoTokenizer does; also a ValueError if there is no tokenizer.
     """
     of_hub = {key: value for key, value in kwargs.items() if key in _OF_HUB}
     settings, tokenizer = (_content(name_or_folder, name, of_hub) for name in (SETTINGS_NAME, TOKENIZER_NAME))
     flags = {}
     if unheeded_flags(settings, tokenizer):
         flags = {flag: settings.get(flag) is True or _adds(settings, tokenizer, flag) for flag in _FLAGS}
-    return AutoTokenizer.from_pretrained(name_or_folder, **{**flags, **kwargs})
+    found = AutoTokenizer.from_pretrained(name_or_folder, **{**flags, **kwargs})
+    if len(found) < 2:  # transformers makes an empty one of nothing
+        raise ValueError(
+            f"{str(name_or_folder)!r} is not allowed: it holds no tokenizer. Give a folder or a repository with one."
+        )
+    return found
 
 
 def unheeded_flags(settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> list[str]:

@@ -9,10 +9,17 @@ import torch
 from cli_runner import run
 from conftest import MLA, TINY
 from family_models import tiny_model
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, inspect_model, plan_training
+from modeling_deepseekmoe import (
+    DeepseekMoeConfig,
+    DeepseekMoeForCausalLM,
+    expert_lora_config,
+    inspect_model,
+    plan_training,
+)
 from modeling_deepseekmoe.analysis import counted_model
 from modeling_deepseekmoe.analysis.activations import Activations
 from modeling_deepseekmoe.analysis.counted_model import CountedModel
@@ -140,17 +147,13 @@ def test_dense_models_and_towers(tmp_path: Path) -> None:
     assert report.forward_flops_per_token == 2 * active and "beside the language model" in report.to_text()
 
 
-def test_lora_figure_equals_peft() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = tiny("qwen3_moe")
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe", "deepseek_v32", "deepseek_v4", "gemma4", "lfm2_moe"])
+def test_lora_figure_is_what_is_trained(name: str) -> None:
+    """Without indexers, V4's grouped maps, gates and head."""
+    model = tiny(name)
     expected = report_on(model.config, "x", lora_rank=4).lora_parameters
-    trained, _ = get_peft_model(
-        model, LoraConfig(r=4, target_modules=linear, target_parameters=stacks)
-    ).get_nb_trainable_parameters()
-    assert expected == trained
+    adapted = get_peft_model(model, expert_lora_config(model, r=4, target_modules="all-linear"))
+    assert expected == adapted.get_nb_trainable_parameters()[0]
 
 
 def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
@@ -215,7 +218,11 @@ def test_quantised_weights_are_counted_by_their_shapes(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"model_type": "no_such_type"}, r"config\.json: model_type='no_such_type' is not allowed.*transformers"),
-        ({"model_type": None}, r"config\.json: model_type=None is not allowed"),
+        ({"model_type": ["a"]}, r"config\.json is not allowed: model_type=\['a'\] is no name of a type"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 is not allowed: Qwen3MoeForCausalLM has no layers then"),
+        ({"num_experts_per_tok": 99}, r"layers\.0\.mlp: 99 experts for each token are not allowed: .* from 1 to 8"),
+        ({"num_experts_per_tok": 0}, r"layers\.0\.mlp: 0 experts for each token are not allowed: .* from 1 to 8"),
+        ({"model_type": None}, r"config\.json is not allowed: it has no model_type"),
         ({"hidden_size": "wide"}, r"config\.json is not allowed for qwen3_moe: .*hidden_size"),
         ({"num_attention_heads": 0}, r"qwen3_moe.*ZeroDivisionError"),
         ({"model_type": "vit"}, "model_type='vit' is not allowed: .* no language model"),
@@ -256,6 +263,15 @@ def test_code_of_a_folder_is_not_run(model_type: str, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- planning
+@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h", "longcat_flash", "llama4"])
+def test_a_plan_is_for_what_can_be_trained(name: str, tmp_path: Path) -> None:
+    folder = saved(tiny(name), tmp_path)
+    assert plan_training(folder, gpus=1, gpu_memory="80GB")
+    for method in ("lora", "esft"):
+        with pytest.raises(ValueError, match=f"method='{method}' is not allowed: .* It must be 'full'"):
+            plan_training(folder, gpus=1, gpu_memory="80GB", method=method)
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4", "qwen3_vl_moe"])
 def test_plans_of_other_families(name: str, tmp_path: Path) -> None:
     model = tiny(name)

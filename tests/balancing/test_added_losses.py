@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ from other_families import family
 from tolerances import assert_same
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modeling_deepseekmoe import RouterStatsCallback, add_auxiliary_loss
+from modeling_deepseekmoe.balancing.loss_hooks import _with_aux_loss
 from modeling_deepseekmoe.families.gate_rules import rule_of
 from modeling_deepseekmoe.families.moe_layers import find_moe_layers
 
@@ -233,6 +237,23 @@ def test_they_can_be_changed_and_removed() -> None:
     assert hooks(model) == before
 
 
+@dataclass
+class Outputs(CausalLMOutputWithPast):
+    """Those of some families."""
+
+
+def test_outputs_without_the_field() -> None:
+    """They keep what other hooks have added, and can be pickled."""
+    outputs = Outputs(loss=torch.ones(()), logits=torch.zeros(2))
+    outputs["mtp_loss"] = torch.ones(3)
+    found = _with_aux_loss(outputs)
+    found["aux_loss"] = torch.tensor(0.5)
+    again = pickle.loads(pickle.dumps(found))
+    for one in (found, again):
+        assert isinstance(one, Outputs) and list(one) == ["loss", "logits", "mtp_loss", "aux_loss"]
+        assert float(one.aux_loss) == 0.5 and one.mtp_loss.shape == (3,) and float(one.loss) == 1
+
+
 def test_bad_input(tiny_model: Any) -> None:
     with pytest.raises(ValueError, match="expert=-1 is not allowed"):
         add_auxiliary_loss(family("qwen3_moe"), expert=-1)
@@ -240,7 +261,7 @@ def test_bad_input(tiny_model: Any) -> None:
         add_auxiliary_loss(family("qwen3_moe"), device=1.0)
     with pytest.raises(ValueError, match="Qwen3MoeModel is not allowed: it makes no loss"):
         add_auxiliary_loss(family("qwen3_moe").model, expert=1.0)
-    with pytest.raises(ValueError, match="num_device_groups=3"):
+    with pytest.raises(ValueError, match="num_devices=3"):
         add_auxiliary_loss(family("qwen3_moe"), device=1.0, num_devices=3)
     with pytest.raises(ValueError, match="the config of this package's models has these losses"):
         add_auxiliary_loss(tiny_model(), expert=1.0)

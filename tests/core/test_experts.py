@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import fresh_process
 import pytest
 import torch
-from experts_cases import GATINGS, Case, Experts, cases, check_case, inputs_of
+import torch.nn.functional as F
+from experts_cases import GATINGS, LIMIT, Case, Experts, cases, check_case, inputs_of
 from hypothesis import given, settings
 from lora_cases import IDS as LORA_IDS
 from lora_cases import direct, make
@@ -27,6 +28,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
 )
+from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from modeling_deepseekmoe import DeepseekMoeForCausalLM, experts, experts_gating, experts_operator, register
 from modeling_deepseekmoe.experts import choose_backend, experts_forward, run_experts
@@ -226,6 +229,62 @@ def test_another_activation_takes_the_products_of_torch(
     assert any(
         text.startswith(f"{way}, because their activation is neither silu(gate) * up,") for text in caplog.messages
     )
+
+
+def other_gatings() -> dict[str, Callable]:
+    """What looks like a formula that is known, and is another one."""
+
+    def halves(first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return first.chunk(2, dim=-1)
+
+    return {
+        "a constant": lambda self, x: self.act_fn(halves(x)[0].clamp(max=200.0)) * halves(x)[1],
+        "a flag": lambda self, x: self.act_fn(halves(x)[0] if self.flag else 2 * halves(x)[0]) * halves(x)[1],
+        "a mode": lambda self, x: self.act_fn(halves(x)[0]) * halves(x)[1] * (1 if self.training else 2),
+        "a threshold": lambda self, x: self.act_fn(halves(x)[0]) * halves(x)[1] * (1 if self.limit < 3 else 2),
+        "another clamp": lambda self, x: self.act_fn(halves(x)[0]).clamp(max=self.limit) * halves(x)[1],
+        "another function": lambda self, x: F.relu(halves(x)[0]) * halves(x)[1],
+        "another order": lambda self, x: self.act_fn(x[..., ::2]) * x[..., 1::2],
+        "an error": lambda self, x: self.act_fn(halves(x)[0]) * halves(x)[1] + self.weights[0],
+    }
+
+
+@pytest.mark.parametrize("name", other_gatings())
+def test_an_activation_that_only_looks_known(name: str) -> None:
+    @use_experts_implementation
+    class Others(Experts):
+        flag, weights = False, (0.5,)
+        _apply_gate = other_gatings()[name]
+
+    experts = Others(SimpleNamespace(_experts_implementation="deepseekmoe"), 2, 16, 8).eval()
+    assert experts_gating.gating_numbers(experts) is None
+    hidden, ids, weights = torch.randn(3, 16), torch.tensor([[0, 1], [1, 0], [0, 0]]), torch.rand(3, 2)
+    expected = ALL_EXPERTS_FUNCTIONS["batched_mm"](experts, hidden, ids, weights)
+    assert_same(run_experts(experts, hidden, ids, weights), expected)
+    with pytest.raises(ValueError, match="backend='loop' is not allowed: their activation is neither"):
+        run_experts(experts, hidden, ids, weights, backend="loop")
+
+
+def test_numbers_of_an_activation_are_those_of_the_moment() -> None:
+    experts = inputs_of(dataclasses.replace(CASE, gating="clamped")).experts
+    assert experts_gating.gating_numbers(experts) == ("silu", LIMIT, 1.0, 0.0)
+    experts.limit = 3
+    assert experts_gating.gating_numbers(experts) == ("silu", 3.0, 1.0, 0.0)
+    for limit in (0, -1.0, None, torch.tensor(2.0)):  # a branch that nobody has tried may ask for these
+        experts.limit = limit
+        assert experts_gating.gating_numbers(experts) is None
+    del experts.limit
+    assert experts_gating.gating_numbers(experts) is None
+    plain = inputs_of(CASE).experts
+    plain._apply_gate = lambda first: first
+    assert experts_gating.gating_numbers(plain) is None
+
+
+def test_a_class_that_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = inputs_of(CASE).experts
+    assert experts_gating.gating_numbers(experts) == experts_gating.SILU
+    monkeypatch.setattr(Experts, "_apply_gate", other_gatings()["another function"])
+    assert experts_gating.gating_numbers(experts) is None
 
 
 # ------------------------------------------------------------------------------------------ which backend, and the log

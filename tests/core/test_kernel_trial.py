@@ -1,5 +1,6 @@
 """The kernels' trials: what passes, what is made wrong on purpose, what is kept, and what computes then."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -28,6 +29,7 @@ from modeling_deepseekmoe import (
     triton_support,
 )
 from modeling_deepseekmoe.experts import choose_backend, run_experts
+from modeling_deepseekmoe.experts_gating import Gating
 from modeling_deepseekmoe.kernel_trial import record_path, why_failed
 from modeling_deepseekmoe.triton_support import INTERPRETED
 
@@ -36,7 +38,9 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="faults are made in the 
 CPU = torch.device("cpu")
 TRIALS = ("routing", "grouping", "experts")
 # The activations of DeepSeek-V4, MiniMax-M3 and Gemma 4.
-CLAMPED, SHIFTED, GELU = ("silu", 10.0, 1.0, 0.0), ("silu", 7.0, 1.702, 1.0), ("gelu_tanh", None, 1.0, 0.0)
+CLAMPED, SHIFTED, GELU = (
+    gating.trial_case for gating in (Gating(limit=10.0), Gating("silu", 7.0, 1.702, 1.0), Gating("gelu_tanh"))
+)
 CASE_OF_ROUTING = (8, 2, "softmax", 1, 1, "max", "scores")  # that of eight experts, top-2
 
 
@@ -161,6 +165,21 @@ def test_training_goes_on_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     found = run_experts(*arguments, backend=backend)
     assert_same(found, expected)
     assert_same(*(torch.autograd.grad(of.square().sum(), inputs.hidden)[0] for of in (found, expected)))
+
+
+def test_compiled_experts_whose_limit_changes(tmp_path: Path) -> None:
+    """In one graph, and their kernels are tried once."""
+    inputs = inputs_of(dataclasses.replace(CASE, gating="shifted"))
+    arguments = (inputs.experts, inputs.hidden, inputs.ids, inputs.weights)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def run() -> torch.Tensor:
+        return run_experts(*arguments, backend="triton")
+
+    for limit in (0.6, 3.0, 7):
+        inputs.experts.limit = limit
+        assert_same(run(), run_experts(*arguments, backend="loop"))
+    assert records(tmp_path) == ["experts", "grouping"]
 
 
 def test_routing_goes_on_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,13 @@ def test_an_end_that_indexers_share() -> None:
     assert sorted(config.target_modules) == sorted(name for name in names if "indexer" not in name) != sorted(names)
 
 
+@pytest.mark.parametrize("target", ["kv_proj", "all-linear", "self_attn"])
+def test_full_names_keep_to_the_layers(target: str) -> None:
+    config = expert_lora_config(v4(), r=2, target_modules=target, layers_to_transform=[1])
+    adapted = [name for name, _ in get_peft_model(v4(), config).named_parameters() if "lora_A" in name]
+    assert any("self_attn" in name for name in adapted) and all(".layers.1." in name for name in adapted)
+
+
 def test_v32_indexer_decides_what_is_attended_to() -> None:
     """So the indexer is in use in these tests."""
     model = v32().eval()

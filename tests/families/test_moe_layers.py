@@ -12,7 +12,7 @@ from tolerances import assert_same
 from torch import nn
 
 from modeling_deepseekmoe import route_native_gates, track_router_load
-from modeling_deepseekmoe.families.gate_rules import UnknownGateError, rule_of
+from modeling_deepseekmoe.families.gate_rules import UnknownGateError, rule_of, tensor_at
 from modeling_deepseekmoe.families.moe_layers import find_moe_layers, require_moe_layers
 
 IDS = torch.randint(3, 100, (2, 10), generator=torch.Generator().manual_seed(1))
@@ -23,6 +23,7 @@ EXPRESSED = ("deepseek_v3", "glm4_moe", "glm_moe_dsa", "deepseek_v2", "qwen3_moe
              "laguna", "lfm2_moe")  # fmt: skip
 
 
+NEED_A_BATCH = ("granitemoe", "laguna")
 # Before, Granite's gates returned ids first, and were left to themselves.
 LOGITS_FIRST = Version(transformers.__version__) >= Version("5.23")
 
@@ -126,9 +127,27 @@ def test_what_only_small_scores_show() -> None:
         rule_of(find_moe_layers(model)[0])
 
 
-def test_what_is_added_to_a_sum_of_scores() -> None:
-    assert rule_of(find_moe_layers(family("lfm2_moe"))[0]).options.epsilon == 1e-6
-    assert rule_of(find_moe_layers(family("glm4_moe"))[0]).options.epsilon == 1e-20
+@pytest.mark.parametrize("name", [*EXPRESSED, "muse_spark"])
+def test_what_is_added_to_a_sum_of_scores(name: str) -> None:
+    """Nothing that shows, but for LFM2: Muse Spark's 1e-15 does not. Also where all scores are small."""
+    layer = find_moe_layers(family(name))[-1]
+    rule = rule_of(layer)
+    assert rule.options.epsilon == (1e-6 if name == "lfm2_moe" else 1e-20)
+    if rule.table or rule.takes or not rule.options.normalize:
+        return
+    with torch.no_grad():
+        hidden = torch.rand(20, tensor_at(layer.gate, rule.matrix).shape[1]) + 0.5
+        matrix = tensor_at(layer.gate, rule.matrix)
+        matrix.copy_(-matrix.abs() - 0.01)
+        matrix *= 25 / -(hidden @ matrix.T).mean() / rule.factor
+        logits, weights, ids = layer.gate(hidden[None] if name in NEED_A_BATCH else hidden)
+        found = rule.route(
+            layer.gate, rule.logits(layer.gate, hidden), None if layer.bias is None else layer.bias.tensor
+        )
+    assert logits.mean() < -20
+    found_weights = found.weights.gather(1, found.expert_ids.argsort(dim=1))
+    expected = weights.float().view_as(found_weights).gather(1, ids.view_as(found.expert_ids).argsort(dim=1))
+    torch.testing.assert_close(found_weights, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_experts_that_are_not_stacked_are_named() -> None:

@@ -181,6 +181,31 @@ def test_lora_trains_the_gate_under_its_name(name: str, gate: str) -> None:
     assert config.modules_to_save == [gate]
 
 
+def test_a_table_needs_no_bias() -> None:
+    """V4's other gates have one."""
+    model = family("deepseek_v4")
+    with pytest.raises(ValueError, match="its gates have a balancing bias already, or choose from a table"):
+        add_balancing_bias(model)
+    assert not hasattr(model.config, "added_balancing_bias")
+
+
+@pytest.mark.parametrize("name", ["gemma4", "granitemoe", "deepseek_v4"])
+def test_files_of_esft(name: str, tmp_path: Path) -> None:
+    """Whatever the block is called, also where it is the decoder layer."""
+    model, other = family(name).eval(), family(name).eval()
+    index = find_moe_layers(model)[-1].index
+    prepare_esft(model, {index: [0, 3]})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    save_esft(model, tmp_path / "esft")
+    load_esft(other, tmp_path / "esft")
+    expected = model(input_ids=IDS, use_cache=False).logits
+    assert_same(other(input_ids=IDS, use_cache=False).logits, expected)
+    assert not torch.equal(family(name).eval()(input_ids=IDS, use_cache=False).logits, expected)
+
+
 def test_what_add_balancing_bias_refuses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = family("qwen3_moe")
     with pytest.raises(ValueError, match=r"checkpoint='.*nowhere' is not allowed: it must be a folder"):
