@@ -130,6 +130,8 @@ def test_what_only_small_scores_show() -> None:
 @pytest.mark.parametrize("name", [*EXPRESSED, "muse_spark"])
 def test_what_is_added_to_a_sum_of_scores(name: str) -> None:
     """Nothing that shows, but for LFM2: Muse Spark's 1e-15 does not. Also where all scores are small."""
+    if name == "granitemoe" and not LOGITS_FIRST:
+        pytest.skip("its gate returns ids first")
     layer = find_moe_layers(family(name))[-1]
     rule = rule_of(layer)
     assert rule.options.epsilon == (1e-6 if name == "lfm2_moe" else 1e-20)
