@@ -107,7 +107,6 @@ FAULTS = (
     Fault("grouping", "group_kernel", "position[None, :] < position", "position[None, :] <= position"),
     Fault("experts", "first_product_kernel", "gate / (1.0 + tl.exp(", "gate / (1.1 + tl.exp("),
     Fault("experts", "activation_gradient_kernel", "opened * (1.0 - sigmoid)", "opened * (0.9 - sigmoid)"),
-    Fault("experts", "first_product_kernel", "tl.where(gate > LIMIT, LIMIT, gate)", "gate", CLAMPED),
     Fault("experts", "activation_gradient_kernel", "tl.abs(stored_up) > LIMIT", "stored_up > LIMIT", CLAMPED),
     Fault("experts", "activation_gradient_kernel", "curve *= LINEAR + 3.0", "curve *= 2.0 * LINEAR + 3.0", GELU),
     Fault("experts", "first_product_kernel", "gate * LINEAR", "gate", SHIFTED),
