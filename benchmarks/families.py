@@ -47,8 +47,14 @@ from modeling_deepseekmoe import (
 )
 from modeling_deepseekmoe.balancing.gates import find_biased_gates
 from modeling_deepseekmoe.experts import why_unsupported
-from modeling_deepseekmoe.families.gate_rules import rule_of
-from modeling_deepseekmoe.families.moe_layers import MoeLayer, find_experts, find_moe_layers, require_moe_layers
+from modeling_deepseekmoe.families.gate_rules import in_order, rule_of
+from modeling_deepseekmoe.families.moe_layers import (
+    MoeLayer,
+    find_experts,
+    find_moe_layers,
+    require_moe_layers,
+    stacked_modules,
+)
 
 IDS = torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(1))
 MASK = (torch.arange(12)[None] < torch.tensor([12, 7, 10])[:, None]).long()
@@ -123,8 +129,7 @@ def seen_choices(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def see(experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        order = args[1].argsort(dim=1, stable=True)
-        seen.append((args[1].gather(1, order), args[2].gather(1, order)))
+        seen.append(in_order(args[1], args[2]))
 
     handles = [layer.experts.register_forward_pre_hook(see) for layer in find_moe_layers(model)]
     with torch.no_grad():
@@ -136,8 +141,7 @@ def seen_choices(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def try_experts(model: nn.Module) -> str:
     """Compare logits and all gradients."""
-    parts = [part for layer in find_moe_layers(model) for part in layer.experts.modules()]
-    stacked = [part for part in parts if {"gate_up_proj", "down_proj"} <= dict(part.named_parameters()).keys()]
+    stacked = [module for layer in find_moe_layers(model) for module in stacked_modules(layer)]
     if not stacked:
         raise ValueError(f"{type(model).__name__} has no stacked experts")
     if reason := next(filter(None, map(why_unsupported, stacked)), None):

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .checkpoint_layout import STACKS
-from .experts_gating import SILU, Gating, gating_numbers
+from .experts_gating import Gating, gating_numbers
 from .experts_grouped import GroupedChoices, grouped_linear, run_grouped
 from .experts_operands import Adapter, ExpertOperands
 from .experts_operator import run_operator
@@ -213,7 +213,7 @@ def choose_backend(
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, num_experts: int, gating: Gating | None) -> str:
     """Return why the kernels do not compute such experts: they do not take them, or have failed a trial."""
-    case = () if gating is None or gating == SILU else gating.trial_case
+    case = () if gating is None else gating.trial_case
     reason = why_not_fused(device, dtype, num_experts)
     return reason or why_failed(GROUPING_TRIAL, device) or why_failed(EXPERTS_TRIAL, device, case)
 

@@ -33,7 +33,6 @@ from .loss_coefficients import LossCoefficients
 from .tracking import given_mask, tracked_counter
 
 logger = logging.get_logger(__name__)
-_KINDS: dict[type, type] = {}  # classes of outputs, and the same with the field `aux_loss`
 _LEFT_OUT = (
     "The auxiliary losses are not trained: whoever made the loss left outputs.aux_loss out. TRL's trainers add it if "
     "router_aux_loss_coef is set in their config."
@@ -126,7 +125,7 @@ class AddedLosses:
         ]
         for place, (layer, rule) in enumerate(layers):
             assert layer.gate is not None
-            attach = functools.partial(self._attach, place, f"{layer.name}.{layer.gate_name}", rule)
+            attach = functools.partial(self._attach, place, layer.gate_path, rule)
             self.handles.append(layer.gate.register_forward_hook(attach))
             # The innermost module around the block that transformers can checkpoint.
             around = [one for one, name in names.items() if f"{layer.name}.".startswith(f"{name}." if name else "")]
@@ -264,28 +263,26 @@ def _any_lives(tensors: list[weakref.ref[torch.Tensor]]) -> bool:
 
 def _with_aux_loss(outputs: Any) -> Any:
     """Return the outputs with the field `aux_loss`: what is no field gets lost where DDP or FSDP2 make them anew."""
-    kind = type(outputs)
+    has_field = "aux_loss" in {one.name for one in fields(outputs)}
+    return outputs if has_field else _made(type(outputs), dict(outputs))
+
+
+def _made(kind: type, values: dict[str, Any]) -> Any:
+    """Make outputs of a class, with the field besides, from their values. Other hooks may have added some."""
     names = {one.name for one in fields(kind)}
-    if "aux_loss" in names:
-        return outputs
-    if kind not in _KINDS:
-        added = [("aux_loss", Any, field(default=None))]
-        # The class has no name that pickle could look for.
-        reduced = {"__reduce__": lambda self: (_remade, (kind, dict(self)))}
-        _KINDS[kind] = make_dataclass(kind.__name__, added, bases=(kind,), namespace=reduced)
-    rest = {name: value for name, value in outputs.items() if name not in names}  # that other hooks have added
-    made = _KINDS[kind](**{name: value for name, value in outputs.items() if name in names})
-    for name, value in rest.items():
-        made[name] = value
-    return made
-
-
-def _remade(kind: type, values: dict[str, Any]) -> Any:
-    """Make the outputs again from their class without the field, and their values."""
-    made = _with_aux_loss(kind())
+    made = _extended(kind)(**{name: value for name, value in values.items() if name in names})
     for name, value in values.items():
-        made[name] = value
+        if name not in names:
+            made[name] = value
     return made
+
+
+@functools.cache
+def _extended(kind: type) -> Any:
+    """Return a class of outputs with the field `aux_loss`. It has no name that pickle could look for."""
+    added = [("aux_loss", Any, field(default=None))]
+    reduced = {"__reduce__": lambda self: (_made, (kind, dict(self)))}
+    return make_dataclass(kind.__name__, added, bases=(kind,), namespace=reduced)
 
 
 def _items(labels: torch.Tensor, shape: torch.Size, kwargs: dict[str, Any]) -> torch.Tensor:

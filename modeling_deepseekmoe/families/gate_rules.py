@@ -127,7 +127,7 @@ def rule_of(layer: MoeLayer) -> GateRule:
     if RULE in vars(gate):  # it was replaced
         return vars(gate)[RULE]
     layer = unwrapped(layer)
-    name = f"{layer.name}.{layer.gate_name} ({type(layer.gate).__name__})"
+    name = f"{layer.gate_path} ({type(layer.gate).__name__})"
     try:  # whatever modes the caller has set
         with (
             torch.inference_mode(False),
@@ -329,7 +329,7 @@ def _options(gate: nn.Module | None, trial: _Trial, top_k: int) -> Iterator[Rout
                     )
 
 
-def _in_order(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def in_order(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sort each token's choices by their ids: gates return them in any order."""
     order = ids.argsort(dim=1, stable=True)
     return ids.gather(1, order), weights.gather(1, order)
@@ -341,7 +341,7 @@ def _scale(rule: GateRule, trial: _Trial, ids: torch.Tensor, weights: torch.Tens
         routing = rule.route(trial.gate, rule.logits(trial.gate, trial.hidden), trial.bias, trial.argument)
     except ValueError:  # these options are none for a gate of this size
         return None
-    (found_ids, found), (ids, weights) = _in_order(routing.expert_ids, routing.weights), _in_order(ids, weights)
+    (found_ids, found), (ids, weights) = in_order(routing.expert_ids, routing.weights), in_order(ids, weights)
     if not torch.equal(found_ids, ids):
         return None
     scale = _digits(float((weights * found).sum() / found.square().sum()))
@@ -357,7 +357,7 @@ def _epsilon(rule: GateRule, trial: _Trial) -> float:
     _, weights, ids = trial.run()
     scores_alone = replace(rule, options=replace(options, normalize=False))
     routing = scores_alone.route(trial.gate, rule.logits(trial.gate, trial.hidden), trial.bias, trial.argument)
-    (found_ids, scores), (ids, weights) = _in_order(routing.expert_ids, routing.weights), _in_order(ids, weights)
+    (found_ids, scores), (ids, weights) = in_order(routing.expert_ids, routing.weights), in_order(ids, weights)
     if not torch.equal(found_ids, ids):  # which is told later
         return options.epsilon
     # weights = scores / (sum + epsilon), and the scores here are multiplied by the scaling factor.
@@ -375,7 +375,7 @@ def _check(rule: GateRule, trial: _Trial, training: bool) -> None:
     """
     _, weights, ids = trial.run(training)
     routing = rule.route(trial.gate, rule.logits(trial.gate, trial.hidden), trial.bias, trial.argument)
-    (found_ids, found), (ids, weights) = _in_order(routing.expert_ids, routing.weights), _in_order(ids, weights)
+    (found_ids, found), (ids, weights) = in_order(routing.expert_ids, routing.weights), in_order(ids, weights)
     where = "in training" if training else "where scores are small or negative"
     if not torch.equal(found_ids, ids):
         raise UnknownGateError(f"it chooses other experts than route() {where}")
@@ -409,4 +409,4 @@ def _with_dtypes(rule: GateRule, layer: MoeLayer) -> GateRule:
     return replace(rule, in_float32=bool(nearer), **dtypes)
 
 
-__all__ = ["RULE", "GateRule", "UnknownGateError", "rule_of", "tensor_at"]
+__all__ = ["RULE", "GateRule", "UnknownGateError", "in_order", "rule_of", "tensor_at"]

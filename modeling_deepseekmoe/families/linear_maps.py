@@ -38,7 +38,7 @@ def odd_linears(model: nn.Module) -> dict[str, str]:
 
 def gate_names(model: nn.Module) -> tuple[str, ...]:
     """Return what the names of everything in the gates of MoE layers begin with."""
-    return tuple(f"{layer.name}.{layer.gate_name}." for layer in find_moe_layers(model) if layer.gate is not None)
+    return tuple(f"{layer.gate_path}." for layer in find_moe_layers(model) if layer.gate is not None)
 
 
 def _of_base(name: str) -> str:

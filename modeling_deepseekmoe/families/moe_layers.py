@@ -75,6 +75,11 @@ class MoeLayer:
         return self
 
     @property
+    def gate_path(self) -> str:
+        """The name of the gate in the model."""
+        return f"{self.name}.{self.gate_name}"
+
+    @property
     def num_experts(self) -> int:
         """E, the number of experts that the gate chooses among, also where ranks share them."""
         if self.bias is not None:
@@ -162,16 +167,24 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
     found: dict[int, tuple[str, nn.Module]] = {}
     for layer in find_moe_layers(model):
         name = f"{layer.name}.experts".lstrip(".")
-        for module in layer.experts.modules():
-            own = dict(module.named_parameters(recurse=False))
-            if all(stack in own and own[stack].ndim == 3 for stack in STACKS):
-                if layer.index in found:
-                    raise ValueError(
-                        f"{name} is not allowed: layer {layer.index} has other experts, {found[layer.index][0]}, and "
-                        "experts are named by their layer."
-                    )
-                found[layer.index] = (name, module)
+        for module in stacked_modules(layer):
+            if layer.index in found:
+                raise ValueError(
+                    f"{name} is not allowed: layer {layer.index} has other experts, {found[layer.index][0]}, and "
+                    "experts are named by their layer."
+                )
+            found[layer.index] = (name, module)
     return found
+
+
+def stacked_modules(layer: MoeLayer) -> list[nn.Module]:
+    """Find the modules of a layer's experts that hold stacks: one, below PEFT's wrappers, or none."""
+
+    def holds_stacks(module: nn.Module) -> bool:
+        own = dict(module.named_parameters(recurse=False))
+        return all(stack in own and own[stack].ndim == 3 for stack in STACKS)
+
+    return [module for module in layer.experts.modules() if holds_stacks(module)]
 
 
 def unwrapped(layer: MoeLayer) -> MoeLayer:
@@ -281,4 +294,12 @@ def _refuse_unknown_biases(names: dict[nn.Module, str], layers: list[MoeLayer]) 
                 )
 
 
-__all__ = ["BalancingBias", "MoeLayer", "find_experts", "find_moe_layers", "require_moe_layers", "unwrapped"]
+__all__ = [
+    "BalancingBias",
+    "MoeLayer",
+    "find_experts",
+    "find_moe_layers",
+    "require_moe_layers",
+    "stacked_modules",
+    "unwrapped",
+]

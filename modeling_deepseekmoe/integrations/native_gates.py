@@ -102,7 +102,7 @@ def add_balancing_bias(model: nn.Module, checkpoint: str | Path | None = None) -
             f"The config of {type(model).__name__} notes that its checkpoint holds balancing biases. They begin with "
             "zeros now: add_balancing_bias(model, folder) reads them."
         )
-    names = [f"{layer.name}.{layer.gate_name}.{BIAS_NAME}" for layer, _ in rules]
+    names = [f"{layer.gate_path}.{BIAS_NAME}" for layer, _ in rules]
     stored = {} if checkpoint is None else _stored_biases(Path(checkpoint), names)
     for (layer, rule), name in zip(rules, names, strict=True):
         gate = layer.gate

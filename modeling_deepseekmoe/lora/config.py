@@ -292,7 +292,7 @@ def _gates(model: nn.Module, blocks: dict[int, tuple[str, nn.Module]]) -> list[s
     missing = [layer.name for layer in layers if layer.gate is None]
     if missing:
         raise ValueError(f"train_router=True is not allowed for {type(model).__name__}: {missing[0]} has no gate.")
-    names = [f"{layer.name}.{layer.gate_name}" for layer in layers]
+    names = [layer.gate_path for layer in layers]
     return sorted({".".join(name.split(".")[-2:]) for name in names})
 
 
