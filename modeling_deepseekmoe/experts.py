@@ -27,6 +27,7 @@ from .experts_grouped import GroupedChoices, grouped_linear, run_grouped
 from .experts_operands import Adapter, ExpertOperands
 from .experts_operator import run_operator
 from .experts_products import WIDEN_FROM, has_instructions
+from .experts_quantized import FORMAT_ATTRIBUTE, QuantizedStack, stack_of
 from .experts_trial import TRIAL as EXPERTS_TRIAL
 from .experts_triton import why_not_fused
 from .grouping import TRIAL as GROUPING_TRIAL
@@ -113,7 +114,7 @@ def run_experts(
         ValueError: for another backend, for adapters with one that does not take them, or in an export to ONNX.
     """
     _refuse_onnx(experts)
-    gate_up, down = (experts.gate_up_proj, experts.down_proj) if stacks is None else stacks
+    gate_up, down = (stack_of(experts, name) for name in STACKS) if stacks is None else stacks
     dtype, gating = compute_dtype(gate_up), gating_numbers(experts)
     adapted = any(adapter is not None for adapter in adapters)
     if backend is None:
@@ -122,6 +123,8 @@ def run_experts(
         tell_backend(experts, hidden_states, backend, reason)
     elif backend == "triton" and (reason := _why_not_triton(hidden_states.device, dtype, len(gate_up), gating)):
         raise ValueError(f"backend='triton' is not allowed: {reason}.")
+    elif backend == "triton" and isinstance(gate_up, QuantizedStack):
+        raise ValueError("backend='triton' is not allowed: the kernels take no quantised experts.")
     if backend not in BACKENDS or (backend not in FUSED_BACKENDS and adapted):
         raise ValueError(
             f"backend={backend!r} is not allowed: one of {BACKENDS}, and with adapters one of {FUSED_BACKENDS}."
@@ -134,10 +137,10 @@ def run_experts(
             hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down, gating, *adapters
         )
         return run_operator(operands, "triton" if backend == "triton" else "eager").to(hidden_states.dtype)
-    stack_of = dict(zip(STACKS, (gate_up, down), strict=True))
+    by_name = dict(zip(STACKS, (gate_up, down), strict=True))
 
     def project(name: str, rows: torch.Tensor, choices: GroupedChoices) -> torch.Tensor:
-        return grouped_linear(rows, stack_of[name], choices)
+        return grouped_linear(rows, by_name[name], choices)
 
     return run_grouped(experts, hidden_states, top_k_index, top_k_weights, project, len(gate_up))
 
@@ -157,7 +160,8 @@ def why_unsupported(experts: nn.Module) -> str | None:
         parameter = getattr(experts, name, None)
         if not isinstance(parameter, torch.Tensor) or parameter.ndim != 3:
             return f"it has no stacked parameter {name} (E, out, in)"
-        if not parameter.is_floating_point() or parameter.element_size() < 2:
+        quantized = hasattr(experts, FORMAT_ATTRIBUTE)
+        if not quantized and (not parameter.is_floating_point() or parameter.element_size() < 2):
             return f"its {name} is stored as {parameter.dtype}"
     for flag, wanted, meaning in (
         ("has_gate", True, "its experts have no gate projection"),
@@ -175,30 +179,37 @@ def why_unsupported(experts: nn.Module) -> str | None:
 
 
 def choose_backend(
-    experts: nn.Module, hidden_states: torch.Tensor, stack: torch.Tensor | None = None, top_k: int | None = None
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    stack: torch.Tensor | QuantizedStack | None = None,
+    top_k: int | None = None,
 ) -> tuple[str, str]:
     """Choose the backend for an input. If it is not a fused one, say why.
 
     Args:
         experts: the module that holds the stacks.
         hidden_states (`torch.Tensor` of shape (T, D)).
-        stack (`torch.Tensor` of shape (E, 2I, D), *optional*): weights other than the module's `gate_up_proj`.
+        stack (`torch.Tensor` or [`QuantizedStack`] of shape (E, 2I, D), *optional*): weights other than the module's
+            `gate_up_proj`.
         top_k (`int`, *optional*): K.
 
     Returns:
         One of `BACKENDS`, and the reason, which is empty for the fused ones.
     """
-    stack = experts.gate_up_proj if stack is None else stack
+    stack = stack_of(experts, "gate_up_proj") if stack is None else stack
     num_experts, columns, hidden_size = stack.shape
+    quantized = isinstance(stack, QuantizedStack)
     gating = gating_numbers(experts)
     if gating is None:
         return "grouped", _OTHER_GATING
     if hidden_states.device.type == "cuda":
+        if quantized:
+            return "grouped", "quantised experts are decoded some at a time"
         reason = _why_not_triton(hidden_states.device, compute_dtype(stack), num_experts, gating)
         return ("grouped", reason) if reason else ("triton", "")
     if hidden_states.device.type not in ("cpu", "meta"):
         return "grouped", f"the tensors are on the device {hidden_states.device.type!r}"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # for any number of tokens
+    if quantized or torch.compiler.is_compiling() or torch.jit.is_tracing():  # for any number of tokens
         return "loop", ""
     dtype = compute_dtype(stack)
     few = top_k is not None and len(hidden_states) * top_k < WIDEN_FROM * num_experts
@@ -218,7 +229,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, num_experts: int, 
     return reason or why_failed(GROUPING_TRIAL, device) or why_failed(EXPERTS_TRIAL, device, case)
 
 
-def compute_dtype(stack: torch.Tensor) -> torch.dtype:
+def compute_dtype(stack: torch.Tensor | QuantizedStack) -> torch.dtype:
     """Return the dtype of the products with a stack: its own, or autocast's. Autocast leaves float64 alone."""
     kind = stack.device.type
     if kind == "meta" or stack.dtype == torch.float64:

@@ -8,18 +8,23 @@ Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert 
 one of its experts).
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .experts_quantized import QuantizedStack
 from .grouping import group_by_expert
 from .transformers_support import gating_of
 
 # What a product gets: the parameter's name, the rows of all choices in the order of their experts, and the choices.
 Project = Callable[[str, torch.Tensor, "GroupedChoices"], torch.Tensor]
+
+
+# Bytes of the decoded experts of a quantised stack that there are at a time.
+WORKSPACE = 2**28
 
 
 class GroupedChoices(NamedTuple):
@@ -42,12 +47,13 @@ class GroupedChoices(NamedTuple):
         return GroupedChoices(ids, self.order[places], torch.searchsorted(ids, experts, right=True, out_int32=True))
 
 
-def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, choices: GroupedChoices) -> torch.Tensor:
+def grouped_linear(rows: torch.Tensor, weight: torch.Tensor | QuantizedStack, choices: GroupedChoices) -> torch.Tensor:
     """Apply one linear map for each expert to its rows.
 
     Args:
         rows (`torch.Tensor` of shape (S, in)): in the order of their experts.
-        weight (`torch.Tensor` of shape (E, out, in)): any strides.
+        weight (`torch.Tensor` of shape (E, out, in), or a [`QuantizedStack`]): any strides. Of a quantised stack some
+            experts are decoded at a time, `WORKSPACE` bytes of them.
         choices ([`GroupedChoices`]): the choices that the rows belong to.
 
     Returns:
@@ -55,11 +61,50 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, choices: GroupedCho
         content.
     """
     rows, offsets = rows.to(weight.dtype), choices.offsets
+    if isinstance(weight, QuantizedStack):
+        return _QuantizedLinear.apply(rows, weight, offsets)
     if len(rows) == 0:
         return F.linear(rows, weight[0])
     # The second one, of transformers, makes one product after the other.
     product = F.grouped_mm if _takes_grouped_mm(weight) else torch.ops.transformers.grouped_mm_fallback
     return product(rows, weight.transpose(-2, -1), offs=offsets)
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """Products with a quantised stack, whose decoded experts are not kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, stack: QuantizedStack, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.stack, ctx.offsets = stack, offsets
+        output = rows.new_zeros(len(rows), stack.shape[1])
+        for matrices, places, ends in _decoded(stack, offsets):
+            output[places] = grouped_linear(rows[places], matrices, GroupedChoices(ends, ends, ends))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        stack = ctx.stack
+        result = grad.new_zeros(len(grad), stack.shape[2])
+        for matrices, places, ends in _decoded(stack, ctx.offsets):
+            part = grad[places].contiguous()
+            result[places] = grouped_linear(part, matrices.transpose(1, 2), GroupedChoices(ends, ends, ends))
+        return result, None, None
+
+
+def _decoded(stack: QuantizedStack, offsets: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice, torch.Tensor]]:
+    """Decode some experts at a time, and only where there are choices.
+
+    Returns:
+        For each group the matrices (n, out, in), the places of its choices, and their ends within the group (n,).
+    """
+    _, rows, columns = stack.shape
+    number = max(WORKSPACE // (rows * columns * stack.dtype.itemsize), 1)
+    ends = offsets.tolist()
+    for first in range(0, len(stack), number):
+        begin, end = ends[first - 1] if first else 0, ends[min(first + number, len(stack)) - 1]
+        if end > begin:
+            group = slice(first, first + number)
+            yield stack.decode(group), slice(begin, end), offsets[group] - begin
 
 
 def _takes_grouped_mm(weight: torch.Tensor) -> bool:

@@ -36,7 +36,7 @@ class ExpertOperands(NamedTuple):
         hidden (`torch.Tensor` of shape (T, D)): in the dtype of the stacks.
         expert_ids (`torch.LongTensor` of shape (T, K)): the id E stands for an expert that is elsewhere.
         weights (`torch.Tensor` of shape (T, K)): the gate's.
-        gate_up, down (`torch.Tensor` of shapes (E, 2I, D) and (E, D, I)): the stacks.
+        gate_up, down (`torch.Tensor` or [`QuantizedStack`], of shapes (E, 2I, D) and (E, D, I)): the stacks.
         gating ([`Gating`]): what becomes of the first product.
         gate_up_adapter, down_adapter ([`Adapter`], *optional*): the adapters beside the stacks.
     """
@@ -44,16 +44,17 @@ class ExpertOperands(NamedTuple):
     hidden: torch.Tensor
     expert_ids: torch.Tensor
     weights: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Any
+    down: Any
     gating: Gating = SILU
     gate_up_adapter: Adapter | None = None
     down_adapter: Adapter | None = None
 
     def differentiable(self) -> "ExpertGradients":
-        """Collect what can have a gradient. The factors of an absent adapter are `None`."""
+        """Collect what can have a gradient. Quantised stacks and the factors of an absent adapter are `None`."""
+        stacks = [stack if isinstance(stack, torch.Tensor) else None for stack in (self.gate_up, self.down)]
         factors = factors_of(self.gate_up_adapter, self.down_adapter)
-        return ExpertGradients(self.hidden, self.weights, self.gate_up, self.down, *factors)
+        return ExpertGradients(self.hidden, self.weights, *stacks, *factors)
 
 
 class ExpertGradients(NamedTuple):

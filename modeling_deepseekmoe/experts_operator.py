@@ -16,17 +16,22 @@ import torch
 from .experts_gating import Gating
 from .experts_loop import experts_backward_loop, experts_forward_loop
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
+from .experts_quantized import QuantizedStack
 from .experts_triton import experts_backward_triton, experts_forward_triton
 from .grouping import group_by_expert
 from .routing_triton import group_choices
 
 # A copy of this file on the Hub registers operators of its own.
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
+# The stack itself, or the fields of a `QuantizedStack`.
+_STACK = "Tensor {0}, Tensor? {0}_scales, Tensor? {0}_nested"
 _ADAPTER = "Tensor? {0}_a, Tensor? {0}_b, float {0}_scale, float {0}_dropout, Tensor? {0}_seed"
 _GATING = "str function, float? limit, float slope, float offset"  # the fields of a `Gating`
 _INPUTS = ", ".join(
     [
-        "Tensor hidden, Tensor expert_ids, Tensor weights, Tensor gate_up, Tensor down",
+        "Tensor hidden, Tensor expert_ids, Tensor weights",
+        *(_STACK.format(name) for name in ("gate_up", "down")),
+        "str format",
         _GATING,
         *(_ADAPTER.format(name) for name in ("gate_up", "down")),
     ]
@@ -43,7 +48,12 @@ class _Inputs(NamedTuple):
     expert_ids: Any
     weights: Any
     gate_up: Any
+    gate_up_scales: Any
+    gate_up_nested: Any
     down: Any
+    down_scales: Any
+    down_nested: Any
+    format: Any
     function: Any
     limit: Any
     slope: Any
@@ -62,7 +72,9 @@ class _Inputs(NamedTuple):
     @classmethod
     def of(cls, operands: ExpertOperands) -> "_Inputs":
         """Make the inputs from operands."""
-        values: list[Any] = [*operands[:5], *tuple(operands.gating)]
+        quantized = isinstance(operands.down, QuantizedStack)
+        values: list[Any] = [*operands[:3], *_tensors_of(operands.gate_up), *_tensors_of(operands.down)]
+        values += [operands.down.format if quantized else "", *tuple(operands.gating)]
         for adapter in (operands.gate_up_adapter, operands.down_adapter):
             values += tuple(_NO_ADAPTER if adapter is None else adapter)  # a list of Dynamo (2.11) takes no subclass
         return cls(*values)
@@ -73,12 +85,18 @@ class _Inputs(NamedTuple):
             self.hidden.contiguous(),
             self.expert_ids.contiguous(),
             self.weights.contiguous(),
-            self.gate_up.contiguous(),
-            self.down.contiguous(),
+            self._stack(self.gate_up, self.gate_up_scales, self.gate_up_nested),
+            self._stack(self.down, self.down_scales, self.down_nested),
             Gating(self.function, self.limit, self.slope, self.offset),
             self._adapter(self.gate_up_a, self.gate_up_b, self.gate_up_scale, self.gate_up_dropout, self.gate_up_seed),
             self._adapter(self.down_a, self.down_b, self.down_scale, self.down_dropout, self.down_seed),
         )
+
+    def _stack(self, stack: Any, scales: Any, nested: Any) -> Any:
+        if not self.format:
+            return stack.contiguous()
+        nested = None if nested is None else nested.contiguous()
+        return QuantizedStack(self.format, stack.contiguous(), scales.contiguous(), nested, self.hidden.dtype)
 
     @staticmethod
     def _adapter(factor_a: Any, *others: Any) -> Adapter | None:
@@ -87,6 +105,10 @@ class _Inputs(NamedTuple):
     def differentiable(self) -> ExpertGradients:
         """Collect the values of the inputs that can have a gradient."""
         return ExpertGradients(*(getattr(self, name) for name in ExpertGradients._fields))
+
+
+def _tensors_of(stack: torch.Tensor | QuantizedStack) -> tuple[Any, Any, Any]:
+    return (stack.codes, stack.scales, stack.nested) if isinstance(stack, QuantizedStack) else (stack, None, None)
 
 
 def run_operator(operands: ExpertOperands, implementation: str) -> torch.Tensor:

@@ -3,16 +3,21 @@
 
 A CPU without matrix instructions for bfloat16 or float16 multiplies them a number at a time, many times slower than
 float32. There a matrix becomes float32 piece by piece, in a buffer that stays in the cache. The rows, and everything
-else that belongs to one expert, are float32.
+else that belongs to one expert, are float32. A quantised matrix is decoded in the same way on every CPU.
 """
 
 import functools
 import platform
+from collections.abc import Callable
 
 import torch
 
+from .experts_quantized import QuantizedMatrix, Reader
+
 # Bytes of the buffer. On a core with 1 MB of cache, 2 and 4 MB are the fastest; 1 MB takes 5 to 20 percent longer.
 PIECE = 2**22
+# For quantised matrices and so few rows that decoding is what takes the time: all of it stays in the cache.
+SMALL_PIECE, SMALL_UNTIL = 2**20, 32
 # With fewer rows a forward product is the fastest as the matrix is stored: reading it is what takes the time.
 WIDEN_FROM = 5
 
@@ -47,24 +52,29 @@ class Products:
         """Whether the matrices are made float32."""
         return self.computes_in != self.dtype
 
-    def linear(self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(
+        self, rows: torch.Tensor, matrix: torch.Tensor | QuantizedMatrix, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Compute rows (n, in) @ matrix.T of a matrix (out, in)."""
-        if not self.widens:
-            return torch.mm(rows, matrix.t(), out=out)
-        if len(rows) < WIDEN_FROM:
-            return torch.mm(rows.to(self.dtype), matrix.t()).to(self.computes_in)
-        out = rows.new_empty(len(rows), len(matrix))
-        for part in self._parts(matrix):
-            torch.mm(rows, self._wide(matrix[part]).t(), out=out[:, part])
+        if isinstance(matrix, torch.Tensor):
+            if not self.widens:
+                return torch.mm(rows, matrix.t(), out=out)
+            if len(rows) < WIDEN_FROM:
+                return torch.mm(rows.to(self.dtype), matrix.t()).to(self.computes_in)
+        read = self._reader(matrix)
+        out = rows.new_empty(len(rows), len(matrix)) if out is None else out
+        for part in self._parts(matrix, len(rows)):
+            torch.mm(rows, read(part).t(), out=out[:, part])
         return out
 
-    def linear_backward(self, grad: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    def linear_backward(self, grad: torch.Tensor, matrix: torch.Tensor | QuantizedMatrix) -> torch.Tensor:
         """Compute grad (n, out) @ matrix (out, in)."""
-        if not self.widens:
+        if isinstance(matrix, torch.Tensor) and not self.widens:
             return torch.mm(grad, matrix)
+        read = self._reader(matrix)
         out = grad.new_empty(len(grad), matrix.shape[1])
-        for part in self._parts(matrix):
-            torch.addmm(out, grad[:, part], self._wide(matrix[part]), beta=int(part.start > 0), out=out)
+        for part in self._parts(matrix, len(grad)):
+            torch.addmm(out, grad[:, part], read(part), beta=int(part.start > 0), out=out)
         return out
 
     def outer(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add: bool) -> None:
@@ -76,15 +86,29 @@ class Products:
             wide = self._wide(out[part], copy=add)
             out[part] = torch.addmm(wide, left[:, part].t(), right, beta=int(add), out=wide)
 
-    def _parts(self, matrix: torch.Tensor) -> list[slice]:
-        step = max(PIECE // (4 * max(matrix.shape[1], 1)) // 16 * 16, 16)
+    def _reader(self, matrix: torch.Tensor | QuantizedMatrix) -> Callable[[slice], torch.Tensor]:
+        """Return a function that reads some rows of a matrix in the dtype of the products, into the buffer."""
+        if isinstance(matrix, torch.Tensor):
+            return lambda part: self._wide(matrix[part])
+        read: Reader = matrix.reader()
+        columns = matrix.shape[1]
+        return lambda part: read(part, self._memory(part.stop - part.start, columns))
+
+    def _parts(self, matrix: torch.Tensor | QuantizedMatrix, num_rows: int = PIECE) -> list[slice]:
+        """Divide the rows of a matrix, which are multiplied by some rows (n, in or out)."""
+        small = isinstance(matrix, QuantizedMatrix) and num_rows < SMALL_UNTIL
+        step = max((SMALL_PIECE if small else PIECE) // (4 * max(matrix.shape[1], 1)) // 16 * 16, 16)
         return [slice(start, min(start + step, len(matrix))) for start in range(0, len(matrix), step)]
+
+    def _memory(self, rows: int, columns: int) -> torch.Tensor:
+        """Return a matrix (rows, columns) of any content, in the buffer."""
+        if self.buffer is None or self.buffer.numel() < rows * columns:
+            self.buffer = torch.empty(rows * columns, dtype=self.computes_in)
+        return self.buffer[: rows * columns].view(rows, columns)
 
     def _wide(self, part: torch.Tensor, copy: bool = True) -> torch.Tensor:
         """Return rows of a matrix in float32, in the buffer; with any content if they are not to be copied."""
-        if self.buffer is None or self.buffer.numel() < part.numel():
-            self.buffer = part.new_empty(part.numel(), dtype=torch.float32)
-        wide = self.buffer[: part.numel()].view(part.shape)
+        wide = self._memory(*part.shape)
         return wide.copy_(part) if copy else wide
 
 

@@ -141,13 +141,19 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         """Choose the experts implementation: this package's own unless another one is asked for.
 
         Raises:
-            ValueError: for this package's own if the experts are quantised. Those are modules of transformers, with
-                implementations of their own.
+            ValueError: for this package's own if another quantiser than its own has quantised the experts: those are
+                modules of transformers, with implementations of their own; and for another one if its own has.
         """
-        quantised = getattr(self.config, "quantization_config", None) is not None
-        if requested_experts == IMPLEMENTATION and quantised:
+        quantised = getattr(self.config, "quantization_config", None)
+        own = quantised is None or getattr(quantised, "quant_method", None) == "stacked_experts"
+        if requested_experts == IMPLEMENTATION and not own:
             raise ValueError(f"experts_implementation={IMPLEMENTATION!r} is not allowed for a quantised checkpoint.")
-        if requested_experts is None and not quantised:
+        if quantised is not None and own and requested_experts not in (None, IMPLEMENTATION):
+            raise ValueError(
+                f"experts_implementation={requested_experts!r} is not allowed for quantised experts: it must be "
+                f"{IMPLEMENTATION!r}."
+            )
+        if requested_experts is None and own:
             requested_experts = IMPLEMENTATION
         return super().get_correct_experts_implementation(requested_experts)
 

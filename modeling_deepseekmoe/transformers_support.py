@@ -8,12 +8,14 @@ longer has gives an error that says so. `tests/core/test_canaries.py` states wha
 
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -45,13 +47,17 @@ _MODULE_OF = {
     "normal_": "transformers.initialization",
     "zeros_": "transformers.initialization",
     # experts and parallel plans
+    "HfQuantizer": "transformers.quantizers.base",
+    "QuantizationConfigMixin": "transformers.utils.quantization_config",
     "ALL_EXPERTS_FUNCTIONS": "transformers.integrations.moe",
     "ALL_PARALLEL_STYLES": "transformers.integrations.tensor_parallel",
     "use_experts_implementation": "transformers.integrations",
     # checkpoints
     "Concatenate": "transformers.core_model_loading",
+    "ConversionOps": "transformers.core_model_loading",
     "MergeModulelist": "transformers.core_model_loading",
     "WeightConverter": "transformers.core_model_loading",
+    "WeightRenaming": "transformers.core_model_loading",
     "custom_object_save": "transformers.dynamic_module_utils",
     "get_relative_import_files": "transformers.dynamic_module_utils",
     "register_checkpoint_conversion_mapping": "transformers.conversion_mapping",
@@ -73,6 +79,11 @@ _MODULE_OF = {
 # Modules that something is done with as soon as somebody imports them, and what it is done with.
 TRAINER_MODULE, TRAINER_CALLBACKS = "transformers.trainer", "DEFAULT_CALLBACKS"
 EXPERTS_MODULE, EXPERTS_TABLE = "transformers.integrations.moe", "ALL_EXPERTS_FUNCTIONS"
+QUANTIZERS_MODULE, QUANTIZERS_CLASS, QUANTIZERS_MERGE = (
+    "transformers.quantizers.auto",
+    "AutoHfQuantizer",
+    "merge_quantization_configs",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -189,13 +200,29 @@ def experts_implementation_of(config: Any) -> str | None:
     return config._experts_implementation
 
 
+# --------------------------------------------------------------------------------------------------------- quantisers
+def dtype_when_loaded(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that transformers loads a parameter in, if the model is loaded in `dtype`.
+
+    Some models keep some parameters in float32.
+    """
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        if re.search(re.escape(pattern).replace(r"\*", ".*"), name):
+            return kept
+    return model.get_parameter_or_buffer(name).dtype
+
+
 __all__ = [
     "CACHE_NAMES",
     "EXPERTS_MODULE",
     "EXPERTS_TABLE",
+    "QUANTIZERS_CLASS",
+    "QUANTIZERS_MERGE",
+    "QUANTIZERS_MODULE",
     "TRAINER_CALLBACKS",
     "TRAINER_MODULE",
     "cache_name",
+    "dtype_when_loaded",
     "experts_implementation_of",
     "gating_of",
     "read_tokenizers_as_they_are",

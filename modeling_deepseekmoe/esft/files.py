@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..checkpoint_layout import BIAS_NAME, PROJECTIONS
+from ..checkpoint_layout import BIAS_NAME, PROJECTIONS, STACKS
+from ..experts_quantized import FORMAT_ATTRIBUTE
 from ..families.moe_layers import find_experts
 from ..support.folders import check_destination, read_tensors, unfinished_folder
 from ..support.models import whole_tensor
@@ -94,7 +95,7 @@ def load_esft(model: nn.Module, folder: str | Path) -> None:
             found = "the model has no such tensor" if target is None else f"the model's is {tuple(target.shape)}"
             raise ValueError(f"{WEIGHTS_NAME}: {name} of shape {tuple(tensor.shape)} is not allowed: {found}.")
         targets.append((target, tensor))
-    prepared = [module for module in experts.values() if isinstance(module, SelectedExperts)]
+    prepared = [m for m in experts.values() if isinstance(m, SelectedExperts) and not m.over_quantized]
     for module in prepared:
         module.write_back()
     for target, tensor in targets:
@@ -130,9 +131,22 @@ def _place_of_expert(name: str, experts: Mapping[str, nn.Module]) -> torch.Tenso
     module, (expert, _, projection) = experts.get(f"{prefix}.experts"), rest.partition(".")
     if module is None or not expert.isdigit() or int(expert) >= module.gate_up_proj.shape[0]:
         return None
-    gate, up = module.gate_up_proj[int(expert)].chunk(2)
-    places = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": module.down_proj[int(expert)]}
+    matrices = [_matrix(module, stack, int(expert)) for stack in STACKS]
+    if matrices[0] is None:
+        raise ValueError(
+            f"{name} is not allowed for a model with quantised experts on which it is not selected: call prepare_esft "
+            "with the selection beside it first."
+        )
+    gate, up = matrices[0].chunk(2)
+    places = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": matrices[1]}
     return places.get(projection)
+
+
+def _matrix(module: nn.Module, stack: str, expert: int) -> torch.Tensor | None:
+    """Return an expert's matrix where it is to be changed; `None` if it is quantised."""
+    if not hasattr(module, FORMAT_ATTRIBUTE):
+        return getattr(module, stack)[expert]
+    return module.trained_part(stack, expert) if isinstance(module, SelectedExperts) else None
 
 
 __all__ = ["load_esft", "read_esft", "save_esft"]

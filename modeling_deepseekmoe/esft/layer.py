@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..checkpoint_layout import STACKS
 from ..experts import refuse_offloaded, run_experts, why_unsupported
+from ..experts_quantized import FORMAT_ATTRIBUTE, QuantizedStack, stack_of
 from ..families.moe_layers import find_experts
 from ..support.expert_parts import LocalPart
 from ..support.library_support import has_adapters
@@ -51,12 +52,24 @@ class SelectedExperts(nn.Module):
         return frozen + trained
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state of the whole stack under its usual names."""
+        """Return the state of the whole stack under its usual names; a quantised one has what is trained beside it."""
+        if self.over_quantized:
+            return super().state_dict(*args, **kwargs)
         self.write_back()
         state, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
         for name in STACKS:
             del state[f"{prefix}selected_{name}"]
         return state
+
+    @property
+    def over_quantized(self) -> bool:
+        """Whether the stack is quantised: then it stays as it is."""
+        return hasattr(self, FORMAT_ATTRIBUTE)
+
+    def trained_part(self, name: str, expert: int) -> torch.Tensor | None:
+        """Return an expert's matrix (out, in) in what is trained beside a stack; `None` if it is not selected."""
+        place = int(self.place_of_expert[expert])
+        return getattr(self, f"selected_{name}")[place] if place < len(self.selected_ids) else None
 
     @torch.no_grad()
     def read_again(self) -> None:
@@ -115,6 +128,8 @@ def prepare_esft(model: nn.Module, experts: str | Path | Mapping[int, Sequence[i
         parameter.requires_grad_(trained)
     for layer, (_, module) in blocks.items():
         _install(module, sorted(selection.experts[layer]))
+    if any(hasattr(module, FORMAT_ATTRIBUTE) for _, module in blocks.values()):
+        model.hf_quantizer.trains_copies = True  # Trainer asks whether anything of a quantised model can be trained
 
 
 def refuse_adapters(model: nn.Module) -> None:
@@ -133,15 +148,25 @@ def _install(experts: nn.Module, ids: list[int]) -> None:
     experts.register_buffer("selected_ids", selected, persistent=False)
     experts.register_buffer("place_of_expert", places, persistent=False)  # N for those that are not selected
     for name in STACKS:
-        experts.register_parameter(f"selected_{name}", nn.Parameter(whole_tensor(getattr(experts, name))[selected]))
+        experts.register_parameter(f"selected_{name}", nn.Parameter(_copies(experts, name, selected)))
     # After the hook that stacks the official per-expert tensors, which is there from the beginning.
     experts.esft_hook = experts.register_load_state_dict_pre_hook(_select_from_state)
     plain = type(experts)
     experts.__class__ = type(f"Selected{plain.__name__}", (SelectedExperts, plain), {"plain_class": plain})
 
 
+def _copies(experts: nn.Module, name: str, selected: torch.Tensor) -> torch.Tensor:
+    """Copy the matrices of selected experts (N, out, in), in the dtype of the products if the stack is quantised."""
+    stack = stack_of(experts, name)
+    if isinstance(stack, QuantizedStack):
+        return torch.cat([stack.decode(slice(expert, expert + 1)) for expert in selected.tolist()])
+    return whole_tensor(stack)[selected]
+
+
 def _select_from_state(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
     """Let `load_state_dict` fill the parameters of the selected experts from those of the whole stack."""
+    if hasattr(module, FORMAT_ATTRIBUTE):
+        return
     for name in STACKS:
         if f"{prefix}{name}" in state_dict:
             stack = state_dict[f"{prefix}{name}"]
@@ -154,11 +179,15 @@ def merge_esft(model: nn.Module) -> None:
     The model has its ordinary modules and parameters again, frozen as they are.
 
     Raises:
-        ValueError: if nothing is prepared.
+        ValueError: if nothing is prepared, or if the stacks are quantised.
     """
     prepared = [module for module in model.modules() if isinstance(module, SelectedExperts)]
     if not prepared:
         raise ValueError(f"{type(model).__name__} is not prepared for ESFT: there is nothing to merge.")
+    if any(module.over_quantized for module in prepared):
+        raise ValueError(
+            "merge_esft is not allowed over quantised experts: call save_esft, and `deepseekmoe merge` it into a base."
+        )
     for module in prepared:
         module.write_back()
         module.esft_hook.remove()

@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Change other libraries when this package is imported: in three places, each as soon as its library is imported.
+"""Change other libraries when this package is imported: in four places, each as soon as its library is imported.
 
 - transformers' Trainer gets one more default callback, which lets `push_to_hub=True` upload the code of the family.
 - transformers' experts implementations get one more, `"deepseekmoe"`, for its own models.
+- transformers' quantisers get one more, for stacked experts, which also takes files that are quantised already.
 - TRL loads models of the family through AutoModel, if it is given their path.
 
 An import changes nothing else of other libraries. docs/architecture.md says why each change is needed.
@@ -21,7 +22,15 @@ from transformers import AutoConfig
 
 from ..configuration_deepseekmoe import DeepseekMoeConfig
 from ..support.library_support import TRL_LOADER, TRL_MODULE
-from ..transformers_support import EXPERTS_MODULE, EXPERTS_TABLE, TRAINER_CALLBACKS, TRAINER_MODULE
+from ..transformers_support import (
+    EXPERTS_MODULE,
+    EXPERTS_TABLE,
+    QUANTIZERS_CLASS,
+    QUANTIZERS_MERGE,
+    QUANTIZERS_MODULE,
+    TRAINER_CALLBACKS,
+    TRAINER_MODULE,
+)
 
 _EXPERTS = "modeling_deepseekmoe.experts"
 
@@ -115,8 +124,36 @@ def _load_through_auto(trl_module: Any) -> None:
             setattr(module, TRL_LOADER, load)
 
 
+def _offer_quantizer(auto_module: Any) -> None:
+    """Register the quantiser of stacked experts.
+
+    transformers refuses a config for files that another quantiser has written. This one reads some of them.
+    """
+    from ..quantization.config import QUANT_METHOD, StackedExpertsConfig
+    from ..quantization.quantizer import StackedExpertsQuantizer
+
+    chooser = getattr(auto_module, QUANTIZERS_CLASS)
+    original = getattr(chooser, QUANTIZERS_MERGE)
+    if hasattr(original, "takes_stacked_experts"):
+        return
+    auto_module.register_quantization_config(QUANT_METHOD)(StackedExpertsConfig)
+    auto_module.register_quantizer(QUANT_METHOD)(StackedExpertsQuantizer)
+
+    @functools.wraps(original)
+    def merge(quantization_config: Any, quantization_config_from_args: Any = None) -> Any:
+        if isinstance(quantization_config_from_args, StackedExpertsConfig):
+            return quantization_config_from_args.over(quantization_config)
+        if isinstance(quantization_config, dict):
+            quantization_config = StackedExpertsConfig.of_file(quantization_config) or quantization_config
+        return original(quantization_config, quantization_config_from_args)
+
+    vars(merge)["takes_stacked_experts"] = True
+    setattr(chooser, QUANTIZERS_MERGE, staticmethod(merge))
+
+
 TRL = AfterImport(TRL_MODULE, TRL_LOADER, _load_through_auto)
 TRAINER = AfterImport(TRAINER_MODULE, TRAINER_CALLBACKS, _carry_code)
 EXPERTS = AfterImport(EXPERTS_MODULE, EXPERTS_TABLE, _offer_experts)
+QUANTIZERS = AfterImport(QUANTIZERS_MODULE, "get_hf_quantizer", _offer_quantizer)
 
-__all__ = ["EXPERTS", "TRAINER", "TRL", "AfterImport"]
+__all__ = ["EXPERTS", "QUANTIZERS", "TRAINER", "TRL", "AfterImport"]

@@ -11,7 +11,7 @@ from ..configuration_deepseekmoe import DeepseekMoeConfig
 from ..configuration_dialects import CONFIG_CLASSES
 from ..remote_code import NATIVE_TYPES
 from ..transformers_support import read_tokenizers_as_they_are
-from .other_libraries import EXPERTS, TRAINER, TRL
+from .other_libraries import EXPERTS, QUANTIZERS, TRAINER, TRL
 
 _TAKEN: set[type[DeepseekMoeConfig]] = set()  # of the types that transformers has classes of its own for
 
@@ -35,6 +35,7 @@ def register(override_native: bool = False) -> None:
     if not override_native:
         _restore_native()
     EXPERTS.arrange()
+    QUANTIZERS.arrange()
     TRL.arrange()
     # The model classes take seconds to import, and no Auto class needs them before a config of theirs exists.
     DeepseekMoeConfig.before_first_config = _register_models

@@ -33,8 +33,9 @@ from ..experts import (
 )
 from ..experts_grouped import GroupedChoices, alignment, grouped_linear, run_grouped
 from ..experts_operands import Adapter
+from ..experts_quantized import QuantizedStack, stack_of
 from ..support.expert_parts import LocalPart, run_on_ranks
-from ..support.peft_support import ParamWrapper, get_pattern_key, parallel_style_of, spread_ourselves
+from ..support.peft_support import ParamWrapper, get_pattern_key, note_shape, parallel_style_of, spread_ourselves
 from .parallel import (
     LATENT_PROJECTION,
     ShardedLinearLora,
@@ -52,6 +53,9 @@ class DirectLora(ParamWrapper):
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
     ) -> None:
         self.prepare(kwargs.get("target_name", ""))
+        experts = base_layer.get_base_layer() if isinstance(base_layer, ParamWrapper) else base_layer
+        if isinstance(stack := stack_of(experts, parameter_name), QuantizedStack):
+            note_shape(getattr(experts, parameter_name), stack.shape)  # a copy of a model has lost it
         super().__init__(base_layer, adapter_name, parameter_name, config=_without_dropout(config), **kwargs)
         self._set_dropout(adapter_name, config.lora_dropout)
 
@@ -90,6 +94,10 @@ class DirectLora(ParamWrapper):
         factors = weight_a.unflatten(0, (self.num_experts, -1)), weight_b.unflatten(1, (-1, self.num_experts))
         return factors if part is None else part.of_factors(self.parameter_name, *factors)
 
+    def stack(self) -> torch.Tensor | QuantizedStack:
+        """Return the parameter that this layer adapts, or what it means if it is quantised."""
+        return stack_of(self.get_base_layer(), self.parameter_name)
+
     def set_dropout(self, probability: float) -> None:
         """Set the dropout of all adapters, a probability in [0, 1)."""
         for adapter_name in self.lora_A:
@@ -99,9 +107,14 @@ class DirectLora(ParamWrapper):
         """Merge adapters into the weight; see `peft.tuners.lora.layer.ParamWrapper.merge`.
 
         Raises:
-            ValueError: for a sharded weight.
+            ValueError: for a sharded weight, or a quantised one.
         """
         refuse_merging(self.get_param())
+        if isinstance(self.stack(), QuantizedStack):
+            raise ValueError(
+                "Merging is not allowed into quantised experts in memory: save the adapter and run "
+                "`deepseekmoe merge` with the base to merge into."
+            )
         super().merge(*args, **kwargs)
 
     def _set_dropout(self, adapter_name: str, probability: float) -> None:
@@ -185,8 +198,9 @@ class ExpertLora(DirectLora):
             adapters = [layers[name].combined(in_use[name], part) if name in layers else None for name in STACKS]
             return run_experts(experts, hidden_states, top_k_index, top_k_weights, adapters=adapters, backend=backend)
         tokens_of = _tokens_of_adapters(len(hidden_states), adapter_names, hidden_states.device)
-        top_k, dtype = top_k_index.shape[-1], compute_dtype(experts.gate_up_proj)
-        stacks = {name: getattr(experts, name).to(dtype) for name in STACKS}
+        stacks, top_k = {name: stack_of(experts, name) for name in STACKS}, top_k_index.shape[-1]
+        dtype = compute_dtype(stacks["gate_up_proj"])
+        stacks = {name: stack.to(dtype) for name, stack in stacks.items()}
 
         def project(name: str, rows: torch.Tensor, choices: GroupedChoices) -> torch.Tensor:
             output = grouped_linear(rows, stacks[name], choices)
@@ -270,7 +284,7 @@ class ExpertLora(DirectLora):
         """Sum some adapters, which must be [`fusible`], for the fused operator. Without any the result is `None`."""
         if not adapters:
             return None
-        dtype, scale = compute_dtype(self.get_param()), self.scaling[adapters[0]]
+        dtype, scale = compute_dtype(self.stack()), self.scaling[adapters[0]]
         if len(adapters) == 1:
             factor_a, factor_b = self.factors(adapters[0], part)
         else:
@@ -293,7 +307,7 @@ class ExpertLora(DirectLora):
         Returns:
             `torch.Tensor` of shape (S, out).
         """
-        dtype = compute_dtype(self.get_param())
+        dtype = compute_dtype(self.stack())
         factor_a, factor_b = (factor.to(dtype) for factor in self.factors(adapter_name, part))
         rows = self.lora_dropout[adapter_name](rows).to(dtype)
         scaling = self.scaling[adapter_name]

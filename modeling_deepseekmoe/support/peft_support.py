@@ -55,6 +55,14 @@ def mesh_of(layer: nn.Module) -> Any:
     return layer._hf_device_mesh
 
 
+def note_shape(parameter: Any, shape: tuple[int, ...]) -> None:
+    """Note on a parameter that is stored otherwise what shape it stands for, where PEFT reads that.
+
+    It is the name that DeepSpeed has for it.
+    """
+    parameter.ds_shape = shape
+
+
 class CombiningLoraModel(LoraModel):
     """PEFT's LoraModel, in which a subclass may say how `svd` combines the adapters of a layer."""
 
@@ -93,6 +101,7 @@ __all__ = [
     "get_pattern_key",
     "is_of_adapter",
     "mesh_of",
+    "note_shape",
     "parallel_style_of",
     "spread_ourselves",
     "use_own_layers",

@@ -4,6 +4,7 @@ Fails first, and says what breaks, when a release of one of them has changed som
 alone, and not about this package.
 """
 
+import importlib
 import inspect
 import re
 from dataclasses import fields
@@ -262,6 +263,21 @@ def test_stacked_experts_are_saved_one_by_one() -> None:
     stack = "model.layers.1.mlp.experts.down_proj"
     parts = transformers_support.revert_weight_conversion(model, {stack: model.state_dict()[stack]})
     assert set(parts) == {f"model.layers.1.mlp.experts.{expert}.down_proj.weight" for expert in range(4)}
+
+
+@relies_on("transformers", "_get_dtype_plan", breaks="Gates that stay in float32 would be rounded by a quantiser.")
+def test_a_model_says_which_parameters_stay_in_float32() -> None:
+    assert native()._get_dtype_plan(torch.bfloat16)["e_score_correction_bias"] == torch.float32
+
+
+@relies_on("transformers", breaks="Files that another quantiser has written could not be read as they are.")
+def test_configs_of_quantisers_are_merged_in_one_place() -> None:
+    merge = importlib.import_module(transformers_support.QUANTIZERS_MODULE)
+    chooser = getattr(merge, transformers_support.QUANTIZERS_CLASS)
+    method = getattr(chooser, transformers_support.QUANTIZERS_MERGE)
+    assert parameters(method) == ["quantization_config", "quantization_config_from_args"]
+    assert f"{transformers_support.QUANTIZERS_MERGE}(" in inspect.getsource(merge.get_hf_quantizer)
+    assert "HF_DEACTIVATE_ASYNC_LOAD" in inspect.getsource(importlib.import_module("transformers.core_model_loading"))
 
 
 @relies_on("transformers", breaks="Tokenizers of V1 would lose their spaces; labels be shifted twice.")

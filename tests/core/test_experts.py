@@ -13,7 +13,7 @@ from experts_cases import GATINGS, LIMIT, Case, Experts, cases, check_case, inpu
 from hypothesis import given, settings
 from lora_cases import IDS as LORA_IDS
 from lora_cases import direct, make
-from operator_checks import CASE, WITHOUT_ADAPTERS, check_dropout, check_operators
+from operator_checks import CASE, WITHOUT_ADAPTERS, check_dropout, check_operators, stacks_of
 from paths import TESTS
 from routing_cases import GENERATED
 from tolerances import assert_same
@@ -100,7 +100,7 @@ def test_only_the_first_product_is_kept() -> None:
 
 def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
     inputs = inputs_of(CASE)
-    arguments = (inputs.hidden, inputs.ids, inputs.weights, inputs.experts.gate_up_proj, inputs.experts.down_proj)
+    arguments = (inputs.hidden, inputs.ids, inputs.weights, *stacks_of(inputs.experts))
     with torch.no_grad():
         _, kept, _, _ = experts_op(*arguments, *SILU, *WITHOUT_ADAPTERS, False, "eager")
     assert kept.numel() == 0

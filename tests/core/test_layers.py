@@ -9,7 +9,7 @@ from paths import ROOT
 NAME = "modeling_deepseekmoe"
 # From below. What lies flat in the package is the core; a folder is a layer of its own.
 LAYERS = ("core", "support", "families", "configuration", "balancing", "esft", "lora", "sharding", "conversion",
-          "analysis", "hub", "integrations", "cli")  # fmt: skip
+          "quantization", "analysis", "hub", "integrations", "finetuning", "cli")  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

@@ -23,7 +23,10 @@ TRAVELLING = sorted(path.stem for path in CORE.glob("*.py") if path.stem != "__i
 KERNELS = ("experts_blocks", "experts_kernels", "routing_kernels")
 PYTHON = ("modeling_deepseekmoe", "configuration", "conversion", "examples", "benchmarks", "tests")
 FOREIGN = ("torch", "transformers", "safetensors")
-OPTIONAL = {"triton_support": "triton"}  # imported only if it is there: `test_publishing` runs without
+OPTIONAL = {
+    "triton_support": "triton",
+    "experts_quantized": "bitsandbytes",
+}  # imported only if it is there: `test_publishing` runs without
 PUBLIC_MODULES = sorted(
     name
     for _, name, _ in pkgutil.walk_packages(modeling_deepseekmoe.__path__, "modeling_deepseekmoe.")

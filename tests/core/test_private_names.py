@@ -25,6 +25,7 @@ DOCUMENTED = {
         "transformers.modeling_outputs": None,
         "transformers.utils": {"ModelOutput", "logging"},
         "transformers.distributed": {"DistributedConfig"},
+        "transformers.quantizers": {"AutoHfQuantizer"},
     },
     "peft": {"peft": None, "peft.tuners.lora": {"Linear", "LoraModel"}},
     "huggingface_hub": {"huggingface_hub": None, "huggingface_hub.errors": None, "huggingface_hub.utils": None},
@@ -136,4 +137,4 @@ def test_every_listed_name_is_used() -> None:
     for name, listed in LISTED.items():
         for file in listed.files:
             assert name in used[file], f"{name} does not stand in {file}: take it off the list"
-    assert len(LISTED) <= 30
+    assert len(LISTED) <= 31

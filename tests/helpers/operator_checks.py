@@ -14,6 +14,11 @@ CASE = Case(0, "random", torch.float32, 9, 5, 3, 24, 20, 0, "both", False, False
 WITHOUT_ADAPTERS = (None, None, 1.0, 0.0, None) * 2
 
 
+def stacks_of(experts: torch.nn.Module) -> tuple:
+    """Stacks that are not quantised, as the operator takes them."""
+    return (experts.gate_up_proj, None, None, experts.down_proj, None, None, "")
+
+
 def check_dropout(backend: str, seeds: int, device: str = "cpu") -> None:
     """The mean over seeds is the output without dropout, where that is linear; and each gradient is the slope."""
     inputs = inputs_of(dataclasses.replace(CASE, rank=4, tokens=6), device, dropout=0.5)
@@ -48,7 +53,7 @@ def check_operators(rank: int, implementation: str, gating: str = "silu") -> Non
     """The checks of torch, of both operators."""
     inputs = inputs_of(dataclasses.replace(CASE, rank=rank, gating=gating))
     adapters = [value for adapter in inputs.adapters for value in adapter or WITHOUT_ADAPTERS[:5]]
-    stacks = (inputs.experts.gate_up_proj, inputs.experts.down_proj)
+    stacks = stacks_of(inputs.experts)
     arguments = (inputs.hidden, inputs.ids, inputs.weights, *stacks, *gating_numbers(inputs.experts), *adapters)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(experts_op, (*arguments, True, implementation), test_utils=checks)

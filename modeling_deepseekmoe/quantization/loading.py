@@ -1,0 +1,315 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""How transformers' loader makes quantised stacks of a checkpoint's matrices, and matrices of them again.
+
+A checkpoint holds the projections of every expert apart, in a floating dtype or quantised. Each of them becomes a part
+of its stack by itself. So what there is beside the quantised weights is at most one stack as it is stored.
+"""
+
+import re
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint_layout import STACKS
+from ..conversion.matrix_formats import SUFFIXES, Parts, decode, encode, kind_of, matrix_of, parts_of
+from ..experts_quantized import FORMAT_ATTRIBUTE, NESTED, SCALES, QuantizedStack, stack_of
+from ..experts_workers import run_in_workers
+from ..transformers_support import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dtype_when_loaded,
+)
+from .config import StackedExpertsConfig
+from .stacking import NewStack, StackFormat, matrices_of
+
+# Behind the name of a tensor whose name is the beginning of others'.
+_END = r"(?![\w.])"
+
+
+def _patterns(source: str) -> dict[str, str]:
+    """Return the patterns of a matrix's tensors in a file, with what stands behind its name.
+
+    The first must be that of the codes: transformers makes the names of what it saves from the first one.
+    """
+    return {source + (suffix or _END): suffix for suffix in sorted(SUFFIXES, key=len)}
+
+
+def stack_of_converter(converter: Any) -> str | None:
+    """Return which of `STACKS` a converter makes; `None` for one that makes something else."""
+    targets = converter.target_patterns if isinstance(converter, WeightConverter) else []
+    if len(targets) != 1 or ".experts." not in f".{targets[0]}":
+        return None
+    stack = targets[0].rpartition(".")[2]
+    return stack if stack in STACKS else None
+
+
+def is_by_expert(converter: Any) -> bool:
+    """Tell whether a converter of a stack takes every projection of every expert apart, and does no more."""
+    kinds = [type(operation) for operation in converter.operations]
+    sources = converter.source_patterns
+    plain = [MergeModulelist, Concatenate] if len(sources) > 1 else [MergeModulelist]
+    return kinds == plain and all("*" in source for source in sources)
+
+
+class _LazyConverter(WeightConverter):
+    """A converter that reads no tensor before its operation asks for it."""
+
+    def materialize_tensors(self) -> dict[str, list[Any]]:
+        """Return what reads the tensors, once."""
+        collected = dict(self.collected_tensors)
+        self.collected_tensors.clear()
+        return collected
+
+
+def _read(value: Any) -> torch.Tensor:
+    """Read a tensor: what transformers has collected is a function, a future, or the tensor itself."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return value.result() if isinstance(value, Future) else value()
+
+
+class _Operation(ConversionOps):
+    """An operation that takes tensors in any dtype: what has this attribute is not cast by transformers."""
+
+    def __init__(self, hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Operation":
+        return self  # it has no state: transformers copies it for each layer
+
+    @property
+    def config(self) -> StackedExpertsConfig:
+        """The quantiser's config."""
+        return self.hf_quantizer.quantization_config
+
+
+class ReadExperts(_Operation):
+    """Make a quantised stack of the projections of all experts.
+
+    Args:
+        hf_quantizer: the quantiser.
+        plain: the converter that makes a stack that is not quantised.
+    """
+
+    def __init__(self, hf_quantizer: Any, plain: Any) -> None:
+        super().__init__(hf_quantizer)
+        self.plain, self.stack = plain, stack_of_converter(plain) or ""
+        self.sources = list(plain.source_patterns)
+
+    def converter(self) -> Any:
+        """Make the converter of transformers that reads all tensors of a quantised stack.
+
+        Its target is the codes alone: older versions of transformers do not allow several.
+        """
+        by_source = [list(_patterns(source)) for source in self.sources]
+        sources = [pattern for same_suffix in zip(*by_source, strict=True) for pattern in same_suffix]
+        targets = list(self.plain.target_patterns)
+        made = _LazyConverter(source_patterns=sources, target_patterns=targets, operations=[self])
+        made.scope_prefix, made.base_model_prefix = self.plain.scope_prefix, self.plain.base_model_prefix
+        return made
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        """Quantise what is not, and put it into a stack."""
+        assert model is not None
+        target = self.plain.target_patterns[0]
+        experts = model.get_submodule(full_layer_name.rpartition(".")[0])
+        given = [self._projection(input_dict, source) for source in self.sources]
+        if not hasattr(experts, FORMAT_ATTRIBUTE):
+            dtype = getattr(experts, self.stack).dtype
+            matrices = [
+                [decode(_parts(values), full_layer_name, dtype) for values in by_expert] for by_expert in given
+            ]
+            return {target: torch.stack([torch.cat(of_expert) for of_expert in zip(*matrices, strict=True)])}
+        self.hf_quantizer.by_expert = True
+        # transformers has put the first tensor where the stack is to be.
+        given[0][0] = _parts(given[0][0])
+        new = NewStack(self._format(experts, given), given[0][0][""].device)
+
+        def put(place: tuple[int, int]) -> None:
+            projection, expert = place
+            parts, name = _parts(given[projection][expert]), f"{full_layer_name}[{expert}]"
+            new.put(expert, projection, matrix_of(self._in_format(parts, name), name))
+            given[projection][expert].clear()  # what is read is let go of
+
+        places = [(projection, expert) for projection, one in enumerate(given) for expert in range(len(one))]
+        if new.on_cpu:
+            run_in_workers(places, lambda: put)
+        else:
+            for place in places:
+                put(place)
+        return {target + suffix: tensor for suffix, tensor in new.tensors.items()}
+
+    def _projection(self, input_dict: dict[str, Any], source: str) -> list[dict[str, Any]]:
+        """Collect what reads the tensors of a projection, for each expert."""
+        lists = {suffix: input_dict.pop(pattern, None) for pattern, suffix in _patterns(source).items()}
+        found = {suffix: tensors for suffix, tensors in lists.items() if tensors is not None}
+        numbers = {suffix: len(tensors) for suffix, tensors in found.items()}
+        if "" not in numbers or len(set(numbers.values())) > 1:
+            raise ValueError(f"{source} has tensors of different numbers of experts: {numbers}.")
+        return [dict(zip(found, tensors, strict=True)) for tensors in zip(*found.values(), strict=True)]
+
+    def _format(self, experts: nn.Module, given: list[list[dict[str, Any]]]) -> StackFormat:
+        shape = getattr(experts, self.stack).shape
+        if len(given[0]) != shape[0]:
+            raise ValueError(f"{self.sources[0]} has {len(given[0])} experts, and the config asks for {shape[0]}.")
+        return StackFormat(self.config.format, tuple(shape), len(given), self.config.double_quantisation)
+
+    def _in_format(self, parts: Parts, name: str) -> Parts:
+        if kind_of(parts, name) == self.config.format:
+            return parts
+        weight = parts[""] if kind_of(parts, name) is None else decode(parts, name)
+        return encode(weight, self.config.format, name, self.config.double_quantisation)
+
+    @property
+    def reverse_op(self) -> "WriteExperts":
+        """The operation that writes what this one reads."""
+        return WriteExperts(self.hf_quantizer, self.plain)
+
+
+def _parts(values: dict[str, Any]) -> Parts:
+    return {suffix: _read(value) for suffix, value in values.items()}
+
+
+class WriteExperts(ReadExperts):
+    """Take a quantised stack apart into a file's tensors of every expert."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the tensors of a file by their names. The scales are those of the model, beside the codes."""
+        assert model is not None
+        names = [re.sub(r"\\(?=\W)", "", source).lstrip("^") for source in self.sources]
+        (codes,) = (value[0] if isinstance(value, list) else value for value in input_dict.values())
+        tensors: dict[str, Any] = {}
+        if codes.is_floating_point():  # of a layer that is skipped
+            for name, projection in zip(names, codes.chunk(len(names), dim=1), strict=True):
+                tensors |= {name.replace("*", str(i)): matrix.contiguous() for i, matrix in enumerate(projection)}
+            return tensors
+        # Before the names that transformers has made of a file's.
+        path = full_layer_name.partition(kwargs["target_patterns"][0])[0] + self.plain.target_patterns[0]
+        stack = stack_of(model.get_submodule(path.rpartition(".")[0]), self.stack)
+        assert isinstance(stack, QuantizedStack)
+        for expert, projection, matrix in matrices_of(replace(stack, codes=codes), len(names)):
+            name = names[projection].replace("*", str(expert))
+            tensors |= {name + suffix: tensor for suffix, tensor in parts_of(matrix, stack.dtype).items()}
+        return tensors
+
+    @property
+    def reverse_op(self) -> ReadExperts:
+        """The operation that reads what this one writes."""
+        return ReadExperts(self.hf_quantizer, self.plain)
+
+
+def state_of(model: Any, by_expert: bool) -> dict[str, torch.Tensor]:
+    """Return the state of a model that transformers is to save.
+
+    What stands beside the codes of a stack is written with them, if its matrices are written one by one.
+    """
+    state = model.state_dict()
+    if not by_expert:
+        return state
+    beside = [stack + suffix for stack in STACKS for suffix in (SCALES, NESTED)]
+    quantised = [name for name, module in model.named_modules() if hasattr(module, FORMAT_ATTRIBUTE)]
+    left_out = {f"{name}.{part}" for name in quantised for part in beside}
+    return {name: tensor for name, tensor in state.items() if name not in left_out}
+
+
+class QuantizeStack(_Operation):
+    """Quantise a whole stack, for checkpoints that hold stacks."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the tensors of the quantised stack by their names; what is quantised already stays."""
+        assert model is not None
+        linears = self.hf_quantizer.linears
+        if linears is not None and linears.param_needs_quantization(model, full_layer_name):
+            return linears.get_quantize_ops().convert(
+                input_dict, model=model, full_layer_name=full_layer_name, **kwargs
+            )
+        name, values = next(iter(input_dict.items()))
+        stack = values[0] if isinstance(values, list) else values
+        if not stack.is_floating_point():
+            return input_dict
+        projections = STACKS[name.rpartition(".")[2]]
+        stored = StackFormat(self.config.format, tuple(stack.shape), len(projections), self.config.double_quantisation)
+        new = NewStack(stored, stack.device)
+        for expert, whole in enumerate(stack):
+            for projection, weight in enumerate(whole.chunk(len(projections))):
+                parts = encode(weight, self.config.format, f"{name}[{expert}]", self.config.double_quantisation)
+                new.put(expert, projection, matrix_of(parts, name))
+        return {name + suffix: tensor for suffix, tensor in new.tensors.items()}
+
+
+class ReadMatrix(_Operation):
+    """Read a matrix that is not of experts, and is quantised in the file, in the model's dtype."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the weight in the dtype of its parameter."""
+        assert model is not None
+        given = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        parts = {suffix: given[pattern] for pattern, suffix in _patterns("weight").items() if pattern in given}
+        dtype = dtype_when_loaded(model, full_layer_name, self.hf_quantizer.dtype)
+        if parts.keys() == {""} and parts[""].ndim != 2:
+            return {"weight": parts[""].to(dtype)}
+        return {"weight": decode(parts, full_layer_name, dtype)}
+
+    @property
+    def reverse_op(self) -> "_WriteMatrix":
+        """The operation for saving: nothing is quantised again."""
+        return _WriteMatrix(self.hf_quantizer)
+
+
+class _WriteMatrix(_Operation):
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ReadMatrix:
+        return ReadMatrix(self.hf_quantizer)
+
+
+def conversions(hf_quantizer: Any, given: list[Any]) -> list[Any]:
+    """Let transformers' converters of a model make quantised stacks.
+
+    Args:
+        hf_quantizer: the quantiser.
+        given: the model's own converters and renamings.
+
+    Returns:
+        The same, in which those of stacks are others; and for files that are quantised those of other matrices.
+    """
+    made = [
+        ReadExperts(hf_quantizer, converter).converter()
+        if stack_of_converter(converter) and is_by_expert(converter)
+        else converter
+        for converter in given
+    ]
+    if hf_quantizer.linears is not None:
+        made += hf_quantizer.linears.get_weight_conversions()
+    if not hf_quantizer.quantization_config.reads_others:
+        return made
+    scales = WeightRenaming(source_patterns=r"^(.+)\.scale$", target_patterns=r"\1.weight_scale_inv")
+    others = WeightConverter(
+        source_patterns=list(_patterns("weight")),
+        target_patterns="weight",
+        operations=[ReadMatrix(hf_quantizer)],
+    )
+    return [*([scales] if hf_quantizer.names_scales_shortly else []), *made, others]
+
+
+__all__ = ["QuantizeStack", "conversions", "is_by_expert", "stack_of_converter", "state_of"]
