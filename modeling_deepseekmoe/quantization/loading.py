@@ -60,6 +60,11 @@ def is_by_expert(converter: Any) -> bool:
 class _LazyConverter(WeightConverter):
     """A converter that reads no tensor before its operation asks for it."""
 
+    def add_tensor(self, *args: Any, **kwargs: Any) -> None:
+        """Note what reads a tensor. By now transformers has decided whether its threads read ahead."""
+        self.operations[0].hf_quantizer.read_ahead_again()
+        super().add_tensor(*args, **kwargs)
+
     def materialize_tensors(self) -> dict[str, list[Any]]:
         """Return what reads the tensors, once."""
         collected = dict(self.collected_tensors)
@@ -299,17 +304,15 @@ def conversions(hf_quantizer: Any, given: list[Any]) -> list[Any]:
         else converter
         for converter in given
     ]
+    if hf_quantizer.names_scales_shortly:
+        scales = WeightRenaming(source_patterns=rf"^(.+)\.scale{_END}", target_patterns=r"\1.weight_scale_inv")
+        made = [scales, *made]
     if hf_quantizer.linears is not None:
         made += hf_quantizer.linears.get_weight_conversions()
-    if not hf_quantizer.quantization_config.reads_others:
-        return made
-    scales = WeightRenaming(source_patterns=r"^(.+)\.scale$", target_patterns=r"\1.weight_scale_inv")
-    others = WeightConverter(
-        source_patterns=list(_patterns("weight")),
-        target_patterns="weight",
-        operations=[ReadMatrix(hf_quantizer)],
-    )
-    return [*([scales] if hf_quantizer.names_scales_shortly else []), *made, others]
+    if hf_quantizer.quantization_config.reads_others:
+        patterns = list(_patterns("weight"))
+        made.append(WeightConverter(patterns, "weight", operations=[ReadMatrix(hf_quantizer)]))
+    return made
 
 
 __all__ = ["QuantizeStack", "conversions", "is_by_expert", "stack_of_converter", "state_of"]

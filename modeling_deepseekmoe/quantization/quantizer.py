@@ -69,13 +69,12 @@ class StackedExpertsQuantizer(HfQuantizer):
             self.linears.validate_environment(*args, **kwargs)
 
     def _read_when_needed(self) -> None:
-        """Keep transformers from reading tensors ahead, until the model is loaded.
+        """Keep transformers from reading tensors ahead: it asks a variable when it begins.
 
         Its threads would have read all of a file before a part of it is in its stack.
         """
-        before = os.environ.get(_NO_READING_AHEAD)
+        self.read_ahead_again = weakref.finalize(self, _set_variable, os.environ.get(_NO_READING_AHEAD))
         os.environ[_NO_READING_AHEAD] = "1"
-        self._read_ahead_again = weakref.finalize(self, _set_variable, before)
 
     def update_device_map(self, device_map: Any) -> Any:
         """Leave the device map as it is, unless bitsandbytes asks for one."""
@@ -115,14 +114,13 @@ class StackedExpertsQuantizer(HfQuantizer):
         self.modules = set(prepare_experts(model, self.quantization_config, self.dtype))
         super().preprocess_model(model, dtype=dtype, **kwargs)
         model.set_experts_implementation(IMPLEMENTATION)
-        self._read_when_needed()
         self.names_scales_shortly = self.pre_quantized and model.config.model_type == "deepseek_v4"
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Note what other libraries ask of a loaded model."""
         from .experts import QuantizedExperts, note_shapes
 
-        self._read_ahead_again()
+        self.read_ahead_again()
         for module in model.modules():
             if isinstance(module, QuantizedExperts):
                 note_shapes(module)
@@ -144,6 +142,7 @@ class StackedExpertsQuantizer(HfQuantizer):
         """Let the model's converters make quantised stacks."""
         from .loading import conversions
 
+        self._read_when_needed()
         return conversions(self, weight_conversions)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
