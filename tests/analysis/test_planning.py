@@ -87,7 +87,7 @@ def test_activations_grow_with_tokens_and_without_checkpointing() -> None:
         ({"gpu_memory": "much"}, "gpu_memory='much' is not allowed"),
         ({"gpu_memory": "0GB"}, "gpu_memory='0GB' is not allowed"),
         ({"gpu_memory": "80"}, "gpu_memory='80' is not allowed: it must be bytes, or a text as '80GB'"),
-        ({"method": "dora"}, "method='dora' is not allowed: it must be one of full, lora, esft"),
+        ({"method": "dora"}, "method='dora' is not allowed: it must be one of full, lora, qlora, esft"),
         ({"tokens": 0}, "tokens=0 is not allowed"),
         ({"method": "lora", "lora_rank": 0}, "lora_rank=0 is not allowed"),
         ({"method": "esft", "esft_share": 0.0}, "esft_share=0.0 is not allowed"),

@@ -1,5 +1,6 @@
 """The demo on the real model, in its short form, and what it says when a step fails."""
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -17,9 +18,10 @@ from modeling_deepseekmoe.conversion import UpcyclingPlan, upcycle, verify
 
 
 @pytest.mark.slow
-def test_quick_demo(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", demo.METHODS)
+def test_quick_demo(tmp_path: Path, method: str) -> None:
     lines: list[str] = []
-    figures = demo.run_demo(tmp_path, demo.QUICK, lines.append)
+    figures = demo.run_demo(tmp_path, dataclasses.replace(demo.QUICK, method=method), lines.append)
     assert figures["dense_vs_upcycled_max_logit_difference"] <= demo.LOGIT_TOLERANCE
     assert figures["dense_vs_upcycled_same_greedy_text"] is True
     assert figures["perplexity_after"] < figures["perplexity_before"]
@@ -32,7 +34,10 @@ def test_quick_demo(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text()) == figures
     for name in ("loss.png", "expert_load.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert sum(line.startswith("[") for line in lines) == 10
+    assert sum(line.startswith("[") for line in lines) == (10 if method == "lora" else 11)
+    if method == "qlora":
+        assert figures["quantised_bytes"] < figures["experts_bytes"] / 7
+        assert figures["perplexity_before"] < figures["perplexity_quantised"] < 1.1 * figures["perplexity_before"]
 
 
 @pytest.mark.slow
@@ -107,3 +112,9 @@ def test_demo_reports_the_step_that_failed(monkeypatch: pytest.MonkeyPatch, tmp_
     result = CliRunner().invoke(demo.app, ["--quick", "--output", str(tmp_path)])
     assert result.exit_code == 1
     assert "Step 1 (Obtain SmolLM2-135M-Instruct): OSError: no model here" in result.output
+
+
+def test_demo_refuses_another_method(tmp_path: Path) -> None:
+    result = CliRunner().invoke(demo.app, ["--method", "dora", "--output", str(tmp_path / "demo")])
+    assert result.exit_code == 1 and "method='dora' is not allowed: it must be one of lora, qlora" in result.output
+    assert not (tmp_path / "demo").exists()

@@ -1,6 +1,7 @@
 """Tiny dense models to be upcycled, and damage to upcycled ones."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,8 +55,9 @@ def spoil_one_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     divide = upcycling.upcycled_tensors
 
     def spoiled(*args: object, **kwargs: object) -> dict:
-        parts, name = divide(*args, **kwargs), "model.layers.1.mlp.experts.3.down_proj.weight"
-        parts[name] = Cast(parts[name][0].matrix, torch.bfloat16, factor=1.5), None
-        return parts
+        tensors, name = divide(*args, **kwargs), "model.layers.1.mlp.experts.3.down_proj.weight"
+        (part,) = tensors[name][""].parts
+        tensors[name] = {"": replace(tensors[name][""], parts=(Cast(part.matrix, torch.bfloat16, factor=1.5),))}
+        return tensors
 
     monkeypatch.setattr(upcycling, "upcycled_tensors", spoiled)

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 
 import torch
 from local_hub import HubServer, keep
-from tokenizers_of_tests import tokenizer
+from tokenizers_of_tests import chat_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from modeling_deepseekmoe import (
@@ -21,7 +21,7 @@ from modeling_deepseekmoe import (
 )
 from modeling_deepseekmoe.remote_code import attach_code, carries_code
 
-_SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16,
+_SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64,
           "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8,
           "n_shared_experts": 2, "num_experts_per_tok": 3, "max_position_embeddings": 512,
           "first_k_dense_replace": 1}  # fmt: skip
@@ -51,7 +51,7 @@ def fill_hub(server: HubServer, folder: Path) -> None:
     for name, model in models().items():
         place = folder / name
         model.save_pretrained(place)
-        tokenizer().save_pretrained(place)
+        chat_tokenizer().save_pretrained(place)
         if carries_code(model.config.model_type):
             attach_code(place)
         files = {path.name: keep(server.storage, path.read_bytes()) for path in sorted(place.iterdir())}
@@ -61,8 +61,11 @@ def fill_hub(server: HubServer, folder: Path) -> None:
 
 
 def write_texts(folder: Path) -> None:
-    """`text.txt`, and `task.jsonl` with rows of `text`: pages of Python's language reference."""
+    """`text.txt`, `task.jsonl` with rows of `text`, `chat.jsonl`: pages of Python's language reference."""
     pages = [topics[name] for name in sorted(topics)[:40]]
     (folder / "text.txt").write_text("\n".join(pages), encoding="utf-8")
     rows = "".join(json.dumps({"text": page[:400]}) + "\n" for page in pages)
     (folder / "task.jsonl").write_text(rows, encoding="utf-8")
+    ask = {"role": "user", "content": "Go on."}
+    chats = [{"messages": [ask, {"role": "assistant", "content": page[:90]}]} for page in pages]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")

@@ -14,3 +14,16 @@ def byte_level() -> Tokenizer:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="Ā", eos_token="ā", pad_token="Ă")
+
+
+# As ChatML, with characters in place of its tokens.
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}{{ message['content'] }}{{ eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    made = tokenizer()
+    made.chat_template = template
+    return made

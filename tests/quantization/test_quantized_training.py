@@ -234,7 +234,7 @@ def test_two_processes_equal_one(folder: Path, tmp_path: Path) -> None:
     """Ranks with rows of their own, under DDP and FSDP2, have the gradients of one process with all rows."""
     check(str(ROOT / "tests" / "scripts" / "quantized_training.py"), folder, tmp_path / "found.pt", ranks=2)
     of_both = torch.load(tmp_path / "found.pt")
-    model = adapted(load(folder, "nf4"), r=2)
+    model = adapted(load(folder, "mxfp4"), r=2)
     model(IDS, labels=IDS).loss.backward()
     wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert of_both.keys() == {"ddp", "fsdp2"} and len(quantized_modules(model)) == 2

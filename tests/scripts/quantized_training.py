@@ -24,7 +24,7 @@ from modeling_deepseekmoe import expert_lora_config
 def gradients(folder: str, how: str) -> dict[str, torch.Tensor]:
     """Those of this rank's row, averaged over the ranks."""
     torch.manual_seed(2)
-    quantised = load(Path(folder), "nf4")
+    quantised = load(Path(folder), "mxfp4")
     model = get_peft_model(quantised, expert_lora_config(quantised, r=2, init_lora_weights=False))
     wrapped = model
     if how == "ddp":
