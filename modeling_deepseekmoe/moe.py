@@ -254,7 +254,8 @@ def tell_unquantised_experts(model: PreTrainedModel) -> None:
         logger.warning(
             f"The routed experts are NOT quantised: {sum(stack.nbytes for stack in left) / 1e6:,.2f} of the "
             f"{model.get_memory_footprint() / 1e6:,.2f} MB of this model are experts in {left[0].dtype}. The "
-            "quantiser takes modules of type nn.Linear, and the experts are stacked."
+            "quantiser takes modules of type nn.Linear, and the experts are stacked: "
+            "quantization_config=StackedExpertsConfig(linears='nf4') quantises both."
         )
 
 

@@ -26,6 +26,8 @@ class QuantizedExperts(nn.Module):
         Raises:
             ValueError: if something else than this package's implementation would read the codes as weights.
         """
+        if torch.onnx.is_in_onnx_export():
+            raise ValueError("An export to ONNX is not allowed for quantised experts: call model.dequantize() first.")
         implementation = experts_implementation_of(self.config)
         if implementation != IMPLEMENTATION:
             raise ValueError(

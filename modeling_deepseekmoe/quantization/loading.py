@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoint_layout import STACKS
+from ..conversion.block_fp8 import FP8, SCALE_SUFFIX
 from ..conversion.matrix_formats import SUFFIXES, Parts, decode, encode, kind_of, matrix_of, parts_of
 from ..experts_quantized import FORMAT_ATTRIBUTE, NESTED, SCALES, QuantizedStack, stack_of
 from ..experts_workers import run_in_workers
@@ -114,7 +115,8 @@ class ReadExperts(_Operation):
         """
         by_source = [list(_patterns(source)) for source in self.sources]
         sources = [pattern for same_suffix in zip(*by_source, strict=True) for pattern in same_suffix]
-        targets = list(self.plain.target_patterns)
+        # When a model is saved this is what is looked for: `shared_experts.down_proj` must not be found.
+        targets = [target.replace(".", r"\.") for target in self.plain.target_patterns]
         made = _LazyConverter(source_patterns=sources, target_patterns=targets, operations=[self])
         made.scope_prefix, made.base_model_prefix = self.plain.scope_prefix, self.plain.base_model_prefix
         return made
@@ -200,14 +202,20 @@ class WriteExperts(ReadExperts):
             for name, projection in zip(names, codes.chunk(len(names), dim=1), strict=True):
                 tensors |= {name.replace("*", str(i)): matrix.contiguous() for i, matrix in enumerate(projection)}
             return tensors
-        # Before the names that transformers has made of a file's.
-        path = full_layer_name.partition(kwargs["target_patterns"][0])[0] + self.plain.target_patterns[0]
-        stack = stack_of(model.get_submodule(path.rpartition(".")[0]), self.stack)
-        assert isinstance(stack, QuantizedStack)
+        stack = self._stack_with(codes, model)
         for expert, projection, matrix in matrices_of(replace(stack, codes=codes), len(names)):
             name = names[projection].replace("*", str(expert))
             tensors |= {name + suffix: tensor for suffix, tensor in parts_of(matrix, stack.dtype).items()}
         return tensors
+
+    def _stack_with(self, codes: torch.Tensor, model: nn.Module) -> QuantizedStack:
+        """Find a stack by its codes: some versions of transformers have renamed it by now."""
+        for module in model.modules():
+            if hasattr(module, FORMAT_ATTRIBUTE):
+                stack = stack_of(module, self.stack)
+                if isinstance(stack, QuantizedStack) and stack.codes.data_ptr() == codes.data_ptr():
+                    return stack
+        raise ValueError("A state dict of other tensors than the model's own is not allowed for quantised experts.")
 
     @property
     def reverse_op(self) -> ReadExperts:
@@ -269,6 +277,8 @@ class ReadMatrix(_Operation):
         given = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         parts = {suffix: given[pattern] for pattern, suffix in _patterns("weight").items() if pattern in given}
         dtype = dtype_when_loaded(model, full_layer_name, self.hf_quantizer.dtype)
+        if SCALE_SUFFIX in parts and parts[""].is_floating_point():
+            parts[""] = parts[""].to(FP8)  # transformers before 5.23 has cast the values, which loses nothing
         if parts.keys() == {""} and parts[""].ndim != 2:
             return {"weight": parts[""].to(dtype)}
         return {"weight": decode(parts, full_layer_name, dtype)}

