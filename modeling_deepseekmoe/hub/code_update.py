@@ -33,6 +33,8 @@ RELEASED = {
     "b12c69132e95b3d6e642303c629763f4ea3386e1781d67a16df5cb923a5ffdb2": "0.12.0",
     "b03349986124ecc1e40c3655b4203563a7a8af6af473f5d08f2e8f4538ea6ea1": "0.13.0",
     "80c8c227313d5c19412ae8e30e6578b7da43d035cf2d2616e27cd60a10e287fe": "0.13.0",
+    "9e9933e37f7e5966afd37db684394ba535641c3e443cf3b587a133c7b1ca9e09": "0.14.0",
+    "2cb8cbd1ff20ee4fea19751280c0a44fd8a1a0136f763c81b552b9be26dff823": "0.14.0",
 }
 _HEADS = "modeling_classification.py"
 _NAMED = re.compile(r'^CODE_VERSION = "([^"]+)"', re.MULTILINE)

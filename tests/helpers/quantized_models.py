@@ -1,5 +1,6 @@
 """Models with quantised experts, and the same models with what these decode to."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, StackedExpertsConfig
 from modeling_deepseekmoe.experts_quantized import FORMATS
 
-KINDS = FORMATS
+# Environments with older libraries go without bitsandbytes, whose import takes as long as all others.
+KINDS = FORMATS if find_spec("bitsandbytes") else FORMATS[1:]
+FOUR_BITS = KINDS[0] if KINDS == FORMATS else "mxfp4"
 # Widths that have more than one block, and a last one of fp8 that is smaller; several groups of nested scales.
 WIDE = {"hidden_size": 192, "moe_intermediate_size": 128, "intermediate_size": 64}
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_models import tiny_model
-from quantized_models import IDS, KINDS, WIDE, base, decoded, load, quantized_modules, write
+from quantized_models import FOUR_BITS, IDS, KINDS, WIDE, base, decoded, load, quantized_modules, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
@@ -19,6 +19,7 @@ from modeling_deepseekmoe.conversion.matrix_formats import decode, encode
 from modeling_deepseekmoe.experts_quantized import stack_of
 
 WEIGHTS = "model.safetensors"
+of_nf4 = pytest.mark.skipif(FOUR_BITS != "nf4", reason="bitsandbytes is not installed")
 NAMES = ("deepseekmoe", "deepseek_v3", "qwen3_moe", "mixtral", "deepseek_v4")
 
 
@@ -68,6 +69,7 @@ def test_saved_and_loaded_again(tmp_path: Path, name: str, kind: str) -> None:
     assert (tmp_path / "twice" / WEIGHTS).read_bytes() == (tmp_path / "saved" / WEIGHTS).read_bytes()
 
 
+@of_nf4
 def test_options(tmp_path: Path) -> None:
     """A layer that is skipped, scales that are not quantised, and another dtype for the products."""
     write(tmp_path / "base")
@@ -87,6 +89,7 @@ def test_options(tmp_path: Path) -> None:
     assert torch.isfinite(again(IDS).logits).all()
 
 
+@of_nf4
 def test_other_linear_maps_by_bitsandbytes(tmp_path: Path) -> None:
     write(tmp_path / "base")
     model = load(tmp_path / "base", "nf4", linears="nf4")
@@ -105,8 +108,8 @@ def test_a_model_whose_file_has_stacks(tmp_path: Path) -> None:
     base().save_pretrained(tmp_path / "base", save_original_format=False)
     assert "model.layers.1.mlp.experts.gate_up_proj" in load_file(tmp_path / "base" / WEIGHTS)
     write(tmp_path / "apart")
-    model = load(tmp_path / "base", "nf4")
-    assert_equal_states(model, load(tmp_path / "apart", "nf4"))
+    model = load(tmp_path / "base", FOUR_BITS)
+    assert_equal_states(model, load(tmp_path / "apart", FOUR_BITS))
     model.save_pretrained(tmp_path / "saved")
     assert_equal_states(model, load(tmp_path / "saved"))
 
@@ -174,6 +177,7 @@ def test_other_readers_know_saved_fp8_files(tmp_path: Path) -> None:
         assert torch.allclose(theirs(IDS).logits, wanted, atol=1e-3)
 
 
+@of_nf4
 def test_from_one_format_to_another(tmp_path: Path) -> None:
     """A checkpoint in FP8 is quantised to NF4 while it is loaded."""
     tensors = write_as_released(tmp_path / "v3", base("deepseek_v3"), "fp8", V3)
@@ -218,6 +222,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@of_nf4
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_when_it_is_loaded(tmp_path: Path, case: str) -> None:
     options, fields, message = REFUSED[case]
@@ -246,26 +251,26 @@ def test_refused_options(options: dict, message: str) -> None:
 
 
 def test_files_in_another_format(tmp_path: Path) -> None:
-    load(write(tmp_path / "base"), "nf4").save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"format='fp8' is not allowed: .* stored with format='nf4'"):
+    load(write(tmp_path / "base"), FOUR_BITS).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"format='fp8' is not allowed: .* stored with format="):
         load(tmp_path / "saved", "fp8")
     path = tmp_path / "saved" / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"quantization_config=.*'gptq'.* is not allowed with a StackedExpertsConfig"):
-        load(tmp_path / "saved", "nf4")
+        load(tmp_path / "saved", FOUR_BITS)
 
 
 def test_refused_of_a_loaded_model(tmp_path: Path) -> None:
     folder = write(tmp_path)
     with pytest.raises(ValueError, match="experts_implementation='grouped_mm' is not allowed for quantised experts"):
-        load(folder, "nf4").set_experts_implementation("grouped_mm")
-    native = load(write(tmp_path / "v3", "qwen3_moe"), "nf4")
+        load(folder, FOUR_BITS).set_experts_implementation("grouped_mm")
+    native = load(write(tmp_path / "v3", "qwen3_moe"), FOUR_BITS)
     native.set_experts_implementation("eager")
     with pytest.raises(ValueError, match="experts_implementation='eager' is not allowed for quantised experts"):
         native(IDS)
-    model = load(folder, "nf4")
+    model = load(folder, FOUR_BITS)
     state = {name: torch.zeros_like(tensor) for name, tensor in load_file(folder / WEIGHTS).items()}
     with pytest.raises(RuntimeError, match="which is quantised and stays: use from_pretrained"):
         model.load_state_dict(state, strict=False)
@@ -281,7 +286,7 @@ def test_an_expert_that_is_not_finite(tmp_path: Path) -> None:
 
 def test_own_state_is_loaded_again(tmp_path: Path) -> None:
     """As Trainer does when it resumes: the stacks stay, and the rest is read."""
-    model = load(write(tmp_path / "base"), "nf4")
+    model = load(write(tmp_path / "base"), FOUR_BITS)
     model.save_pretrained(tmp_path / "saved")
     again = copy.deepcopy(model)
     with torch.no_grad():

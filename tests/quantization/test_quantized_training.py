@@ -8,7 +8,7 @@ import torch
 from fresh_process import check
 from paths import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from quantized_models import IDS, KINDS, decoded, load, quantized_modules, write
+from quantized_models import FOUR_BITS, IDS, KINDS, decoded, load, quantized_modules, write
 from torch import nn
 from training import Rows, arguments, losses, reference_text
 from transformers import Trainer
@@ -91,7 +91,7 @@ def test_dropout_and_recomputed_layers(folder: Path, reentrant: bool) -> None:
     """The same gradients with and without recomputing, whose dropout is the same."""
     gradients = []
     for recomputed in (False, True):
-        model = adapted(load(folder, "nf4"), lora_dropout=0.3).train()
+        model = adapted(load(folder, FOUR_BITS), lora_dropout=0.3).train()
         if recomputed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
@@ -104,27 +104,30 @@ def test_dropout_and_recomputed_layers(folder: Path, reentrant: bool) -> None:
 
 
 def test_an_adapter_is_saved_and_read_by_plain_peft(folder: Path, tmp_path: Path) -> None:
-    model = adapted(load(folder, "nf4")).eval()
+    model = adapted(load(folder, FOUR_BITS)).eval()
     model.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(load(folder, "nf4"), tmp_path / "adapter").eval()
-    for kind, error in (("fp8", ValueError), ("nf4", RuntimeError)):  # PEFT's own is the first for fewer bytes a row
+    loaded = PeftModel.from_pretrained(load(folder, FOUR_BITS), tmp_path / "adapter").eval()
+    for kind, error in (
+        ("fp8", ValueError),
+        (FOUR_BITS, RuntimeError),
+    ):  # PEFT's own is the first for fewer bytes a row
         with pytest.raises(error, match=r"call optimize_expert_lora\(model\)|must match the existing size"):
             logits(PeftModel.from_pretrained(load(folder, kind), tmp_path / "adapter"))
     assert torch.equal(logits(optimize_expert_lora(loaded)), logits(model))
-    over_plain = PeftModel.from_pretrained(decoded(folder, "nf4"), tmp_path / "adapter").eval()
+    over_plain = PeftModel.from_pretrained(decoded(folder, FOUR_BITS), tmp_path / "adapter").eval()
     assert_near(logits(model), logits(over_plain))
-    stock = get_peft_model(load(folder, "nf4"), LoraConfig(target_modules=[], target_parameters=STACKS))
+    stock = get_peft_model(load(folder, FOUR_BITS), LoraConfig(target_modules=[], target_parameters=STACKS))
     assert stock.base_model.model.model.layers[1].mlp.experts.lora_A["default"].weight.shape == (64, 128)
 
 
 def test_a_copy_of_a_model_is_adapted_as_well(folder: Path) -> None:
-    model = load(folder, "nf4")
+    model = load(folder, FOUR_BITS)
     assert torch.equal(logits(adapted(copy.deepcopy(model)).eval()), logits(adapted(model).eval()))
 
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
 def test_merging_in_memory_is_refused(folder: Path, call: str) -> None:
-    model = adapted(load(folder, "nf4"))
+    model = adapted(load(folder, FOUR_BITS))
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="Merging is not allowed into quantised experts in memory: save the adapter"):
         getattr(model, call)()
@@ -132,7 +135,7 @@ def test_merging_in_memory_is_refused(folder: Path, call: str) -> None:
 
 
 def test_preparation_by_peft(folder: Path) -> None:
-    model = prepare_model_for_kbit_training(load(folder, "nf4", torch.bfloat16))
+    model = prepare_model_for_kbit_training(load(folder, FOUR_BITS, torch.bfloat16))
     assert model.model.norm.weight.dtype == torch.float32 and model.is_gradient_checkpointing
     model = adapted(model).train()
     loss = model(IDS, labels=IDS).loss
@@ -204,7 +207,7 @@ def test_trainer_resumes_bit_for_bit(folder: Path, tmp_path: Path, what: str) ->
     rows = reference_text(16, 12)
 
     def run(**kwargs: object) -> tuple[nn.Module, list[float]]:
-        model = load(folder, "nf4")
+        model = load(folder, FOUR_BITS)
         if what == "lora":
             model = adapted(model, lora_dropout=0.1)
         else:
