@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Run the demo: upcycle a real dense model, fine-tune it with LoRA on its experts, merge the adapter, generate.
 
-Run it with `make demo`, or with `make demo ARGS=--quick`.
+Run it with `make demo`, or with `make demo ARGS=--quick`. With `ARGS='--method qlora'` the adapter is trained over
+experts in four bits.
 """
 
 import json
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +20,15 @@ import torch
 import typer
 from demo_data import DemoError, TokenBlocks, obtain_dense_model, reference_blocks, sample_blocks
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_deepseekmoe import expert_lora_config
+from modeling_deepseekmoe import StackedExpertsConfig, expert_lora_config, optimize_expert_lora
 from modeling_deepseekmoe.analysis.evaluation import expert_load, perplexity
 from modeling_deepseekmoe.analysis.plots import plot_expert_load, plot_loss_curve, require_matplotlib
 from modeling_deepseekmoe.conversion import UpcyclingPlan, merge_adapter, upcycle_model, verify_upcycling
 
 LOGIT_TOLERANCE = 1e-3
+METHODS = ("lora", "qlora")
 PROMPT = "The `for` statement is used to iterate over"
 _RELOAD_SCRIPT = """
 import sys
@@ -54,6 +56,7 @@ class DemoSettings:
         new_tokens: tokens that are generated at the end.
         plan: how the dense FFNs are divided.
         required_gain: share by which the held-out perplexity must fall.
+        method: `"lora"`, or `"qlora"` for experts in four bits (NF4) under the adapters.
     """
 
     steps: int = 40
@@ -65,6 +68,11 @@ class DemoSettings:
     new_tokens: int = 48
     plan: UpcyclingPlan = field(default_factory=lambda: UpcyclingPlan(shared_width=384, num_shards=6, num_copies=4))
     required_gain: float = 0.10
+    method: str = "lora"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise DemoError(f"method={self.method!r} is not allowed: it must be one of {', '.join(METHODS)}")
 
 
 QUICK = DemoSettings(steps=10, held_out_blocks=16, new_tokens=16, required_gain=0.0)
@@ -102,9 +110,14 @@ def run_demo(
     with step("Save the upcycled model"):
         model.save_pretrained(output / "model")
         tokenizer.save_pretrained(output / "model")
+    if settings.method == "qlora":
+        model, quantised = _quantise(model, held_out, output, step)
+        figures |= quantised
     adapted, trained = _train(model, train, held_out, figures["perplexity_before"], settings, output, step)
     figures |= trained
     with step("Save the adapter, merge it into the model, and load that in a fresh process"):
+        if settings.method == "qlora":
+            adapted = _over_whole_weights(adapted, output)
         difference = _merge_and_reload(adapted, held_out[:2], output, echo)
         echo(f"   merged against unmerged, max |logit difference| {difference:.2e}")
         if not difference <= LOGIT_TOLERANCE:
@@ -141,6 +154,7 @@ def _upcycle(
         step.echo(f"   dense {of_dense:.3f}, upcycled {before:.3f}")
     config = model.config
     return model, {
+        "parameters": model.num_parameters(),
         "experts": f"{config.n_shared_experts} shared + {config.n_routed_experts} routed, "
         f"top-{config.num_experts_per_tok}, width {config.moe_intermediate_size}",
         "dense_vs_upcycled_max_logit_difference": check.max_logit_difference,
@@ -148,6 +162,33 @@ def _upcycle(
         "perplexity_dense": of_dense,
         "perplexity_before": before,
     }
+
+
+def _quantise(
+    model: PreTrainedModel, held_out: torch.Tensor, output: Path, step: "_Steps"
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load the saved model with its routed experts in four bits. Return it, and what that costs and saves."""
+    with step("Load it with its routed experts in four bits (NF4)"):
+        whole = sum(one.nbytes for name, one in model.named_parameters() if ".experts." in name)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            output / "model", dtype=torch.float32, quantization_config=StackedExpertsConfig(format="nf4")
+        ).eval()
+        stored = sum(one.nbytes for name, one in _tensors(quantised) if ".experts." in name)
+        after = perplexity(quantised, held_out.split(8))
+        step.echo(f"   experts {whole / 1e6:.0f} MB -> {stored / 1e6:.0f} MB, held-out perplexity {after:.3f}")
+    return quantised, {"experts_bytes": whole, "quantised_bytes": stored, "perplexity_quantised": after}
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _over_whole_weights(adapted: PeftModel, output: Path) -> PeftModel:
+    """Save an adapter that was trained over quantised experts, and load it over those that are not."""
+    adapted.save_pretrained(output / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
+    return optimize_expert_lora(PeftModel.from_pretrained(model, output / "adapter")).eval()
 
 
 def _train(
@@ -162,9 +203,8 @@ def _train(
     """Train adapters on the model. Return the adapted model, and figures of the training and its gain."""
     with step("Fine-tune with LoRA on the experts: peft and transformers.Trainer"):
         adapted, history = fine_tune(model, train, settings, output)
-        trained, parameters = adapted.get_nb_trainable_parameters()
-        parameters -= trained
-        step.echo(f"   {trained:,} parameters trained, beside {parameters:,} frozen ones")
+        trained = sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+        step.echo(f"   {trained:,} parameters trained, beside the frozen ones")
     with step("Held-out perplexity after training"):
         after = perplexity(adapted, held_out.split(8))
         gain = 1 - after / before
@@ -176,7 +216,6 @@ def _train(
         load = expert_load(model, held_out.split(8))
         plot_expert_load(load, output / "expert_load.png", "Expert load on held-out text, after training")
     return adapted, {
-        "parameters": parameters,
         "trained_parameters": trained,
         "optimizer_steps": settings.steps,
         "perplexity_after": after,
@@ -266,6 +305,7 @@ def _table(figures: dict[str, Any]) -> str:
         ("dense vs upcycled, greedy text", "the same" if figures["dense_vs_upcycled_same_greedy_text"] else "differs"),
         ("held-out perplexity, dense", f"{figures['perplexity_dense']:.3f}"),
         ("held-out perplexity, upcycled", f"{figures['perplexity_before']:.3f}"),
+        *_quantised_rows(figures),
         (
             f"held-out perplexity, after {figures['optimizer_steps']} steps",
             f"{figures['perplexity_after']:.3f} ({figures['perplexity_gain']:.1%} lower)",
@@ -277,13 +317,24 @@ def _table(figures: dict[str, Any]) -> str:
     return "\n".join(f"{label:<{width}} | {value}" for label, value in rows)
 
 
+def _quantised_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    if "perplexity_quantised" not in figures:
+        return []
+    sizes = f"{figures['experts_bytes'] / 1e6:.0f} -> {figures['quantised_bytes'] / 1e6:.0f} MB"
+    return [
+        ("routed experts, in four bits", sizes),
+        ("held-out perplexity, experts in four bits", f"{figures['perplexity_quantised']:.3f}"),
+    ]
+
+
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes instead of the full run.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for plots, figures and the model.")] = Path("runs/demo"),
+    method: Annotated[str, typer.Option(help="lora, or qlora for experts in four bits under the adapter.")] = "lora",
 ) -> None:
     """Upcycle a real model, fine-tune it on real text, save it, load it again and generate."""
     try:
-        run_demo(output, QUICK if quick else DemoSettings(), typer.echo)
+        run_demo(output, replace(QUICK if quick else DemoSettings(), method=method), typer.echo)
     except DemoError as error:
         typer.echo(f"Failed: {error}", err=True)
         raise typer.Exit(1) from error

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+_ROWS = (".jsonl", ".json", ".csv", ".parquet")  # files that hold rows
+
 
 def read_texts(
     data: str, *, split: str = "train", column: str = "text", subset: str | None = None, max_characters: int = 2**24
@@ -28,23 +30,45 @@ def read_texts(
         ImportError: if `datasets` is needed and missing.
     """
     path = Path(data)
-    if path.suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet") and not path.is_file():
-        raise FileNotFoundError(f"{data} is no file, and a name that ends in {path.suffix} is no dataset's.")
-    if path.is_file() and path.suffix not in (".json", ".csv", ".parquet"):
+    if path.is_file() and path.suffix not in _ROWS:
         try:
             with path.open(encoding="utf-8-sig") as file:
-                if path.suffix == ".jsonl":
-                    yield from _texts_of_lines(file, column, data)
-                else:
-                    yield file.read(max_characters)
+                yield file.read(max_characters)
         except UnicodeDecodeError as error:
             raise ValueError(f"{data} is not allowed as data: it is no text in UTF-8.") from error
     else:
-        for row in _load_dataset(path, data, split, subset):
-            yield _text_of(row, column, data)
+        for where, row in read_rows(data, split=split, subset=subset):
+            yield _text_of(row, column, where)
 
 
-def _texts_of_lines(lines: Iterable[str], column: str, name: str) -> Iterator[str]:
+def read_rows(data: str, *, split: str = "train", subset: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a file or a dataset, each with its place, for messages: the file and the line or the row.
+
+    Args:
+        data: a `.jsonl`, `.json`, `.csv` or `.parquet` file, or the folder or hub id of a dataset. The `datasets`
+            library reads all but the first. Empty lines are skipped.
+        split, subset: split of a dataset, and its configuration if it has several.
+
+    Raises:
+        ValueError: if a line is no JSON, or the file no text.
+        OSError: if there is no such file or dataset.
+        ImportError: if `datasets` is needed and missing.
+    """
+    path = Path(data)
+    if path.suffix in (".txt", *_ROWS) and not path.is_file():
+        raise FileNotFoundError(f"{data} is no file, and a name that ends in {path.suffix} is no dataset's.")
+    if path.suffix == ".jsonl":
+        try:
+            with path.open(encoding="utf-8-sig") as file:
+                yield from _rows_of_lines(file, data)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{data} is not allowed as data: it is no text in UTF-8.") from error
+    else:
+        for number, row in enumerate(_load_dataset(path, data, split, subset), start=1):
+            yield f"{data}, row {number}", row
+
+
+def _rows_of_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -52,7 +76,7 @@ def _texts_of_lines(lines: Iterable[str], column: str, name: str) -> Iterator[st
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}, line {number} is no JSON: {error}.") from error
-        yield _text_of(row, column, f"{name}, line {number}")
+        yield f"{name}, line {number}", row
 
 
 def _text_of(row: Any, column: str, where: str) -> str:
@@ -114,4 +138,4 @@ def token_batches(
     return list(torch.tensor(ids[: batches * batch_size * block_size]).view(batches, batch_size, block_size))
 
 
-__all__ = ["read_texts", "token_batches"]
+__all__ = ["read_rows", "read_texts", "token_batches"]

@@ -37,6 +37,8 @@ class RouterStatsCallback(TrainerCallback):
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())
+        # The trainer is made already, and has called its first callbacks.
+        self.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,6 +6,7 @@ import typer
 from .convert import convert
 from .esft_select import esft_select
 from .export_adapter import export_adapter
+from .finetune import finetune
 from .inspect import inspect
 from .kernels import kernels
 from .merge import merge
@@ -21,7 +22,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, kernels, convert, verify, upcycle, report, merge, export_adapter, push, esft_select):
+COMMANDS = (
+    inspect, kernels, convert, verify, upcycle, report, finetune, merge, export_adapter, push, esft_select
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -37,7 +37,7 @@ def test_quick_demo(tmp_path: Path, method: str) -> None:
     assert sum(line.startswith("[") for line in lines) == (10 if method == "lora" else 11)
     if method == "qlora":
         assert figures["quantised_bytes"] < figures["experts_bytes"] / 7
-        assert figures["perplexity_before"] < figures["perplexity_quantised"] < 1.1 * figures["perplexity_before"]
+        assert figures["perplexity_before"] < figures["perplexity_quantised"] < 1.2 * figures["perplexity_before"]
 
 
 @pytest.mark.slow

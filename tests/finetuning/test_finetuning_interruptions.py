@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import run
-from finetuning_cases import assert_same_bits, chats, checkpoint, write_rows
+from finetuning_cases import assert_same_bits, chats, checkpoint, native_checkpoint, write_rows
 
 from modeling_deepseekmoe import experts
 from modeling_deepseekmoe.finetuning import results
@@ -27,6 +27,7 @@ METHODS = {
     "esft": ("--p", 0.3),
     "full": ("--balance-rate", 0.01, "--accumulation", 2),
     "lora, packed": ("--packing", "--max-length", 160, "--dropout", 0.2),
+    "full, of another family": (),
 }
 TRAINED = {"lora": "adapter", "qlora": "adapter", "esft": "experts", "full": "model"}
 WITHOUT_PAGES = (
@@ -47,15 +48,17 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         checkpoint(folder / "model", biased=True)
+        native_checkpoint(folder / "native")
         write_rows(folder / "chat.jsonl", chats(24))
 
     def command(self, case: str, output: Path, *options: object) -> tuple[object, ...]:
         own = ("--method", case.partition(",")[0], "--output", output, *METHODS[case], *COMMON)
-        return ("finetune", self.folder / "model", "--data", self.folder / "chat.jsonl", *own, *options)
+        model = self.folder / ("native" if "another" in case else "model")
+        return ("finetune", model, "--data", self.folder / "chat.jsonl", *own, *options)
 
     def whole(self, case: str) -> Path:
         """The folder of a run from beginning to end."""
-        output = self.folder / f"whole-{case.replace(', ', '-')}"
+        output = self.folder / f"whole-{case.replace(', ', '-').replace(' ', '-')}"
         if not output.exists():
             code, said = run(*self.command(case, output, "--save-steps", 1000))
             assert code == 0, said

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from modeling_deepseekmoe import StackedExpertsConfig, load_esft, optimize_expert_lora
 from modeling_deepseekmoe.finetuning import fitting, results
 from modeling_deepseekmoe.finetuning import run as runs
+from modeling_deepseekmoe.finetuning.build import trainer_settings
 from modeling_deepseekmoe.finetuning.data import split_examples
 from modeling_deepseekmoe.finetuning.encoding import IGNORED, Example, encode_rows
 from modeling_deepseekmoe.finetuning.rows import load_rows
@@ -269,7 +270,7 @@ def test_activations_are_recomputed_where_it_fits_only_so(place: Path, monkeypat
     ample = fitting.Machine(10**12, None, False)
     plain, again = (
         next(one for one in fitting.plan_methods(config, runs.replace(options, recompute=value), ample, 160)
-             if one.method == "lora").plan.total for value in (False, True)
+             if one.method == "lora").needs for value in (False, True)
     )  # fmt: skip
     assert again < plain
     for memory, recompute, fits in ((plain, False, True), (plain - 1, True, True), (again - 1, True, False)):
@@ -277,6 +278,25 @@ def test_activations_are_recomputed_where_it_fits_only_so(place: Path, monkeypat
         plans = {one.method: one for one in fitting.plan_methods(config, options, machine, 160)}
         assert (plans["lora"].recompute, plans["lora"].fits) == (recompute, fits)
         assert "<- this run" in fitting.fitting_table(list(plans.values()), machine, "lora")
+
+
+def test_what_is_decided_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    machine = fitting.this_machine()
+    assert str(machine) == "70.00 GB of A GPU are free" and machine.device == "cuda:0"
+    dtypes = {"lora": "bfloat16", "qlora": "bfloat16", "esft": "bfloat16", "full": "float32"}
+    for method, dtype in dtypes.items():
+        options = runs.FinetuneOptions(model="m", data="d", output="o", method=method)
+        assert fitting.choose_dtype(options, machine) == dtype
+        settings = trainer_settings(options, machine, evaluates=True)
+        assert settings["bf16"] and not settings["use_cpu"] and settings["eval_steps"] == 0.5
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 GPUs are visible, and a run takes one: set CUDA_VISIBLE_DEVICES=0"):
+        fitting.this_machine()
 
 
 def test_folders_that_are_in_use(place: Path) -> None:
