@@ -42,7 +42,7 @@ def block_scales(weight: torch.Tensor, block: Block = BLOCK) -> torch.Tensor:
     A scale maps the largest value of its block to 448, the largest of the format. A block of zeros has the scale 1.
     """
     rows, columns = scale_shape(tuple(weight.shape), block)
-    scales = torch.empty(rows, columns)
+    scales = torch.empty(rows, columns, device=weight.device)
     for row in range(rows):
         largest = weight[row * block[0] : (row + 1) * block[0]].float().abs().amax(0)
         padded = torch.nn.functional.pad(largest, (0, columns * block[1] - len(largest)))
@@ -55,7 +55,7 @@ def quantize(weight: torch.Tensor, scales: torch.Tensor, block: Block = BLOCK) -
 
     A value is off by at most 2**-4 of itself. If it is subnormal, it is off by at most 2**-10 of its block's scale.
     """
-    values = torch.empty(weight.shape, dtype=FP8)
+    values = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     for row, scale in enumerate(scales):
         rows = slice(row * block[0], (row + 1) * block[0])
         scaled = weight[rows].float() / _spread(scale, weight.shape[1], block[1])

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
-from .experts_quantized import FORMAT_ATTRIBUTE
+from .experts_quantized import FORMAT_ATTRIBUTE, stack_of
 from .torch_support import without_wrappers
 
 logger = logging.get_logger(__name__)
@@ -292,9 +292,10 @@ def _keep_quantised(
     for name, (expert, _) in found.items():
         projections = STACKS[stack]
         place = projections.index(name.split(".")[-2])
-        own = codes[expert].chunk(len(projections))[place]
-        stored = state_dict[name].to(own.device)
-        if stored.element_size() > 1 or not torch.equal(stored.view(torch.uint8).flatten(), own.flatten()):
+        own = {name: codes[expert].chunk(len(projections))[place]}
+        scales = stack_of(module, stack).scales[expert].chunk(len(projections))[place]
+        own |= {name + end: scales for end in _OF_QUANTISED if name + end in state_dict}
+        if not all(_same_bytes(state_dict[key], tensor) for key, tensor in own.items()):
             wrong.append(
                 f"{name} is not what {prefix}{stack} holds, which is quantised and stays: use from_pretrained."
             )
@@ -304,6 +305,11 @@ def _keep_quantised(
         if own_name.startswith(stack):
             state_dict[prefix + own_name] = parameter.detach()
     return wrong
+
+
+def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
+    bytes_of = [tensor.detach().cpu().contiguous().view(torch.uint8).flatten() for tensor in (first, second)]
+    return torch.equal(*bytes_of)
 
 
 def refuse_single_experts(given: Iterable[str], own: Iterable[str]) -> None:

@@ -131,6 +131,11 @@ def stack_of(experts: nn.Module, name: str) -> torch.Tensor | QuantizedStack:
     codes, kind = getattr(experts, name), getattr(experts, FORMAT_ATTRIBUTE, None)
     if kind is None:
         return codes
+    if codes.dtype != torch.uint8:
+        raise ValueError(
+            f"{type(experts).__name__}.{name} is {codes.dtype}, which is not allowed for experts in {kind!r}: the codes "
+            "are uint8. Something has loaded or cast them."
+        )
     # Numbers are kept as integers of the same bits: `model.to(dtype)` rounds everything that is floating.
     scales, nested = getattr(experts, name + SCALES), getattr(experts, name + NESTED, None)
     scales = scales.view(torch.float32) if scales.dtype == torch.int32 else scales
@@ -235,6 +240,7 @@ def _look_up(codes: torch.Tensor, kind: str, out: torch.Tensor) -> torch.Tensor:
             return out.copy_(codes.view(torch.float8_e4m3fn).view(out.shape))
         codes = codes.view(torch.uint16)
     pairs = out.view(-1).view(torch.float64)
+    assert codes.numel() == pairs.numel()  # or torch would resize it
     torch.index_select(_pairs(kind, codes.device), 0, codes.int(), out=pairs)
     return out
 

@@ -94,6 +94,12 @@ class StackedExpertsConfig(QuantizationConfigMixin):
             return cls(**stored[QUANT_METHOD])
         return cls(**stored) if stored.get("quant_method") == QUANT_METHOD else None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read what [`to_dict`] has written; see `QuantizationConfigMixin.from_dict`."""
+        made = cls.of_file(config_dict) or cls(**config_dict)
+        return (made, kwargs) if return_unused_kwargs else made
+
     def over(self, stored: Any) -> "StackedExpertsConfig":
         """Return the config for files that are quantised already.
 
@@ -106,13 +112,19 @@ class StackedExpertsConfig(QuantizationConfigMixin):
         if isinstance(stored, dict):
             stored = self.of_file(stored) or stored
         if isinstance(stored, StackedExpertsConfig):
-            for name in ("format", "double_quantisation", "skip_layers"):
+            of_scales = ("double_quantisation",) if self.format == "nf4" else ()
+            for name in ("format", *of_scales, "skip_layers", "linears"):
                 if getattr(stored, name) != getattr(self, name):
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} is not allowed: the experts of these files are stored with "
                         f"{name}={getattr(stored, name)!r}. `deepseekmoe convert` writes another format."
                     )
             return self
+        if self.linears is not None:
+            raise ValueError(
+                f"linears={self.linears!r} is not allowed with files that are quantised: their other matrices become "
+                "those of the model's dtype."
+            )
         stored = stored if isinstance(stored, dict) else stored.to_dict()
         made = copy.deepcopy(self)
         made.reads_others = True

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Modules of experts whose stacks are quantised."""
 
+import functools
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class QuantizedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe what the class's parameters do not show."""
-        return f"format={getattr(self, FORMAT_ATTRIBUTE)}, compute_dtype={getattr(self, DTYPE_ATTRIBUTE)}"
+        return ", ".join(f"{name}={getattr(self, name, None)}" for name in (FORMAT_ATTRIBUTE, DTYPE_ATTRIBUTE))
 
 
 def prepare_experts(model: nn.Module, config: StackedExpertsConfig, dtype: torch.dtype) -> list[str]:
@@ -104,8 +105,27 @@ def _prepare(experts: nn.Module, name: str, config: StackedExpertsConfig, dtype:
         getattr(experts, stack).requires_grad_(False)
     setattr(experts, FORMAT_ATTRIBUTE, config.format)
     setattr(experts, DTYPE_ATTRIBUTE, dtype)
-    plain = type(experts)
-    experts.__class__ = type(f"Quantized{plain.__name__}", (QuantizedExperts, plain), {"plain_class": plain})
+    experts.register_load_state_dict_pre_hook(_refuse_other_stacks)
+    experts.__class__ = _quantized_class(type(experts))
+
+
+@functools.cache
+def _quantized_class(plain: type) -> type:
+    return type(f"Quantized{plain.__name__}", (QuantizedExperts, plain), {"plain_class": plain})
+
+
+def _refuse_other_stacks(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Keep `load_state_dict` from copying something else into the codes of a quantised stack."""
+    errors: list[str] = args[-1]
+    if not hasattr(module, FORMAT_ATTRIBUTE):
+        return
+    for name in STACKS:
+        own, given = getattr(module, name), state.get(prefix + name)
+        if given is not None and (given.dtype != own.dtype or given.shape != own.shape):
+            errors.append(
+                f"{prefix}{name} is quantised, and {given.dtype} of {tuple(given.shape)} is not what it holds."
+            )
+            state[prefix + name] = own.detach()
 
 
 def note_shapes(experts: nn.Module) -> None:
@@ -120,7 +140,7 @@ def dequantize_experts(experts: QuantizedExperts, dtype: torch.dtype) -> None:
     for name in STACKS:
         stack = stack_of(experts, name)
         assert isinstance(stack, QuantizedStack)
-        experts.register_parameter(name, nn.Parameter(stack.to(dtype).decode(slice(None)), requires_grad=False))
+        experts.register_parameter(name, nn.Parameter(stack.to(dtype).decode(slice(None))))
         for suffix in (SCALES, NESTED):
             if hasattr(experts, name + suffix):
                 delattr(experts, name + suffix)

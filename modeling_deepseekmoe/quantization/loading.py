@@ -29,6 +29,7 @@ from ..transformers_support import (
 from .config import StackedExpertsConfig
 from .stacking import NewStack, StackFormat, matrices_of
 
+_BESIDE = "_beside_codes"  # in the name of a tensor that no file has
 # Behind the name of a tensor whose name is the beginning of others'.
 _END = r"(?![\w.])"
 
@@ -108,8 +109,8 @@ class ReadExperts(_Operation):
         self.plain, self.stack = plain, stack_of_converter(plain) or ""
         self.sources = list(plain.source_patterns)
 
-    def converter(self) -> Any:
-        """Make the converter of transformers that reads all tensors of a quantised stack.
+    def converters(self) -> list[Any]:
+        """Make the converter of transformers that reads all tensors of a quantised stack, and two for saving.
 
         Its target is the codes alone: older versions of transformers do not allow several.
         """
@@ -117,8 +118,12 @@ class ReadExperts(_Operation):
         sources = [pattern for same_suffix in zip(*by_source, strict=True) for pattern in same_suffix]
         # When a model is saved this is what is looked for: `shared_experts.down_proj` must not be found.
         targets = [target.replace(".", r"\.") for target in self.plain.target_patterns]
-        made = _LazyConverter(source_patterns=sources, target_patterns=targets, operations=[self])
-        made.scope_prefix, made.base_model_prefix = self.plain.scope_prefix, self.plain.base_model_prefix
+        made = [_LazyConverter(source_patterns=sources, target_patterns=targets, operations=[self])]
+        for suffix in (SCALES, NESTED):
+            operation, never = _Nothing(self.hf_quantizer), f"{targets[0]}{suffix}{_BESIDE}"
+            made.append(_WrittenWithCodes(never, targets[0] + suffix, operations=[operation], read_by=made[0]))
+        for one in made:
+            one.scope_prefix, one.base_model_prefix = self.plain.scope_prefix, self.plain.base_model_prefix
         return made
 
     @torch.no_grad()
@@ -136,7 +141,6 @@ class ReadExperts(_Operation):
                 [decode(_parts(values), full_layer_name, dtype) for values in by_expert] for by_expert in given
             ]
             return {target: torch.stack([torch.cat(of_expert) for of_expert in zip(*matrices, strict=True)])}
-        self.hf_quantizer.by_expert = True
         # transformers has put the first tensor where the stack is to be.
         given[0][0] = _parts(given[0][0])
         new = NewStack(self._format(experts, given), given[0][0][""].device)
@@ -223,18 +227,42 @@ class WriteExperts(ReadExperts):
         return ReadExperts(self.hf_quantizer, self.plain)
 
 
-def state_of(model: Any, by_expert: bool) -> dict[str, torch.Tensor]:
+def state_of(model: Any) -> dict[str, torch.Tensor]:
     """Return the state of a model that transformers is to save.
 
-    What stands beside the codes of a stack is written with them, if its matrices are written one by one.
+    Raises:
+        ValueError: if a part of a quantised stack is elsewhere, offloaded.
     """
-    state = model.state_dict()
-    if not by_expert:
-        return state
-    beside = [stack + suffix for stack in STACKS for suffix in (SCALES, NESTED)]
-    quantised = [name for name, module in model.named_modules() if hasattr(module, FORMAT_ATTRIBUTE)]
-    left_out = {f"{name}.{part}" for name in quantised for part in beside}
-    return {name: tensor for name, tensor in state.items() if name not in left_out}
+    for name, module in model.named_modules():
+        if hasattr(module, FORMAT_ATTRIBUTE) and any(p.is_meta for p in module.parameters(recurse=False)):
+            raise ValueError(f"Saving is not allowed while quantised experts are offloaded, as {name} is.")
+    return model.state_dict()
+
+
+class _WrittenWithCodes(WeightConverter):
+    """Leaves what stands beside the codes out of a file that has the matrices of the experts one by one.
+
+    [`WriteExperts`] has written it. When a model is loaded this converter matches nothing.
+    """
+
+    def __init__(self, *args: Any, read_by: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.read_by = read_by
+
+    def was_used(self) -> bool:
+        """Tell whether the model was loaded from such files."""
+        return self.read_by is not None and self.read_by.was_used()
+
+
+class _Nothing(_Operation):
+    """Gives no tensor."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return {}
+
+    @property
+    def reverse_op(self) -> "_Nothing":
+        return self
 
 
 class QuantizeStack(_Operation):
@@ -255,6 +283,7 @@ class QuantizeStack(_Operation):
         stack = values[0] if isinstance(values, list) else values
         if not stack.is_floating_point():
             return input_dict
+        kind_of({"": stack[0]}, name)  # refuses codes without scales
         projections = STACKS[name.rpartition(".")[2]]
         stored = StackFormat(self.config.format, tuple(stack.shape), len(projections), self.config.double_quantisation)
         new = NewStack(stored, stack.device)
@@ -308,12 +337,10 @@ def conversions(hf_quantizer: Any, given: list[Any]) -> list[Any]:
     Returns:
         The same, in which those of stacks are others; and for files that are quantised those of other matrices.
     """
-    made = [
-        ReadExperts(hf_quantizer, converter).converter()
-        if stack_of_converter(converter) and is_by_expert(converter)
-        else converter
-        for converter in given
-    ]
+    made: list[Any] = []
+    for converter in given:
+        by_expert = stack_of_converter(converter) and is_by_expert(converter)
+        made += ReadExperts(hf_quantizer, converter).converters() if by_expert else [converter]
     if hf_quantizer.names_scales_shortly:
         scales = WeightRenaming(source_patterns=rf"^(.+)\.scale{_END}", target_patterns=r"\1.weight_scale_inv")
         made = [scales, *made]

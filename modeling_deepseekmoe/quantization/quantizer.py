@@ -36,7 +36,6 @@ class StackedExpertsQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.dtype = torch.bfloat16
         self.modules: set[str] = set()
-        self.by_expert = False  # whether the checkpoint has the matrices of the experts one by one
         self.trains_copies = False  # of experts, which ESFT makes
         self.linears = self._quantizer_of_linears()
 
@@ -60,9 +59,16 @@ class StackedExpertsQuantizer(HfQuantizer):
 
         Raises:
             ImportError: if bitsandbytes is not, and `"nf4"` is asked for.
+            ValueError: if a part of the model is to stay on the disk.
         """
         from ..experts_quantized import bitsandbytes_functional
 
+        device_map = kwargs.get("device_map")
+        if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
+            raise ValueError(
+                f"device_map={device_map!r} is not allowed with quantised experts: what is on the disk is cast when "
+                "it is read. The CPU's memory is allowed."
+            )
         if "nf4" in (self.quantization_config.format, self.quantization_config.linears):
             bitsandbytes_functional()
         if self.linears is not None:
@@ -149,7 +155,7 @@ class StackedExpertsQuantizer(HfQuantizer):
         """Return the state of a model that is to be saved, and nothing beside it."""
         from .loading import state_of
 
-        return state_of(model, self.by_expert), {}
+        return state_of(model), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Tell that models are saved as they are stored."""
@@ -167,18 +173,22 @@ class StackedExpertsQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `torch.compile` takes the model: the experts are one operator."""
-        return True
+        """Whether `torch.compile` takes the model: on the CPU the experts are one operator."""
+        return not torch.cuda.is_available()
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Make the quantised parameters of a model ordinary ones again, in place."""
+        from ..esft.layer import SelectedExperts
         from .experts import QuantizedExperts, dequantize_experts
 
+        if any(isinstance(module, SelectedExperts) for module in model.modules()):
+            raise ValueError("dequantize() is not allowed while ESFT trains copies of experts: call save_esft first.")
         if self.linears is not None:
             model = self.linears.dequantize(model, dtype=dtype)
         for module in model.modules():
             if isinstance(module, QuantizedExperts):
                 dequantize_experts(module, dtype or self.dtype)
+        vars(model).pop("is_loaded_in_4bit", None)
         self.remove_quantization_config(model)
         return model
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from family_models import tiny_model
 from quantized_models import FOUR_BITS, IDS, KINDS, WIDE, base, decoded, load, quantized_modules, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from modeling_deepseekmoe import DeepseekMoeForCausalLM, StackedExpertsConfig
+from modeling_deepseekmoe import DeepseekMoeForCausalLM, StackedExpertsConfig, prepare_esft
 from modeling_deepseekmoe.conversion.matrix_formats import decode, encode
 from modeling_deepseekmoe.experts_quantized import stack_of
 
@@ -294,3 +295,72 @@ def test_own_state_is_loaded_again(tmp_path: Path) -> None:
     again.load_state_dict(load_file(tmp_path / "saved" / WEIGHTS), strict=False)
     assert_equal_states(model, again)
     assert isinstance(model, DeepseekMoeForCausalLM)
+
+
+def test_saved_as_stacks(tmp_path: Path) -> None:
+    """`save_original_format=False` writes the codes with what stands beside them."""
+    model = load(write(tmp_path / "base"), FOUR_BITS)
+    model.save_pretrained(tmp_path / "saved", save_original_format=False)
+    assert "model.layers.1.mlp.experts.gate_up_proj_scales" in load_file(tmp_path / "saved" / WEIGHTS)
+    assert_equal_states(model, load(tmp_path / "saved"))
+
+
+def test_several_files(tmp_path: Path) -> None:
+    model = load(write(tmp_path / "base"), "fp8")
+    model.save_pretrained(tmp_path / "saved", max_shard_size="200KB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 3
+    assert_equal_states(model, load(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("name", ["deepseekmoe", "qwen3_moe"])
+def test_stacks_of_another_model_are_not_read(tmp_path: Path, name: str) -> None:
+    """Of FP8 the codes have the shape of the weights: torch would round these to whole numbers."""
+    model = load(write(tmp_path / "base", name), "fp8")
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"gate_up_proj is quantised, and torch.float32 of \(8, 256, 192\) is not"):
+        model.load_state_dict(base(name).state_dict(), strict=False)
+    assert_equal_states(quantised_part(model), quantised_part(before))
+
+
+def quantised_part(model: nn.Module) -> nn.Module:
+    return nn.ModuleList(quantized_modules(model).values())
+
+
+def test_refused_places(tmp_path: Path) -> None:
+    folder = write(tmp_path / "base")
+    config = StackedExpertsConfig("fp8")
+    with pytest.raises(
+        ValueError, match=r"device_map=\{.*\} is not allowed .*: what is on the disk"
+    ):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "disk"})
+    model = load(folder, "fp8")
+    cpu_offload(model)
+    assert torch.isfinite(model(IDS).logits).all()
+    with pytest.raises(
+        ValueError, match=r"Saving is not allowed while quantised experts are offloaded"
+    ):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_linears_must_be_those_of_the_files(tmp_path: Path) -> None:
+    load(write(tmp_path / "base"), "fp8").save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="linears='nf4' is not allowed: the experts of these files are stored with"):
+        load(tmp_path / "saved", "fp8", linears="nf4")
+    write_as_released(tmp_path / "v3", base("deepseek_v3"), "fp8", V3)
+    with pytest.raises(ValueError, match="linears='nf4' is not allowed with files that are quantised"):
+        load(tmp_path / "v3", "fp8", linears="nf4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_configs_and_what_is_dequantised(tmp_path: Path, kind: str) -> None:
+    config = StackedExpertsConfig(kind, skip_layers=[1])
+    assert StackedExpertsConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    model = load(write(tmp_path), kind)
+    assert f"storage_format={kind}" in repr(model)
+    plain = model.dequantize(torch.float32)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in plain.parameters())
+    assert not hasattr(plain, "hf_quantizer") and not getattr(plain, "is_loaded_in_4bit", False)
+    prepared = load(tmp_path, kind)
+    prepare_esft(prepared, {1: [0]})
+    with pytest.raises(ValueError, match="dequantize"):
+        prepared.dequantize()
