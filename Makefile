@@ -46,7 +46,7 @@ demo: $(VENV)/.installed
 
 # Coverage makes Triton's interpreter three times as slow: what runs in it most comes apart, and is not measured. ARGS may
 # choose no test of a part (5).
-INTERPRETED = tests/core/test_experts_triton.py tests/core/test_routing_triton.py
+INTERPRETED = tests/core/test_experts_triton.py tests/core/test_routing_triton.py tests/quantization/test_quantized_triton.py
 test: lint kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) --cov --cov-fail-under=95 $(INTERPRETED:%=--ignore=%) $(ARGS) || test $$? = 5
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(INTERPRETED) $(ARGS) || test $$? = 5

@@ -3,8 +3,8 @@
 The kernels of routing are compiled for the released models' gates and the largest one. The kernels of the experts are
 compiled for all that a layer launches in a training step and in decoding, in bfloat16. Targets are CUDA's sm_80, sm_90
 and sm_100 and ROCm's gfx942. Prints a table, and with --save writes benchmarks/results/compile_kernels.json. Exit code
-1 if a kernel of a released model spills registers, unless its tile caps them. A minute on two cores. Needs Triton, and
-TRITON_INTERPRET not set.
+1 if a kernel of a released model spills registers, unless its tile caps them. Three minutes on two cores. Needs
+Triton, and TRITON_INTERPRET not set.
 """
 
 import json
@@ -27,6 +27,8 @@ from triton.compiler import ASTSource, CompiledKernel
 from modeling_deepseekmoe import experts_kernels, experts_tiles, experts_triton, routing_kernels
 from modeling_deepseekmoe.experts_gating import SILU, Gating
 from modeling_deepseekmoe.experts_operands import Adapter, ExpertGradients, ExpertOperands
+from modeling_deepseekmoe.experts_quantized import FP8_BLOCK, MXFP4_BLOCK, QuantizedStack
+from modeling_deepseekmoe.experts_sources import IN_PRODUCTS
 from modeling_deepseekmoe.experts_tiles import Gpu
 from modeling_deepseekmoe.routing_triton import WARPS, group_options, route_backward_options, route_options
 from modeling_deepseekmoe.triton_support import INTERPRETED, TensorDescriptor
@@ -67,8 +69,12 @@ GATINGS = {
     "MiniMax-M3's activation": Gating(limit=7.0, slope=1.702, offset=1.0),
     "GELU": Gating("gelu_tanh"),
 }
+# Layers of the same sizes whose stacks are decoded inside the products.
+QUANTISED = {f"{model}, {kind}": (model, kind) for model in list(EXPERTS)[:4] for kind in IN_PRODUCTS}
 OF_ACTIVATION = ("first_product_kernel", "activation_gradient_kernel")
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
+}  # fmt: skip
 POINTERS = {
     "logits": "*fp32", "bias": "*fp32", "token_mask": "*i1", "expert_ids": "*i64", "weights": "*fp32",
     "counts": "*i64", "fixed_sums": "*i64", "nan_rows": "*i64", "arrivals": "*i64", "score_sums": "*fp32",
@@ -143,6 +149,20 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def meta_stack(kind: str, projections: int, *shape: int) -> torch.Tensor | QuantizedStack:
+    """Make a stack (E, out, in) that is nowhere: in bfloat16, or quantised in a format that products decode."""
+    experts, rows, columns = shape
+    if not kind:
+        return meta(*shape)
+    codes = meta(experts, rows, columns if kind == "fp8" else columns // 2, dtype=torch.uint8)
+    if kind == "fp8":
+        blocks = (-(-size // FP8_BLOCK) for size in (rows // projections, columns))
+        scales = meta(experts, projections, *blocks, dtype=torch.float32)
+    else:
+        scales = meta(experts, rows, columns // MXFP4_BLOCK, dtype=torch.uint8)
+    return QuantizedStack(kind, codes, scales, None, torch.bfloat16)
+
+
 def operands_of(
     layer: tuple[int, ...], dtype: torch.dtype, rank: int, dropout: float, gating: Gating = SILU
 ) -> tuple[ExpertOperands, tuple[torch.Tensor, torch.Tensor]]:
@@ -162,12 +182,18 @@ def operands_of(
 def launches_of_experts(target: str, model: str) -> list[Launch]:
     """Record all that a layer launches on a target: a training step or, for one token, its forward pass.
 
-    Of layers with another activation these are the two kernels that know of it.
+    Of layers with another activation these are the two kernels that know of it, and of quantised ones those that
+    decode.
     """
-    layer, gating = EXPERTS[model], GATINGS.get(model, SILU)
-    *_, tokens, rank = layer
+    like, kind = QUANTISED.get(model, (model, ""))
+    layer, gating = EXPERTS[like], GATINGS.get(model, SILU)
+    num_experts, _, hidden, width, tokens, rank = layer
     launches: dict[Launch, None] = {}
     operands, order = operands_of(layer[:5], torch.bfloat16, rank, 0.1, gating)
+    operands = operands._replace(
+        gate_up=meta_stack(kind, 2, num_experts, 2 * width, hidden),
+        down=meta_stack(kind, 1, num_experts, hidden, width),
+    )
     kernels = {name: getattr(experts_triton, name) for name in experts_kernels.__all__}
     gpu = experts_tiles.gpu_of
     experts_tiles.gpu_of = lambda _: Gpu(target, SHARED[target])  # of tensors that are nowhere
@@ -176,12 +202,15 @@ def launches_of_experts(target: str, model: str) -> list[Launch]:
     try:
         _, kept = experts_triton.experts_forward_triton(operands, *order, tokens > 1)
         if tokens > 1:
-            needs = ExpertGradients(True, True, not rank, not rank, *[bool(rank)] * 4)
+            trained = not rank and not kind
+            needs = ExpertGradients(True, True, trained, trained, *[bool(rank)] * 4)
             experts_triton.experts_backward_triton(operands.hidden, operands, *order, kept, needs)
     finally:
         experts_tiles.gpu_of = gpu
         for name, kernel in kernels.items():
             setattr(experts_triton, name, kernel)
+    if kind:  # the others are those of dense stacks
+        return [launch for launch in launches if dict(launch.constants).get("FORMAT")]
     return [launch for launch in launches if model not in GATINGS or launch.kernel in OF_ACTIVATION]
 
 
@@ -290,7 +319,7 @@ def main() -> int:
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, and nothing can be compiled.")
     jobs = [(model, name) for model, shape in SHAPES.items() for name in variants(shape, "sm_90")]
-    for model in EXPERTS:
+    for model in [*EXPERTS, *QUANTISED]:
         of_targets = [launches_of_experts(target, model) for target in TARGETS]
         jobs += [(model, launches) for launches in zip(*of_targets, strict=True)]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:

@@ -1,8 +1,8 @@
 """Measure what quantised experts cost in quality, on the demo's model and text.
 
-The model that `make demo` leaves (SmolLM2-135M as a mixture) is loaded with its experts in float32, FP8, MXFP4 and NF4.
-Each is measured on held-out pages of Python's language reference, takes the demo's LoRA steps with the same data in the
-same order, and is measured again. Prints a table, and writes benchmarks/results/quantized_quality.json.
+The model that `make demo` leaves (SmolLM2-135M as a mixture) is loaded with its experts in float32, FP8, MXFP4 and
+NF4. Each is measured on held-out pages of Python's language reference, takes the demo's LoRA steps with the same data
+in the same order, and is measured again. Prints a table, and writes benchmarks/results/quantized_quality.json.
 """
 
 import argparse

@@ -22,12 +22,13 @@ from torch import nn
 from transformers.utils import logging
 
 from .checkpoint_layout import STACKS
-from .experts_gating import Gating, gating_numbers
+from .experts_gating import SILU, Gating, gating_numbers
 from .experts_grouped import GroupedChoices, grouped_linear, run_grouped
 from .experts_operands import Adapter, ExpertOperands
 from .experts_operator import run_operator
 from .experts_products import WIDEN_FROM, has_instructions
 from .experts_quantized import FORMAT_ATTRIBUTE, QuantizedStack, stack_of
+from .experts_sources import IN_PRODUCTS
 from .experts_trial import TRIAL as EXPERTS_TRIAL
 from .experts_triton import why_not_fused
 from .grouping import TRIAL as GROUPING_TRIAL
@@ -121,10 +122,8 @@ def run_experts(
         # Few tokens would have a backend that takes no adapters.
         backend, reason = choose_backend(experts, hidden_states, gate_up, None if adapted else top_k_index.shape[1])
         tell_backend(experts, hidden_states, backend, reason)
-    elif backend == "triton" and (reason := _why_not_triton(hidden_states.device, dtype, len(gate_up), gating)):
+    elif backend == "triton" and (reason := _why_not_triton(hidden_states.device, dtype, gate_up, gating)):
         raise ValueError(f"backend='triton' is not allowed: {reason}.")
-    elif backend == "triton" and isinstance(gate_up, QuantizedStack):
-        raise ValueError("backend='triton' is not allowed: the kernels take no quantised experts.")
     if backend not in BACKENDS or (backend not in FUSED_BACKENDS and adapted):
         raise ValueError(
             f"backend={backend!r} is not allowed: one of {BACKENDS}, and with adapters one of {FUSED_BACKENDS}."
@@ -203,9 +202,7 @@ def choose_backend(
     if gating is None:
         return "grouped", _OTHER_GATING
     if hidden_states.device.type == "cuda":
-        if quantized:
-            return "grouped", "quantised experts are decoded some at a time"
-        reason = _why_not_triton(hidden_states.device, compute_dtype(stack), num_experts, gating)
+        reason = _why_not_triton(hidden_states.device, compute_dtype(stack), stack, gating)
         return ("grouped", reason) if reason else ("triton", "")
     if hidden_states.device.type not in ("cpu", "meta"):
         return "grouped", f"the tensors are on the device {hidden_states.device.type!r}"
@@ -222,10 +219,14 @@ def choose_backend(
     return "grouped", f"an expert of {hidden_size} x {columns // 2} is so small that the calls would take longer"
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype, num_experts: int, gating: Gating | None) -> str:
+def _why_not_triton(
+    device: torch.device, dtype: torch.dtype, stack: torch.Tensor | QuantizedStack, gating: Gating | None
+) -> str:
     """Return why the kernels do not compute such experts: they do not take them, or have failed a trial."""
     case = () if gating is None else gating.trial_case
-    reason = why_not_fused(device, dtype, num_experts)
+    if isinstance(stack, QuantizedStack) and stack.format in IN_PRODUCTS:  # the others have the kernels of dense ones
+        case = (*(case or (SILU.function,)), stack.format)
+    reason = why_not_fused(device, dtype, len(stack))
     return reason or why_failed(GROUPING_TRIAL, device) or why_failed(EXPERTS_TRIAL, device, case)
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from .experts_decoding import decode_block
 from .triton_support import INTERPRETED, jit, tl
 
 _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
@@ -67,6 +68,9 @@ def load_block(
     BLOCK_IN: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    scales=None,
+    FORMAT: tl.constexpr = "",
+    PROJECTION: tl.constexpr = 1,
     FURTHER: tl.constexpr = 0,
 ):
     """Read a block (BLOCK_IN, BLOCK_COLUMNS) of an expert's matrix (IN, OUT), or of one FURTHER columns behind it.
@@ -76,8 +80,21 @@ def load_block(
     DESCRIBED says what `matrices` is: "" a pointer to the expert's matrix, of any strides, "rows" a descriptor of
     (E, IN, OUT), whose rows are contiguous, and "columns" a descriptor of (E, OUT, IN). There are zeros beyond IN.
     Beyond OUT there are zeros too, but behind gates their ups, of which nothing is stored.
+
+    With a FORMAT, `matrices` and `scales` are pointers to the expert's codes and scales, and DESCRIBED says only how
+    the codes lie: as (IN, OUT) or as (OUT, IN). The block is float32.
     """
-    if DESCRIBED == "rows":
+    if FORMAT != "":
+        if DESCRIBED == "rows":
+            return decode_block(matrices, scales, k, k < IN, begin, OUT, PROJECTION, BLOCK_IN, BLOCK_COLUMNS, FORMAT)
+        else:
+            return tl.trans(
+                decode_block(
+                    matrices, scales, column + FURTHER, column < OUT, start, IN, PROJECTION, BLOCK_COLUMNS, BLOCK_IN,
+                    FORMAT,
+                )
+            )  # fmt: skip
+    elif DESCRIBED == "rows":
         return tl.reshape(matrices.load([expert, start, begin + FURTHER]), [BLOCK_IN, BLOCK_COLUMNS])
     elif DESCRIBED == "columns":
         return tl.trans(tl.reshape(matrices.load([expert, begin + FURTHER, start]), [BLOCK_COLUMNS, BLOCK_IN]))
@@ -109,10 +126,16 @@ def multiply(
     seed=0,
     probability=0.0,
     DROPOUT: tl.constexpr = False,
+    scales=None,
+    scale_stride_e=0,
+    FORMAT: tl.constexpr = "",
+    PROJECTION: tl.constexpr = 1,
 ):
     """Add rows (BLOCK_ROWS, IN), with dropout or without, times columns of an expert's matrix (IN, OUT)."""
-    if DESCRIBED == "":
+    if FORMAT != "" or DESCRIBED == "":
         matrices += expert.to(tl.int64) * stride_e
+    if FORMAT != "":
+        scales += expert.to(tl.int64) * scale_stride_e
     inside, column = tl.arange(0, BLOCK_IN), begin + tl.arange(0, BLOCK_COLUMNS)
     for start in range(0, IN, BLOCK_IN):
         k = start + inside
@@ -121,8 +144,10 @@ def multiply(
             left = drop(left.to(tl.float32), place, k, seed, probability, IN).to(left.dtype)
         right = load_block(
             matrices, expert, start, k, begin, column, stride_in, stride_out, IN, OUT, BLOCK_IN, BLOCK_COLUMNS,
-            DESCRIBED,
+            DESCRIBED, scales, FORMAT, PROJECTION,
         )  # fmt: skip
+        if FORMAT != "":
+            right = right.to(left.dtype)
         sums = dot(left, right, sums, PRECISION)
     return sums
 
@@ -185,23 +210,33 @@ def multiply_twice(
     BLOCK_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    scales=None,
+    scale_stride_e=0,
+    FORMAT: tl.constexpr = "",
+    PROJECTION: tl.constexpr = 1,
 ):
     """Add rows times columns of an expert's gates (IN, OUT), and of its ups, which are OUT columns further."""
-    if DESCRIBED == "":
+    if FORMAT != "" or DESCRIBED == "":
         matrices += expert.to(tl.int64) * stride_e
+    if FORMAT != "":
+        scales += expert.to(tl.int64) * scale_stride_e
     inside, column = tl.arange(0, BLOCK_IN), begin + tl.arange(0, BLOCK_COLUMNS)
     for start in range(0, IN, BLOCK_IN):
         k = start + inside
         left = tl.load(rows + row[:, None] * IN + k[None, :], mask=exists[:, None] & (k < IN)[None, :], other=0.0)
         right = load_block(
             matrices, expert, start, k, begin, column, stride_in, stride_out, IN, OUT, BLOCK_IN, BLOCK_COLUMNS,
-            DESCRIBED,
+            DESCRIBED, scales, FORMAT, PROJECTION,
         )  # fmt: skip
+        if FORMAT != "":
+            right = right.to(left.dtype)
         gate = dot(left, right, gate, PRECISION)
         right = load_block(
             matrices, expert, start, k, begin, column, stride_in, stride_out, IN, OUT, BLOCK_IN, BLOCK_COLUMNS,
-            DESCRIBED, OUT,
+            DESCRIBED, scales, FORMAT, PROJECTION, OUT,
         )  # fmt: skip
+        if FORMAT != "":
+            right = right.to(left.dtype)
         up = dot(left, right, up, PRECISION)
     return gate, up
 

@@ -97,14 +97,18 @@ def _decoded(stack: QuantizedStack, offsets: torch.Tensor) -> Iterator[tuple[tor
     Returns:
         For each group the matrices (n, out, in), the places of its choices, and their ends within the group (n,).
     """
-    _, rows, columns = stack.shape
-    number = max(WORKSPACE // (rows * columns * stack.dtype.itemsize), 1)
-    ends = offsets.tolist()
+    number, ends = experts_at_a_time(stack), offsets.tolist()
     for first in range(0, len(stack), number):
         begin, end = ends[first - 1] if first else 0, ends[min(first + number, len(stack)) - 1]
         if end > begin:
             group = slice(first, first + number)
             yield stack.decode(group), slice(begin, end), offsets[group] - begin
+
+
+def experts_at_a_time(stack: QuantizedStack) -> int:
+    """Compute how many decoded experts of a stack fit into `WORKSPACE` bytes; at least one."""
+    _, rows, columns = stack.shape
+    return max(WORKSPACE // (rows * columns * stack.dtype.itemsize), 1)
 
 
 def _takes_grouped_mm(weight: torch.Tensor) -> bool:
@@ -170,4 +174,4 @@ def _without(rows: torch.Tensor, elsewhere: torch.Tensor | None) -> torch.Tensor
     return rows if elsewhere is None else rows.masked_fill(elsewhere, 0)
 
 
-__all__ = ["GroupedChoices", "Project", "alignment", "grouped_linear", "run_grouped"]
+__all__ = ["GroupedChoices", "Project", "alignment", "experts_at_a_time", "grouped_linear", "run_grouped"]

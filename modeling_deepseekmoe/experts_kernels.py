@@ -38,6 +38,7 @@ from .triton_support import kernel, tl
 def first_product_kernel(
     hidden,  # (T, D)
     gate_up,  # (E, 2I, D), or its descriptor
+    scales,  # of quantised ones, or None
     inner,  # (S, R): the adapter's, or None
     factor_b,  # (E, 2I, R), any strides, or None
     permutation,  # (S,) int32
@@ -47,6 +48,7 @@ def first_product_kernel(
     stride_e,
     stride_out,
     stride_in,
+    scale_stride_e,
     factor_stride_e,
     factor_stride_out,
     factor_stride_r,
@@ -62,6 +64,8 @@ def first_product_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PROJECTION: tl.constexpr,
     PART: tl.constexpr,
     LIMIT: tl.constexpr,
     LINEAR: tl.constexpr,
@@ -81,7 +85,7 @@ def first_product_kernel(
     up = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     gate, up = multiply_twice(
         gate, up, hidden, token, exists, gate_up, expert, stride_e, stride_in, stride_out, begin, D, WIDTH, BLOCK_IN,
-        BLOCK_COLUMNS, PRECISION, DESCRIBED,
+        BLOCK_COLUMNS, PRECISION, DESCRIBED, scales, scale_stride_e, FORMAT, PROJECTION,
     )  # fmt: skip
     row = place.to(tl.int64)
     if inner is not None:
@@ -98,6 +102,7 @@ def first_product_kernel(
 def product_kernel(
     rows,  # (S, IN), or (T, IN) BY_TOKEN
     matrices,  # (E, IN, OUT), any strides, or a descriptor
+    scales,  # of quantised ones, or None
     inner,  # (S, R): what an adapter adds, or None
     factors,  # (E, R, OUT), any strides, or None
     weights,  # (T * K,): of the choices, or None
@@ -110,6 +115,7 @@ def product_kernel(
     stride_e,
     stride_in,
     stride_out,
+    scale_stride_e,
     factor_stride_e,
     factor_stride_r,
     factor_stride_out,
@@ -125,6 +131,8 @@ def product_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PROJECTION: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     TO_CHOICES: tl.constexpr,
 ):
@@ -146,7 +154,8 @@ def product_kernel(
     sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     sums = multiply(
         sums, rows, row, place, exists, matrices, expert, stride_e, stride_in, stride_out, begin, IN, OUT, BLOCK_IN,
-        BLOCK_COLUMNS, PRECISION, DESCRIBED, noise, probability, seed is not None and inner is None,
+        BLOCK_COLUMNS, PRECISION, DESCRIBED, noise, probability, seed is not None and inner is None, scales,
+        scale_stride_e, FORMAT, PROJECTION,
     )  # fmt: skip
     if inner is not None:
         sums = add_adapter(
@@ -168,6 +177,7 @@ def product_kernel(
 def activation_gradient_kernel(
     grad,  # (T, D): of the output
     down,  # (E, D, I), or its descriptor
+    scales,  # of quantised ones, or None
     inner,  # (S, R): the adapter's, of the gradient, or None
     factor_a,  # (E, R, I), or None
     kept,  # (S, 2I)
@@ -182,6 +192,7 @@ def activation_gradient_kernel(
     stride_e,
     stride_in,
     stride_out,
+    scale_stride_e,
     factor_stride_e,
     factor_stride_r,
     factor_stride_out,
@@ -197,6 +208,8 @@ def activation_gradient_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PROJECTION: tl.constexpr,
     PART: tl.constexpr,
     LIMIT: tl.constexpr,
     LINEAR: tl.constexpr,
@@ -216,7 +229,8 @@ def activation_gradient_kernel(
     grad_act = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     grad_act = multiply(
         grad_act, grad, choice // TOP_K, place, exists, down, expert, stride_e, stride_in, stride_out, begin, D, WIDTH,
-        BLOCK_IN, BLOCK_COLUMNS, PRECISION, DESCRIBED,
+        BLOCK_IN, BLOCK_COLUMNS, PRECISION, DESCRIBED, 0, 0.0, False, scales, scale_stride_e, FORMAT,
+        PROJECTION,
     )  # fmt: skip
     if inner is not None:
         grad_act = add_adapter(

@@ -81,10 +81,14 @@ class QuantizedStack:
         parts = zip(self.codes.unbind(), self.scales.unbind(), nested, strict=True)
         return [QuantizedMatrix(self.format, *part) for part in parts]
 
-    def decode(self, experts: slice) -> torch.Tensor:
-        """Compute the matrices (n, out, in) of some experts, in the dtype of the products."""
+    def new_workspace(self, number: int) -> torch.Tensor:
+        """Allocate memory for the decoded matrices of so many experts."""
+        return torch.empty((number, *self.shape[1:]), dtype=self.dtype, device=self.device)
+
+    def decode(self, experts: slice, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the matrices (n, out, in) of some experts, in the dtype of the products, or write them to `out`."""
         matrices = self.unbind()[experts]
-        decoded = torch.empty((len(matrices), *self.shape[1:]), dtype=self.dtype, device=self.device)
+        decoded = self.new_workspace(len(matrices)) if out is None else out
         for matrix, target in zip(matrices, decoded, strict=True):
             rows = matrix.reader()(slice(0, len(target)), target)
             if rows is not target:
@@ -133,8 +137,8 @@ def stack_of(experts: nn.Module, name: str) -> torch.Tensor | QuantizedStack:
         return codes
     if codes.dtype != torch.uint8:
         raise ValueError(
-            f"{type(experts).__name__}.{name} is {codes.dtype}, which is not allowed for experts in {kind!r}: the codes "
-            "are uint8. Something has loaded or cast them."
+            f"{type(experts).__name__}.{name} is {codes.dtype}, which is not allowed for experts in {kind!r}: the "
+            "codes are uint8. Something has loaded or cast them."
         )
     # Numbers are kept as integers of the same bits: `model.to(dtype)` rounds everything that is floating.
     scales, nested = getattr(experts, name + SCALES), getattr(experts, name + NESTED, None)

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """The trial of the experts' kernels: one layer with adapters, forward and backward, beside the loop in float32."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +10,8 @@ import torch
 from .experts_gating import Gating
 from .experts_loop import experts_backward_loop, experts_forward_loop
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
+from .experts_quantized import QuantizedStack
+from .experts_sources import IN_PRODUCTS
 from .experts_tiles import Problem, Tile, gpu_of, measured_rule, use_tiles
 from .experts_triton import experts_backward_triton, experts_forward_triton
 from .grouping import group_by_expert
@@ -28,7 +32,8 @@ def try_experts(device: torch.device, function: str = "silu", *numbers: str) -> 
 
     Args:
         device: where the kernels run.
-        function, numbers: the [`Gating.trial_case`] of the experts.
+        function, numbers: the [`Gating.trial_case`] of the experts and, if their stacks are decoded inside the
+            products, the format.
 
     Raises:
         WrongKernelError: if they differ.
@@ -47,21 +52,23 @@ def try_experts(device: torch.device, function: str = "silu", *numbers: str) -> 
         "offset" in numbers,
     )
     gating = Gating(function, limit, slope, float(offset))
+    operands, grad = _inputs(gating, next((word for word in numbers if word in IN_PRODUCTS), ""))
     results = []
     for adapted, choose in ((True, lambda _: None), (False, large)):
+        if not adapted:
+            operands = operands._replace(gate_up_adapter=None, down_adapter=None)
         with use_tiles(choose):
-            results.append((_run(torch.device("cpu"), False, adapted, gating), _run(device, True, adapted, gating)))
+            results.append((_run(torch.device("cpu"), False, operands, grad), _run(device, True, operands, grad)))
     for expected, found in results:
         for name, result in found.items():
             compare(name, result, expected[name], _TOLERANCE)
 
 
-def _run(device: torch.device, of_kernels: bool, adapted: bool, gating: Gating) -> dict[str, torch.Tensor]:
+def _run(
+    device: torch.device, of_kernels: bool, operands: ExpertOperands, grad: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Compute output and gradients with the kernels in bfloat16, or with the loop in float32."""
-    operands, grad = _inputs(gating)
-    if not adapted:
-        operands = operands._replace(gate_up_adapter=None, down_adapter=None)
-    wanted = ExpertGradients(True, True, True, True, *[adapted] * 4)
+    wanted = ExpertGradients(*(value is not None for value in operands.differentiable()))
     given = _moved(operands, device, of_kernels)
     # The order comes from plain torch: the grouping kernels have a trial of their own.
     permutation, _, offsets = group_by_expert(given.expert_ids, _EXPERTS, implementation="eager")
@@ -77,8 +84,8 @@ def _run(device: torch.device, of_kernels: bool, adapted: bool, gating: Gating) 
     return {"the output": output} | found
 
 
-def _inputs(gating: Gating) -> tuple[ExpertOperands, torch.Tensor]:
-    """Make the operands, and the gradient of the output, in numbers that bfloat16 has.
+def _inputs(gating: Gating, kind: str) -> tuple[ExpertOperands, torch.Tensor]:
+    """Make the operands, and the gradient of the output, in numbers that bfloat16 has; stacks maybe in a format.
 
     It has the first product, too, of numbers as coarse as these: a gate near its limit would else be rounded to one of
     the two sides, and have a gradient on one of them.
@@ -102,7 +109,30 @@ def _inputs(gating: Gating) -> tuple[ExpertOperands, torch.Tensor]:
     down = numbers(_EXPERTS, _HIDDEN, _WIDTH, scale=0.2)
     weights = torch.rand(_TOKENS, _TOP_K, generator=generator, dtype=torch.float32).bfloat16().float()
     operands = ExpertOperands(hidden, ids, weights, gate_up, down, gating, of_first, of_second)
+    if kind:
+        stacks = (_quantized(kind, 2, _HIDDEN, generator), _quantized(kind, 1, _WIDTH, generator))
+        operands = operands._replace(gate_up=stacks[0], down=stacks[1])
     return operands, numbers(_TOKENS, _HIDDEN)
+
+
+def _quantized(kind: str, projections: int, columns: int, generator: torch.Generator) -> QuantizedStack:
+    """Make a stack in a format, of numbers that are multiples of 1/64."""
+
+    def draw(values: Sequence[int], *shape: int) -> torch.Tensor:
+        return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
+
+    rows = 2 * _WIDTH if projections == 2 else _HIDDEN
+    if kind == "mxfp4":
+        codes, exponents = (
+            draw(range(256), _EXPERTS, rows, columns // 2),
+            draw((122, 123), _EXPERTS, rows, columns // 32),
+        )
+        return QuantizedStack(kind, codes.byte(), exponents.byte(), None, torch.float32)
+    codes = draw((0, 48, 56, 60, 176, 184, 188), _EXPERTS, rows, columns)  # 0, 0.5, 1 and 1.5
+    codes[0] = draw((0, 1, 2, 3, 129, 130, 131), rows, columns)  # subnormal: up to 3/512
+    scales = draw((2, 4), _EXPERTS, projections, 1, 1) / 32
+    scales[0] *= 256
+    return QuantizedStack(kind, codes.byte(), scales.float(), None, torch.float32)
 
 
 def _moved(operands: ExpertOperands, device: torch.device, to_bfloat16: bool) -> ExpertOperands:
@@ -111,6 +141,8 @@ def _moved(operands: ExpertOperands, device: torch.device, to_bfloat16: bool) ->
     def moved(value: Any) -> Any:
         if value is None or isinstance(value, Gating):
             return value
+        if isinstance(value, QuantizedStack):
+            return replace(value, codes=value.codes.to(device), scales=value.scales.to(device), dtype=dtype)
         if isinstance(value, Adapter):
             return value._replace(factor_a=moved(value.factor_a), factor_b=moved(value.factor_b))
         return value.to(device, dtype if value.is_floating_point() else value.dtype)

@@ -8,9 +8,12 @@ activation and of the weights, two give that of the tokens, and each parameter t
 host.
 
 An adapter's product of low rank goes on inside the same sums. It costs a launch for its inner rows (S, R), and R more
-columns.
+columns. Quantised stacks are decoded inside the products or, in `"nf4"`, some experts before each launch, which waits
+for the host (`experts_sources`).
 """
 
+import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +28,8 @@ from .experts_kernels import (
     product_kernel,
 )
 from .experts_operands import Adapter, ExpertGradients, ExpertOperands
+from .experts_quantized import QuantizedStack
+from .experts_sources import IN_PRODUCTS, NOTHING, Group, LowRank, all_experts, codes_of, decoded_groups, fit
 from .experts_tiles import Problem, choose_tile, has_large_tiles
 from .routing_triton import MAX_EXPERTS
 from .triton_support import TensorDescriptor, ceil_div, power_of_two, why_no_triton
@@ -55,35 +60,6 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 
-class _LowRank(NamedTuple):
-    """The part of a product that goes on inside its sums: inner rows times factors.
-
-    Attributes:
-        inner (`torch.Tensor` of shape (S, R), *optional*): the inner rows of an adapter; `None` without one.
-        factors (`torch.Tensor` of shape (E, R, out), *optional*): the other factor, with any strides.
-        dropout, seed: those of the adapter, if its mask falls on this product.
-    """
-
-    inner: torch.Tensor | None = None
-    factors: torch.Tensor | None = None
-    dropout: float = 0.0
-    seed: torch.Tensor | None = None
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Strides of the factors."""
-        return (0, 0, 0) if self.factors is None else self.factors.stride()
-
-    @property
-    def rank(self) -> dict[str, int]:
-        """Sizes of the adapter that a kernel is compiled for."""
-        rank = 1 if self.inner is None else self.inner.shape[1]
-        return {"R": rank, "BLOCK_R": min(max(power_of_two(rank), 16), 64)}
-
-
-_NOTHING = _LowRank()
-
-
 def _described(matrices: torch.Tensor, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return what a kernel reads matrices (E, in, out) through, themselves or a descriptor, and its arguments."""
     options = dict(options)
@@ -104,6 +80,33 @@ def _described(matrices: torch.Tensor, options: dict[str, Any]) -> tuple[Any, di
     return TensorDescriptor.from_tensor(tensor, blocks), options | {"DESCRIBED": contiguous}
 
 
+class _Reading(NamedTuple):
+    """How a kernel reads some experts' matrices.
+
+    Attributes:
+        source: themselves, a descriptor or codes.
+        scales (`torch.Tensor`, *optional*): of quantised ones.
+        strides: of matrices or codes, and, if there are scales, how many of them an expert has.
+        options: the arguments that the launch is compiled with.
+    """
+
+    source: Any
+    scales: torch.Tensor | None
+    strides: tuple[int | None, ...]
+    options: dict[str, Any]
+
+
+def _reading(group: Group, options: dict[str, Any], transposed: bool = True) -> _Reading:
+    stack = group.matrices
+    if isinstance(stack, QuantizedStack):
+        options = {key: value for key, value in options.items() if key != "descriptors"}
+        strides = *stack.codes.stride(), stack.scales[0].numel()
+        return _Reading(stack.codes, stack.scales, strides, options | codes_of(stack, transposed) | group.sizes)
+    source, options = _described(stack, options)
+    dense = {"FORMAT": "", "PROJECTION": 0}
+    return _Reading(source, None, (*stack.stride(), None), options | dense | group.sizes)
+
+
 class _Launcher:
     """The launches for one routing, with the arguments that all of them share."""
 
@@ -111,7 +114,17 @@ class _Launcher:
         self.permutation, self.offsets, self.dtype = permutation, offsets, dtype
         self.num_choices, self.num_experts = len(permutation), len(offsets) - 1
         self.constants = {"TOP_K": top_k, "PRECISION": precision(dtype)}
-        self.sizes = {**self.constants, "E": self.num_experts, "E_WIDTH": power_of_two(self.num_experts)}
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """The offsets as numbers. This waits for the device."""
+        return self.offsets.tolist()
+
+    def groups(self, stack: Any, transposed: bool) -> Iterable[Group]:
+        """Divide a stack into what one launch each computes: all experts, unless they are decoded before."""
+        if isinstance(stack, QuantizedStack) and stack.format not in IN_PRODUCTS:
+            return decoded_groups(stack, self.offsets, self.ends, transposed)
+        return [all_experts(stack, self.offsets, self.num_choices, transposed)]
 
     def tile(self, kind: str, columns: int, inside: int) -> dict[str, Any]:
         """Choose the tile of a launch, as its arguments."""
@@ -119,54 +132,58 @@ class _Launcher:
         problem = Problem(kind, self.dtype, rows, columns, inside)
         return choose_tile(problem, self.permutation.device).options(kind)
 
-    def grid(self, options: dict[str, int], columns: int) -> tuple[int]:
+    def grid(self, group: Group, options: dict[str, int], columns: int) -> tuple[int]:
         """Return the number of programs for the most tiles that there can be.
 
         An expert with choices has at most one tile that is not full.
         """
-        rows = self.num_choices // options["BLOCK_ROWS"] + min(self.num_choices, self.num_experts)
+        rows = group.num_choices // options["BLOCK_ROWS"] + min(group.num_choices, len(group.matrices))
         return (rows * ceil_div(columns, options["BLOCK_COLUMNS"]),)
 
     def product(
         self,
         rows: torch.Tensor,
-        matrices: torch.Tensor,
+        stack: Any,
         *,
         by_token: bool,
+        transposed: bool = False,
         weights: torch.Tensor | None = None,
         to_choices: bool = False,
-        beside: _LowRank = _NOTHING,
+        beside: LowRank = NOTHING,
         scale: float = 1.0,
     ) -> torch.Tensor:
-        """Multiply rows by matrices (E, in, out); the result is (S, out). See `product_kernel`."""
-        _, inside, columns = matrices.shape
+        """Multiply rows by a stack (E, in, out), or transposed (E, out, in). See `product_kernel`."""
+        inside, columns = stack.shape[:0:-1] if transposed else stack.shape[1:]
         out = rows.new_empty(self.num_choices, columns)
         options = self.tile("product", columns, inside)
         if beside.dropout:  # with its mask the usual tile would spill (sm_80, Triton 3.9)
             options |= {"BLOCK_COLUMNS": min(options["BLOCK_COLUMNS"], 128), "BLOCK_IN": min(options["BLOCK_IN"], 32)}
-        source, options = _described(matrices, options)
-        product_kernel[self.grid(options, columns)](
-            rows,
-            source,
-            beside.inner,
-            beside.factors,
-            weights,
-            self.permutation,
-            self.offsets,
-            out,
-            beside.seed,
-            scale,
-            beside.dropout,
-            *matrices.stride(),
-            *beside.strides,
-            IN=inside,
-            OUT=columns,
-            **beside.rank,
-            BY_TOKEN=by_token,
-            TO_CHOICES=to_choices,
-            **self.sizes,
-            **options,
-        )
+        options = fit(options, stack, transposed)
+        for group in self.groups(stack, transposed):
+            reading = _reading(group, options, transposed)
+            product_kernel[self.grid(group, options, columns)](
+                rows,
+                reading.source,
+                reading.scales,
+                beside.inner,
+                beside.part(group.experts),
+                weights,
+                self.permutation,
+                group.offsets,
+                out,
+                beside.seed,
+                scale,
+                beside.dropout,
+                *reading.strides,
+                *beside.strides,
+                IN=inside,
+                OUT=columns,
+                **beside.rank,
+                BY_TOKEN=by_token,
+                TO_CHOICES=to_choices,
+                **self.constants,
+                **reading.options,
+            )
         return out
 
     def inner(self, rows: torch.Tensor, adapter: Adapter | None, by_token: bool) -> torch.Tensor | None:
@@ -189,7 +206,7 @@ class _Launcher:
         *,
         left_by_token: bool = False,
         right_by_token: bool = False,
-        noise: _LowRank = _NOTHING,
+        noise: LowRank = NOTHING,
     ) -> torch.Tensor:
         """Compute a parameter's gradient (E, M, N). See `outer_kernel`."""
         rows, columns = left.shape[1], right.shape[1]
@@ -248,35 +265,40 @@ def experts_forward_triton(
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
         launch = _Launcher(permutation, offsets, operands.weights.shape[1], hidden.dtype)
         inner = launch.inner(hidden, operands.gate_up_adapter, by_token=True)
-        first = _LowRank(inner, None if operands.gate_up_adapter is None else operands.gate_up_adapter.factor_b)
+        first = LowRank(inner, None if operands.gate_up_adapter is None else operands.gate_up_adapter.factor_b)
         act = hidden.new_empty(num_choices, width)
-        source, options = _described(gate_up.transpose(1, 2), launch.tile("first", width, hidden.shape[1]))
-        first_product_kernel[launch.grid(options, width)](
-            hidden,
-            source,
-            first.inner,
-            first.factors,
-            permutation,
-            offsets,
-            kept if keep else None,
-            act,
-            *gate_up.stride(),
-            *first.strides,
-            D=hidden.shape[1],
-            WIDTH=width,
-            **first.rank,
-            **launch.sizes,
-            # Hopper needs fewer registers to store a half of the columns at a time, and Ampere more.
-            PART=options["BLOCK_COLUMNS"] // (2 if has_large_tiles(hidden.device) else 1),
-            **_constants(operands.gating),
-            **options,
-        )
-        second = _NOTHING
+        options = fit(launch.tile("first", width, hidden.shape[1]), gate_up, True)
+        for group in launch.groups(gate_up, transposed=True):
+            reading = _reading(group, options)
+            first_product_kernel[launch.grid(group, options, width)](
+                hidden,
+                reading.source,
+                reading.scales,
+                first.inner,
+                first.part(group.experts),
+                permutation,
+                group.offsets,
+                kept if keep else None,
+                act,
+                *reading.strides[:1],
+                *reading.strides[2:0:-1],
+                *reading.strides[3:],
+                *first.strides,
+                D=hidden.shape[1],
+                WIDTH=width,
+                **first.rank,
+                **launch.constants,
+                # Hopper needs fewer registers to store a half of the columns at a time, and Ampere more.
+                PART=options["BLOCK_COLUMNS"] // (2 if has_large_tiles(hidden.device) else 1),
+                **_constants(operands.gating),
+                **reading.options,
+            )
+        second = NOTHING
         if operands.down_adapter is not None:
             inner = launch.inner(act, operands.down_adapter, by_token=False)
-            second = _LowRank(inner, operands.down_adapter.factor_b.transpose(1, 2))
+            second = LowRank(inner, operands.down_adapter.factor_b.transpose(1, 2))
         by_choice = launch.product(
-            act, down.transpose(1, 2), by_token=False, weights=operands.weights, to_choices=True, beside=second
+            act, down, transposed=True, by_token=False, weights=operands.weights, to_choices=True, beside=second
         )
         return launch.combine(by_choice, operands.expert_ids), kept
 
@@ -332,34 +354,37 @@ def _pass_second_product(
         options["BLOCK_COLUMNS"] = min(options["BLOCK_COLUMNS"], 64)
     both = hidden.new_empty(num_choices, 2 * width)
     act = hidden.new_empty(num_choices, width) if any(needs.of_second_product) else None
-    source, options = _described(down, options)
+    options = fit(options, down, False)
     parts = weights.new_zeros(num_choices, ceil_div(width, options["BLOCK_COLUMNS"]), dtype=torch.float32)
-    beside = _LowRank(inner, None if adapter is None else adapter.factor_a)
+    beside = LowRank(inner, None if adapter is None else adapter.factor_a)
     part = PART if operands.gating.limit is None else PART // 2  # a clamp needs gates and ups as they were, too
-    activation_gradient_kernel[launch.grid(options, width)](
-        grad,
-        source,
-        beside.inner,
-        beside.factors,
-        kept,
-        weights,
-        launch.permutation,
-        launch.offsets,
-        both,
-        act,
-        parts,
-        noise.seed,
-        noise.dropout,
-        *down.stride(),
-        *beside.strides,
-        D=hidden.shape[1],
-        WIDTH=width,
-        PART=part,
-        **_constants(operands.gating),
-        **beside.rank,
-        **launch.sizes,
-        **options,
-    )
+    for group in launch.groups(down, transposed=False):
+        reading = _reading(group, options, transposed=False)
+        activation_gradient_kernel[launch.grid(group, options, width)](
+            grad,
+            reading.source,
+            reading.scales,
+            beside.inner,
+            beside.part(group.experts),
+            kept,
+            weights,
+            launch.permutation,
+            group.offsets,
+            both,
+            act,
+            parts,
+            noise.seed,
+            noise.dropout,
+            *reading.strides,
+            *beside.strides,
+            D=hidden.shape[1],
+            WIDTH=width,
+            PART=part,
+            **_constants(operands.gating),
+            **beside.rank,
+            **launch.constants,
+            **reading.options,
+        )
     return both, act, parts.sum(dim=1).view_as(weights).to(weights.dtype) if needs.weights else None
 
 
@@ -394,11 +419,11 @@ def _constants(gating: Gating) -> dict[str, float | None]:
     return {"LIMIT": gating.limit, "LINEAR": linear, "CUBIC": cubic, "OFFSET": gating.offset}
 
 
-def _noise(adapter: Adapter | None) -> _LowRank:
+def _noise(adapter: Adapter | None) -> LowRank:
     """Return an adapter's dropout alone."""
     if adapter is None or not adapter.dropout:
-        return _NOTHING
-    return _LowRank(dropout=adapter.dropout, seed=adapter.seed)
+        return NOTHING
+    return LowRank(dropout=adapter.dropout, seed=adapter.seed)
 
 
 _NO_GRADIENTS = ExpertGradients(*[None] * len(ExpertGradients._fields))

@@ -36,9 +36,9 @@ _OUTCOMES: dict[tuple[str, torch.device, Case], str] = {}
 _LOCK = threading.RLock()
 # What the kernels and their trials consist of: a record is for these very files.
 _SOURCES = (
-    "experts_blocks", "experts_gating", "experts_kernels", "experts_loop", "experts_tiles", "experts_trial",
-    "experts_triton", "grouping", "kernel_trial", "routing", "routing_eager", "routing_kernels", "routing_options",
-    "routing_triton", "triton_support",
+    "experts_blocks", "experts_decoding", "experts_gating", "experts_kernels", "experts_loop", "experts_quantized",
+    "experts_sources", "experts_tiles", "experts_trial", "experts_triton", "grouping", "kernel_trial", "routing",
+    "routing_eager", "routing_kernels", "routing_options", "routing_triton", "triton_support",
 )  # fmt: skip
 
 

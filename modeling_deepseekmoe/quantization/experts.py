@@ -106,7 +106,8 @@ def _prepare(experts: nn.Module, name: str, config: StackedExpertsConfig, dtype:
     setattr(experts, FORMAT_ATTRIBUTE, config.format)
     setattr(experts, DTYPE_ATTRIBUTE, dtype)
     experts.register_load_state_dict_pre_hook(_refuse_other_stacks)
-    experts.__class__ = _quantized_class(type(experts))
+    plain: Any = type(experts)
+    experts.__class__ = _quantized_class(plain)
 
 
 @functools.cache
@@ -122,9 +123,8 @@ def _refuse_other_stacks(module: nn.Module, state: dict[str, Any], prefix: str, 
     for name in STACKS:
         own, given = getattr(module, name), state.get(prefix + name)
         if given is not None and (given.dtype != own.dtype or given.shape != own.shape):
-            errors.append(
-                f"{prefix}{name} is quantised, and {given.dtype} of {tuple(given.shape)} is not what it holds."
-            )
+            what = f"{given.dtype} of {tuple(given.shape)}"
+            errors.append(f"{prefix}{name} is quantised, and {what} is not what it holds.")
             state[prefix + name] = own.detach()
 
 

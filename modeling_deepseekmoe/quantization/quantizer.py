@@ -173,8 +173,8 @@ class StackedExpertsQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `torch.compile` takes the model: on the CPU the experts are one operator."""
-        return not torch.cuda.is_available()
+        """Whether `generate` may compile the model into a graph of the GPU: for `"nf4"` the host decides on groups."""
+        return self.quantization_config.format != "nf4" or not torch.cuda.is_available()
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Make the quantised parameters of a model ordinary ones again, in place."""

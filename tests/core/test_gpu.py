@@ -32,7 +32,9 @@ from modeling_deepseekmoe import (
     update_router_bias,
 )
 from modeling_deepseekmoe.experts import choose_backend, run_experts
+from modeling_deepseekmoe.experts_sources import IN_PRODUCTS
 from modeling_deepseekmoe.experts_tiles import DESCRIBING, gpu_of, rule, use_tiles
+from modeling_deepseekmoe.experts_trial import try_experts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -313,6 +315,11 @@ def test_weights_through_descriptors_are_those_through_pointers() -> None:
             results.append(experts_step(inputs))
     for pointed, described in zip(*results, strict=True):
         torch.testing.assert_close(described, pointed)
+
+
+@pytest.mark.parametrize("kind", IN_PRODUCTS)
+def test_quantised_experts_equal_the_loop(kind: str) -> None:
+    try_experts(torch.device("cuda"), "silu", kind)
 
 
 @pytest.mark.parametrize("rank", [0, 16])

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from modeling_deepseekmoe import (
     experts,
     experts_blocks,
+    experts_decoding,
     experts_kernels,
     experts_triton,
     group_by_expert,
@@ -41,6 +42,7 @@ TRIALS = ("routing", "grouping", "experts")
 CLAMPED, SHIFTED, GELU = (
     gating.trial_case for gating in (Gating(limit=10.0), Gating("silu", 7.0, 1.702, 1.0), Gating("gelu_tanh"))
 )
+FP8, MXFP4 = ("silu", "fp8"), ("silu", "mxfp4")
 CASE_OF_ROUTING = (8, 2, "softmax", 1, 1, "max", "scores")  # that of eight experts, top-2
 
 
@@ -70,17 +72,16 @@ class Fault(NamedTuple):
 
     def make(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put the wrong kernel in place of the right one."""
-        modules, caller = {"experts": ((experts_blocks, experts_kernels), experts_triton)}.get(
-            self.trial, ((routing_kernels,), routing_triton)
-        )
+        of_experts = (experts_decoding, experts_blocks, experts_kernels), experts_triton
+        modules, caller = {"experts": of_experts}.get(self.trial, ((routing_kernels,), routing_triton))
         sources = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
         assert sum(source.count(self.right) for source in sources) == 1
         for module, source in zip(modules, sources, strict=True):
             name = module.__name__.rpartition(".")[2]
             path = folder / f"faulty_{name}.py"
-            source = source.replace(self.right, self.wrong).replace(
-                "from .experts_blocks", "from .faulty_experts_blocks"
-            )
+            source = source.replace(self.right, self.wrong)
+            for name_of_part in ("experts_decoding", "experts_blocks"):
+                source = source.replace(f"from .{name_of_part}", f"from .faulty_{name_of_part}")
             path.write_text(source, encoding="utf-8")
             spec = importlib.util.spec_from_file_location(f"modeling_deepseekmoe.faulty_{name}", path)
             faulty = importlib.util.module_from_spec(spec)
@@ -110,6 +111,8 @@ FAULTS = (
     Fault("experts", "activation_gradient_kernel", "tl.abs(stored_up) > LIMIT", "stored_up > LIMIT", CLAMPED),
     Fault("experts", "activation_gradient_kernel", "curve *= LINEAR + 3.0", "curve *= 2.0 * LINEAR + 3.0", GELU),
     Fault("experts", "first_product_kernel", "gate * LINEAR", "gate", SHIFTED),
+    Fault("experts", "first_product_kernel", "row // PROJECTION * OF_PROJECTION", "row // PROJECTION * 0", FP8),
+    Fault("experts", "activation_gradient_kernel", "(codes & 8) << 28", "(codes & 8) << 27", MXFP4),
     Fault("experts", "combine_kernel", "range(TOP_K):", "range(TOP_K - 1):"),
     Fault("experts", "outer_kernel", "range(begin, end, BLOCK_ROWS)", "range(begin + 1, end, BLOCK_ROWS)"),
 )

@@ -20,7 +20,7 @@ from modeling_deepseekmoe.remote_code import code_files
 CORE = ROOT / "modeling_deepseekmoe"
 # Flat in the package: these travel to the Hub beside the weights and must work where the package is not installed.
 TRAVELLING = sorted(path.stem for path in CORE.glob("*.py") if path.stem != "__init__")
-KERNELS = ("experts_blocks", "experts_kernels", "routing_kernels")
+KERNELS = ("experts_blocks", "experts_decoding", "experts_kernels", "routing_kernels")
 PYTHON = ("modeling_deepseekmoe", "configuration", "conversion", "examples", "benchmarks", "tests")
 FOREIGN = ("torch", "transformers", "safetensors")
 OPTIONAL = {

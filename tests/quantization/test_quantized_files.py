@@ -329,16 +329,12 @@ def quantised_part(model: nn.Module) -> nn.Module:
 def test_refused_places(tmp_path: Path) -> None:
     folder = write(tmp_path / "base")
     config = StackedExpertsConfig("fp8")
-    with pytest.raises(
-        ValueError, match=r"device_map=\{.*\} is not allowed .*: what is on the disk"
-    ):
+    with pytest.raises(ValueError, match=r"device_map=\{.*\} is not allowed .*: what is on the disk"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "disk"})
     model = load(folder, "fp8")
     cpu_offload(model)
     assert torch.isfinite(model(IDS).logits).all()
-    with pytest.raises(
-        ValueError, match=r"Saving is not allowed while quantised experts are offloaded"
-    ):
+    with pytest.raises(ValueError, match=r"Saving is not allowed while quantised experts are offloaded"):
         model.save_pretrained(tmp_path / "saved")
 
 
