@@ -31,8 +31,9 @@ from transformers import AutoModelForCausalLM
 from modeling_deepseekmoe import DeepseekConfig
 from modeling_deepseekmoe.conversion import verify
 from modeling_deepseekmoe.conversion.checkpoint import StoredTensor, TensorSource
-from modeling_deepseekmoe.conversion.streaming import outputs, parts_of
-from modeling_deepseekmoe.conversion.tensor_table import entries, locate
+from modeling_deepseekmoe.conversion.locating import locate
+from modeling_deepseekmoe.conversion.targets import Target, outputs, outputs_of
+from modeling_deepseekmoe.conversion.tensor_table import entries
 from modeling_deepseekmoe.conversion.upcycling.upcycle import save_dequantized
 from modeling_deepseekmoe.conversion.writing import FolderPlan, make_shards, write_folder
 
@@ -78,8 +79,9 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     wanted = entries(config)
     source = RandomTensors([StoredTensor(name, torch.bfloat16, entry.shape) for name, entry in wanted.items()])
     located = locate(wanted, source.tensors, config.n_routed_experts)
-    parts = {name: parts_of(entry, located.matrices[name], "keep") for name, entry in wanted.items()}
-    shards = make_shards(list(outputs(wanted, parts, "per-expert", config.n_routed_experts)), SHARD)
+    keep = Target("keep")
+    tensors = {name: outputs_of(entry, located.matrices[name], keep) for name, entry in wanted.items()}
+    shards = make_shards(list(outputs(wanted, tensors, "per-expert", config.n_routed_experts)), SHARD)
     text = config.to_json_string().encode()
     write_folder(FolderPlan(shards, {"config.json": text}), source, folder)
     return folder_size(folder)

@@ -78,12 +78,14 @@ def sharded_training(figures: Figures) -> list[str]:
     return [
         f"""A model of {figures["parameters"]:,} parameters in float32 is loaded and trained by AdamW: in one
         process, and in {max(row["ranks"] for row in figures["cases"])} that FSDP2 shards it over while it is
-        loaded; with all parameters, and with LoRA on attention, shared and routed experts. A rank's step has
-        {batch} sequences of {length} tokens. All columns of memory are in GB.""",
+        loaded; with all parameters, and with LoRA on attention, shared and routed experts; in one process also with
+        LoRA on routed experts in nf4 (qlora). A rank's step has {batch} sequences of {length} tokens. All columns of
+        memory are in GB.""",
         table(header, map(cells, figures["cases"])),
         """How to read it: "while loading" and "while training" are peaks of a rank's anonymous memory, "loaded"
-        what it has in between; that of the libraries is taken off. While training, frozen weights that stay mapped
-        from the files are included. "of one process" compares that peak with the one of a single process.
+        what it has in between; that of the libraries is taken off, and what is free is given back at once
+        (MALLOC_MMAP_THRESHOLD_), without which glibc keeps 0.2 to 0.6 GB. While training, frozen weights that stay
+        mapped from the files are included. "of one process" compares that peak with the one of a single process.
         "resident" is all resident memory, every page of the files included, again with its share of one process.
         "planned" is what `deepseekmoe inspect --gpus` predicts, and "off" how far that is from the measured peak.""",
     ]

@@ -24,16 +24,24 @@ from modeling_deepseekmoe.conversion.checkpoint import (
     read_index,
     small_files,
 )
-from modeling_deepseekmoe.conversion.description import Description, as_config, planned, read_config, understand
+from modeling_deepseekmoe.conversion.description import (
+    QUANT_METHOD,
+    Description,
+    as_config,
+    planned,
+    read_config,
+    understand,
+)
 from modeling_deepseekmoe.conversion.dialects import architectures_of, check_dialect, check_same, translate
-from modeling_deepseekmoe.conversion.streaming import Constant, Output, Part, outputs, parts_of
+from modeling_deepseekmoe.conversion.streaming import Constant, Output
+from modeling_deepseekmoe.conversion.targets import FOUR_BITS, Target, Tensors, outputs, outputs_of, plain
 from modeling_deepseekmoe.conversion.tensor_table import entries
 from modeling_deepseekmoe.conversion.writing import FolderPlan, make_shards, say_nothing, write_folder
 from modeling_deepseekmoe.remote_code import CODE_VERSION
 from modeling_deepseekmoe.support.folders import local_folder
 
 LAYOUTS = ("per-expert", "stacked")
-STORED_DTYPES = ("keep", "float32", "bfloat16", "float16", "fp8")
+STORED_DTYPES = ("keep", "float32", "bfloat16", "float16", "fp8", *FOUR_BITS)
 _FP8_CONFIG = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -143,8 +151,10 @@ def plan_conversion(
         source: folder or hub id of a checkpoint of the family. Without weights, it may also be a preset's name, or a
             folder with only a config and an index.
         to: dialect. The default is the source's.
-        layout: `"per-expert"` or `"stacked"`. The default is the source's, or per-expert if the dialect changes.
-        dtype: `"keep"`, `"float32"`, `"bfloat16"`, `"float16"` or `"fp8"` (DeepSeek-V3's blocks).
+        layout: `"per-expert"` or `"stacked"`. The default is the source's, or per-expert if the dialect changes or if
+            the experts are written in four bits, which cannot be stacked.
+        dtype: `"keep"`, `"float32"`, `"bfloat16"`, `"float16"`, `"fp8"` (DeepSeek-V3's blocks, for all linear layers),
+            `"nf4"` or `"mxfp4"` (for the routed experts; of the rest, what is quantised becomes bfloat16).
         max_shard_size: bytes or a text such as `"5GB"`. A larger tensor gets a file of its own.
         drop_mtp: leave the multi-token-prediction layers out.
         without_weights: if the weights are not there, plan from the config, and from the index if there is one.
@@ -153,16 +163,19 @@ def plan_conversion(
         ValueError: if an option is not allowed, if the source is damaged or does not fit its config, or if the target
             cannot express it.
         OSError: if a file is missing.
+        ImportError: if bitsandbytes is needed for `"nf4"` and not installed.
     """
     _check_options(to, layout, dtype)
     folder, found, missing = _source(source, without_weights)
     dialect = to or found.config.model_type
-    layout = layout or (found.layout if dialect == found.config.model_type else LAYOUTS[0])
+    own = dialect == found.config.model_type and dtype not in FOUR_BITS
+    layout = layout or (found.layout if own else LAYOUTS[0])
     notes = _notes_on(found, missing, drop_mtp)
+    target = _target(found, dtype, notes)
     config, text = _translated_config(found, dialect, dtype, drop_mtp)
     if dialect != found.config.model_type and config.loss_alphas != found.config.loss_alphas:
         notes.append(f"balance losses in training: {found.config.loss_alphas} here, {config.loss_alphas} there")
-    tensors = list(_tensors(found, config, layout, dtype, drop_mtp))
+    tensors = _tensors(found, config, layout, target, drop_mtp)
     copies = {} if folder is None else small_files(folder, code=dialect == found.config.model_type)
     origin = {
         "version": CODE_VERSION,
@@ -273,18 +286,33 @@ def _source(source: str | Path, without_weights: bool) -> tuple[Path | None, Des
 
 
 # ---------------------------------------------------------------------------------------------------------- the target
-def _tensors(found: Description, config: DeepseekMoeConfig, layout: str, dtype: str, drop_mtp: bool) -> list[Output]:
+def _target(found: Description, dtype: str, notes: list[str]) -> Target:
+    """Return how tensors are to be written. Note what changes beside the routed experts."""
+    if dtype not in FOUR_BITS:
+        return Target(dtype, found.block)
+    if not any(entry.stack is not None for entry in found.wanted.values()):
+        raise ValueError(f"dtype={dtype!r} is not allowed: it is for routed experts, and the model has none.")
+    quantised = [name for name, matrix in found.located.matrices.items() if matrix.format is not None]
+    if others := sum(found.wanted[name].stack is None for name in quantised):
+        notes.append(f"{others} quantised tensors that are not of routed experts become bfloat16")
+    written = _quantization(found.raw.get("quantization_config"), dtype)
+    return Target(dtype, found.block, written["double_quantisation"])
+
+
+def _tensors(
+    found: Description, config: DeepseekMoeConfig, layout: str, target: Target, drop_mtp: bool
+) -> list[Output]:
     """Make the tensors of the target config from the source's."""
     wanted = found.wanted if config is found.config else entries(config, mtp=found.has_mtp)
-    parts: dict[str, tuple[Part, Part | None]] = {}
+    made: dict[str, Tensors] = {}
     used = set()
     for name, entry in wanted.items():
         matrix = found.matrix(name)
         if matrix is not None and not (entry.optional and name in found.located.absent):
-            parts[name] = parts_of(entry, matrix, dtype, found.block)
+            made[name] = outputs_of(entry, matrix, target)
             used.add(name)
         elif name.endswith(BIAS_NAME) and name not in found.wanted:
-            parts[name] = Constant(torch.zeros(entry.shape)), None
+            made[name] = plain(entry, Constant(torch.zeros(entry.shape)))
         elif not entry.optional and name not in found.located.absent:
             raise ValueError(f"The target's config asks for {name}, which the checkpoint does not have.")
     lost = [
@@ -294,7 +322,7 @@ def _tensors(found: Description, config: DeepseekMoeConfig, layout: str, dtype: 
     ]
     if lost:
         raise ValueError(f"The target's config has no place for {listed(lost)}.")
-    return list(outputs(wanted, parts, layout, found.experts))
+    return list(outputs(wanted, made, layout, found.experts))
 
 
 def _translated_config(
@@ -315,8 +343,8 @@ def _translated_config(
         raw["num_nextn_predict_layers"] = 0
     if not raw.get("architectures"):
         raw["architectures"] = architectures_of(dialect, None)
-    if dtype == "fp8":
-        raw["quantization_config"] = raw.get("quantization_config") or _FP8_CONFIG
+    if dtype == "fp8" or dtype in FOUR_BITS:
+        raw["quantization_config"] = _quantization(raw.get("quantization_config"), dtype)
     elif dtype != "keep":
         raw.pop("quantization_config", None)
         names = [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]
@@ -327,6 +355,23 @@ def _translated_config(
     written = config if raw == found.raw else as_config(raw)
     check_same(config, written)
     return written, text
+
+
+def _quantization(stored: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+    """Return the `quantization_config` for a quantised dtype. What the source is stored in already stays as it is."""
+    stored = stored or {}
+    if dtype == "fp8":
+        # That of a model with other linear layers than experts in FP8.
+        return stored if stored.get("quant_method") == "fp8" and QUANT_METHOD not in stored else _FP8_CONFIG
+    double = stored.get("double_quantisation", True) if stored.get("format") == dtype else True
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": dtype,
+        "double_quantisation": double,
+        "skip_layers": [],
+        "compute_dtype": None,
+        "linears": None,
+    }
 
 
 __all__ = ["LAYOUTS", "STORED_DTYPES", "ConversionPlan", "carry_out", "convert", "plan_conversion"]

@@ -19,17 +19,12 @@ from modeling_deepseekmoe.conversion.checkpoint import (
     check_inside,
     parse_json,
 )
-from modeling_deepseekmoe.conversion.tensor_table import (
-    Entry,
-    Located,
-    Matrix,
-    entries,
-    head_of,
-    locate,
-    stack_shape,
-    stacks,
-)
+from modeling_deepseekmoe.conversion.locating import Located, Matrix, locate
+from modeling_deepseekmoe.conversion.matrix_formats import NF4_STATE, layout_of
+from modeling_deepseekmoe.conversion.tensor_table import Entry, entries, head_of, stack_shape, stacks
+from modeling_deepseekmoe.experts_quantized import FORMATS
 
+QUANT_METHOD = "stacked_experts"  # of the quantiser that loads folders with routed experts in one of the `FORMATS`
 # What is counted or listed as soon as a config is made; the largest models have a hundredth of it.
 _MOST = {"num_hidden_layers": 10**4, "num_nextn_predict_layers": 10**4, "num_labels": 10**6}
 _LARGEST_BLOCK = 2**16
@@ -182,8 +177,18 @@ def fp8_block(raw: dict[str, Any]) -> Block:
     if quantization is None:
         return BLOCK
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method == QUANT_METHOD:
+        if quantization.get("format") not in FORMATS:
+            raise ValueError(
+                f"format={quantization.get('format')!r} is not allowed in quantization_config: it must be one of "
+                f"{', '.join(FORMATS)}."
+            )
+        return BLOCK
     if method != "fp8":
-        raise ValueError(f"quant_method={method!r} is not allowed: only 'fp8' (blocks, as DeepSeek-V3) is read.")
+        raise ValueError(
+            f"quant_method={method!r} is not allowed: only 'fp8' (blocks, as DeepSeek-V3) and {QUANT_METHOD!r} "
+            f"(routed experts in {', '.join(FORMATS)}) are read."
+        )
     block = quantization.get("weight_block_size", BLOCK)
     if (
         not isinstance(block, (list, tuple))
@@ -220,9 +225,12 @@ def planned(raw: dict[str, Any], config: DeepseekMoeConfig, weight_map: dict[str
             shapes[stack] = stack_shape(members, experts)
             rows, columns = scales[members[0].name]
             scales[stack] = (experts, len(members) // experts * rows, columns)
-    tensors = []
+    tensors, beside = [], _packed_tensors(wanted, weight_map or {}, raw)
     shape: tuple[int, ...]
     for name in names:
+        if name in beside:
+            tensors.append(beside[name])
+            continue
         plain = name.removesuffix(SCALE_SUFFIX)
         if plain != name and plain in scales and weight_map and plain in weight_map:
             shape, own = scales[plain], torch.float32
@@ -234,4 +242,20 @@ def planned(raw: dict[str, Any], config: DeepseekMoeConfig, weight_map: dict[str
     return understand(TensorSource(tensors), raw, config, wanted)
 
 
-__all__ = ["Description", "as_config", "describe", "fp8_block", "planned", "read_config", "understand"]
+def _packed_tensors(
+    wanted: dict[str, Entry], weight_map: dict[str, str], raw: dict[str, Any]
+) -> dict[str, StoredTensor]:
+    """Describe the tensors of all matrices in four bits that an index names."""
+    found = {}
+    scaled = "mxfp4" if (raw.get("quantization_config") or {}).get("format") == "mxfp4" else None
+    for name, entry in wanted.items():
+        experts = entry.stack is not None and f"{name}{SCALE_SUFFIX}" in weight_map
+        kind = "nf4" if f"{name}{NF4_STATE}" in weight_map else scaled if experts else None
+        if kind is not None and len(entry.shape) == 2:
+            nested = f"{name}.nested_absmax" in weight_map
+            for suffix, one in layout_of(kind, (entry.shape[0], entry.shape[1]), double_quantisation=nested).items():
+                found[name + suffix] = StoredTensor(name + suffix, one.dtype, tuple(one.shape))
+    return found
+
+
+__all__ = ["QUANT_METHOD", "Description", "as_config", "describe", "fp8_block", "planned", "read_config", "understand"]

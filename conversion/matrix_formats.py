@@ -28,6 +28,7 @@ NF4_STATE = ".quant_state.bitsandbytes__nf4"
 SUFFIXES = (NF4_STATE, ".nested_quant_map", ".nested_absmax", SCALE_SUFFIX, ".quant_map", ".absmax", "")
 E8M0 = torch.float8_e8m0fnu
 _E8M0_BIAS, _LARGEST_POWER, _EXPONENT_OF_E2M1 = 127, 254, 2
+_AT_A_TIME = 2**18  # weights
 # Above each of these a value is rounded up to the next one of float4_e2m1. At every second of them too: to even.
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
@@ -76,14 +77,27 @@ def encode(weight: torch.Tensor, kind: str, name: str = "the matrix", double_qua
         return {"": quantize(weight, scales), SCALE_SUFFIX: scales}
     if kind == "mxfp4":
         return _encode_mxfp4(weight)
-    codes, state = bitsandbytes_functional().quantize_4bit(
-        weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=double_quantisation, quant_type="nf4"
-    )
-    if double_quantisation and not torch.isfinite(state.offset):
-        raise ValueError(
-            f"{name} holds values up to {float(weight.abs().max()):g}: their scales have no mean in float32."
-        )
-    return {"": codes, **{f".{key}": value for key, value in state.as_dict(packed=True).items()}}
+    return parts_of(_encode_nf4(weight, name, double_quantisation), weight.dtype)
+
+
+def _encode_nf4(weight: torch.Tensor, name: str, double_quantisation: bool) -> QuantizedMatrix:
+    """Quantise some rows after the other: on the CPU bitsandbytes needs more than 64 bytes for each weight."""
+    functional, step = bitsandbytes_functional(), max(_AT_A_TIME // weight.shape[1], 1)
+    found = [
+        functional.quantize_4bit(rows.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
+        for rows in weight.split(step)
+    ]
+    codes = torch.cat([of_rows.view(-1, weight.shape[1] // 2) for of_rows, _ in found])
+    scales, nested = torch.cat([state.absmax for _, state in found]), None
+    if double_quantisation:
+        offset = scales.mean()
+        if not torch.isfinite(offset):
+            raise ValueError(
+                f"{name} holds values up to {float(weight.abs().max()):g}: their scales have no mean in float32."
+            )
+        scales, state = functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+        nested = torch.cat([state.absmax, offset.view(1)]).unsqueeze(0)
+    return QuantizedMatrix("nf4", codes, scales, nested)
 
 
 def nested_scales(weight: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modeling_deepseekmoe.conversion.description import Description
-from modeling_deepseekmoe.conversion.streaming import outputs, parts_of
+from modeling_deepseekmoe.conversion.targets import Target, outputs, outputs_of
 from modeling_deepseekmoe.conversion.tensor_table import head_of
 from modeling_deepseekmoe.support.models import model_class_named
 
@@ -54,12 +54,12 @@ def _stream(unit: nn.Module, prefix: str, read: Reader) -> None:
 
 def checkpoint_model(found: Description) -> PreTrainedModel:
     """Make the streamed model of a checkpoint of the family."""
-    parts = {}
+    made, target = {}, Target("float32")
     for name, entry in found.wanted.items():
         matrix = found.matrix(name)
         if matrix is not None:
-            parts[name] = parts_of(entry, matrix, "float32")
-    tensors = {output.name: output for output in outputs(found.wanted, parts, "stacked", found.experts)}
+            made[name] = outputs_of(entry, matrix, target)
+    tensors = {output.name: output for output in outputs(found.wanted, made, "stacked", found.experts)}
     head = head_of(next(iter(found.config.architectures or ()), "ForCausalLM"))
     architecture = type(found.config).__name__.removesuffix("Config") + head
     return streamed_model(found.config, architecture, lambda name: tensors[name].read(found.source))

@@ -1,22 +1,21 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Plan the tensors to write: what each is made of, and how its values are read and computed block by block.
+"""What the tensors to write are made of, and how their values are read and computed block by block.
 
 Memory never holds more than one block, however large a tensor is. Where nothing is computed, a block is a range of
-bytes. Else it is a number of whole rows, a multiple of the 128 rows of an FP8 block.
+bytes. Else it is a number of whole rows, a multiple of the 128 rows of an FP8 block. A matrix in four bits is one
+block: its tensors are only encoded and decoded together.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from modeling_deepseekmoe.checkpoint_layout import BIAS_NAME
 from modeling_deepseekmoe.conversion.block_fp8 import (
     BLOCK,
     FP8,
-    SCALE_SUFFIX,
     Block,
     block_scales,
     dequantize,
@@ -24,7 +23,16 @@ from modeling_deepseekmoe.conversion.block_fp8 import (
     scale_shape,
 )
 from modeling_deepseekmoe.conversion.checkpoint import TensorSource
-from modeling_deepseekmoe.conversion.tensor_table import Entry, Matrix, stack_shape, stacks
+from modeling_deepseekmoe.conversion.locating import Matrix
+from modeling_deepseekmoe.conversion.matrix_formats import (
+    NF4_STATE,
+    Parts,
+    decode,
+    encode,
+    fill_state,
+    layout_of,
+    nested_scales,
+)
 
 BLOCK_BYTES = 2**24
 
@@ -134,6 +142,85 @@ class Quantized:
             yield scales if self.scales else quantize(exact, scales, self.block)
 
 
+@dataclass
+class LastEncoded:
+    """The last matrix that was encoded: its tensors stand one behind the other in a file.
+
+    Attributes:
+        key: which matrix it was, and how it was encoded.
+        parts: its tensors.
+    """
+
+    key: object = None
+    parts: Parts = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One of the tensors of a matrix in four bits.
+
+    Attributes:
+        matrix: the stored values.
+        kind: `"nf4"` or `"mxfp4"`.
+        suffix: which of the format's tensors.
+        double_quantisation: whether the scales of `"nf4"` are quantised too.
+        last: what is encoded is kept here until the next matrix is.
+
+    Raises:
+        ValueError: from `blocks`, if a value is not finite.
+    """
+
+    matrix: Matrix
+    kind: str
+    suffix: str
+    double_quantisation: bool
+    last: LastEncoded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format's."""
+        return self._layout.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """The format's."""
+        return self._layout.shape
+
+    @property
+    def numel(self) -> int:
+        """The format's number of values."""
+        return self._layout.numel()
+
+    @property
+    def _layout(self) -> torch.Tensor:
+        return layout_of(self.kind, self.matrix.shape, self._exact, self.double_quantisation)[self.suffix]
+
+    @property
+    def _exact(self) -> torch.dtype:
+        """The dtype of what is encoded."""
+        stored = self.matrix.tensor.dtype
+        return stored if self.matrix.format is None and stored != torch.float64 else torch.float32
+
+    def blocks(self, source: TensorSource) -> Iterator[torch.Tensor]:
+        """Yield the tensor, as one block."""
+        matrix = self.matrix
+        if self.suffix == ".nested_absmax":  # apart from the others, since files begin with wide values
+            yield nested_scales(self._values(source))
+            return
+        key = (matrix, self.kind, self.double_quantisation)
+        if self.last.key != key:
+            self.last.key, self.last.parts = None, {}
+            name = f"Tensor {matrix.tensor.name}"
+            self.last.parts = encode(self._values(source), self.kind, name, self.double_quantisation)
+            self.last.key = key
+        tensor = self.last.parts[self.suffix]
+        yield fill_state(tensor, self.numel) if self.suffix == NF4_STATE else tensor.reshape(-1)
+
+    def _values(self, source: TensorSource) -> torch.Tensor:
+        read = _stored if self.matrix.format is None else values
+        return read(self.matrix, source, 0, len(self.matrix.rows)).to(self._exact)
+
+
 @dataclass(frozen=True)
 class Constant:
     """Values that are in no file."""
@@ -213,16 +300,30 @@ def value_blocks(number: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
 def row_blocks(matrix: Matrix, high: int | None = None) -> Iterator[tuple[int, int]]:
     """Divide rows into ranges that are small enough to compute with in float32.
 
-    Ranges are multiples of the `high` rows of an FP8 block.
+    Ranges are multiples of the `high` rows of an FP8 block. A matrix in four bits is one range.
     """
     high = matrix.block[0] if high is None else high
     step = max(1, BLOCK_BYTES // max(1, 4 * high * matrix.width)) * high
+    if matrix.packed is not None:
+        step = len(matrix.rows)
     for first in range(0, len(matrix.rows), step):
         yield first, min(first + step, len(matrix.rows))
 
 
 def values(matrix: Matrix, source: TensorSource, first: int, last: int) -> torch.Tensor:
-    """Read rows `first` to `last` of a matrix as float32, or as float64 if they are stored so. FP8 is dequantised."""
+    """Read rows `first` to `last` of a matrix as float32, or as float64 if they are stored so. FP8 is dequantised.
+
+    A matrix in four bits is decoded as a whole.
+
+    Raises:
+        ValueError: if the tensors of a matrix in four bits do not fit each other.
+    """
+    if matrix.packed is not None:
+        parts, name = packed_parts(matrix, source), matrix.tensor.name
+        decoded = decode(parts, name)
+        if tuple(decoded.shape) != matrix.shape:
+            raise ValueError(f"{name}{NF4_STATE} has shape={list(decoded.shape)}: {list(matrix.shape)} is allowed.")
+        return decoded[first:last]
     if matrix.scales is None:
         stored = _stored(matrix, source, first, last)
         return stored.to(torch.promote_types(stored.dtype, torch.float32))
@@ -232,89 +333,29 @@ def values(matrix: Matrix, source: TensorSource, first: int, last: int) -> torch
     return dequantize(_stored(matrix, source, first, last), scales, matrix.block)
 
 
+def packed_parts(matrix: Matrix, source: TensorSource) -> Parts:
+    """Read the tensors of a matrix in four bits into memory of their own."""
+    assert matrix.packed is not None
+    found = matrix.packed.tensors.items()
+    return {suffix: source.read(one, 0, one.numel).clone().view(one.shape) for suffix, one in found}
+
+
 def _stored(matrix: Matrix, source: TensorSource, first: int, last: int) -> torch.Tensor:
     start = matrix.rows.start
     flat = source.read(matrix.tensor, (start + first) * matrix.width, (start + last) * matrix.width)
     return flat.view(last - first, matrix.width)[:, matrix.columns.start : matrix.columns.stop]
 
 
-# -------------------------------------------------------------------------------------------------- dtypes and layouts
-def parts_of(entry: Entry, matrix: Matrix, dtype: str, block: Block = BLOCK) -> tuple[Part, Part | None]:
-    """Return how a tensor is written: its values and, if they are FP8, their scales.
-
-    Args:
-        entry: what the tensor is.
-        matrix: where it lies.
-        dtype: `"keep"`, `"fp8"` (for the linear layers; the rest is kept), or a dtype's name (for all tensors but the
-            gates' bias, which is float32 in every model of the family).
-        block: rows and columns of the FP8 blocks to make.
-    """
-    if dtype == "fp8" and entry.linear and matrix.scales is None:
-        return Quantized(matrix, False, block), Quantized(matrix, True, block)
-    if dtype in ("keep", "fp8"):
-        return Copied(matrix), None if matrix.scales is None else Copied(matrix.scales)
-    wanted = torch.float32 if entry.name.endswith(BIAS_NAME) else getattr(torch, dtype)
-    if matrix.scales is None and matrix.tensor.dtype == wanted:
-        return Copied(matrix), None
-    return Cast(matrix, wanted), None
-
-
-def outputs(
-    wanted: Mapping[str, Entry], parts: Mapping[str, tuple[Part, Part | None]], layout: str, experts: int
-) -> Iterator[Output]:
-    """Yield the tensors to write, in the order of `wanted`.
-
-    Args:
-        wanted: all official tensors.
-        parts: by official name, the values and scales of those that are written.
-        layout: `"per-expert"` or `"stacked"`.
-        experts: E, the number of routed experts.
-
-    Raises:
-        ValueError: if the experts of a stack would have several dtypes.
-    """
-    members = stacks(wanted) if layout == "stacked" else {}
-    for name, entry in wanted.items():
-        if entry.stack in members:
-            group = [member for member in members.pop(entry.stack) if member.name in parts]
-            if group:
-                yield from _pair(
-                    entry.stack, stack_shape(group, experts), [parts[member.name] for member in group], experts
-                )
-        elif name in parts and (layout != "stacked" or entry.stack is None):
-            yield from _pair(name, entry.shape, [parts[name]])
-
-
-def _pair(
-    name: str, shape: tuple[int, ...], members: list[tuple[Part, Part | None]], experts: int = 1
-) -> Iterable[Output]:
-    """Make a tensor and, if it has some, its scales."""
-    found = [Output(name, shape, tuple(part for part, _ in members))]
-    scales = tuple(scale for _, scale in members if scale is not None)
-    found[0].check()
-    if scales:
-        rows, columns = _scale_shape(members[0][0])
-        whole = (experts, len(members) // experts * rows, columns) if len(shape) == 3 else (rows, columns)
-        found.append(Output(name + SCALE_SUFFIX, whole, scales))
-        found[1].check()
-    return found
-
-
-def _scale_shape(part: Part) -> tuple[int, int]:
-    assert isinstance(part, (Copied, Quantized))
-    block = part.block if isinstance(part, Quantized) else part.matrix.block
-    return scale_shape(part.matrix.shape, block)
-
-
 __all__ = [
     "Cast",
     "Constant",
     "Copied",
+    "Encoded",
+    "LastEncoded",
     "Output",
     "Part",
     "Quantized",
-    "outputs",
-    "parts_of",
+    "packed_parts",
     "row_blocks",
     "value_blocks",
     "values",

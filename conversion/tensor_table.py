@@ -6,14 +6,11 @@ the tensor to exist. The stacked layout follows from the rows of the experts: a 
 experts' matrices, expert by expert. So a change of layout only changes where the same bytes lie.
 """
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from modeling_deepseekmoe.checkpoint_layout import STACKS, mtp_layers
 from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig
-from modeling_deepseekmoe.conversion.block_fp8 import BLOCK, FP8, SCALE_SUFFIX, Block, scale_shape
-from modeling_deepseekmoe.conversion.checkpoint import StoredTensor, listed
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,6 @@ MTP = (
     Row("shared_head.norm.weight", ("hidden",)),
     Row("shared_head.head.weight", ("vocabulary", "hidden"), optional=True),
 )
-# Computed from the config, and stored by old versions of transformers.
-DERIVED = re.compile(r"^(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -143,61 +138,6 @@ class Entry:
     optional: bool = False
     stack: str | None = None
     mtp_layer: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """Where the values of one official tensor lie: a range of rows of a stored tensor, which is taken as a matrix.
-
-    Attributes:
-        tensor: the stored tensor.
-        rows: its rows. A vector is one row.
-        columns: its columns. Only a part of a down projection has fewer than all.
-        scales: for FP8 values, where their scales lie.
-        block: for FP8 values, rows and columns of a block.
-    """
-
-    tensor: StoredTensor
-    rows: range
-    columns: range
-    scales: "Matrix | None" = None
-    block: Block = BLOCK
-
-    @property
-    def width(self) -> int:
-        """Columns of the stored tensor."""
-        return self.tensor.shape[-1] if self.tensor.shape else 1
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return len(self.rows), len(self.columns)
-
-    def part(self, rows: range | None = None, columns: range | None = None) -> "Matrix":
-        """Take some of its rows or columns. This is not for FP8 values: it would cut their blocks."""
-        assert self.scales is None
-        rows = range(len(self.rows)) if rows is None else rows
-        columns = range(len(self.columns)) if columns is None else columns
-        return replace(
-            self,
-            rows=self.rows[rows.start : rows.stop],
-            columns=self.columns[columns.start : columns.stop],
-        )
-
-
-@dataclass
-class Located:
-    """The tensors of a checkpoint, matched with what its config asks for.
-
-    Attributes:
-        matrices: by official name, where each tensor lies.
-        absent: official names of optional tensors, and of multi-token-prediction layers, that are not there.
-        derived: names of stored tensors that follow from the config and are not read.
-    """
-
-    matrices: dict[str, Matrix]
-    absent: set[str] = field(default_factory=set)
-    derived: list[str] = field(default_factory=list)
 
 
 def entries(config: DeepseekMoeConfig, *, mtp: bool = True) -> dict[str, Entry]:
@@ -260,47 +200,6 @@ def stack_shape(members: list[Entry], number: int) -> tuple[int, int, int]:
     return number, len(members) // number * rows, columns
 
 
-def locate(
-    wanted: Mapping[str, Entry], tensors: Mapping[str, StoredTensor], experts: int = 0, block: Block = BLOCK
-) -> Located:
-    """Match stored tensors with what a config asks for. The matrices of experts may be stored per expert or in stacks.
-
-    Args:
-        wanted: [`entries`] of the config.
-        tensors: the stored tensors.
-        experts: E, the number of routed experts.
-        block: rows and columns of an FP8 block.
-
-    Raises:
-        ValueError: listing the tensors that no row explains, that are missing, or that have another shape.
-    """
-    located = Located({})
-    used: set[str] = set()
-    missing: list[str] = []
-    for stack, members in stacks(wanted).items():
-        if stack in tensors:
-            _locate_stack(located, used, stack, members, tensors, experts, block)
-    for name, entry in wanted.items():
-        if name in located.matrices:
-            if name in tensors:
-                raise ValueError(f"Tensor {name} is there twice: alone, and in the stack {entry.stack}.")
-        elif name in tensors:
-            scales = tensors.get(name + SCALE_SUFFIX)
-            located.matrices[name] = _matrix(tensors[name], entry.shape, scales, block)
-            used |= {name} | ({scales.name} if scales else set())
-        else:
-            missing.append(name)
-    located.derived = [name for name, tensor in tensors.items() if DERIVED.match(name) and len(tensor.shape) == 1]
-    used |= set(located.derived)
-    unknown = [_place(tensor) for name, tensor in tensors.items() if name not in used]
-    lacking = _lacking(located, wanted, missing)
-    problems = [f"has no place for: {listed(unknown)}"] if unknown else []
-    problems += [f"asks for what is missing: {listed(lacking)}"] if lacking else []
-    if problems:
-        raise ValueError(f"The tensors do not fit the config, which {', and '.join(problems)}.")
-    return located
-
-
 # ----------------------------------------------------------------------------------------------------- what a row says
 def _dimensions(config: DeepseekMoeConfig) -> dict[str, int]:
     heads = config.num_attention_heads
@@ -354,91 +253,13 @@ def _expanded(rows: tuple[Row, ...], experts: int) -> Iterator[tuple[Row, str, s
             yield row, f"{block}{expert}{projection}", stack
 
 
-# -------------------------------------------------------------------------------------------------------- the matching
-def _matrix(tensor: StoredTensor, shape: tuple[int, ...], scales: StoredTensor | None, block: Block = BLOCK) -> Matrix:
-    if tensor.shape != shape:
-        raise ValueError(
-            f"Checkpoint tensor {_place(tensor)} has shape {tensor.shape}, which is not allowed: the config asks for "
-            f"{shape}."
-        )
-    if (tensor.dtype == FP8) != (scales is not None):
-        found = "has no scales" if scales is None else f"is {tensor.dtype} and has scales"
-        raise ValueError(f"Checkpoint tensor {_place(tensor)} {found}: FP8 values need {tensor.name}{SCALE_SUFFIX}.")
-    rows = range(shape[0]) if len(shape) == 2 else range(1)
-    if scales is None:
-        return Matrix(tensor, rows, range(shape[-1]))
-    if len(shape) != 2:
-        raise ValueError(f"Checkpoint tensor {_place(tensor)} of shape {shape} is FP8: only matrices can be.")
-    own = _matrix(scales, scale_shape((shape[0], shape[1]), block), None)
-    return Matrix(tensor, rows, range(shape[1]), own, block)
-
-
-def _locate_stack(
-    located: Located,
-    used: set[str],
-    stack: str,
-    members: list[Entry],
-    tensors: Mapping[str, StoredTensor],
-    experts: int,
-    block: Block,
-) -> None:
-    tensor, scales = tensors[stack], tensors.get(stack + SCALE_SUFFIX)
-    rows, columns = members[0].shape
-    scale_rows, scale_columns = scale_shape((rows, columns), block)
-    flat = replace(tensor, shape=(len(members) * rows, columns))
-    whole = stack_shape(members, experts)
-    if tensor.shape != whole:
-        raise ValueError(
-            f"Checkpoint tensor {_place(tensor)} has shape {tensor.shape}, which is not allowed: the config asks for "
-            f"{whole}."
-        )
-    whole_scales = (experts, len(members) // experts * scale_rows, scale_columns)
-    if scales is not None and scales.shape != whole_scales:
-        raise ValueError(
-            f"Checkpoint tensor {_place(scales)} has shape {scales.shape}, which is not allowed: it must be "
-            f"{whole_scales}, the scales of each matrix one below the other."
-        )
-    flat_scales = replace(scales, shape=(len(members) * scale_rows, scale_columns)) if scales else None
-    if (tensor.dtype == FP8) != (scales is not None):
-        raise ValueError(
-            f"Checkpoint tensor {_place(tensor)}: FP8 values, and only these, need {stack}{SCALE_SUFFIX}."
-        )
-    for number, entry in enumerate(members):
-        own = None
-        if flat_scales is not None:
-            first = number * scale_rows
-            own = Matrix(flat_scales, range(first, first + scale_rows), range(scale_columns))
-        located.matrices[entry.name] = Matrix(
-            flat, range(number * rows, (number + 1) * rows), range(columns), own, block
-        )
-    used |= {stack} | ({scales.name} if scales else set())
-
-
-def _lacking(located: Located, wanted: Mapping[str, Entry], missing: list[str]) -> list[str]:
-    """Return the missing names that must not be missing, and note the others as absent."""
-    present = {wanted[name].mtp_layer for name in located.matrices}
-    some_mtp = present != {None}  # all such layers may be missing, but not one of several
-    located.absent = {
-        name for name in missing if wanted[name].optional or (wanted[name].mtp_layer is not None and not some_mtp)
-    }
-    return [name for name in missing if name not in located.absent]
-
-
-def _place(tensor: StoredTensor) -> str:
-    """Return the name of a tensor, and of its file."""
-    return f"{tensor.name} ({tensor.file.name})" if tensor.file else tensor.name
-
-
 __all__ = [
     "TABLES",
     "Entry",
-    "Located",
-    "Matrix",
     "Row",
     "Table",
     "entries",
     "head_of",
-    "locate",
     "stack_shape",
     "stacks",
 ]

@@ -24,8 +24,9 @@ from modeling_deepseekmoe.conversion.checkpoint import (
 )
 from modeling_deepseekmoe.conversion.description import Description, describe
 from modeling_deepseekmoe.conversion.dialects import architectures_of, forward_fields
-from modeling_deepseekmoe.conversion.streaming import row_blocks, value_blocks, values
-from modeling_deepseekmoe.conversion.tensor_table import Matrix
+from modeling_deepseekmoe.conversion.locating import PACKED_DTYPES, Matrix
+from modeling_deepseekmoe.conversion.matrix_formats import is_encoded, matrix_of
+from modeling_deepseekmoe.conversion.streaming import packed_parts, row_blocks, value_blocks, values
 from modeling_deepseekmoe.conversion.unfinished_work import write_small
 from modeling_deepseekmoe.support.folders import local_folder
 
@@ -156,7 +157,8 @@ def _read_all(found: Description, problems: list[str], progress: Callable[[int],
         for first, last in value_blocks(tensor.numel, tensor.dtype):
             block = found.source.read(tensor, first, last)
             digest.update(memoryview(block.view(torch.uint8).numpy()))
-            finite = finite and bool(torch.isfinite(block.float() if block.dtype == FP8 else block).all())
+            if block.dtype not in PACKED_DTYPES:
+                finite = finite and bool(torch.isfinite(block.float() if block.dtype.itemsize == 1 else block).all())
             progress(block.nbytes)
             del block
         if not finite:
@@ -168,7 +170,22 @@ def _read_all(found: Description, problems: list[str], progress: Callable[[int],
         }
     if wrong:
         problems.append(f"values that are not finite (NaN or infinity): {_with_files(found, wrong)}")
+    else:
+        problems += _packed_problems(found)
     return hashes
+
+
+def _packed_problems(found: Description) -> Iterator[str]:
+    """Decode the matrices in four bits, and yield what is wrong with them."""
+    for name, matrix in found.located.matrices.items():
+        if matrix.packed is not None:
+            try:
+                finite = bool(torch.isfinite(values(matrix, found.source, 0, len(matrix.rows))).all())
+            except ValueError as error:
+                yield str(error).rstrip(".")
+            else:
+                if not finite:
+                    yield f"{name} is decoded to values that are not finite (NaN or infinity)"
 
 
 def _with_files(found: Description, names: list[str]) -> str:
@@ -255,8 +272,7 @@ def _compare(
             else:
                 compared[how] = compared.get(how, 0) + 1
         if here is not None:
-            scales = here.scales.tensor.dtype.itemsize * math.prod(here.scales.shape) if here.scales else 0
-            progress(here.tensor.dtype.itemsize * math.prod(here.shape) + scales)
+            progress(here.nbytes)
     if left_out:
         notes.append(f"{left_out} tensors of multi-token-prediction layers are in one of the two alone")
     if alone:
@@ -284,17 +300,16 @@ def _largest(found: Description, name: str) -> float:
 
 def _how_equal(first: Description, here: Matrix, second: Description, there: Matrix) -> str | None:
     """Find out how two tensors are equal; return `None` if they are not."""
-    if here.tensor.dtype == there.tensor.dtype and _same_values(first, here, second, there):
-        return IDENTICAL
-    if here.scales is None and there.scales is None:
-        same = here.tensor.dtype != there.tensor.dtype and _same_rounded(first, here, second, there)
-        return ROUNDED if same else None
-    if here.scales is not None and there.scales is not None:
-        return None
-    if _same_rounded(first, here, second, there):
+    if here.format == there.format:
+        if here.format is not None or here.tensor.dtype == there.tensor.dtype:
+            same = _same_packed if here.packed is not None else _same_values
+            return IDENTICAL if same(first, here, second, there) else None
+        return ROUNDED if _same_rounded(first, here, second, there) else None
+    if (here.format is None or there.format is None) and _same_rounded(first, here, second, there):
         return DEQUANTIZED
-    plain, packed = ((first, here), (second, there)) if here.scales is None else ((second, there), (first, here))
-    return QUANTIZED if _is_quantized(*plain, *packed) else None
+    pairs = ((first, here, second, there), (second, there, first, here))
+    quantised = any(pair[3].format is not None and _is_quantized(*pair) for pair in pairs)
+    return QUANTIZED if quantised else None
 
 
 def _same_values(first: Description, here: Matrix, second: Description, there: Matrix) -> bool:
@@ -311,6 +326,18 @@ def _same_values(first: Description, here: Matrix, second: Description, there: M
     return True
 
 
+def _same_packed(first: Description, here: Matrix, second: Description, there: Matrix) -> bool:
+    """Tell whether two matrices in one format of four bits have the same codes and scales."""
+    one, two = (
+        matrix_of(packed_parts(matrix, found.source), matrix.tensor.name)
+        for found, matrix in ((first, here), (second, there))
+    )
+    if (one.nested is None) != (two.nested is None):
+        return False
+    same_nested = one.nested is None or torch.equal(one.nested, two.nested)
+    return same_nested and torch.equal(one.codes, two.codes) and torch.equal(one.scales, two.scales)
+
+
 def _bytes(found: Description, matrix: Matrix, start: int, stop: int) -> torch.Tensor:
     row = matrix.rows.start
     block = found.source.read(matrix.tensor, (row + start) * matrix.width, (row + stop) * matrix.width)
@@ -318,7 +345,7 @@ def _bytes(found: Description, matrix: Matrix, start: int, stop: int) -> torch.T
 
 
 def _same_rounded(first: Description, here: Matrix, second: Description, there: Matrix) -> bool:
-    """Tell whether one of two tensors is the other one, rounded to fewer bits. FP8 is dequantised first."""
+    """Tell whether one of two tensors is the other one, rounded to fewer bits. What is quantised is decoded first."""
 
     def is_rounded(exact: tuple[Description, Matrix], rounded: tuple[Description, Matrix]) -> bool:
         dtype = rounded[1].tensor.dtype
@@ -331,14 +358,17 @@ def _same_rounded(first: Description, here: Matrix, second: Description, there: 
         )
 
     one, two = (first, here), (second, there)
-    if here.scales is not None or there.scales is not None:
-        return is_rounded(one, two) if here.scales is not None else is_rounded(two, one)
+    if here.format is not None or there.format is not None:
+        return is_rounded(one, two) if here.format is not None else is_rounded(two, one)
     bits = _BITS[here.tensor.dtype] - _BITS[there.tensor.dtype]
     return (bits >= 0 and is_rounded(one, two)) or (bits <= 0 and is_rounded(two, one))
 
 
 def _is_quantized(plain: Description, weight: Matrix, packed: Description, quantized: Matrix) -> bool:
-    """Tell whether FP8 values and scales are what the other tensor is quantised to."""
+    """Tell whether codes and scales are what the other tensor is quantised to."""
+    if quantized.packed is not None:
+        exact, parts = values(weight, plain.source, 0, len(weight.rows)), packed_parts(quantized, packed.source)
+        return bool(torch.isfinite(exact).all()) and is_encoded(parts, exact, quantized.tensor.name)
     assert quantized.scales is not None
     high = quantized.block[0]
     for start, stop in _ranges(weight, quantized):
@@ -352,8 +382,8 @@ def _is_quantized(plain: Description, weight: Matrix, packed: Description, quant
 
 
 def _ranges(here: Matrix, there: Matrix) -> Iterator[tuple[int, int]]:
-    """Divide rows into ranges that cut no FP8 block of either tensor."""
-    return row_blocks(here, math.lcm(here.block[0], there.block[0]))
+    """Divide rows into ranges that cut no FP8 block, and no matrix in four bits, of either tensor."""
+    return row_blocks(there if there.packed else here, math.lcm(here.block[0], there.block[0]))
 
 
 def _compare_logits(first: Description, second: Description, tolerance: float, problems: list[str]) -> float:

@@ -202,17 +202,40 @@ def write_folder(
         progress(sum(shard.nbytes for shard in plan.shards))
         clean_up(path)
         return
-    _check_space(path, plan)
+    check_space(path, plan)
     with claimed(path, plan.fingerprint, resume) as (folder, trusted):
-        _write_shards(plan, source, folder, trusted, report, progress)
-        for name, file in plan.copies.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / (name + PARTIAL))
-            finish(folder / (name + PARTIAL), folder / name)
-        for name, text in sorted(plan.texts.items()):
-            write_small(folder / name, text)
-        if plan.index is not None:
-            write_small(folder / INDEX_NAME, plan.index)
+        fill_folder(plan, source, folder, trusted=trusted, report=report, progress=progress)
+
+
+def fill_folder(
+    plan: FolderPlan,
+    source: TensorSource,
+    folder: Path,
+    *,
+    trusted: bool = True,
+    report: Callable[[str], None] = say_nothing,
+    progress: Callable[[int], None] = say_nothing,
+) -> None:
+    """Write the files of a plan into a folder that is there, the index last.
+
+    Args:
+        plan, source, report, progress: as for [`write_folder`].
+        folder: where they go.
+        trusted: whether what is finished there needs no comparison.
+
+    Raises:
+        ValueError: if a value cannot be written.
+        OSError: if the disk is full or cannot be written to.
+    """
+    _write_shards(plan, source, folder, trusted, report, progress)
+    for name, file in plan.copies.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / (name + PARTIAL))
+        finish(folder / (name + PARTIAL), folder / name)
+    for name, text in sorted(plan.texts.items()):
+        write_small(folder / name, text)
+    if plan.index is not None:
+        write_small(folder / INDEX_NAME, plan.index)
 
 
 def _write_shards(
@@ -293,7 +316,8 @@ def _holds(path: Path, shard: Shard, source: TensorSource) -> bool:
         return all(_for_each_piece(shard, source, lambda data: file.read(len(data)) == data))
 
 
-def _check_space(path: Path, plan: FolderPlan) -> None:
+def check_space(path: Path, plan: FolderPlan) -> None:
+    """Raise OSError if the disk has too little space for a folder, beside what unfinished work on it holds."""
     work = unfinished_path(path)
     existing = work
     while not existing.exists():
@@ -308,4 +332,13 @@ def _json(content: object) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-__all__ = ["FolderPlan", "Shard", "Writing", "make_shards", "say_nothing", "write_folder"]
+__all__ = [
+    "FolderPlan",
+    "Shard",
+    "Writing",
+    "check_space",
+    "fill_folder",
+    "make_shards",
+    "say_nothing",
+    "write_folder",
+]

@@ -22,8 +22,10 @@ from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig
 from modeling_deepseekmoe.configuration_dialects import DeepseekConfig
 from modeling_deepseekmoe.conversion.checkpoint import TensorSource
 from modeling_deepseekmoe.conversion.dialects import DEEPSEEK_ROPE_TYPES, architectures_of
+from modeling_deepseekmoe.conversion.locating import Matrix, locate
 from modeling_deepseekmoe.conversion.streaming import Cast, Constant, Copied, Part, row_blocks, values
-from modeling_deepseekmoe.conversion.tensor_table import Entry, Matrix, entries, locate
+from modeling_deepseekmoe.conversion.targets import Tensors, plain
+from modeling_deepseekmoe.conversion.tensor_table import Entry, entries
 
 SOURCE_MODEL_TYPES = ("llama", "mistral", "qwen2")
 _MOE_TENSOR = re.compile(
@@ -177,7 +179,7 @@ def upcycled_tensors(
     stored: torch.dtype | None,
     *,
     noise: bool,
-) -> dict[str, tuple[Part, Part | None]]:
+) -> dict[str, Tensors]:
     """Return what every tensor of the upcycled model is made of, by official name.
 
     Args:
@@ -189,14 +191,14 @@ def upcycled_tensors(
     """
     generator = torch.Generator().manual_seed(plan.seed)
     embedding = matrices["model.embed_tokens.weight"]
-    plain = stored or embedding.tensor.dtype
-    parts: dict[str, tuple[Part, Part | None]] = {}
+    dtype = stored or embedding.tensor.dtype
+    tensors: dict[str, Tensors] = {}
     for number, (name, entry) in enumerate(entries(config).items()):
         match = _MOE_TENSOR.match(name)
         part: Part
         if match and match["kind"] == "gate":
             rows = torch.randn(plan.num_copies, config.hidden_size, generator=generator) * plan.router_std
-            part = Constant(rows.repeat_interleave(plan.num_shards, dim=0).to(plain))
+            part = Constant(rows.repeat_interleave(plan.num_shards, dim=0).to(dtype))
         elif match:
             projection = matrices[f"{match['block']}{match['projection']}.weight"]
             neurons = _neurons(plan, config, match["expert"])
@@ -211,12 +213,12 @@ def upcycled_tensors(
         elif name == "lm_head.weight" and not entry.optional:
             part = _stored(embedding, stored)
         elif name.endswith("o_proj.bias"):  # Qwen2
-            part = Constant(torch.zeros(entry.shape, dtype=plain))
+            part = Constant(torch.zeros(entry.shape, dtype=dtype))
         else:
             assert entry.optional, name  # a tied head
             continue
-        parts[name] = part, None
-    return parts
+        tensors[name] = plain(entry, part)
+    return tensors
 
 
 def _stored(matrix: Matrix, dtype: torch.dtype | None, factor: float = 1.0) -> Part:
@@ -265,10 +267,10 @@ def dense_matrices(dense: Any, config: DeepseekMoeConfig, source: TensorSource) 
     Raises:
         ValueError: listing tensors that are missing, that have no place, or that have another shape.
     """
-    plain = deepcopy(config)
-    plain.n_routed_experts, plain.architectures = None, None
-    plain.tie_word_embeddings = bool(dense.tie_word_embeddings)
-    wanted: dict[str, Entry] = entries(plain)
+    without_experts = deepcopy(config)
+    without_experts.n_routed_experts, without_experts.architectures = None, None
+    without_experts.tie_word_embeddings = bool(dense.tie_word_embeddings)
+    wanted: dict[str, Entry] = entries(without_experts)
     if dense.model_type == "qwen2":
         wanted = {name: entry for name, entry in wanted.items() if not name.endswith("o_proj.bias")}
     return locate(wanted, source.tensors).matrices

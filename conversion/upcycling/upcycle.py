@@ -23,9 +23,11 @@ from modeling_deepseekmoe.conversion.checkpoint import (
     small_files,
 )
 from modeling_deepseekmoe.conversion.description import read_config
+from modeling_deepseekmoe.conversion.locating import Matrix
 from modeling_deepseekmoe.conversion.streamed_model import greedy_text, logits_of, streamed_model
-from modeling_deepseekmoe.conversion.streaming import Cast, Output, Part, outputs
-from modeling_deepseekmoe.conversion.tensor_table import Matrix, entries
+from modeling_deepseekmoe.conversion.streaming import Cast, Output
+from modeling_deepseekmoe.conversion.targets import Tensors, outputs
+from modeling_deepseekmoe.conversion.tensor_table import entries
 from modeling_deepseekmoe.conversion.upcycling.dividing import (
     UpcyclingPlan,
     dense_matrices,
@@ -258,7 +260,7 @@ def _check_streamed(
     config: DeepseekMoeConfig,
     source: TensorSource,
     matrices: Mapping[str, Matrix],
-    tensors: dict[str, tuple[Part, Part | None]],
+    tensors: dict[str, Tensors],
     tolerance: float,
     new_tokens: int,
 ) -> UpcyclingCheck:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedConfig
 
 from modeling_deepseekmoe.configuration import read_preset
+from modeling_deepseekmoe.conversion.matrix_formats import bytes_a_weight
 
 from .cache_sizes import UnknownCacheError, kv_cache_elements_per_token
 from .counted_model import CountedModel, UnknownExpertsError
@@ -17,6 +18,7 @@ from .meta_models import config_named, is_preset, number_in
 Figure = TypeVar("Figure")
 PAPER_SEQUENCE_LENGTH = 4096
 BYTES_PER_ELEMENT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8_e4m3 (128 x 128 blocks)": 1 + 4 / 128**2}
+_FOUR_BITS = ("nf4", "mxfp4")
 _ADAMW_BYTES = 16  # bf16 weight and gradient (2 + 2), float32 master weight and two AdamW moments (4 + 4 + 4)
 
 
@@ -44,7 +46,8 @@ class ModelReport:
         kv_cache_elements_per_token: elements that the cache keeps of one token, in all layers. Those with a sliding
             window count as long as it is not full.
         kv_cache_bytes_per_token: the same in bfloat16.
-        load_bytes: memory of the weights by dtype.
+        load_bytes: memory of the weights by dtype. Formats of four bits are those of routed experts alone; the rest is
+            in bfloat16 then.
         lora_rank, lora_parameters: LoRA of that rank on all linear layers but the gate, and on every expert.
         lora_bytes: bfloat16 base plus the adapter's AdamW training state.
         full_bytes: full fine-tuning with AdamW in mixed precision, 16 bytes a parameter.
@@ -182,13 +185,22 @@ def report_on(
         training_flops_4k=training_flops(*sizes, multiple, PAPER_SEQUENCE_LENGTH) if sizes and multiple else None,
         kv_cache_elements_per_token=cache,
         kv_cache_bytes_per_token=None if cache is None else 2 * cache,
-        load_bytes={dtype: round(total * size) for dtype, size in BYTES_PER_ELEMENT.items()},
+        load_bytes=_load_bytes(total, routed or 0),
         lora_rank=lora_rank,
         lora_parameters=lora,
         lora_bytes=None if lora is None else round(total * BYTES_PER_ELEMENT["bfloat16"]) + _ADAMW_BYTES * lora,
         full_bytes=_ADAMW_BYTES * total,
         unknown=figures.unknown,
     )
+
+
+def _load_bytes(total: int, routed: int) -> dict[str, int]:
+    found = {dtype: round(total * size) for dtype, size in BYTES_PER_ELEMENT.items()}
+    if routed:
+        rest = (total - routed) * BYTES_PER_ELEMENT["bfloat16"]
+        for kind in _FOUR_BITS:
+            found[f"{kind} (routed experts; the rest in bfloat16)"] = round(routed * bytes_a_weight(kind) + rest)
+    return found
 
 
 def training_flops(layers: int, hidden: int, vocabulary: int, ffn_multiple: float, tokens: int) -> float:

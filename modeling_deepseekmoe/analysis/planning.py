@@ -3,50 +3,31 @@
 
 Sizes are counted from shapes on the meta device. They hold for training as the examples and the files in
 `configuration/accelerate` do it, with AdamW. Full training holds weights in float32 and computes in bfloat16. LoRA is
-in float32 on a frozen base in bfloat16. ESFT has everything in bfloat16. `benchmarks/sharded_training.py` compares
-runs on the CPU with these sizes. What CUDA keeps for itself is an assumption.
+in float32 on a frozen base in bfloat16, QLoRA on one whose routed experts are quantised. ESFT has everything in
+bfloat16. `benchmarks/sharded_training.py` compares runs on the CPU with these sizes. What CUDA keeps for itself is an
+assumption.
 
 Shape letters: D hidden, V vocabulary, E routed experts, K chosen experts, I expert width.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..checkpoint_layout import MODEL_TYPES
-from ..experts import why_unsupported
-from ..families.moe_layers import find_experts
+from ..experts_grouped import WORKSPACE
+from ..experts_products import PIECE
 from ..support.sizes import bytes_of
 from .activations import Activations
 from .counted_model import CountedModel
 from .inspection import gigabytes
 from .meta_models import config_named
+from .planned_training import BYTES, METHODS, WITH_ADAPTERS, Layout, Training, spreads
 
-METHODS = ("full", "lora", "esft")
 CUDA_CONTEXT, CUDA_FRAGMENTATION = 1.5e9, 0.05  # assumed: bytes, and a share of the rest
-_BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How ranks share a model.
-
-    Attributes:
-        configuration: the file of `configuration/accelerate`, with options of the example.
-        replicas: ranks, or groups of ranks, that hold the same parameters and get different batches.
-        shards: ranks among which FSDP2 divides the model.
-        ep_size: ranks that hold distinct experts, a divisor of `shards`.
-        offload: whether the shards lie in the machine's memory.
-    """
-
-    configuration: str
-    replicas: int = 1
-    shards: int = 1
-    ep_size: int = 1
-    offload: bool = False
+_LEAST = {"lora_rank": 4, "tokens": 512}  # of what is made smaller, by halves
 
 
 @dataclass(frozen=True)
@@ -60,6 +41,8 @@ class MemoryPlan:
         parts: bytes of a rank's device by part.
         host: bytes of the machine's memory that a rank needs with offloading.
         sent: bytes that a rank sends in one optimizer step of one micro-batch, by kind.
+        tokens: tokens of one micro-batch on one rank.
+        lora_rank: rank of the adapters, if there are some.
         fits: whether the parts fit the memory that was asked about.
     """
 
@@ -69,6 +52,8 @@ class MemoryPlan:
     parts: dict[str, int]
     host: int
     sent: dict[str, int]
+    tokens: int
+    lora_rank: int | None = None
     fits: bool = True
 
     @property
@@ -97,9 +82,13 @@ class _Sizes:
     embedding: int
     tail: int
 
-    def largest_unit(self, ep_size: int) -> int:
-        """Find the most that FSDP2 gathers at once: a layer with the experts of one rank, or the embedding."""
-        return max(self.embedding, *(routed // ep_size + other for routed, other in self.layers))
+    def largest_unit(self, of_routed: float, of_others: int, ep_size: int = 1) -> int:
+        """Find the most that FSDP2 gathers at once: a layer with the experts of one rank, or the embedding.
+
+        It is counted in bytes, of which a parameter of a routed expert and any other have so many.
+        """
+        layers = (round(of_routed * (routed // ep_size)) + of_others * other for routed, other in self.layers)
+        return max(of_others * self.embedding, *layers)
 
     @classmethod
     def of(cls, counted: CountedModel) -> "_Sizes":
@@ -112,87 +101,6 @@ class _Sizes:
         routed = sum(one.numel() for one in counted.routed.values())
         total = sum(one.numel() for one in counted.parameters.values())
         return cls(total, routed, tuple(layers), embedding, tail)
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a model is trained.
-
-    Attributes:
-        method: `"full"`, `"lora"` (on all linear layers but the gate, and on every expert) or `"esft"`.
-        weights: dtype in which the model is held. The default is float32 for full training, else bfloat16.
-        compute: dtype of the products, `"bfloat16"` or `"float32"`.
-        lora_rank: rank of every adapter.
-        esft_share: share of the routed experts that ESFT trains.
-        tokens: tokens of one micro-batch on one rank.
-        checkpointing: whether layers are recomputed in the backward pass.
-        cuda: whether to add what CUDA keeps for itself.
-    """
-
-    method: str = "full"
-    weights: str | None = None
-    compute: str = "bfloat16"
-    lora_rank: int = 16
-    esft_share: float = 0.1
-    tokens: int = 4096
-    checkpointing: bool = True
-    cuda: bool = True
-
-    @property
-    def held_dtype(self) -> str:
-        """The dtype in which the model is held."""
-        return self.weights or ("float32" if self.method == "full" else "bfloat16")
-
-    @property
-    def held(self) -> int:
-        """Bytes of a parameter."""
-        return _BYTES[self.held_dtype]
-
-    @property
-    def used(self) -> int:
-        """Bytes of a number in a product."""
-        return _BYTES[self.compute]
-
-    @property
-    def trains_all(self) -> bool:
-        """Whether every parameter is trained."""
-        return self.method == "full"
-
-    def check(self, counted: CountedModel, layout: Layout) -> None:
-        """Raise ValueError if a field names what does not exist, or is not allowed for this model in this layout."""
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is not allowed: it must be one of {', '.join(METHODS)}.")
-        for name, dtype in (("weights", self.held_dtype), ("compute", self.compute)):
-            if dtype not in _BYTES:
-                raise ValueError(f"{name}={dtype!r} is not allowed: it must be one of {', '.join(_BYTES)}.")
-        if not 0 < self.esft_share <= 1:
-            raise ValueError(f"esft_share={self.esft_share} is not allowed: it must be above 0 and at most 1.")
-        for name, number in (("lora_rank", self.lora_rank), ("tokens", self.tokens)):
-            if number < 1:
-                raise ValueError(f"{name}={number} is not allowed: it must be at least 1.")
-        if self.method == "esft" and not counted.layers:
-            raise ValueError("method='esft' is not allowed for a model without routed experts.")
-        if self.method != "full" and (reason := _why_not_adapted(counted)):
-            raise ValueError(f"method={self.method!r} is not allowed: {reason}. It must be 'full'.")
-        if layout.offload and self.method != "full":
-            raise ValueError(f"method={self.method!r} is not allowed with offloading: it must be 'full'.")
-        experts, allowed = _experts_to_spread(counted), layout.ep_size == 1 or _spreads(counted, layout.ep_size)
-        if layout.shards % layout.ep_size or not allowed:
-            raise ValueError(
-                f"ep_size={layout.ep_size} is not allowed: it must divide the {layout.shards} shards and the "
-                f"{experts} routed experts, and the model must be of one of the types {', '.join(MODEL_TYPES)}."
-            )
-
-
-def _why_not_adapted(counted: CountedModel) -> str:
-    """Return why neither LoRA nor ESFT takes the experts of a model; it is empty if they do."""
-    stacked = find_experts(counted.model)
-    if len(stacked) < len(counted.layers):
-        return "the routed experts are not stacked as expert LoRA and ESFT need them"
-    for name, experts in stacked.values():
-        if reason := why_unsupported(experts):
-            return f"{name} ({type(experts).__name__}): {reason}"
-    return ""
 
 
 def plan_memory(
@@ -219,14 +127,18 @@ def plan_memory(
     how.check(counted, layout)
     sizes, shards = _Sizes.of(counted), layout.shards
     trained, trained_bytes = sizes.total, 4 * how.held  # weight, gradient and two moments, in the same dtype
-    if how.method == "lora":
+    if how.method in WITH_ADAPTERS:
         trained = counted.lora_parameters(how.lora_rank)
-        trained_bytes = 4 * _BYTES["float32"]
+        trained_bytes = 4 * BYTES["float32"]
     elif how.method == "esft":
         trained = round(how.esft_share * sizes.routed)
     copies = shards if how.trains_all else 1  # what is trained beside the base lies on every rank
-    parts = {
-        "weights": how.held * sizes.total // shards,
+    parts = {}
+    quantised = sizes.routed if how.stored else 0
+    if how.stored:
+        parts[f"experts in {how.format}"] = round(how.stored * quantised) // shards
+    parts |= {
+        "weights": how.held * (sizes.total - quantised) // shards,
         "trained beside them": 0 if how.trains_all else trained_bytes // 4 * trained,
         "gradients": trained_bytes // 4 * trained // copies,
         "optimizer": trained_bytes // 2 * trained // copies,
@@ -236,17 +148,23 @@ def plan_memory(
     host = sum(parts.values()) if layout.offload else 0
     if layout.offload:
         parts = dict.fromkeys(parts, 0)
-    parts["gathered layers"] = _gathered(sizes, layout, how.used, how.trains_all)
+    parts["gathered layers"] = _gathered(sizes, layout, how)
+    if how.stored:
+        parts["decoded experts"] = WORKSPACE if how.cuda else PIECE
     parts["activations"] = _activations(Activations.of(counted), how)
     if how.held_dtype != how.compute and shards == 1:  # autocast's copies, of one layer where layers are recomputed
-        parts["activations"] += how.used * (sizes.largest_unit(1) if how.checkpointing else sizes.total)
+        copied = how.used * (sizes.total - quantised)
+        of_routed = 0 if how.stored else how.used
+        parts["activations"] += sizes.largest_unit(of_routed, how.used) if how.checkpointing else copied
     if how.cuda:
         parts["CUDA (assumed)"] = round(CUDA_CONTEXT + CUDA_FRAGMENTATION * sum(parts.values()))
     reduced = trained_bytes // 4 * trained  # gradients of what every rank holds, in its own dtype
-    return MemoryPlan(layout, sizes.total, trained, parts, host, _sent(counted, sizes, layout, reduced, how))
+    sent = _sent(counted, sizes, layout, reduced, how)
+    rank = how.lora_rank if how.method in WITH_ADAPTERS else None
+    return MemoryPlan(layout, sizes.total, trained, parts, host, sent, how.tokens, rank)
 
 
-def _gathered(sizes: _Sizes, layout: Layout, used: int, trains_all: bool) -> int:
+def _gathered(sizes: _Sizes, layout: Layout, how: Training) -> int:
     """Count the bytes that FSDP2 puts together in a rank's memory.
 
     These are the layer that computes, received and copied out, and the layer before or after it. In a backward pass of
@@ -255,9 +173,9 @@ def _gathered(sizes: _Sizes, layout: Layout, used: int, trains_all: bool) -> int
     """
     if layout.shards == 1:
         return 0
-    unit = sizes.largest_unit(layout.ep_size)
-    backward = (2 * used + used + 4) * unit if trains_all else 0
-    return max(3 * used * unit, backward) + used * sizes.tail
+    forward = 3 * sizes.largest_unit(how.stored or how.used, how.used, layout.ep_size)
+    backward = sizes.largest_unit(3 * how.used + 4, 3 * how.used + 4, layout.ep_size) if how.trains_all else 0
+    return max(forward, backward) + how.used * sizes.tail
 
 
 def _activations(kept: Activations, how: Training) -> int:
@@ -283,9 +201,9 @@ def _sent(counted: CountedModel, sizes: _Sizes, layout: Layout, reduced: int, ho
     others = sizes.total - sizes.routed
     sent: dict[str, float] = {}
     if shards > 1:
-        gathered = (2 * others - sizes.tail) * (shards - 1) / shards
-        gathered += 2 * sizes.routed / ep_size * (expert_shards - 1) / expert_shards
-        sent["weights gathered"] = how.used * gathered
+        gathered = how.used * (2 * others - sizes.tail) * (shards - 1) / shards
+        of_experts = (how.stored or how.used) * sizes.routed / ep_size
+        sent["weights gathered"] = gathered + 2 * of_experts * (expert_shards - 1) / expert_shards
         if how.trains_all:
             scattered = others * (shards - 1) / shards
             scattered += sizes.routed / ep_size * (expert_shards - 1) / expert_shards
@@ -309,6 +227,7 @@ def plan_training(
     gpu_memory: str | int,
     gpus_per_machine: int = 8,
     method: str = "full",
+    shrink: Collection[str] = (),
     **settings: Any,
 ) -> list[MemoryPlan]:
     """Plan a training for every layout that a number of GPUs allows, the simplest first.
@@ -319,6 +238,8 @@ def plan_training(
         gpu_memory: memory of one, in bytes or as `"80GB"`.
         gpus_per_machine: number of GPUs with fast links between them.
         method, settings: fields of [`Training`].
+        shrink: of `"lora_rank"` and `"tokens"`, which are halved as long as nothing fits: the tokens down to 512
+            first, then the rank, down to 4. If nothing helps they stay as they are.
 
     Returns:
         One [`MemoryPlan`] for each layout. The first that fits is the one to use. Layouts that spread the experts
@@ -335,26 +256,36 @@ def plan_training(
     if gpus > gpus_per_machine and gpus % gpus_per_machine:
         raise ValueError(f"gpus={gpus} is not allowed: it must be a multiple of gpus_per_machine={gpus_per_machine}.")
     config = config_named(name_or_folder)
-    counted, plans = CountedModel.of(config), []
-    for layout in _layouts(counted, gpus, min(gpus, gpus_per_machine), method):
-        plan = plan_memory(config, layout, method=method, counted=counted, **settings)
-        plans.append(MemoryPlan(**{**vars(plan), "fits": plan.total <= memory}))
-    return plans
+    counted = CountedModel.of(config)
+    first: list[MemoryPlan] = []
+    layouts = list(_layouts(counted, gpus, min(gpus, gpus_per_machine), method))
+    for sizes in _tried(Training(method=method, **settings), shrink):
+        found = [
+            plan_memory(config, layout, method=method, counted=counted, **{**settings, **sizes}) for layout in layouts
+        ]
+        plans = [replace(plan, fits=plan.total <= memory) for plan in found]
+        if any(plan.fits for plan in plans):
+            return plans
+        first = first or plans
+    return first
 
 
-def _experts_to_spread(counted: CountedModel) -> int:
-    """Return how many routed experts a layer has, those of the layer with the fewest; 0 if there are none."""
-    return min((layer.num_experts for layer in counted.layers), default=0)
-
-
-def _spreads(counted: CountedModel, ep_size: int) -> bool:
-    """Tell whether the ranks of a group can hold distinct experts: the examples do that with this package's models."""
-    experts = _experts_to_spread(counted)
-    return counted.model.config.model_type in MODEL_TYPES and experts > 0 and experts % ep_size == 0
+def _tried(how: Training, shrink: Collection[str]) -> Iterator[dict[str, int]]:
+    """Yield the ranks and tokens to plan with, those that are asked for first."""
+    if unknown := set(shrink) - _LEAST.keys():
+        raise ValueError(f"shrink={sorted(unknown)} is not allowed: names among {', '.join(_LEAST)}.")
+    shrunk = [name for name in shrink if name == "tokens" or how.method in WITH_ADAPTERS]
+    sizes = {name: [getattr(how, name)] for name in _LEAST}
+    for name in shrunk:
+        while sizes[name][-1] // 2 >= _LEAST[name]:
+            sizes[name].append(sizes[name][-1] // 2)
+    for rank in sizes["lora_rank"]:
+        for tokens in sizes["tokens"]:
+            yield {"lora_rank": rank, "tokens": tokens}
 
 
 def _layouts(counted: CountedModel, gpus: int, in_machine: int, method: str) -> Iterator[Layout]:
-    sharded = "fsdp2_lora.yaml" if method == "lora" else "fsdp2_full.yaml"
+    sharded = "fsdp2_lora.yaml" if method in WITH_ADAPTERS else "fsdp2_full.yaml"
     if gpus == 1:
         yield Layout("single_gpu.yaml")
         return
@@ -365,7 +296,7 @@ def _layouts(counted: CountedModel, gpus: int, in_machine: int, method: str) -> 
         sizes = f" (dp_replicate_size {machines}, dp_shard_size {in_machine})" if own else ""
         yield Layout(f"hsdp.yaml{sizes}", replicas=machines, shards=in_machine)
     yield Layout(sharded, shards=gpus)
-    if in_machine > 1 and method != "esft" and _spreads(counted, in_machine):
+    if in_machine > 1 and method in ("full", "lora") and spreads(counted, in_machine):
         yield Layout(f"{sharded} --ep-size {in_machine}", shards=gpus, ep_size=in_machine)
     if method == "full":  # adapters and selected experts are made where the base lies, which would be the CPU
         yield Layout("fsdp2_cpu_offload.yaml", shards=gpus, offload=True)

@@ -20,7 +20,13 @@ class ConvertOptions:
         str | None, typer.Option(help="Dialect: deepseekmoe, deepseek, deepseek_v2 or deepseek_v3; the source's own.")
     ] = None
     layout: Annotated[str | None, typer.Option(help="per-expert or stacked; the source's own.")] = None
-    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16, float16 or fp8.")] = "keep"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="keep, float32, bfloat16, float16, fp8 (all linear layers), nf4 or mxfp4 (the routed experts alone; "
+            "what else is quantised becomes bfloat16)."
+        ),
+    ] = "keep"
     max_shard_size: ShardSize = "5GB"
     drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave multi-token-prediction layers out.")] = False
     resume: Resume = False

@@ -266,9 +266,15 @@ def test_gates_of_a_merged_model_move_again(tiny_model: Callable) -> None:
 
 
 @pytest.mark.parametrize("best", [False, True])
-@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral"])
-def test_native_models_resume_with_their_experts(name: str, best: bool, tmp_path: Path) -> None:
-    """A plain `load_state_dict` of what `save_pretrained` writes, which is what Trainer does, finds no experts."""
+@pytest.mark.parametrize(
+    ("name", "added"),
+    [("deepseek_v2", False), ("deepseek_v3", False), ("deepseek_v3", True), ("qwen3_moe", False), ("mixtral", False)],
+)
+def test_native_models_resume_with_their_experts(name: str, added: bool, best: bool, tmp_path: Path) -> None:
+    """A plain `load_state_dict` of what `save_pretrained` writes, which is what Trainer does, finds no experts.
+
+    The callback is there from the beginning, or added to a trainer that is made already.
+    """
     modeling_deepseekmoe.register()
     sizes = {key: TINY[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
              "intermediate_size", "initializer_range")}  # fmt: skip
@@ -298,7 +304,9 @@ def test_native_models_resume_with_their_experts(name: str, best: bool, tmp_path
             settings |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2,
                          "metric_for_best_model": "eval_loss", "greater_is_better": True}  # fmt: skip
         trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=data, eval_dataset=data,
-                          callbacks=[callback()] if callback else [])  # fmt: skip
+                          callbacks=[callback()] if callback and not added else [])  # fmt: skip
+        if added:
+            callback().add_to(trainer)
         trainer.train(resume_from_checkpoint=resume)
         return {key: value.clone() for key, value in model.state_dict().items()}
 

@@ -170,7 +170,7 @@ def test_a_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         code, output = run("convert", folder, disk / "out")
         assert code == 2 and "GB are needed, and 0.00 GB are free" in output
         assert not list(disk.iterdir())
-        monkeypatch.setattr(writing, "_check_space", lambda *_: None)  # as a quota, which nobody can ask for
+        monkeypatch.setattr(writing, "check_space", lambda *_: None)  # as a quota, which nobody can ask for
         code, output = run("convert", folder, disk / "out", "--max-shard-size", "100KB")
         assert code == 2 and os.strerror(errno.ENOSPC) in output and ".safetensors" in output
         assert [path.name for path in disk.iterdir()] == ["out.unfinished"]

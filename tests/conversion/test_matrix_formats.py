@@ -6,6 +6,7 @@ import torch
 from synthetic import same_bytes
 from tolerances import BITS_OF_LARGE_MATRIX
 
+from modeling_deepseekmoe.conversion import plan_conversion
 from modeling_deepseekmoe.conversion.block_fp8 import SCALE_SUFFIX
 from modeling_deepseekmoe.conversion.matrix_formats import (
     NF4_STATE,
@@ -316,3 +317,15 @@ def test_an_offset_that_is_rounded_otherwise_is_known_again() -> None:
         )
         parts = {"": codes, **{f".{key}": value for key, value in other.as_dict(packed=True).items()}}
         assert is_encoded(parts, weight, "w") == same
+
+
+@pytest.mark.parametrize("kind", ["nf4", "mxfp4"])
+def test_a_plan_of_a_released_model(kind: str) -> None:
+    """DeepSeekMoE 16B: 14.9 billion weights of routed experts, and 1.4 billion others in bfloat16."""
+    plan = plan_conversion("deepseek-moe-16b", dtype=kind, without_weights=True)
+    experts = 27 * 64 * 3 * 2048 * 1408
+    wanted = experts * bytes_a_weight(kind) + 2 * (16_375_728_128 - experts)
+    assert plan.nbytes == pytest.approx(wanted, rel=BITS_OF_LARGE_MATRIX)
+    assert plan.to_dict()["tensors_by_dtype"]["uint8" if kind == "nf4" else "int8"] == 27 * 64 * 3 * (
+        3 if kind == "nf4" else 1
+    )

@@ -33,7 +33,8 @@ def native_checkpoint(folder: Path) -> Path:
     """A random model of another family, with transformers' own class."""
     torch.manual_seed(1)
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 160}  # fmt: skip
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+             "max_position_embeddings": 160}  # fmt: skip
     config = Qwen3MoeConfig(**sizes, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2)
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     chat_tokenizer().save_pretrained(folder)

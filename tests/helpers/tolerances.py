@@ -19,6 +19,7 @@ LOW_PRECISION_CHANGE = 0.1  # of what an adapter changes, by norm: bfloat16 agai
 LOW_PRECISION_LOSS = 0.1  # bfloat16 or float16 against float32
 PLANNED_COMMUNICATION = 0.15  # relative: bytes that a rank sends, against those that were counted
 BITS_OF_LARGE_MATRIX = 2e-3  # relative: stored bytes against bytes a weight, which leave tables and headers out
+ROUNDING_SHARE = 0.06  # of what an adapter changes: how far rounding is off, against the figures of the documentation
 EXPERTS_LOW_PRECISION = {torch.bfloat16: 4e-2, torch.float16: 5e-3}  # of the largest value, against float64
 
 
