@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..experts_quantized import FORMAT_ATTRIBUTE
 from ..modeling_pretrained import DeepseekMoePreTrainedModel
 from ..transformers_support import revert_weight_conversion
 
@@ -36,7 +37,12 @@ def _translate(module: Any, state_dict: dict[str, torch.Tensor], prefix: str, *a
     A part of a stack may be in another file of a sharded checkpoint. It keeps its values.
     """
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    missing = {name: tensor for name, tensor in own.items() if prefix + name not in state_dict}
+    quantised = tuple(f"{name}." for name, part in module.named_modules() if hasattr(part, FORMAT_ATTRIBUTE))
+    missing = {
+        name: tensor
+        for name, tensor in own.items()
+        if prefix + name not in state_dict and not name.startswith(quantised)  # these have a hook of their own
+    }
     for name, tensor in missing.items():
         # Rows, numbered: what becomes of the numbers says where every official tensor belongs.
         rows = torch.arange(tensor.shape[:-1].numel()).view(*tensor.shape[:-1], 1) if tensor.ndim > 1 else None
