@@ -212,12 +212,16 @@ def packed_of(entry: Entry, tensors: Mapping[str, StoredTensor]) -> Packed:
     return Packed(kind, {suffix: parts[suffix] for suffix in expected})
 
 
-def _matrix(tensor: StoredTensor, shape: tuple[int, ...], scales: StoredTensor | None, block: Block = BLOCK) -> Matrix:
+def _check_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(
             f"Checkpoint tensor {_place(tensor)} has shape {tensor.shape}, which is not allowed: the config asks for "
             f"{shape}."
         )
+
+
+def _matrix(tensor: StoredTensor, shape: tuple[int, ...], scales: StoredTensor | None, block: Block = BLOCK) -> Matrix:
+    _check_shape(tensor, shape)
     if tensor.dtype not in _PLAIN_DTYPES:
         raise _stored_otherwise(tensor, "values and scales of 8 bits that are known are FP8 (e4m3) with float32")
     if (tensor.dtype == FP8) != (scales is not None):
@@ -245,12 +249,7 @@ def _locate_stack(
     rows, columns = members[0].shape
     scale_rows, scale_columns = scale_shape((rows, columns), block)
     flat = replace(tensor, shape=(len(members) * rows, columns))
-    whole = stack_shape(members, experts)
-    if tensor.shape != whole:
-        raise ValueError(
-            f"Checkpoint tensor {_place(tensor)} has shape {tensor.shape}, which is not allowed: the config asks for "
-            f"{whole}."
-        )
+    _check_shape(tensor, stack_shape(members, experts))
     if tensor.dtype not in _PLAIN_DTYPES:
         raise _stored_otherwise(tensor, "of stacks only values that are not quantised, or FP8, are read")
     whole_scales = (experts, len(members) // experts * scale_rows, scale_columns)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
-from .experts_quantized import FORMAT_ATTRIBUTE, stack_of
+from .experts_quantized import FORMAT_ATTRIBUTE
 from .torch_support import without_wrappers
 
 logger = logging.get_logger(__name__)
@@ -29,7 +29,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _EXPERT_NAME = re.compile(r"^(layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 _GATE_WEIGHT = ".mlp.gate.weight"
 # What stands behind the name of a quantised matrix in that of its scales: of bitsandbytes, and of DeepSeek-V3 and V4.
-_OF_QUANTISED = (".absmax", "_scale_inv")
+OF_QUANTISED = (".absmax", "_scale_inv")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
 # The balancing bias of a gate, a name that every generation and its relatives share.
 BIAS_NAME = "e_score_correction_bias"
@@ -178,7 +178,7 @@ def check_checkpoint(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, .
     _check_experts(config, found)
     for name, shape in found.items():
         wanted = _expected_shape(name, expected)
-        quantised = any(name + suffix in found for suffix in _OF_QUANTISED)  # the quantiser knows their shapes
+        quantised = any(name + suffix in found for suffix in OF_QUANTISED)  # the quantiser knows their shapes
         if wanted is not None and tuple(shape) != wanted and not quantised:
             raise ValueError(
                 f"Checkpoint tensor {name} has shape {tuple(shape)}, which is not allowed: "
@@ -247,8 +247,10 @@ def stack_expert_tensors(
 
     `from_pretrained` stacks them through transformers' mapping. Trainer resumes with a plain `load_state_dict` of the
     saved file, which has the official names. Without this hook the experts of a resumed run would be random. A shard
-    that holds only some of the experts sets those and leaves the others.
+    that holds only some of the experts sets those and leaves the others. Quantised stacks have a hook of their own.
     """
+    if hasattr(module, FORMAT_ATTRIBUTE):
+        return
     intermediate = module.gate_up_proj.shape[1] // 2
     rows = {"gate_proj": slice(0, intermediate), "up_proj": slice(intermediate, None), "down_proj": slice(None)}
     for stack, projections in STACKS.items():
@@ -259,9 +261,6 @@ def stack_expert_tensors(
         }
         found = [name for name in names if name in state_dict]
         if not found:
-            continue
-        if hasattr(module, FORMAT_ATTRIBUTE):
-            error_msgs += _keep_quantised(module, state_dict, prefix, stack, {name: names[name] for name in found})
             continue
         missing = [name for name in names if name not in state_dict]
         parameter = getattr(module, stack).detach()
@@ -277,39 +276,6 @@ def stack_expert_tensors(
             else:
                 target.copy_(tensor)
         state_dict[f"{prefix}{stack}"] = stacked
-
-
-def _keep_quantised(
-    module: nn.Module,
-    state_dict: dict[str, torch.Tensor],
-    prefix: str,
-    stack: str,
-    found: Mapping[str, tuple[int, slice]],
-) -> list[str]:
-    """Leave a quantised stack as it is, if a state dict's tensors of single experts are its own. Say what is not."""
-    parameters, wrong = dict(module.named_parameters(recurse=False)), []
-    codes = parameters[stack]
-    for name, (expert, _) in found.items():
-        projections = STACKS[stack]
-        place = projections.index(name.split(".")[-2])
-        own = {name: codes[expert].chunk(len(projections))[place]}
-        scales = stack_of(module, stack).scales[expert].chunk(len(projections))[place]
-        own |= {name + end: scales for end in _OF_QUANTISED if name + end in state_dict}
-        if not all(_same_bytes(state_dict[key], tensor) for key, tensor in own.items()):
-            wrong.append(
-                f"{name} is not what {prefix}{stack} holds, which is quantised and stays: use from_pretrained."
-            )
-        for key in [key for key in state_dict if key.startswith(name)]:
-            del state_dict[key]
-    for own_name, parameter in parameters.items():
-        if own_name.startswith(stack):
-            state_dict[prefix + own_name] = parameter.detach()
-    return wrong
-
-
-def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
-    bytes_of = [tensor.detach().cpu().contiguous().view(torch.uint8).flatten() for tensor in (first, second)]
-    return torch.equal(*bytes_of)
 
 
 def refuse_single_experts(given: Iterable[str], own: Iterable[str]) -> None:
@@ -361,6 +327,7 @@ __all__ = [
     "BIAS_NAME",
     "LAYER",
     "MODEL_TYPES",
+    "OF_QUANTISED",
     "PROJECTIONS",
     "STACKS",
     "Stored",

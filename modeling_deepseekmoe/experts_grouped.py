@@ -8,7 +8,7 @@ Shape letters: T tokens, D hidden, E routed experts, K chosen experts, I expert 
 one of its experts).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -97,18 +97,50 @@ def _decoded(stack: QuantizedStack, offsets: torch.Tensor) -> Iterator[tuple[tor
     Returns:
         For each group the matrices (n, out, in), the places of its choices, and their ends within the group (n,).
     """
-    number, ends = experts_at_a_time(stack), offsets.tolist()
-    for first in range(0, len(stack), number):
-        begin, end = ends[first - 1] if first else 0, ends[min(first + number, len(stack)) - 1]
-        if end > begin:
-            group = slice(first, first + number)
-            yield stack.decode(group), slice(begin, end), offsets[group] - begin
+    ends = [0, *offsets.tolist()]
+    for experts, matrices in decoded_runs(stack, ends):
+        places = slice(ends[experts.start], ends[experts.stop])
+        yield matrices, places, offsets[experts] - places.start
 
 
 def experts_at_a_time(stack: QuantizedStack) -> int:
-    """Compute how many decoded experts of a stack fit into `WORKSPACE` bytes; at least one."""
+    """Compute how many decoded experts of a stack fit into `WORKSPACE` bytes; at least one, and no more than all."""
     _, rows, columns = stack.shape
-    return max(WORKSPACE // (rows * columns * stack.dtype.itemsize), 1)
+    return min(max(WORKSPACE // (rows * columns * stack.dtype.itemsize), 1), len(stack))
+
+
+def decoded_runs(stack: QuantizedStack, ends: Sequence[int]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Decode some experts that have choices at a time, neighbours, into the same memory.
+
+    Args:
+        stack: the stack.
+        ends: the offsets of the experts' choices, (E + 1,).
+
+    Returns:
+        For each run the numbers of its experts, and their matrices (n, out, in).
+    """
+    number = experts_at_a_time(stack)
+    workspace = stack.new_workspace(number)
+    for experts in runs_of(ends, number):
+        yield experts, stack.decode(experts, workspace[: experts.stop - experts.start])
+
+
+def runs_of(ends: Sequence[int], number: int) -> list[slice]:
+    """Divide the experts that have choices into runs of neighbours, of at most so many.
+
+    Args:
+        ends: the offsets of the experts' choices, (E + 1,).
+        number: the most experts of a run.
+    """
+    runs: list[slice] = []
+    for expert in range(len(ends) - 1):
+        if ends[expert] == ends[expert + 1]:
+            continue
+        if runs and runs[-1].stop == expert and expert - runs[-1].start < number:
+            runs[-1] = slice(runs[-1].start, expert + 1)
+        else:
+            runs.append(slice(expert, expert + 1))
+    return runs
 
 
 def _takes_grouped_mm(weight: torch.Tensor) -> bool:
@@ -174,4 +206,13 @@ def _without(rows: torch.Tensor, elsewhere: torch.Tensor | None) -> torch.Tensor
     return rows if elsewhere is None else rows.masked_fill(elsewhere, 0)
 
 
-__all__ = ["GroupedChoices", "Project", "alignment", "experts_at_a_time", "grouped_linear", "run_grouped"]
+__all__ = [
+    "GroupedChoices",
+    "Project",
+    "alignment",
+    "decoded_runs",
+    "experts_at_a_time",
+    "grouped_linear",
+    "run_grouped",
+    "runs_of",
+]

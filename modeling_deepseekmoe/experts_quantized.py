@@ -114,6 +114,12 @@ class QuantizedMatrix:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def projections(self, number: int) -> "list[QuantizedMatrix]":
+        """Return the matrices that it consists of, one below the other."""
+        nested = [None] * number if self.nested is None else self.nested.split(1)
+        parts = zip(self.codes.chunk(number), self.scales.chunk(number), nested, strict=True)
+        return [QuantizedMatrix(self.format, *part) for part in parts]
+
     def reader(self) -> "Reader":
         """Return a function that decodes some rows (n, in).
 

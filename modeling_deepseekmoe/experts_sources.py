@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .experts_grouped import experts_at_a_time
+from .experts_grouped import decoded_runs, experts_at_a_time
 from .experts_quantized import FP8_BLOCK, MXFP4_BLOCK, QuantizedStack
 from .triton_support import power_of_two
 
@@ -96,10 +96,8 @@ def decoded_groups(
         stack, offsets, transposed: as of [`all_experts`].
         ends: the offsets as numbers.
     """
-    number = min(experts_at_a_time(stack), len(stack))
-    workspace = stack.new_workspace(number)
-    for experts in runs_of(ends, number):
-        matrices = stack.decode(experts, workspace[: experts.stop - experts.start])
+    number = experts_at_a_time(stack)
+    for experts, matrices in decoded_runs(stack, ends):
         places = torch.arange(experts.start, experts.start + number + 1, device=offsets.device)
         yield Group(
             matrices.transpose(1, 2) if transposed else matrices,
@@ -107,24 +105,6 @@ def decoded_groups(
             offsets.index_select(0, places.clamp_(max=experts.stop)),
             ends[experts.stop] - ends[experts.start],
         )
-
-
-def runs_of(ends: Sequence[int], number: int) -> list[slice]:
-    """Divide the experts that have choices into runs of neighbours, of at most so many.
-
-    Args:
-        ends: the offsets of the experts' choices, (E + 1,).
-        number: the most experts of a run.
-    """
-    runs: list[slice] = []
-    for expert in range(len(ends) - 1):
-        if ends[expert] == ends[expert + 1]:
-            continue
-        if runs and runs[-1].stop == expert and expert - runs[-1].start < number:
-            runs[-1] = slice(runs[-1].start, expert + 1)
-        else:
-            runs.append(slice(expert, expert + 1))
-    return runs
 
 
 def fit(options: dict[str, Any], stack: Any, transposed: bool) -> dict[str, Any]:
@@ -146,4 +126,4 @@ def codes_of(stack: QuantizedStack, transposed: bool) -> dict[str, Any]:
     return {"FORMAT": stack.format, "DESCRIBED": "columns" if transposed else "rows", "PROJECTION": rows}
 
 
-__all__ = ["IN_PRODUCTS", "NOTHING", "Group", "LowRank", "all_experts", "codes_of", "decoded_groups", "fit", "runs_of"]
+__all__ = ["IN_PRODUCTS", "NOTHING", "Group", "LowRank", "all_experts", "codes_of", "decoded_groups", "fit"]

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from ..experts_quantized import FORMATS
 from ..transformers_support import QuantizationConfigMixin
 
 QUANT_METHOD = "stacked_experts"
-FORMATS = ("nf4", "fp8", "mxfp4")  # as `experts_quantized` has them; this file is imported by every process
 _FP8_METHOD = "fp8"  # what DeepSeek-V3's own config says, and every reader of its files knows
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FIELDS = ("format", "double_quantisation", "skip_layers", "compute_dtype", "linears")

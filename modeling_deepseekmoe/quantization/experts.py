@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint_layout import STACKS
+from ..checkpoint_layout import OF_QUANTISED, STACKS
 from ..conversion.matrix_formats import check_width
 from ..experts import IMPLEMENTATION, why_unsupported
 from ..experts_quantized import DTYPE_ATTRIBUTE, FORMAT_ATTRIBUTE, NESTED, SCALES, QuantizedStack, stack_of
@@ -105,7 +105,7 @@ def _prepare(experts: nn.Module, name: str, config: StackedExpertsConfig, dtype:
         getattr(experts, stack).requires_grad_(False)
     setattr(experts, FORMAT_ATTRIBUTE, config.format)
     setattr(experts, DTYPE_ATTRIBUTE, dtype)
-    experts.register_load_state_dict_pre_hook(_refuse_other_stacks)
+    experts.register_load_state_dict_pre_hook(_keep_own_stacks)
     plain: Any = type(experts)
     experts.__class__ = _quantized_class(plain)
 
@@ -115,17 +115,40 @@ def _quantized_class(plain: type) -> type:
     return type(f"Quantized{plain.__name__}", (QuantizedExperts, plain), {"plain_class": plain})
 
 
-def _refuse_other_stacks(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Keep `load_state_dict` from copying something else into the codes of a quantised stack."""
+def _keep_own_stacks(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Keep `load_state_dict` from changing quantised stacks: what it is given of them must be their own.
+
+    It is given whole stacks, or all matrices by their official names, as Trainer gives it the file of a checkpoint.
+    """
     errors: list[str] = args[-1]
     if not hasattr(module, FORMAT_ATTRIBUTE):
         return
-    for name in STACKS:
+    for name, projections in STACKS.items():
         own, given = getattr(module, name), state.get(prefix + name)
         if given is not None and (given.dtype != own.dtype or given.shape != own.shape):
             what = f"{given.dtype} of {tuple(given.shape)}"
             errors.append(f"{prefix}{name} is quantised, and {what} is not what it holds.")
             state[prefix + name] = own.detach()
+        if not any(f"{prefix}0.{projection}.weight" in state for projection in projections):
+            continue
+        for expert, whole in enumerate(stack_of(module, name).unbind()):
+            for projection, matrix in zip(projections, whole.projections(len(projections)), strict=True):
+                official = f"{prefix}{expert}.{projection}.weight"
+                found = {key: state.pop(key) for key in list(state) if key.startswith(official)}
+                values = {official: matrix.codes, **{official + end: matrix.scales for end in OF_QUANTISED}}
+                if any(key in values and not _same_bytes(part, values[key]) for key, part in found.items()):
+                    errors.append(
+                        f"{official} is not what {prefix}{name} holds, which is quantised and stays: use "
+                        "from_pretrained."
+                    )
+        for own_name, parameter in module.named_parameters(recurse=False):
+            if own_name.startswith(name):
+                state[prefix + own_name] = parameter.detach()
+
+
+def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
+    bytes_of = [tensor.detach().cpu().contiguous().view(torch.uint8).flatten() for tensor in (first, second)]
+    return torch.equal(*bytes_of)
 
 
 def note_shapes(experts: nn.Module) -> None:

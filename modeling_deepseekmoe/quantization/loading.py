@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """How transformers' loader makes quantised stacks of a checkpoint's matrices, and matrices of them again.
 
-A checkpoint holds the projections of every expert apart, in a floating dtype or quantised. Each of them becomes a part
-of its stack by itself. So what there is beside the quantised weights is at most one stack as it is stored.
+Most checkpoints hold the projections of every expert apart, in a floating dtype or quantised. Each of them becomes a
+part of its stack by itself. So there is at most one for each thread beside what is quantised. A checkpoint of stacks,
+and a layer that is skipped, is read a stack at a time.
 """
 
 import re
@@ -27,7 +28,7 @@ from ..transformers_support import (
     dtype_when_loaded,
 )
 from .config import StackedExpertsConfig
-from .stacking import NewStack, StackFormat, matrices_of
+from .stacking import NewStack, StackFormat
 
 _BESIDE = "_beside_codes"  # in the name of a tensor that no file has
 # Behind the name of a tensor whose name is the beginning of others'.
@@ -207,9 +208,10 @@ class WriteExperts(ReadExperts):
                 tensors |= {name.replace("*", str(i)): matrix.contiguous() for i, matrix in enumerate(projection)}
             return tensors
         stack = self._stack_with(codes, model)
-        for expert, projection, matrix in matrices_of(replace(stack, codes=codes), len(names)):
-            name = names[projection].replace("*", str(expert))
-            tensors |= {name + suffix: tensor for suffix, tensor in parts_of(matrix, stack.dtype).items()}
+        for expert, whole in enumerate(replace(stack, codes=codes).unbind()):
+            for name, matrix in zip(names, whole.projections(len(names)), strict=True):
+                parts = parts_of(matrix, stack.dtype)
+                tensors |= {name.replace("*", str(expert)) + suffix: tensor for suffix, tensor in parts.items()}
         return tensors
 
     def _stack_with(self, codes: torch.Tensor, model: nn.Module) -> QuantizedStack:

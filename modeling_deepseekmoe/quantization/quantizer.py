@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint_layout import STACKS
 from ..transformers_support import HfQuantizer
 from .config import StackedExpertsConfig
 
 _NO_READING_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # a variable of transformers
-_STACK_NAMES = ("gate_up_proj", "down_proj")
 
 
 def _set_variable(value: str | None) -> None:
@@ -98,7 +98,7 @@ class StackedExpertsQuantizer(HfQuantizer):
         """Tell whether a parameter is quantised while it is loaded."""
         module, _, name = param_name.rpartition(".")
         if module in self.modules:
-            return name in _STACK_NAMES
+            return name in STACKS
         return self.linears is not None and self.linears.param_needs_quantization(model, param_name, **kwargs)
 
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:

@@ -1,10 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Stacks of quantised matrices: made of one matrix after the other, and taken apart again.
+"""Stacks of quantised matrices, made of one matrix after the other.
 
 Shape letters: E experts, P projections of a stack, one below the other.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from ..experts_quantized import (
     NF4_BLOCK,
     SCALES,
     QuantizedMatrix,
-    QuantizedStack,
 )
 
 
@@ -99,14 +97,4 @@ class NewStack:
         return places
 
 
-def matrices_of(stack: QuantizedStack, projections: int) -> Iterator[tuple[int, int, QuantizedMatrix]]:
-    """Take a stack apart: yield the expert, the projection and its matrix, of each of them."""
-    for expert, matrix in enumerate(stack.unbind()):
-        codes = matrix.codes.chunk(projections)
-        scales = matrix.scales.chunk(projections)
-        nested = [None] * projections if matrix.nested is None else matrix.nested.split(1)
-        for projection, parts in enumerate(zip(codes, scales, nested, strict=True)):
-            yield expert, projection, QuantizedMatrix(stack.format, *parts)
-
-
-__all__ = ["NewStack", "StackFormat", "matrices_of"]
+__all__ = ["NewStack", "StackFormat"]

@@ -12,10 +12,11 @@ from modeling_deepseekmoe import experts, experts_grouped
 from modeling_deepseekmoe.experts import choose_backend
 from modeling_deepseekmoe.experts_decoding import decode_block
 from modeling_deepseekmoe.experts_gating import SILU
+from modeling_deepseekmoe.experts_grouped import runs_of
 from modeling_deepseekmoe.experts_operands import Adapter, ExpertGradients, ExpertOperands, factors_of
 from modeling_deepseekmoe.experts_operator import run_operator
 from modeling_deepseekmoe.experts_quantized import QuantizedStack
-from modeling_deepseekmoe.experts_sources import IN_PRODUCTS, fit, runs_of
+from modeling_deepseekmoe.experts_sources import IN_PRODUCTS, fit
 from modeling_deepseekmoe.experts_tiles import Tile, use_tiles
 from modeling_deepseekmoe.experts_triton import experts_backward_triton, experts_forward_triton
 from modeling_deepseekmoe.grouping import group_by_expert
