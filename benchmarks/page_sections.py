@@ -239,6 +239,57 @@ def expert_lora(figures: Figures) -> list[str]:
     ]
 
 
+def quantised_experts(figures: Figures) -> list[str]:
+    """Describe the memory and the speed of LoRA over quantised experts."""
+    speed = figures["speed"]
+
+    def sizes(way: str, row: Figures) -> list[str]:
+        loaded, loading, peak = (f"{row[key] / 1e9:.2f} GB" for key in ("loaded", "peak_of_loading", "peak"))
+        return [way, f"{row['bytes_a_weight']:.3f}", loaded, loading, peak, f"{row['over_bfloat16']:.2f}"]
+
+    def times(way: str) -> list[str]:
+        step, token = speed["step"][way], speed["decode"][way]
+        return ["whole stacks decoded (nf4)" if way == "peer" else way,
+                f"{step['seconds']:.2f} s", f"{step['over_float32']:.2f}",
+                f"{1e3 * token['seconds']:,.0f} ms", f"{token['over_float32']:.2f}"]  # fmt: skip
+
+    return [
+        """MoE layers of the 16B's shape (64 experts, 2048 x 1408, top-6). First memory: 4 layers are loaded from a
+        checkpoint in bfloat16 and take a LoRA step of 512 tokens with AdamW, each format in a process of its own.""",
+        table(
+            ("experts", "bytes a weight", "loaded", "peak of loading", "peak with a step", "of bfloat16's"),
+            (sizes(way, row) for way, row in figures["memory"].items()),
+        ),
+        """Then time, of one layer in float32 with adapters of rank 16: a step, forward and backward, of 1,024
+        tokens, and a decoded token. All ways take turns; medians.""",
+        table(("experts", "step", "over float32", "token", "over float32"), map(times, speed["step"])),
+        """How to read it: memory is anonymous memory, as the operating system counts it, without the pages of the
+        files. "over float32" is the median of the ratios of neighbours; 1.00 would mean that decoding costs nothing.
+        The last row is how other tools quantise a parameter: it is decoded as a whole whenever it is read, here by
+        torch's parametrisation with PEFT's way to merge.""",
+    ]
+
+
+def quantised_quality(figures: Figures) -> list[str]:
+    """Describe what quantised experts cost in quality."""
+    ways, base = figures["ways"], figures["ways"]["float32"]
+
+    def cells(way: str, row: Figures) -> list[str]:
+        before, after = (f"{row[key]:.3f} ({row[key] / base[key] - 1:+.2%})" for key in ("before", "after"))
+        return [way, before, f"{row['same_first_token']:.1%}", after]
+
+    return [
+        f"""The demo's model, SmolLM2-135M-Instruct as a mixture, with its experts in every format, on held-out pages
+        of Python's language reference: as it is loaded, and after {figures["steps"]} of the demo's LoRA steps over
+        these experts, the same for all.""",
+        table(
+            ("experts", "perplexity", "most probable token as float32's", "perplexity after LoRA"),
+            (cells(way, row) for way, row in ways.items()),
+        ),
+        "How to read it: in parentheses stands the difference to float32's. Lower is better.",
+    ]
+
+
 def conversion(figures: Figures) -> list[str]:
     """Describe the time and the memory of conversion and upcycling."""
     header = ("checkpoint", "conversion", "time", "`cp` of the source", "bytes written a second, of `cp`",
@@ -332,6 +383,8 @@ SECTIONS = (
     Section("The experts", "experts", "benchmarks/experts.py", experts),
     Section("The experts on a GPU", "gpu/experts_gpu", "benchmarks/experts.py", experts_on_gpu),
     Section("LoRA on the experts", "expert_lora", "benchmarks/expert_lora.py", expert_lora),
+    Section("LoRA over quantised experts", "quantized_experts", "benchmarks/quantized_experts.py", quantised_experts),
+    Section("Quality of quantised experts", "quantized_quality", "benchmarks/quantized_quality.py", quantised_quality),
     Section("Balancing", "balancing", "benchmarks/balancing.py", balancing),
     Section("What balancing costs", "balancing_overhead", "benchmarks/balancing_overhead.py", balancing_overhead),
     Section("Routing", "routing", "benchmarks/routing.py", routing),

@@ -49,12 +49,13 @@ def finetune(options: Any) -> None:
     It checks every row, says what fits this machine, trains with TRL, and goes on after an interruption when it is
     called again. It needs the extra `train`.
     """
-    import datasets
-
-    from ..finetuning.run import FinetuneError, prepare
+    from ..finetuning.run import FinetuneError, prepare, require_libraries
     from ..finetuning.run import finetune as run
 
     chosen = _given(options)
+    require_libraries()
+    import datasets
+
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that TRL uses
     try:
@@ -79,7 +80,9 @@ def _given(options: Any) -> FinetuneOptions:
         source = options.context.get_parameter_source(one.name)
         if source is not None and source.name != "DEFAULT":
             values[one.name] = getattr(options, one.name)
-    return FinetuneOptions.of(values)
+    chosen = FinetuneOptions.of(values)
+    chosen.check_given(values)
+    return chosen
 
 
 __all__ = ["FinetuneCommandOptions", "finetune"]

@@ -62,7 +62,11 @@ def this_machine() -> Machine:
     if torch.cuda.device_count() > 1:
         number = torch.cuda.device_count()
         raise ValueError(f"{number} GPUs are visible, and a run takes one: set CUDA_VISIBLE_DEVICES=0. {_SEVERAL}")
-    return Machine(torch.cuda.mem_get_info(0)[0], torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported())
+    return Machine(
+        torch.cuda.mem_get_info(0)[0],
+        torch.cuda.get_device_name(0),
+        torch.cuda.is_bf16_supported(including_emulation=False),
+    )
 
 
 def _free_memory() -> int:

@@ -3,7 +3,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
@@ -170,17 +170,32 @@ class FinetuneOptions:
             raise ValueError(f"p={self.p!r} is not allowed: it must be above 0 and at most 1.")
         self._check_what_has_no_effect()
 
-    def _check_what_has_no_effect(self) -> None:
+    def check_given(self, names: Iterable[str]) -> None:
+        """Check that options belong to the method, also where their values are the defaults.
+
+        Args:
+            names: of the options that a user has given.
+
+        Raises:
+            ValueError: for one that has no effect with the method.
+        """
         for one in fields(self):
             methods, value = one.metadata["methods"], getattr(self, one.name)
-            if self.method not in methods and value != one.default:
+            if one.name in names and self.method in METHODS and self.method not in methods:
                 raise ValueError(
                     f"{one.name}={value!r} is not allowed with method={self.method!r}: it belongs to "
                     f"{', '.join(methods)}."
                 )
+
+    def _check_what_has_no_effect(self) -> None:
+        self.check_given({one.name for one in fields(self) if getattr(self, one.name) != one.default})
         default = {one.name: one.default for one in fields(self)}
         if self.eval_data is not None and self.eval_share not in (0, default["eval_share"]):
             raise ValueError(f"eval_share={self.eval_share!r} is not allowed with eval_data: that is evaluated on.")
+        if self.eval_data is None and self.eval_share == 0 and self.eval_steps not in (0, default["eval_steps"]):
+            raise ValueError(
+                f"eval_steps={self.eval_steps!r} is not allowed with eval_share=0: nothing is left to evaluate on."
+            )
         if self.max_steps is not None and self.epochs != default["epochs"]:
             raise ValueError(f"epochs={self.epochs!r} is not allowed with max_steps={self.max_steps}: give one.")
         if self.method in ADAPTERS and not self.train_router and self.balance_rate != default["balance_rate"]:

@@ -114,6 +114,8 @@ def save_trained(
             trainer.model.save_pretrained(unfinished)
             if options.method == "full":
                 tokenizer.save_pretrained(unfinished)
+    if options.tokenizer is not None and options.method != "full":
+        tokenizer.save_pretrained(path)  # it is not the base's, which `merge` takes; that names what differs
     return path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 

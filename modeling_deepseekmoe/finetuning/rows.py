@@ -84,6 +84,12 @@ def load_rows(data: str, *, column: str | None = None, split: str = "train", sub
     """
     path = Path(data)
     name = path.name if path.exists() else data
+    of_dataset = {"split": (split, "train"), "subset": (subset, None)}
+    for field, (value, default) in of_dataset.items():
+        if path.is_file() and value != default:
+            raise ValueError(
+                f"{field}={value!r} is not allowed for {data}: it belongs to a dataset, and this is a file."
+            )
     if path.is_file() and path.suffix not in (".jsonl", ".json", ".csv", ".parquet"):
         if column is not None:
             raise ValueError(f"column={column!r} is not allowed for {data}: a plain text has no columns.")

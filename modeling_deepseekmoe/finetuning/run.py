@@ -15,6 +15,7 @@ from modeling_deepseekmoe.configuration import read_config_file
 
 from ..analysis.evaluation import traced_layers
 from ..analysis.meta_models import meta_model, read_config
+from ..balancing.gates import find_biased_gates
 from ..esft.selection import ExpertSelection
 from ..hub.card import CARD_NAME, metadata_of
 from ..lora.config import expert_lora_config
@@ -67,6 +68,13 @@ class PreparedRun:
     parameters: int
 
 
+def require_libraries() -> None:
+    """Raise ImportError, with the line that helps, if a library of the extra `train` is missing."""
+    missing = [name for name in ("trl", "datasets") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"Fine-tuning needs {' and '.join(missing)}: pip install 'modeling-deepseekmoe[train]'")
+
+
 def prepare(
     options: FinetuneOptions, *, force: bool = False, overwrite: bool = False, echo: Echo = print
 ) -> PreparedRun:
@@ -83,9 +91,7 @@ def prepare(
         FinetuneError: if it does not fit this machine.
     """
     options.check()
-    missing = [name for name in ("trl", "datasets") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"Fine-tuning needs {' and '.join(missing)}: pip install 'modeling-deepseekmoe[train]'")
+    require_libraries()
     machine = this_machine()
     options = RunFolder(Path(options.output)).check(options, overwrite)
     rows = load_data(options)
@@ -136,6 +142,7 @@ def _decided(
     """Decide everything but whether activations are recomputed, and check the method against the model's shapes."""
     shapes, targets = meta_model(config), options.target_modules
     traced_layers(shapes)
+    _check_balance_rate(options, shapes)
     if options.method in ADAPTERS and targets is None:
         targets = default_targets(shapes)
     options = replace(
@@ -151,12 +158,23 @@ def _decided(
     return options
 
 
+def _check_balance_rate(options: FinetuneOptions, shapes: Any) -> None:
+    """Raise ValueError if a rate of updates is given for a model whose gates have no bias."""
+    if options.balance_rate == FinetuneOptions.balance_rate or find_biased_gates(shapes):
+        return
+    if not getattr(shapes.config, "added_balancing_bias", False):
+        raise ValueError(
+            f"balance_rate={options.balance_rate!r} is not allowed for {options.model}: its gates have no balancing "
+            "bias. Balance them with router_aux_loss_coef."
+        )
+
+
 def _require_fit(plan: MethodPlan, plans: Sequence[MethodPlan], machine: Machine, force: bool, echo: Echo) -> None:
     """Raise FinetuneError if the plan does not fit, unless the user insists."""
     if plan.fits:
         return
     others = [one.method for one in plans if one.fits]
-    advice = f"method={' or '.join(others)} fits" if others else "a smaller batch_size or max_length needs less"
+    advice = f"method={' or '.join(others)} fits" if others else "a smaller batch_size, max_length or rank needs less"
     if not force:
         raise FinetuneError(f"method={plan.method!r} does not fit: {machine}. {advice}; force tries it all the same.")
     echo(f"method={plan.method} does not fit, and is tried all the same")
@@ -287,4 +305,4 @@ def _finish(
     return result
 
 
-__all__ = ["FinetuneError", "PreparedRun", "finetune", "prepare"]
+__all__ = ["FinetuneError", "PreparedRun", "finetune", "prepare", "require_libraries"]

@@ -8,6 +8,7 @@ from cli_runner import run
 from paths import ROOT
 
 from modeling_deepseekmoe.finetuning.options import METHODS, FinetuneOptions, read_options
+from modeling_deepseekmoe.finetuning.rows import load_rows
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 
@@ -36,6 +37,7 @@ NEEDED = {"model": "m", "data": "d", "output": "o"}
         ({"method": "esft", "balance_rate": 0.1}, "balance_rate=0.1 is not allowed with method='esft'"),
         ({"max_steps": 3, "epochs": 2}, "epochs=2.0 is not allowed with max_steps=3: give one"),
         ({"eval_data": "e", "eval_share": 0.3}, "eval_share=0.3 is not allowed with eval_data"),
+        ({"eval_share": 0, "eval_steps": 5}, "eval_steps=5.0 is not allowed with eval_share=0"),
     ],
 )
 def test_mistakes(values: dict, message: str) -> None:
@@ -86,9 +88,26 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert code == 2 and "rank=0 is not allowed" in output
     code, output = run("finetune", "--config", path, "--rank", 2)
     assert code == 2 and "nothing.jsonl is no file" in output
-    code, output = run("finetune", "--config", path, "--rank", 16, "--method", "full", "--data", "other.jsonl")
+    code, output = run("finetune", "--config", path, "--rank", 16, "--method", "qlora", "--data", "other.jsonl")
     assert code == 2 and "other.jsonl is no file" in output
+    code, output = run("finetune", "--config", path, "--rank", 16, "--method", "full")
+    assert code == 2 and "rank=16 is not allowed with method='full': it belongs to lora, qlora" in output
     path.write_text("rnak: 3\n")
     code, output = run("finetune", "elsewhere", "--config", path)
     assert code == 2 and "'rnak' is not an option" in output
     assert run("finetune", "elsewhere")[1].startswith("Error: data is missing")
+
+
+def test_what_is_given_must_have_an_effect_even_if_it_is_the_default() -> None:
+    options = FinetuneOptions.of({"model": "m", "data": "d", "output": "o", "method": "lora", "format": "nf4"})
+    options.check_given({"model", "method", "rank"})
+    with pytest.raises(ValueError, match="format='nf4' is not allowed with method='lora': it belongs to qlora"):
+        options.check_given({"model", "format"})
+
+
+@pytest.mark.parametrize(("field", "value"), [("split", "test"), ("subset", "en")])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt"])
+def test_options_of_datasets_are_refused_for_files(tmp_path: Path, field: str, value: str, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "a row"}\n')
+    with pytest.raises(ValueError, match=f"{field}='{value}' is not allowed for .*: it belongs to a dataset"):
+        load_rows(str(tmp_path / name), **{field: value})

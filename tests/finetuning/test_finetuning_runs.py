@@ -243,6 +243,12 @@ def test_mistakes_that_the_model_shows_leave_nothing(place: Path, monkeypatch: p
     ):
         code, output = run("finetune", "model", "--data", "chat.jsonl", "--output", "out", *options)
         assert code == 2 and message in output and listing(place) == before, output
+    checkpoint(place / "unbiased")
+    before = listing(place)
+    options = ("--method", "full", "--balance-rate", 0.01)
+    code, output = run("finetune", "unbiased", "--data", "chat.jsonl", "--output", "out", *options)
+    assert code == 2 and "balance_rate=0.01 is not allowed for unbiased: its gates have no balancing bias" in output
+    assert listing(place) == before
     config = json.loads((place / "model" / "config.json").read_text())
     (place / "model" / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "fp8"}})
@@ -285,7 +291,7 @@ def test_what_is_decided_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 10**9, 80 * 10**9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     machine = fitting.this_machine()
     assert str(machine) == "70.00 GB of A GPU are free" and machine.device == "cuda:0"
     dtypes = {"lora": "bfloat16", "qlora": "bfloat16", "esft": "bfloat16", "full": "float32"}
