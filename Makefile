@@ -91,6 +91,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=benchmarks:examples $(BIN)/mypy benchmarks  # apart: it has a module `conversion` too
 
 # Every kernel for every target, with its registers; fails where one spills.
 kernels: $(VENV)/.installed

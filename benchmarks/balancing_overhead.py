@@ -66,10 +66,11 @@ class Own:
         """Switch records and entropy on or off."""
         context = self.context
 
-        def without_records(decoder: DeepseekMoeModel, *args: object) -> RoutingContext:
+        def without_records(decoder: DeepseekMoeModel, *args: Any) -> RoutingContext:
             return context(decoder, *args)._replace(record=False)
 
-        DeepseekMoeModel._routing_context = without_records if way == "nothing" else context
+        method = without_records if way == "nothing" else context
+        DeepseekMoeModel._routing_context = method  # type: ignore[method-assign, assignment]
         self.model.model.router_load.measure_entropy = way == "balancing"
 
     def finish(self) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -54,8 +55,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Kimi K2": {"experts": 384, "top_k": 8, "groups": 1, "kept": 1, **SIGMOID},
 }
 # Routed experts, chosen experts, hidden, expert width, tokens, rank of adapters (0: without, all parameters trained).
+Layer = tuple[int, int, int, int, int, int]
 # The activation of most is SiLU; GATINGS has the others.
-EXPERTS = {
+EXPERTS: dict[str, Layer] = {
     "DeepSeekMoE 16B": (64, 6, 2048, 1408, 8192, 0),
     "DeepSeek-V3": (256, 8, 7168, 2048, 8192, 0),
     "DeepSeek-V3, decoding": (256, 8, 7168, 2048, 1, 0),
@@ -140,8 +142,10 @@ class Recorder:
                 if free and isinstance(value, int) and value % 16 == 0:
                     aligned.append(name)
         options = {key: value for key, value in kwargs.items() if key in ("num_warps", "num_stages", "maxnreg")}
-        parts = (tuple(part.items()) for part in (signature, constants))
-        self.launches[Launch(self.name, *parts, tuple(aligned), tuple(options.items()))] = None
+        launch = Launch(
+            self.name, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(options.items())
+        )
+        self.launches[launch] = None
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -179,14 +183,15 @@ def operands_of(
     return operands, (meta(tokens * top_k, dtype=torch.int32), meta(experts + 1, dtype=torch.int32))
 
 
-def launches_of_experts(target: str, model: str) -> list[Launch]:
+def launches_of_layer(target: str, layer: Layer, gating: Gating = SILU, kind: str = "") -> list[Launch]:
     """Record all that a layer launches on a target: a training step or, for one token, its forward pass.
 
-    Of layers with another activation these are the two kernels that know of it, and of quantised ones those that
-    decode.
+    Args:
+        target: of `TARGETS`.
+        layer: routed experts, chosen experts, hidden, expert width, tokens, rank of adapters.
+        gating: its activation.
+        kind: the format of its stacks; they are frozen then.
     """
-    like, kind = QUANTISED.get(model, (model, ""))
-    layer, gating = EXPERTS[like], GATINGS.get(model, SILU)
     num_experts, _, hidden, width, tokens, rank = layer
     launches: dict[Launch, None] = {}
     operands, order = operands_of(layer[:5], torch.bfloat16, rank, 0.1, gating)
@@ -194,22 +199,26 @@ def launches_of_experts(target: str, model: str) -> list[Launch]:
         gate_up=meta_stack(kind, 2, num_experts, 2 * width, hidden),
         down=meta_stack(kind, 1, num_experts, hidden, width),
     )
-    kernels = {name: getattr(experts_triton, name) for name in experts_kernels.__all__}
-    gpu = experts_tiles.gpu_of
-    experts_tiles.gpu_of = lambda _: Gpu(target, SHARED[target])  # of tensors that are nowhere
-    for name in kernels:
-        setattr(experts_triton, name, Recorder(name, launches))
-    try:
+    stand_ins: dict[str, Any] = {name: Recorder(name, launches) for name in experts_kernels.__all__}
+    gpu = Gpu(target, SHARED[target])  # of tensors that are nowhere
+    with mock.patch.multiple(experts_triton, **stand_ins), mock.patch.object(experts_tiles, "gpu_of", lambda _: gpu):
         _, kept = experts_triton.experts_forward_triton(operands, *order, tokens > 1)
         if tokens > 1:
             trained = not rank and not kind
             needs = ExpertGradients(True, True, trained, trained, *[bool(rank)] * 4)
             experts_triton.experts_backward_triton(operands.hidden, operands, *order, kept, needs)
-    finally:
-        experts_tiles.gpu_of = gpu
-        for name, kernel in kernels.items():
-            setattr(experts_triton, name, kernel)
-    if kind:  # the others are those of dense stacks
+    return list(launches)
+
+
+def launches_of_experts(target: str, model: str) -> list[Launch]:
+    """Record what a layer of `EXPERTS` or `QUANTISED` launches that no other one does.
+
+    Of layers with another activation these are the two kernels that know of it, and of quantised ones those that
+    decode.
+    """
+    like, kind = QUANTISED.get(model, (model, ""))
+    launches = launches_of_layer(target, EXPERTS[like], GATINGS.get(model, SILU), kind)
+    if kind:
         return [launch for launch in launches if dict(launch.constants).get("FORMAT")]
     return [launch for launch in launches if model not in GATINGS or launch.kernel in OF_ACTIVATION]
 
@@ -259,12 +268,12 @@ def resources(target: str, kernel: CompiledKernel) -> dict[str, int]:
 
 def report_of_ptxas(ptx: str) -> tuple[int, int]:
     """Assemble a kernel. Return the registers of a thread, and the bytes that it spills."""
-    architecture = re.search(r"\.target (\w+)", ptx).group(1)
+    architecture = re.findall(r"\.target (\w+)", ptx)[0]
     programs = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx, encoding="utf-8")
-        command = ["-v", f"--gpu-name={architecture}", file, "-o", file.with_suffix(".cubin")]
+        command = ["-v", f"--gpu-name={architecture}", str(file), "-o", str(file.with_suffix(".cubin"))]
         # Which of the two knows the architecture and the version of the language depends on the version of Triton.
         for assembler in (programs / "ptxas", programs / "ptxas-blackwell"):
             result = subprocess.run([assembler, *command], capture_output=True, text=True)
@@ -272,8 +281,8 @@ def report_of_ptxas(ptx: str) -> tuple[int, int]:
                 break
         result.check_returncode()
         report = result.stderr
-    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
-    return int(re.search(r"Used (\d+) registers", report).group(1)), int(stores) + int(loads)
+    stores, loads = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)[0]
+    return int(re.findall(r"Used (\d+) registers", report)[0]), int(stores) + int(loads)
 
 
 def variants(shape: dict[str, Any], target: str) -> dict[str, tuple[Any, dict[str, Any], int]]:
@@ -318,7 +327,9 @@ def main() -> int:
     """Compile everything, print the table, and write JSON if it is asked for."""
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, and nothing can be compiled.")
-    jobs = [(model, name) for model, shape in SHAPES.items() for name in variants(shape, "sm_90")]
+    jobs: list[tuple[str, Any]] = [
+        (model, name) for model, shape in SHAPES.items() for name in variants(shape, "sm_90")
+    ]
     for model in [*EXPERTS, *QUANTISED]:
         of_targets = [launches_of_experts(target, model) for target in TARGETS]
         jobs += [(model, launches) for launches in zip(*of_targets, strict=True)]

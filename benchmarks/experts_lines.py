@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,7 +131,7 @@ def one_thread() -> Iterator[None]:
 
 
 # What is said of a condition, and what brings it about.
-CONDITIONS = {
+CONDITIONS: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "quiet": ("", nullcontext),
     "busy": (", while another process keeps a core busy", busy_core),
     "one thread": (", on one thread", one_thread),

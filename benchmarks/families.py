@@ -9,6 +9,8 @@ For each family a tiny model with random weights is made (`family_models`), and 
 - bias: an update moves the family's own bias, or `add_balancing_bias` gives one that changes nothing at first.
 - losses: `add_auxiliary_loss` gives the values of formulas in float64 to 1e-6, and the gates' gradients to 1e-5.
 - LoRA: `expert_lora_config` gives the logits of plain PEFT, with its adapter loaded, and the other way round.
+- quantised: loaded with its experts in "fp8" it gives the logits and gradients of what these decode to, to 1e-5;
+  saved and loaded again, the same bits.
 
 Prints the table, and with --save writes benchmarks/results/families.json and the table in docs/families.md. About five
 minutes on two cores. Exit code 1 if a tool takes a family and differs from it.
@@ -22,6 +24,7 @@ import json
 import platform
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +38,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import nn
 
 from modeling_deepseekmoe import (
+    StackedExpertsConfig,
     add_auxiliary_loss,
     add_balancing_bias,
     expert_lora_config,
@@ -186,6 +190,7 @@ def try_counting(model: nn.Module) -> str:
 
     handles = []
     for place, layer in enumerate(layers):
+        assert layer.gate is not None
         keep = lambda gate, args, output, name=layer.name: outputs.__setitem__(name, output)  # noqa: E731
         handles += [layer.gate.register_forward_hook(keep)]
         handles += [layer.experts.register_forward_pre_hook(hook_of(place, layer))]
@@ -215,7 +220,7 @@ def try_bias(model: nn.Module) -> str:
         same("logits", run(model), before, 1e-5)
         gates, word = find_biased_gates(model), "can be added"
     else:
-        word = f"`{gates[-1].layer.bias.name}`"
+        word = ", ".join({f"`{gate.layer.bias.name}`": None for gate in gates if gate.layer.bias is not None})
     track_router_load(model)
     before = [gate.bias.clone() for gate in gates]
     run(model)
@@ -232,6 +237,7 @@ def try_losses(model: nn.Module) -> str:
     add_auxiliary_loss(added, expert=0.5, z=0.01)
     logits, terms, handles = {}, [], []
     for layer in find_moe_layers(own):
+        assert layer.gate is not None
         score = rule_of(layer).options.score_function
 
         def keep(gate: nn.Module, args: Any, output: Any, layer: MoeLayer = layer) -> None:
@@ -250,6 +256,7 @@ def try_losses(model: nn.Module) -> str:
     (0.0 * result.sum() + outputs.aux_loss).backward()
     expected.backward()
     for layer, other in zip(find_moe_layers(added), find_moe_layers(own), strict=True):
+        assert layer.gate is not None and other.gate is not None
         for mine, theirs in zip(layer.gate.parameters(), other.gate.parameters(), strict=True):
             if theirs.grad is not None and theirs.grad.any():
                 same("gradients", mine.grad, theirs.grad, 1e-5)
@@ -298,9 +305,33 @@ def try_lora(model: nn.Module) -> str:
     return word
 
 
+def try_quantised(model: nn.Module) -> str:
+    """Load a model with experts in "fp8", compare it with what these decode to, and save it and load it again."""
+    with tempfile.TemporaryDirectory() as temporary:
+        plain, quantised = Path(temporary, "plain"), Path(temporary, "quantised")
+        model.save_pretrained(plain)
+        config = StackedExpertsConfig(format="fp8")
+        loaded = type(model).from_pretrained(plain, dtype=torch.float32, quantization_config=config).train()
+        result = run(loaded)
+        loaded.eval().save_pretrained(quantised)
+        with torch.no_grad():
+            again = type(model).from_pretrained(quantised, dtype=torch.float32)
+            if not torch.equal(run(again), run(loaded)):
+                raise DifferenceError("logits of what was saved differ")
+    gradients = gradients_of(loaded, result)
+    decoded = loaded.dequantize(torch.float32).train()
+    for layer in find_moe_layers(decoded):
+        for module in stacked_modules(layer):
+            module.requires_grad_(False)
+    expected = run(decoded)
+    same("logits", result, expected, 1e-5)
+    same("gradients", gradients, gradients_of(decoded, expected), 1e-5)
+    return "yes"
+
+
 TOOLS: dict[str, Callable[[nn.Module], str]] = {
     "routing": try_routing, "experts": try_experts, "counting": try_counting, "bias": try_bias, "losses": try_losses,
-    "LoRA": try_lora,
+    "LoRA": try_lora, "quantised": try_quantised,
 }  # fmt: skip
 
 
@@ -320,7 +351,7 @@ def outcome(tool: Callable[[nn.Module], str], model: nn.Module) -> tuple[str, bo
 def short(text: str) -> str:
     """Cut a message down to its reason."""
     text = text.strip().splitlines()[0].rstrip(".").split(". ")[0]
-    text = re.sub(r"^.*is not allowed( for [\w ]+)?: ", "", text)
+    text = re.sub(r"^.*is not allowed( for [\w ]+| to be quantised)?: ", "", text)
     text = re.sub(r"^\w+ (has no (MoE layer|stacked experts)).*", r"it \1 of this structure", text)
     text = re.sub(r"(parameters whose part is not known).*", r"\1", text)
     return text[:120].replace("|", "/")
@@ -366,6 +397,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="names of families, with commas")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     experts.LOOP_FROM = 0  # experts as small as these would all have the backend of small ones
     wanted = [family for family in families() if not arguments.only or family in arguments.only.split(",")]
     rows = []

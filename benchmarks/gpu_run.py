@@ -69,6 +69,8 @@ def steps(out: Path) -> list[Step]:
         Step("tests", (*of_gpu, "-m", "gpu and not generated"), (*interpreted, "-k", "tiles"), 150),
         Step("experts", (f"{HERE}/experts.py", "--budget", "80"), (f"{HERE}/experts.py", "--quick"), 120),
         Step("routing", (f"{HERE}/routing.py", "--budget", "60"), (f"{HERE}/routing.py", "--quick"), 90),
+        Step("quantised", (f"{HERE}/quantized_kernels.py", "--budget", "60"),
+             (f"{HERE}/quantized_kernels.py", "--quick"), 90),
         Step("tune", (tune, "--budget", "110", "--out", tiles), (tune, "--dry"), 130),
         Step("kernels", kernels, (), 60),
         Step("tuned", (f"DEEPSEEKMOE_TILES={tiles}", *kernels), (), 60),

@@ -29,7 +29,7 @@ def results_path(benchmark: str, device: str) -> Path:
     return RESULTS / f"{benchmark}{'_gpu' if device == 'cuda' else ''}.json"
 
 
-def write_results(path: Path, figures: dict[str, Any]) -> None:
+def write_results(path: Path, figures: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Replace a file of results in one step."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

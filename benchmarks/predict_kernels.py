@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from compile_kernels import SHAPES, Launch, compile_kernel, launches_of_experts, resources, variants
+from compile_kernels import SHAPES, Launch, compile_kernel, launches_of_layer, resources, variants
 from measuring import write_results
 from tune_kernels import LAYERS
 
@@ -168,7 +168,7 @@ def predict_router() -> list[dict[str, Any]]:
 def predict() -> list[dict[str, Any]]:
     """Predict a training step of all layers, and the router."""
     jobs = [
-        (name, layer, launch) for name, layer in LAYERS.items() for launch in launches_of_experts(TARGET, (*layer, 0))
+        (name, layer, launch) for name, layer in LAYERS.items() for launch in launches_of_layer(TARGET, (*layer, 0))
     ]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return [*pool.map(predict_launch, jobs), *predict_router()]

@@ -19,13 +19,16 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
-from compile_kernels import EXPERTS, SHAPES, SHARED, meta, operands_of
+from compile_kernels import EXPERTS, SHAPES, SHARED, meta, meta_stack, operands_of
+from quantized_kernels import SHAPES as QUANTISED_SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from tune_kernels import CANDIDATES, LAYERS, allowed
@@ -38,7 +41,9 @@ from modeling_deepseekmoe import (
     routing_kernels,
     routing_triton,
 )
+from modeling_deepseekmoe.experts_gating import SILU
 from modeling_deepseekmoe.experts_operands import ExpertGradients
+from modeling_deepseekmoe.experts_sources import IN_PRODUCTS
 from modeling_deepseekmoe.experts_tiles import DESCRIBING, Gpu, Tile, rule, use_tiles
 from modeling_deepseekmoe.experts_trial import try_experts
 from modeling_deepseekmoe.grouping import try_grouping
@@ -87,7 +92,8 @@ class Compiler:
 
     def __init__(self, share: int, shares: int) -> None:
         self.share, self.shares = share, shares
-        self.compiled, self.failed = 0, []
+        self.compiled = 0
+        self.failed: list[str] = []
         self.known: set[str] = set()
         for caller, kernels in ((experts_triton, experts_kernels), (routing_triton, routing_kernels)):
             for name in kernels.__all__:
@@ -123,12 +129,22 @@ def _specialised(value: Any) -> Any:
     return (value == 1, value % 16 == 0) if isinstance(value, int) else value is None
 
 
-def launch_layer(layer: Layer, dtype: torch.dtype = torch.bfloat16, rank: int = 0, dropout: float = 0.0) -> None:
-    """Launch what a layer of experts launches: a forward pass, and steps with trained and with frozen experts."""
+def launch_layer(
+    layer: Layer, dtype: torch.dtype = torch.bfloat16, rank: int = 0, dropout: float = 0.0, kind: str = ""
+) -> None:
+    """Launch what a layer of experts launches: a forward pass, and steps with trained and with frozen experts.
+
+    Those with stacks in a format are always frozen.
+    """
     operands, order = operands_of(layer, dtype, rank, dropout)
+    if kind:
+        experts, _, hidden, width, _ = layer
+        operands = operands._replace(
+            gate_up=meta_stack(kind, 2, experts, 2 * width, hidden), down=meta_stack(kind, 1, experts, hidden, width)
+        )
     experts_triton.experts_forward_triton(operands, *order, False)
     _, kept = experts_triton.experts_forward_triton(operands, *order, True)
-    for trained in (True, False):
+    for trained in (False,) if kind else (True, False):
         needs = ExpertGradients(True, True, trained, trained, *[rank > 0] * 4)
         experts_triton.experts_backward_triton(operands.hidden, operands, *order, kept, needs)
     routing_triton.group_choices(operands.expert_ids, layer[0], torch.int32, with_inverse=False)
@@ -153,22 +169,26 @@ def launches(gpu: str) -> Iterator[Callable[[], None]]:
     """Give all that is launched on a GPU: what is measured, decoded and tested, and every tile that tuning tries."""
     for layer in [*LAYERS.values(), *(size[:5] for size in EXPERTS.values())]:
         for tokens in {layer[4], 1, 64, 1024}:
-            yield lambda layer=layer, tokens=tokens: launch_layer((*layer[:4], tokens))
-        yield lambda layer=layer: launch_layer(layer, rank=16, dropout=0.1)
+            yield partial(launch_layer, (*layer[:4], tokens))
+        yield partial(launch_layer, layer, rank=16, dropout=0.1)
     for shape, tokens in itertools.product(SHAPES.values(), (1, 8192)):
-        yield lambda shape=shape, tokens=tokens: launch_gate(shape, tokens)
+        yield partial(launch_gate, shape, tokens)
     for dtype, rank, tokens in itertools.product(DTYPES, (0, 16), (1, 512, 1024, 3000)):  # of the tests
-        yield lambda dtype=dtype, rank=rank, tokens=tokens: launch_layer(
-            (16, 4, 512, 320, tokens), dtype, rank, 0.1 if rank else 0.0
-        )
+        yield partial(launch_layer, (16, 4, 512, 320, tokens), dtype, rank, 0.1 if rank else 0.0)
     for descriptors in (0, 1) if re.fullmatch(DESCRIBING, gpu) else ():  # of a test
-        yield lambda flag=descriptors: _with_descriptors((16, 4, 504, 328, 3000), flag)
+        yield partial(_with_descriptors, (16, 4, 504, 328, 3000), descriptors)
     for trial in (try_routing, try_grouping, try_experts):
-        yield lambda trial=trial: _hold(trial)
+        yield partial(_hold, trial)
+    for kind in IN_PRODUCTS:
+        yield partial(_hold, try_experts, SILU.function, kind)
+        for shape in QUANTISED_SHAPES:  # of benchmarks/quantized_kernels.py
+            for tokens, rank in itertools.product(shape.tokens, (0, 16)):
+                layer = (shape.experts, shape.top_k, shape.hidden, shape.width, tokens)
+                yield partial(launch_layer, layer, rank=rank, kind=kind)
     for layer in LAYERS.values():
         for kind, tiles in CANDIDATES.items():
             for tile in allowed(tiles, gpu):
-                yield lambda layer=layer, kind=kind, tile=tile: _with_tile(layer, kind, tile)
+                yield partial(_with_tile, layer, kind, tile)
 
 
 def _with_tile(layer: Layer, kind: str, tile: Tile) -> None:
@@ -182,17 +202,18 @@ def _with_descriptors(layer: Layer, flag: int) -> None:
         launch_layer(layer)
 
 
-def _hold(trial: Callable[[torch.device], None]) -> None:
+def _hold(trial: Callable[..., None], *case: str) -> None:
     """Hold a trial, which must find kernels wrong that are only compiled."""
     with contextlib.suppress(WrongKernelError):
-        trial(torch.device("cpu"))
+        trial(torch.device("cpu"), *case)
 
 
 def compile_share(share: int, shares: int, capability: int) -> tuple[int, list[str]]:
     """Compile one share of all kernels. Return their number, and what does not compile."""
     driver.set_active(NoDevice(capability))
     name = f"sm_{capability}"
-    experts_tiles.gpu_of = experts_trial.gpu_of = lambda device: Gpu(name, SHARED.get(name, 101_376))
+    for module in (experts_tiles, experts_trial):
+        mock.patch.object(module, "gpu_of", lambda device: Gpu(name, SHARED.get(name, 101_376))).start()
     compiler = Compiler(share, shares)
     for launch in launches(name):
         launch()

@@ -46,7 +46,8 @@ def write_checkpoint(folder: Path, layers: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    generator, files = torch.Generator().manual_seed(0), {}
+    generator = torch.Generator().manual_seed(0)
+    files: dict[str, dict[str, torch.Tensor]] = {}
     experts = {
         name: torch.randn(shape, generator=generator).mul_(0.02).to(dtype)
         for name, shape in (

@@ -52,7 +52,11 @@ class Gate:
     @property
     def options(self) -> dict[str, Any]:
         """Return the arguments of `route`, without the bias."""
-        options = {"num_groups": self.groups, "top_k_groups": self.kept, "scaling_factor": self.scaling_factor}
+        options: dict[str, Any] = {
+            "num_groups": self.groups,
+            "top_k_groups": self.kept,
+            "scaling_factor": self.scaling_factor,
+        }
         if self.sigmoid:
             options |= {"score_function": "sigmoid", "group_score": "top2_sum", "normalize": True}
         return options
@@ -166,7 +170,7 @@ def whole_gates(gate: Gate, inputs: Inputs, device: str) -> dict[str, Step]:
     """Return transformers' routers from hidden states on, product included: plain, and with `route_native_gates`."""
     hidden = torch.randn(len(inputs.logits), gate.hidden_size, device=device)
     weight = torch.randn(gate.experts, gate.hidden_size, device=device) / gate.hidden_size**0.5
-    steps = {}
+    steps: dict[str, Step] = {}
     for name in ("transformers", "triton" if device == "cuda" else "eager"):
         router = gate.native(inputs.bias, gate.hidden_size).to(device).requires_grad_(False)
         router.weight.copy_(weight)
@@ -174,7 +178,7 @@ def whole_gates(gate: Gate, inputs: Inputs, device: str) -> dict[str, Step]:
             block = nn.Module()
             block.gate, block.experts = router, Experts(gate.experts)
             route_native_gates(block, name)
-        steps[name] = lambda router=router: router(hidden)
+        steps[name] = partial(router, hidden)
     return steps
 
 
@@ -272,9 +276,9 @@ def measure(gate: Gate, tokens: int, device: str, compiled: Callable, bandwidth:
     if tokens <= 8192:
         row["gate_us"] = medians(whole_gates(gate, inputs, device), device, seconds)
     ids = found["eager"](inputs.logits)[1]
-    groupings = {"transformers": lambda: native_groups(ids, gate.experts)}
+    groupings: dict[str, Step] = {"transformers": lambda: native_groups(ids, gate.experts)}
     for implementation in ("eager", "triton") if device == "cuda" else ("eager",):
-        groupings[implementation] = lambda way=implementation: group_by_expert(ids, gate.experts, implementation=way)
+        groupings[implementation] = partial(group_by_expert, ids, gate.experts, implementation=implementation)
     row["grouping_us"] = medians(groupings, device, seconds)
     if device == "cuda":
         row["grouping_in_graph_us"] = graph_medians(groupings)

@@ -157,7 +157,8 @@ def tune(
     layer: Layer, stopwatch: Stopwatch, candidates: dict[str, Any], rounds: int, until: float
 ) -> list[dict[str, Any]]:
     """Time all tiles of all problems of a layer, while there is time."""
-    device, rows = layer.grad.device, []
+    device = layer.grad.device
+    rows: list[dict[str, Any]] = []
     stopwatch.problem, stopwatch.asked = None, {}
     with use_tiles(stopwatch.choose):
         expected = layer.step()

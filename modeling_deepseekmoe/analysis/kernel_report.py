@@ -15,8 +15,10 @@ import transformers
 from transformers import DeepseekV3Config
 
 from ..experts import FUSED_BACKENDS, choose_backend, run_experts
+from ..experts_gating import SILU
 from ..experts_operands import Adapter
 from ..experts_products import has_instructions
+from ..experts_sources import IN_PRODUCTS
 from ..experts_tiles import VARIABLE, own_tiles
 from ..experts_trial import TRIAL as EXPERTS_TRIAL
 from ..grouping import TRIAL as GROUPING_TRIAL
@@ -27,7 +29,6 @@ from ..routing_triton import why_eager
 from ..transformers_support import DeepseekV3Experts, DeepseekV3TopkRouter
 from ..triton_support import triton
 
-TRIALS = (ROUTING_TRIAL, GROUPING_TRIAL, EXPERTS_TRIAL)
 V3_GATE: dict[str, Any] = {
     "top_k": 8, "score_function": "sigmoid", "num_groups": 8, "top_k_groups": 4, "group_score": "top2_sum",
     "normalize": True, "scaling_factor": 2.5,
@@ -148,13 +149,17 @@ def _machine(device: torch.device) -> str:
 
 
 def _trials(device: torch.device, again: bool) -> dict[str, str]:
-    cases = {name: ((), *RELEASED_GATES) if name == ROUTING_TRIAL else ((),) for name in TRIALS}
+    cases: dict[str, tuple[Case, ...]] = {
+        ROUTING_TRIAL: ((), *RELEASED_GATES),
+        GROUPING_TRIAL: ((),),
+        EXPERTS_TRIAL: ((), *((SILU.function, kind) for kind in IN_PRODUCTS)),
+    }
     if again:
         forget_outcomes()
-        for name in TRIALS:
-            for case in cases[name]:
+        for name, of_trial in cases.items():
+            for case in of_trial:
                 record_path(name, device, case).unlink(missing_ok=True)
-    reasons = {name: [why_failed(name, device, case) for case in cases[name]] for name in TRIALS}
+    reasons = {name: [why_failed(name, device, case) for case in of_trial] for name, of_trial in cases.items()}
     return {name: next(filter(None, found), "passed") for name, found in reasons.items()}
 
 
