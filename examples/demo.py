@@ -202,7 +202,8 @@ def _train(
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Train adapters on the model. Return the adapted model, and figures of the training and its gain."""
     with step("Fine-tune with LoRA on the experts: peft and transformers.Trainer"):
-        adapted, history = fine_tune(model, train, settings, output)
+        adapted = adapt(model, settings)
+        history = fine_tune(adapted, train, settings, output)
         trained = sum(one.numel() for one in adapted.parameters() if one.requires_grad)
         step.echo(f"   {trained:,} parameters trained, beside the frozen ones")
     with step("Held-out perplexity after training"):
@@ -242,14 +243,17 @@ class _Steps:
 
 
 # --------------------------------------------------------------------------------------------- training, saving, using
+def adapt(model: PreTrainedModel, settings: DemoSettings) -> PeftModel:
+    """Add LoRA adapters to routed and shared experts."""
+    return get_peft_model(model, expert_lora_config(model, r=settings.lora_rank, target_modules=("shared_experts",)))
+
+
 def fine_tune(
-    model: PreTrainedModel, blocks: torch.Tensor, settings: DemoSettings, output: Path
-) -> tuple[PeftModel, list[dict[str, float]]]:
-    """Train LoRA adapters on routed and shared experts. Return the adapted model, and the logged steps with losses."""
+    adapted: PeftModel, blocks: torch.Tensor, settings: DemoSettings, output: Path
+) -> list[dict[str, float]]:
+    """Train the adapters. Return the logged steps with losses."""
     from transformers import Trainer, TrainingArguments
 
-    config = expert_lora_config(model, r=settings.lora_rank, target_modules=("shared_experts",))
-    adapted = get_peft_model(model, config)
     arguments = TrainingArguments(
         output_dir=str(output / "trainer"),
         max_steps=settings.steps,
@@ -264,7 +268,7 @@ def fine_tune(
     )
     trainer = Trainer(model=adapted, args=arguments, train_dataset=TokenBlocks(blocks))
     trainer.train()
-    return adapted, [row for row in trainer.state.log_history if "loss" in row]
+    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 def _merge_and_reload(adapted: PeftModel, input_ids: torch.Tensor, output: Path, echo: Callable[[str], None]) -> float:

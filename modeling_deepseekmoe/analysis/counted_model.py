@@ -207,6 +207,11 @@ class CountedModel:
             ffns = [layer.activated + layer.shared + layer.beside for layer in self.moe_layers]
         return sum(ffns) / len(ffns) if ffns else None
 
+    def lora_of_experts(self, rank: int) -> int:
+        """Count the parameters of a LoRA of a rank on the routed experts alone."""
+        stacks = ((layer, one) for layer in self.layers for one in self._named(layer.experts).items())
+        return rank * sum(_sides(one, _experts_of(layer)) for layer, (name, one) in stacks if name in self.routed)
+
     def lora_parameters(self, rank: int) -> int:
         """Count the parameters of a LoRA of a rank: on linear layers, without gates and head, and on every expert.
 

@@ -21,6 +21,7 @@ from modeling_deepseekmoe.configuration import read_config_file
 from ..esft.files import WEIGHTS_NAME as ESFT_WEIGHTS_NAME
 from ..experts_quantized import FORMATS
 from ..lora.model import optimize_expert_lora
+from ..lora.options import ROUNDING
 from ..quantization.config import StackedExpertsConfig
 from ..support.folders import local_folder
 from ..support.models import evaluating
@@ -65,7 +66,7 @@ def compare_merged(
 
     Args:
         base: folder or hub id of the base that the adapter was trained over.
-        adapter: folder or hub id of the LoRA adapter, as PEFT loads it.
+        adapter: folder or hub id of the LoRA adapter, as PEFT loads it. One against rounding that lies in it is used.
         merged: folder or hub id of the merged model.
         batches: `torch.LongTensor`s of token ids (B, S), S at least 2, without padding.
         format: how the base's experts are stored while the adapter is over them: `"nf4"`, `"fp8"` or `"mxfp4"`. By
@@ -81,6 +82,8 @@ def compare_merged(
     own, settings = _storage(base, format)
     model: Any = AutoModelForCausalLM.from_pretrained(base, **{"dtype": "auto", **loading}, **settings)
     adapted = optimize_expert_lora(PeftModel.from_pretrained(model, adapter))
+    if (rounding := local_folder(adapter) / ROUNDING).is_dir():
+        adapted.load_adapter(rounding, ROUNDING)
     adapted_loss, chosen = _predictions(adapted, batches)
     del model, adapted
     gc.collect()

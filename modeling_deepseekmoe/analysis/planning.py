@@ -137,6 +137,8 @@ def plan_memory(
     quantised = sizes.routed if how.stored else 0
     if how.stored:
         parts[f"experts in {how.format}"] = round(how.stored * quantised) // shards
+        if how.rounding_rank is not None:
+            parts["rounding adapter"] = how.used * counted.lora_of_experts(how.rounding_rank)
     parts |= {
         "weights": how.held * (sizes.total - quantised) // shards,
         "trained beside them": 0 if how.trains_all else trained_bytes // 4 * trained,

@@ -4,6 +4,7 @@
 The settings are plain dicts, so that a written script has the same ones.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from ..esft.scoring import score_experts, select_experts
 from ..esft.selection import ExpertSelection
 from ..families.linear_maps import linear_names
 from ..lora.config import expert_lora_config
+from ..quantization.rounding import add_rounding_adapter
 from .data import TrainingData, as_dataset, order_examples, sequences_of
 from .encoding import Example
 from .fitting import Machine
 from .options import ADAPTERS, FinetuneOptions
 
+ROUNDING_TOKENS = 8192  # that the adapter against rounding is made from
 # Names of what is adapted beside the experts, where a model has it.
 _TARGETS = ("self_attn", "shared_experts", "shared_expert")
 
@@ -120,12 +123,16 @@ def load_model(options: FinetuneOptions, machine: Machine) -> Any:
 
 def select_by_data(model: nn.Module, examples: Iterable[Example], options: FinetuneOptions) -> ExpertSelection:
     """Score the experts on sequences, one after the other, and select the best of every layer."""
-    scores = score_experts(model, _batches(examples), options.score, max_tokens=options.score_tokens)
+    scores = score_experts(model, batches_of(examples), options.score, max_tokens=options.score_tokens)
     return ExpertSelection(select_experts(scores, options.threshold))
 
 
-def _batches(examples: Iterable[Example]) -> Iterator[torch.Tensor]:
+def batches_of(examples: Iterable[Example], most_tokens: float = math.inf) -> Iterator[torch.Tensor]:
+    """Yield the token ids (1, S) of sequences, one after the other, until they have so many tokens."""
     for example in examples:
+        if most_tokens <= 0:
+            return
+        most_tokens -= len(example.ids)
         yield torch.tensor([example.ids])
 
 
@@ -168,6 +175,9 @@ def make_trainer(
     if options.method in ADAPTERS:
         set_seed(options.seed)  # factors begin with random numbers
         trained = get_peft_model(model, expert_lora_config(model, **lora_settings(options)))
+    if options.rounding_rank is not None:
+        of_train = batches_of(data.train, ROUNDING_TOKENS)
+        add_rounding_adapter(trained, options.model, of_train, r=options.rounding_rank)
     if options.method == "qlora":
         model.is_loaded_in_4bit = False  # or TRL would round the adapters to bfloat16
     trainer = SFTTrainer(
@@ -191,6 +201,8 @@ def _in_order(train: Sequence[Example], options: FinetuneOptions) -> Sequence[Ex
 
 
 __all__ = [
+    "ROUNDING_TOKENS",
+    "batches_of",
     "default_targets",
     "load_model",
     "lora_settings",

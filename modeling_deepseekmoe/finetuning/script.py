@@ -7,7 +7,7 @@ from typing import Any
 
 from ..analysis.counted_model import CountedModel
 from ..balancing.gates import find_biased_gates
-from .build import lora_settings, trainer_settings
+from .build import ROUNDING_TOKENS, lora_settings, trainer_settings
 from .data import sequences_of
 from .options import ADAPTERS, FinetuneOptions
 from .run import PreparedRun
@@ -46,6 +46,8 @@ def _head(options: FinetuneOptions, updates: bool) -> str:
         names |= {"ExpertSelection", "prepare_esft", "save_esft", "score_experts", "select_experts"}
     if options.method == "qlora":
         names.add("StackedExpertsConfig")
+    if options.rounding_rank is not None:
+        names.add("add_rounding_adapter")
     lines = [
         f'"""Fine-tune {options.model} on {Path(options.data).name} {_METHODS[options.method]}.',
         "",
@@ -62,6 +64,7 @@ def _head(options: FinetuneOptions, updates: bool) -> str:
         "from modeling_deepseekmoe import (",
         *(f"    {name}," for name in sorted(names)),
         ")",
+        *["from modeling_deepseekmoe.finetuning.build import batches_of"] * (options.rounding_rank is not None),
         "from modeling_deepseekmoe.finetuning.data import as_dataset, order_examples, split_examples",
         "from modeling_deepseekmoe.finetuning.encoding import encode_rows",
         "from modeling_deepseekmoe.finetuning.rows import load_rows",
@@ -141,6 +144,11 @@ def _trainer(run: PreparedRun, updates: bool) -> str:
             f"set_seed({options.seed})  # factors begin with random numbers",
             f"config = expert_lora_config({_arguments(['model'], lora_settings(options))})",
             "adapted = get_peft_model(model, config)",
+        ]
+    if options.rounding_rank is not None:
+        lines += [
+            f"batches = batches_of(train, {ROUNDING_TOKENS})",
+            f"add_rounding_adapter(adapted, {options.model!r}, batches, r={options.rounding_rank})",
         ]
     if options.method == "qlora":
         lines.append("model.is_loaded_in_4bit = False  # or TRL would round the adapters to bfloat16")

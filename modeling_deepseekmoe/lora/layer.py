@@ -10,7 +10,6 @@ PEFT's layout of E experts' factors: `lora_A` is expert-major, (E * r, in), and 
 Shape letters as in `experts.py`: T tokens, D hidden, E experts, K choices, S = T * K choices; and r the rank.
 """
 
-import copy
 import functools
 from typing import Any
 
@@ -36,6 +35,7 @@ from ..experts_operands import Adapter
 from ..experts_quantized import QuantizedStack, stack_of
 from ..support.expert_parts import LocalPart, run_on_ranks
 from ..support.peft_support import ParamWrapper, get_pattern_key, note_shape, parallel_style_of, spread_ourselves
+from .options import ROUNDING, without_dropout
 from .parallel import (
     LATENT_PROJECTION,
     ShardedLinearLora,
@@ -56,7 +56,7 @@ class DirectLora(ParamWrapper):
         experts = base_layer.get_base_layer() if isinstance(base_layer, ParamWrapper) else base_layer
         if isinstance(stack := stack_of(experts, parameter_name), QuantizedStack):
             note_shape(getattr(experts, parameter_name), stack.shape)  # a copy of a model has lost it
-        super().__init__(base_layer, adapter_name, parameter_name, config=_without_dropout(config), **kwargs)
+        super().__init__(base_layer, adapter_name, parameter_name, config=without_dropout(config), **kwargs)
         self._set_dropout(adapter_name, config.lora_dropout)
 
     def prepare(self, target_name: str = "") -> None:
@@ -76,7 +76,7 @@ class DirectLora(ParamWrapper):
         spread_ourselves(self.get_base_layer())
         refuse_dropout(self.get_param(), config.lora_dropout, self.get_base_layer())
         own = hasattr(config, "experts")  # a plain LoraConfig with dropout is refused: it would be saved with it
-        super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config) if own else config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha, config=without_dropout(config) if own else config, **kwargs)
         self._set_dropout(adapter_name, config.lora_dropout)
         selection = getattr(config, "experts", None)
         layer = layer_of(kwargs.get("target_name", self.target_name))
@@ -125,13 +125,14 @@ class DirectLora(ParamWrapper):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return []
-        if self.merged:
+            adapter_names = []
+        elif self.merged:
             if adapter_names is not None:
                 raise ValueError("adapter_names is not allowed while adapters are merged: call unmerge_adapter first.")
             return []
-        wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
-        return [name for name in wanted if name in self.lora_A]
+        of_base = [ROUNDING] if isinstance(self.stack(), QuantizedStack) else []  # else nothing was rounded
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in dict.fromkeys((*of_base, *wanted)) if name in self.lora_A]
 
 
 class ExpertLora(DirectLora):
@@ -205,7 +206,7 @@ class ExpertLora(DirectLora):
         def project(name: str, rows: torch.Tensor, choices: GroupedChoices) -> torch.Tensor:
             output = grouped_linear(rows, stacks[name], choices)
             for adapter in in_use.get(name, ()):
-                if tokens_of is None:
+                if tokens_of is None or adapter == ROUNDING:
                     output.add_(layers[name].delta(adapter, rows, choices, part))
                 else:
                     own = tokens_of[adapter][choices.order // top_k].nonzero().squeeze(-1)
@@ -419,13 +420,6 @@ def rank_and_alpha(config: LoraConfig, key: str) -> tuple[int, float]:
 def _probability(dropout: nn.Module) -> float:
     """Return the probability with which a dropout leaves out a number now."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-def _without_dropout(config: LoraConfig) -> LoraConfig:
-    """Copy a config without dropout for PEFT's ParamWrapper, which cannot apply dropout and therefore refuses it."""
-    plain = copy.copy(config)
-    plain.lora_dropout = 0.0
-    return plain
 
 
 def _tokens_of_adapters(

@@ -86,6 +86,14 @@ def test_qlora_holds_quantised_experts(kind: str) -> None:
     assert (plan.tokens, plan.lora_rank) == (1024, 8)
 
 
+def test_the_adapter_against_rounding_is_counted() -> None:
+    (plan,) = plan_training("deepseek-moe-16b", method="qlora", rounding_rank=16, gpus=1, gpu_memory="80GB")
+    experts = 27 * 64 * 16 * (2048 + 2 * 1408 + 1408 + 2048)
+    assert plan.parts["rounding adapter"] == 2 * experts  # bfloat16
+    with pytest.raises(ValueError, match="rounding_rank=0 is not allowed"):
+        plan_training("deepseek-moe-16b", method="qlora", rounding_rank=0, gpus=1, gpu_memory="80GB")
+
+
 def test_qlora_on_a_cpu_and_over_several_ranks() -> None:
     config = DeepseekMoeConfig(**{**TINY, "hidden_size": 64, "moe_intermediate_size": 128})
     experts, held = 2 * 8 * 3 * 64 * 128, {"weights": "float32", "compute": "float32", "cuda": False}
