@@ -281,7 +281,8 @@ def quantised_quality(figures: Figures) -> list[str]:
     return [
         f"""The demo's model, SmolLM2-135M-Instruct as a mixture, with its experts in every format, on held-out pages
         of Python's language reference: as it is loaded, and after {figures["steps"]} of the demo's LoRA steps over
-        these experts, the same for all.""",
+        these experts, the same for all. "Corrected" is what
+        [`correct_rounding`](quantized-experts.md#give-back-what-rounding-took) makes of them, with rank 32.""",
         table(
             ("experts", "perplexity", "most probable token as float32's", "perplexity after LoRA"),
             (cells(way, row) for way, row in ways.items()),

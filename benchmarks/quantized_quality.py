@@ -2,8 +2,8 @@
 
 The model that `make demo` leaves (SmolLM2-135M as a mixture) is loaded with its experts in float32, FP8, MXFP4 and
 NF4. Each is measured on held-out pages of Python's language reference, takes the demo's LoRA steps with the same data
-in the same order, and is measured again. "+ rounding" is a frozen adapter (`add_rounding_adapter`) beside the trained
-one, from some of the pages that are trained on.
+in the same order, and is measured again. "corrected" experts have a correction of low rank (`correct_rounding`), from
+some of the pages that are trained on.
 
 Prints a table, and writes benchmarks/results/quantized_quality.json. Four minutes a way on two cores; `--only`
 measures some ways, and keeps the figures of the others.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseekmoe import StackedExpertsConfig, add_rounding_adapter, load_tokenizer
+from modeling_deepseekmoe import StackedExpertsConfig, correct_rounding, load_tokenizer
 from modeling_deepseekmoe.analysis.evaluation import perplexity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -30,7 +30,7 @@ from demo_data import reference_blocks
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "quantized_quality.json"
-WAYS = ("float32", "fp8", "mxfp4", "nf4", "mxfp4 + rounding", "nf4 + rounding")
+WAYS = ("float32", "fp8", "mxfp4", "nf4", "mxfp4, corrected", "nf4, corrected")
 CALIBRATION_BLOCKS = 64
 
 
@@ -52,14 +52,14 @@ def measure(folder: Path, steps: int, held_out_blocks: int, ways: Sequence[str])
     del base
     found = {}
     for way in ways:
-        kind, _, rounding = way.partition(" + ")
+        kind, _, corrected = way.partition(", ")
         options = {} if kind == "float32" else {"quantization_config": StackedExpertsConfig(kind)}
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-        adapted = adapt(model, settings)
-        if rounding:
+        if corrected:
             of_train = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:CALIBRATION_BLOCKS]
-            add_rounding_adapter(adapted, folder, train[of_train].split(8))
+            correct_rounding(model, folder, train[of_train].split(8))
+        adapted = adapt(model, settings)
         before, same = perplexity(adapted, held_out), agreement(adapted, chosen, held_out)
         with tempfile.TemporaryDirectory() as output:
             fine_tune(adapted, train, settings, Path(output))
@@ -90,9 +90,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "runs" / "demo" / "model")
     parser.add_argument("--steps", type=int, default=DemoSettings().steps)
     parser.add_argument("--held-out", type=int, default=48, help="blocks of 128 tokens")
-    parser.add_argument("--only", default="", metavar="WAYS", help=f"with commas, of: {', '.join(WAYS)}")
+    parser.add_argument("--only", default="", metavar="WAYS", help=f"with semicolons, of: {'; '.join(WAYS)}")
     arguments = parser.parse_args()
-    ways = arguments.only.split(",") if arguments.only else WAYS
+    ways = arguments.only.split(";") if arguments.only else WAYS
     found = measure(arguments.model, arguments.steps, arguments.held_out, ways)
     if arguments.only:
         found = json.loads(RESULTS.read_text(encoding="utf-8"))["ways"] | found

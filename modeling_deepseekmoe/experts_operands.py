@@ -4,6 +4,7 @@
 Shape letters: T tokens, D hidden, E experts, K chosen experts, I expert width, R rank of an adapter.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -85,4 +86,22 @@ def factors_of(*adapters: Adapter | None) -> list[torch.Tensor | None]:
     return [factor for adapter in adapters for factor in ((None, None) if adapter is None else adapter[:2])]
 
 
-__all__ = ["Adapter", "ExpertGradients", "ExpertOperands", "factors_of"]
+def apart(stack: Any, adapter: Adapter | None) -> tuple[Any, Adapter | None]:
+    """Take the correction of a quantised stack out of it, and add it to the adapter beside it.
+
+    Args:
+        stack (`torch.Tensor` or [`QuantizedStack`]).
+        adapter: the adapter beside it, if there is one; without a dropout if the stack has a correction.
+    """
+    correction = getattr(stack, "correction", None)
+    if correction is None:
+        return stack, adapter
+    factor_a, factor_b = (factor.to(stack.dtype) for factor in correction)
+    if adapter is not None:
+        assert not adapter.dropout  # the correction has none
+        factor_a = torch.cat([factor_a, adapter.scale * adapter.factor_a], dim=1)
+        factor_b = torch.cat([factor_b, adapter.factor_b], dim=2)
+    return replace(stack, correction=None), Adapter(factor_a, factor_b)
+
+
+__all__ = ["Adapter", "ExpertGradients", "ExpertOperands", "apart", "factors_of"]

@@ -28,6 +28,7 @@ NF4_BLOCK, FP8_BLOCK, MXFP4_BLOCK = 64, 128, 32
 NESTED_BLOCK = 256  # scales of "nf4" that share a float32
 # What a module of experts has beside its codes `gate_up_proj` and `down_proj`, and what tells the format.
 SCALES, NESTED = "_scales", "_nested"
+CORRECTION = ("_correction_a", "_correction_b")  # factors that give back what rounding took, if there are any
 FORMAT_ATTRIBUTE, DTYPE_ATTRIBUTE = "storage_format", "compute_dtype"
 # The values of float4_e2m1, by their four bits: a sign, two of the exponent and one of the fraction.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -49,6 +50,8 @@ class QuantizedStack:
         nested (`torch.float32` of shape (E, P, m + 1), *optional*): of double quantisation: a number for each 256
             scales of a projection, and behind them what is added to all of its scales.
         dtype (`torch.dtype`): that of the products.
+        correction (tensors (E, R, in) and (E, out, R), *optional*): A and B of B A, which is added to what the codes
+            mean.
     """
 
     format: str
@@ -56,6 +59,7 @@ class QuantizedStack:
     scales: torch.Tensor
     nested: torch.Tensor | None
     dtype: torch.dtype
+    correction: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -76,7 +80,7 @@ class QuantizedStack:
         return self if dtype == self.dtype else replace(self, dtype=dtype)
 
     def unbind(self) -> "list[QuantizedMatrix]":
-        """Return the matrix of every expert."""
+        """Return what is stored of every expert's matrix, without the correction."""
         nested = [None] * len(self) if self.nested is None else self.nested.unbind()
         parts = zip(self.codes.unbind(), self.scales.unbind(), nested, strict=True)
         return [QuantizedMatrix(self.format, *part) for part in parts]
@@ -93,6 +97,9 @@ class QuantizedStack:
             rows = matrix.reader()(slice(0, len(target)), target)
             if rows is not target:
                 target.copy_(rows)
+        if self.correction is not None:
+            factor_a, factor_b = (factor[experts].to(decoded.dtype) for factor in self.correction)
+            decoded.baddbmm_(factor_b, factor_a)
         return decoded
 
 
@@ -150,7 +157,9 @@ def stack_of(experts: nn.Module, name: str) -> torch.Tensor | QuantizedStack:
     scales, nested = getattr(experts, name + SCALES), getattr(experts, name + NESTED, None)
     scales = scales.view(torch.float32) if scales.dtype == torch.int32 else scales
     nested = None if nested is None else nested.view(torch.float32)
-    return QuantizedStack(kind, codes, scales, nested, getattr(experts, DTYPE_ATTRIBUTE))
+    factor_a, factor_b = (getattr(experts, name + suffix, None) for suffix in CORRECTION)
+    correction = None if factor_a is None or factor_b is None else (factor_a, factor_b)
+    return QuantizedStack(kind, codes, scales, nested, getattr(experts, DTYPE_ATTRIBUTE), correction)
 
 
 # --------------------------------------------------------------------------------------------------------------- nf4
@@ -274,6 +283,7 @@ def _powers(device: torch.device) -> torch.Tensor:
 
 
 __all__ = [
+    "CORRECTION",
     "DTYPE_ATTRIBUTE",
     "E2M1",
     "FORMATS",

@@ -31,7 +31,6 @@ from modeling_deepseekmoe.conversion.adapters.quantised_bases import QUANTISED, 
 from modeling_deepseekmoe.conversion.checkpoint import MANIFEST_NAME, TEMPLATE_FOLDERS, read_header, weight_files
 from modeling_deepseekmoe.esft.files import SELECTION_NAME
 from modeling_deepseekmoe.esft.files import WEIGHTS_NAME as ESFT_WEIGHTS_NAME
-from modeling_deepseekmoe.lora.options import ROUNDING
 from modeling_deepseekmoe.support.folders import (
     FOREIGN_WEIGHTS,
     check_destination,
@@ -103,9 +102,8 @@ def merge_adapter(
 
     Raises:
         ValueError: if a tensor of the adapter has no place in the base or another shape there, if a weight of the base
-            is quantised in another way, if the dtype is not allowed, if the adapter is one against rounding
-            (`add_rounding_adapter`) and the base is not rounded, or if the destination is in use. The message names
-            the tensor. Nothing is written then.
+            is quantised in another way, if the dtype is not allowed, or if the destination is in use. The message
+            names the tensor. Nothing is written then.
         MergingError: if the verification fails, or if rounding swallows the adapter: if it is off by more than 0.75
             times what the adapter changes. Nothing is written then.
         OSError: if a folder or file is missing.
@@ -117,10 +115,6 @@ def merge_adapter(
     files = {file: read_header(file) for file in weight_files(base)}
     if any(tensor.dtype in QUANTISED for tensors in files.values() for tensor in tensors):
         result = _merge_quantised(base, adapter, destination, dtype or "bfloat16", report)
-    elif adapter.name == ROUNDING:
-        raise ValueError(
-            f"adapter={str(adapter)!r} is not allowed: it gives back what rounding took, and this base is not rounded."
-        )
     elif dtype in (None, "keep"):
         names = {file: {tensor.name: tensor.shape for tensor in tensors} for file, tensors in files.items()}
         result = _merge_plain(base, adapter, destination, names, report)
@@ -130,10 +124,6 @@ def merge_adapter(
             "`deepseekmoe convert` changes them."
         )
     _report_left_out(base, adapter, report)
-    if result.base is not None and (adapter / ROUNDING).is_dir():
-        report(
-            f"The adapter's {ROUNDING} is not merged: the experts stay as they are rounded. Name the base before that."
-        )
     return result
 
 

@@ -21,8 +21,8 @@ from modeling_deepseekmoe.configuration import read_config_file
 from ..esft.files import WEIGHTS_NAME as ESFT_WEIGHTS_NAME
 from ..experts_quantized import FORMATS
 from ..lora.model import optimize_expert_lora
-from ..lora.options import ROUNDING
 from ..quantization.config import StackedExpertsConfig
+from ..quantization.correction import load_correction
 from ..support.folders import local_folder
 from ..support.models import evaluating
 
@@ -60,30 +60,33 @@ def compare_merged(
     batches: Sequence[torch.Tensor],
     *,
     format: str | None = None,
+    correction: str | Path | None = None,
     **loading: Any,
 ) -> MergeComparison:
     """Run an adapter over its base, and then the merged model, on the same tokens. One of them is loaded at a time.
 
     Args:
         base: folder or hub id of the base that the adapter was trained over.
-        adapter: folder or hub id of the LoRA adapter, as PEFT loads it. One against rounding that lies in it is used.
+        adapter: folder or hub id of the LoRA adapter, as PEFT loads it.
         merged: folder or hub id of the merged model.
         batches: `torch.LongTensor`s of token ids (B, S), S at least 2, without padding.
         format: how the base's experts are stored while the adapter is over them: `"nf4"`, `"fp8"` or `"mxfp4"`. By
             default as in its files.
+        correction: file of `save_correction`, if the base's experts are corrected while the adapter is over them.
         loading: options of `from_pretrained` for both models; by default `dtype="auto"`.
 
     Raises:
-        ValueError: if there is no batch, or if the base is stored in another format already.
+        ValueError: if there is no batch, if the base is stored in another format already, or if the correction is not
+            that of its experts.
         OSError: if a folder is missing.
     """
     if not batches:
         raise ValueError("batches is empty: at least one batch of tokens is needed.")
     own, settings = _storage(base, format)
     model: Any = AutoModelForCausalLM.from_pretrained(base, **{"dtype": "auto", **loading}, **settings)
+    if correction is not None:
+        load_correction(model, correction)
     adapted = optimize_expert_lora(PeftModel.from_pretrained(model, adapter))
-    if (rounding := local_folder(adapter) / ROUNDING).is_dir():
-        adapted.load_adapter(rounding, ROUNDING)
     adapted_loss, chosen = _predictions(adapted, batches)
     del model, adapted
     gc.collect()

@@ -43,7 +43,7 @@ class Training:
         method: `"full"`, `"lora"` (on all linear layers but the gate, and on every expert), `"qlora"` (the same on
             quantised routed experts) or `"esft"`.
         format: for `"qlora"`, how the routed experts are stored: `"nf4"`, `"fp8"` or `"mxfp4"`.
-        rounding_rank: for `"qlora"`, rank of the frozen adapter that gives back what rounding took, if there is one.
+        correction_rank: for `"qlora"`, rank of the correction that gives back what rounding took, if there is one.
         weights: dtype in which the model is held. The default is float32 for full training, else bfloat16.
         compute: dtype of the products, `"bfloat16"` or `"float32"`.
         lora_rank: rank of every adapter.
@@ -55,7 +55,7 @@ class Training:
 
     method: str = "full"
     format: str = "nf4"
-    rounding_rank: int | None = None
+    correction_rank: int | None = None
     weights: str | None = None
     compute: str = "bfloat16"
     lora_rank: int = 16
@@ -107,6 +107,8 @@ class Training:
             raise ValueError(f"method={self.method!r} is not allowed: {reason}. It must be 'full'.")
         if self.method == "qlora":
             self._check_quantised(counted, layout)
+        elif self.correction_rank is not None:
+            raise ValueError(f"correction_rank is not allowed with method={self.method!r}: it must be 'qlora'.")
         if layout.offload and self.method != "full":
             raise ValueError(f"method={self.method!r} is not allowed with offloading: it must be 'full'.")
         experts, allowed = _experts_to_spread(counted), layout.ep_size == 1 or spreads(counted, layout.ep_size)
@@ -117,8 +119,8 @@ class Training:
             )
 
     def _check_quantised(self, counted: CountedModel, layout: Layout) -> None:
-        if self.rounding_rank is not None and self.rounding_rank < 1:
-            raise ValueError(f"rounding_rank={self.rounding_rank} is not allowed: it must be at least 1.")
+        if self.correction_rank is not None and self.correction_rank < 1:
+            raise ValueError(f"correction_rank={self.correction_rank} is not allowed: it must be at least 1.")
         if self.format not in FORMATS:
             raise ValueError(f"format={self.format!r} is not allowed: it must be one of {', '.join(FORMATS)}.")
         for name, one in counted.routed.items():

@@ -137,8 +137,8 @@ def plan_memory(
     quantised = sizes.routed if how.stored else 0
     if how.stored:
         parts[f"experts in {how.format}"] = round(how.stored * quantised) // shards
-        if how.rounding_rank is not None:
-            parts["rounding adapter"] = how.used * counted.lora_of_experts(how.rounding_rank)
+        if how.correction_rank is not None:
+            parts["correction of the experts"] = how.used * counted.lora_of_experts(how.correction_rank)
     parts |= {
         "weights": how.held * (sizes.total - quantised) // shards,
         "trained beside them": 0 if how.trains_all else trained_bytes // 4 * trained,
@@ -154,6 +154,9 @@ def plan_memory(
     if how.stored:
         parts["decoded experts"] = WORKSPACE if how.cuda else PIECE
     parts["activations"] = _activations(Activations.of(counted), how)
+    if how.correction_rank is not None:  # its factors are put together with the adapters', for each layer
+        joined = how.used * counted.lora_of_experts(how.lora_rank + how.correction_rank)
+        parts["activations"] += joined // len(counted.layers) if how.checkpointing else joined
     if how.held_dtype != how.compute and shards == 1:  # autocast's copies, of one layer where layers are recomputed
         copied = how.used * (sizes.total - quantised)
         of_routed = 0 if how.stored else how.used

@@ -2,6 +2,7 @@
 """The command `deepseekmoe merge`: merge an adapter into its base."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,9 @@ class MergeOptions:
         str | None,
         typer.Option(help="With --compare: nf4, fp8 or mxfp4, if the adapter was trained over experts stored so."),
     ] = None
+    correction: Annotated[
+        Path | None, typer.Option(help="With --compare: correction.safetensors, if the run had --correction-rank.")
+    ] = None
     column: Annotated[str, typer.Option(help="With --compare: field of the rows that holds the text.")] = "text"
     max_tokens: Annotated[int, typer.Option(help="With --compare: tokens to look at.")] = 16384
     block_size: Annotated[int, typer.Option(help="With --compare: tokens in a sequence.")] = 512
@@ -48,7 +52,10 @@ def merge(options: MergeOptions) -> None:
     if batches:
         from ..analysis.merge_comparison import compare_merged
 
-        typer.echo(f"{compare_merged(options.base, options.adapter, options.out, batches, format=options.format)}.")
+        compared = compare_merged(
+            options.base, options.adapter, options.out, batches, format=options.format, correction=options.correction
+        )
+        typer.echo(f"{compared}.")
 
 
 def _batches(options: MergeOptions) -> list[Any]:

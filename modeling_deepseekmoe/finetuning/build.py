@@ -4,7 +4,7 @@
 The settings are plain dicts, so that a written script has the same ones.
 """
 
-import math
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from ..esft.scoring import score_experts, select_experts
 from ..esft.selection import ExpertSelection
 from ..families.linear_maps import linear_names
 from ..lora.config import expert_lora_config
-from ..quantization.rounding import add_rounding_adapter
 from .data import TrainingData, as_dataset, order_examples, sequences_of
 from .encoding import Example
 from .fitting import Machine
 from .options import ADAPTERS, FinetuneOptions
 
-ROUNDING_TOKENS = 8192  # that the adapter against rounding is made from
+CORRECTION_TOKENS = 8192  # that the correction of quantised experts is made from
 # Names of what is adapted beside the experts, where a model has it.
 _TARGETS = ("self_attn", "shared_experts", "shared_expert")
 
@@ -123,16 +122,22 @@ def load_model(options: FinetuneOptions, machine: Machine) -> Any:
 
 def select_by_data(model: nn.Module, examples: Iterable[Example], options: FinetuneOptions) -> ExpertSelection:
     """Score the experts on sequences, one after the other, and select the best of every layer."""
-    scores = score_experts(model, batches_of(examples), options.score, max_tokens=options.score_tokens)
+    scores = score_experts(model, _batches(examples), options.score, max_tokens=options.score_tokens)
     return ExpertSelection(select_experts(scores, options.threshold))
 
 
-def batches_of(examples: Iterable[Example], most_tokens: float = math.inf) -> Iterator[torch.Tensor]:
-    """Yield the token ids (1, S) of sequences, one after the other, until they have so many tokens."""
+def _batches(examples: Iterable[Example]) -> Iterator[torch.Tensor]:
     for example in examples:
-        if most_tokens <= 0:
+        yield torch.tensor([example.ids])
+
+
+def calibration_batches(train: Sequence[Example], seed: int) -> Iterator[torch.Tensor]:
+    """Draw sequences to make the correction of quantised experts from, and yield the token ids (1, S) of each."""
+    tokens = 0
+    for example in random.Random(seed).sample(train, len(train)):
+        if tokens >= CORRECTION_TOKENS:
             return
-        most_tokens -= len(example.ids)
+        tokens += len(example.ids)
         yield torch.tensor([example.ids])
 
 
@@ -175,9 +180,6 @@ def make_trainer(
     if options.method in ADAPTERS:
         set_seed(options.seed)  # factors begin with random numbers
         trained = get_peft_model(model, expert_lora_config(model, **lora_settings(options)))
-    if options.rounding_rank is not None:
-        of_train = batches_of(data.train, ROUNDING_TOKENS)
-        add_rounding_adapter(trained, options.model, of_train, r=options.rounding_rank)
     if options.method == "qlora":
         model.is_loaded_in_4bit = False  # or TRL would round the adapters to bfloat16
     trainer = SFTTrainer(
@@ -201,8 +203,7 @@ def _in_order(train: Sequence[Example], options: FinetuneOptions) -> Sequence[Ex
 
 
 __all__ = [
-    "ROUNDING_TOKENS",
-    "batches_of",
+    "calibration_batches",
     "default_targets",
     "load_model",
     "lora_settings",

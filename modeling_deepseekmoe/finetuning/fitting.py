@@ -159,7 +159,7 @@ def _plan(
     weights = choose_dtype(options, machine)
     settings: dict[str, Any] = {"lora_rank": options.rank}
     if options.method == "qlora":
-        settings |= {"format": options.format, "rounding_rank": options.rounding_rank}
+        settings |= {"format": options.format, "correction_rank": options.correction_rank}
     if esft_share is not None:
         settings["esft_share"] = esft_share
     return plan_memory(

@@ -75,9 +75,9 @@ class FinetuneOptions:
     )
     train_router: bool = field(default=False, metadata=_says("Train the gates too, as whole copies.", ADAPTERS))
     format: str = field(default="nf4", metadata=_says("Of the frozen experts: nf4, fp8 or mxfp4.", ("qlora",)))
-    rounding_rank: int | None = field(
+    correction_rank: int | None = field(
         default=None,
-        metadata=_says("Rank of a frozen adapter that gives back what rounding took; none by default.", ("qlora",)),
+        metadata=_says("Rank of a frozen correction that gives back what rounding took; none by default.", ("qlora",)),
     )
     # Selected experts.
     score: str = field(default="gate", metadata=_says("How experts are scored: gate or token.", ("esft",)))
@@ -236,7 +236,7 @@ class FinetuneOptions:
 
 _LIMITS: dict[str, tuple[float, float | None]] = {
     "rank": (1, None),
-    "rounding_rank": (1, None),
+    "correction_rank": (1, None),
     "dropout": (0, 1),
     "eval_share": (0, 1),
     "max_length": (8, None),

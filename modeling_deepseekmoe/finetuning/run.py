@@ -19,9 +19,10 @@ from ..balancing.gates import find_biased_gates
 from ..esft.selection import ExpertSelection
 from ..hub.card import CARD_NAME, metadata_of
 from ..lora.config import expert_lora_config
+from ..quantization.correction import check_originals, correct_rounding, load_correction, save_correction
 from ..support.folders import local_folder
 from ..support.tokenization import load_tokenizer
-from .build import default_targets, load_model, lora_settings, make_trainer, select_by_data
+from .build import calibration_batches, default_targets, load_model, lora_settings, make_trainer, select_by_data
 from .data import TrainingData, load_data, make_data
 from .fitting import Machine, MethodPlan, choose_dtype, fitting_table, plan_methods, this_machine
 from .options import ADAPTERS, LEARNING_RATES, FinetuneOptions
@@ -38,7 +39,7 @@ from .results import (
     trained_parameters,
     write_measures,
 )
-from .state import AFTER, BEFORE, RESULT, SELECTION, RunFolder, write_whole
+from .state import AFTER, BEFORE, CORRECTION, RESULT, SELECTION, RunFolder, write_whole
 
 Echo = Callable[[str], None]
 
@@ -153,6 +154,8 @@ def _decided(
         dtype=choose_dtype(options, machine),
         target_modules=targets,
     )
+    if options.correction_rank is not None:
+        check_originals(shapes, options.model, options.format)
     if options.method in ADAPTERS:
         expert_lora_config(shapes, **lora_settings(options))  # its errors, before anything is loaded
     return options
@@ -207,11 +210,17 @@ def finetune(
     options, folder, started = run.options, RunFolder(Path(run.options.output)), time.monotonic()
     model = load_model(options, run.machine)
     selection = _selection(model, run, folder, overwrite, force, echo)
+    if options.correction_rank is not None:
+        _correct(model, run, folder, overwrite, echo)
     for line in folder.begin(options, run.data.digest, overwrite=overwrite):
         echo(f"not as it was when the run began, so that the last bits may differ: {line}")
     folder.remove_rests()
     if selection is not None:
         selection.save(folder / SELECTION)
+    if options.correction_rank is not None and not (folder / CORRECTION).is_file():
+        unfinished = folder / f"{CORRECTION}.unfinished"
+        save_correction(model, unfinished)
+        unfinished.replace(folder / CORRECTION)
     kept = _config_values(model)
     with folder.undone_by_errors():
         trainer = make_trainer(
@@ -252,6 +261,16 @@ def _selection(
     )
     _require_fit(next(plan for plan in plans if plan.method == "esft"), plans, run.machine, force, echo)
     return selection
+
+
+def _correct(model: Any, run: PreparedRun, folder: RunFolder, overwrite: bool, echo: Echo) -> None:
+    """Give back what rounding took, or what it took of the run that was interrupted."""
+    if (folder / CORRECTION).is_file() and not overwrite:
+        load_correction(model, folder / CORRECTION)
+        return
+    echo("working out what rounding took from the experts ...")
+    batches = calibration_batches(run.data.train, run.options.seed)
+    correct_rounding(model, run.options.model, batches, r=run.options.correction_rank or 0)
 
 
 def _config_values(model: Any) -> dict[str, Any]:

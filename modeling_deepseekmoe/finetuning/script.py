@@ -7,11 +7,11 @@ from typing import Any
 
 from ..analysis.counted_model import CountedModel
 from ..balancing.gates import find_biased_gates
-from .build import ROUNDING_TOKENS, lora_settings, trainer_settings
+from .build import lora_settings, trainer_settings
 from .data import sequences_of
 from .options import ADAPTERS, FinetuneOptions
 from .run import PreparedRun
-from .state import CHECKPOINTS, SELECTION, TRAINED
+from .state import CHECKPOINTS, CORRECTION, SELECTION, TRAINED
 
 _METHODS = {
     "lora": "with LoRA on its experts",
@@ -34,6 +34,8 @@ def make_script(run: PreparedRun) -> str:
     parts = [_head(options, updates), _data(run), _model(options, run.machine.device)]
     if options.method == "esft":
         parts.append(_selected(options))
+    if options.correction_rank is not None:
+        parts.append(_corrected(options))
     return "\n".join([*parts, _trainer(run, updates), _end(options)])
 
 
@@ -46,8 +48,9 @@ def _head(options: FinetuneOptions, updates: bool) -> str:
         names |= {"ExpertSelection", "prepare_esft", "save_esft", "score_experts", "select_experts"}
     if options.method == "qlora":
         names.add("StackedExpertsConfig")
-    if options.rounding_rank is not None:
-        names.add("add_rounding_adapter")
+    if options.correction_rank is not None:
+        names |= {"correct_rounding", "load_correction", "save_correction"}
+    corrects = options.correction_rank is not None
     lines = [
         f'"""Fine-tune {options.model} on {Path(options.data).name} {_METHODS[options.method]}.',
         "",
@@ -64,7 +67,7 @@ def _head(options: FinetuneOptions, updates: bool) -> str:
         "from modeling_deepseekmoe import (",
         *(f"    {name}," for name in sorted(names)),
         ")",
-        *["from modeling_deepseekmoe.finetuning.build import batches_of"] * (options.rounding_rank is not None),
+        *["from modeling_deepseekmoe.finetuning.build import calibration_batches"] * corrects,
         "from modeling_deepseekmoe.finetuning.data import as_dataset, order_examples, split_examples",
         "from modeling_deepseekmoe.finetuning.encoding import encode_rows",
         "from modeling_deepseekmoe.finetuning.rows import load_rows",
@@ -134,6 +137,21 @@ def _selected(options: FinetuneOptions) -> str:
     )
 
 
+def _corrected(options: FinetuneOptions) -> str:
+    return "\n".join(
+        [
+            f"if (OUTPUT / {CORRECTION!r}).is_file():",
+            f"    load_correction(model, OUTPUT / {CORRECTION!r})",
+            "else:",
+            f"    batches = calibration_batches(train, {options.seed})",
+            f"    correct_rounding(model, {options.model!r}, batches, r={options.correction_rank})",
+            "    OUTPUT.mkdir(parents=True, exist_ok=True)",
+            f"    save_correction(model, OUTPUT / {CORRECTION!r})",
+            "",
+        ]
+    )
+
+
 def _trainer(run: PreparedRun, updates: bool) -> str:
     options = run.options
     settings = trainer_settings(options, run.machine, bool(run.data.evaluation))
@@ -144,11 +162,6 @@ def _trainer(run: PreparedRun, updates: bool) -> str:
             f"set_seed({options.seed})  # factors begin with random numbers",
             f"config = expert_lora_config({_arguments(['model'], lora_settings(options))})",
             "adapted = get_peft_model(model, config)",
-        ]
-    if options.rounding_rank is not None:
-        lines += [
-            f"batches = batches_of(train, {ROUNDING_TOKENS})",
-            f"add_rounding_adapter(adapted, {options.model!r}, batches, r={options.rounding_rank})",
         ]
     if options.method == "qlora":
         lines.append("model.is_loaded_in_4bit = False  # or TRL would round the adapters to bfloat16")

@@ -22,9 +22,10 @@ from ..support.folders import check_destination
 from .options import FinetuneOptions, read_options
 
 OPTIONS, RUN, RESULT, SELECTION = "finetune.yaml", "run.json", "result.json", "esft.json"
+CORRECTION = "correction.safetensors"
 BEFORE, AFTER, CHECKPOINTS = "before", "after", "checkpoints"
 TRAINED = {"lora": "adapter", "qlora": "adapter", "esft": "experts", "full": "model"}
-_OWN = (OPTIONS, RUN, RESULT, SELECTION, BEFORE, AFTER, CHECKPOINTS, *dict.fromkeys(TRAINED.values()))
+_OWN = (OPTIONS, RUN, RESULT, SELECTION, CORRECTION, BEFORE, AFTER, CHECKPOINTS, *dict.fromkeys(TRAINED.values()))
 # Options that have no part in the weights.
 _FREE = ("output", "logging_steps", "save_steps", "report_tokens", "report_to", "keep_checkpoints")
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -177,6 +178,7 @@ __all__ = [
     "AFTER",
     "BEFORE",
     "CHECKPOINTS",
+    "CORRECTION",
     "OPTIONS",
     "RESULT",
     "RUN",

@@ -10,6 +10,7 @@ PEFT's layout of E experts' factors: `lora_A` is expert-major, (E * r, in), and 
 Shape letters as in `experts.py`: T tokens, D hidden, E experts, K choices, S = T * K choices; and r the rank.
 """
 
+import copy
 import functools
 from typing import Any
 
@@ -35,7 +36,6 @@ from ..experts_operands import Adapter
 from ..experts_quantized import QuantizedStack, stack_of
 from ..support.expert_parts import LocalPart, run_on_ranks
 from ..support.peft_support import ParamWrapper, get_pattern_key, note_shape, parallel_style_of, spread_ourselves
-from .options import ROUNDING, without_dropout
 from .parallel import (
     LATENT_PROJECTION,
     ShardedLinearLora,
@@ -56,7 +56,7 @@ class DirectLora(ParamWrapper):
         experts = base_layer.get_base_layer() if isinstance(base_layer, ParamWrapper) else base_layer
         if isinstance(stack := stack_of(experts, parameter_name), QuantizedStack):
             note_shape(getattr(experts, parameter_name), stack.shape)  # a copy of a model has lost it
-        super().__init__(base_layer, adapter_name, parameter_name, config=without_dropout(config), **kwargs)
+        super().__init__(base_layer, adapter_name, parameter_name, config=_without_dropout(config), **kwargs)
         self._set_dropout(adapter_name, config.lora_dropout)
 
     def prepare(self, target_name: str = "") -> None:
@@ -76,7 +76,7 @@ class DirectLora(ParamWrapper):
         spread_ourselves(self.get_base_layer())
         refuse_dropout(self.get_param(), config.lora_dropout, self.get_base_layer())
         own = hasattr(config, "experts")  # a plain LoraConfig with dropout is refused: it would be saved with it
-        super().update_layer(adapter_name, r, lora_alpha, config=without_dropout(config) if own else config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config) if own else config, **kwargs)
         self._set_dropout(adapter_name, config.lora_dropout)
         selection = getattr(config, "experts", None)
         layer = layer_of(kwargs.get("target_name", self.target_name))
@@ -125,14 +125,13 @@ class DirectLora(ParamWrapper):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            adapter_names = []
-        elif self.merged:
+            return []
+        if self.merged:
             if adapter_names is not None:
                 raise ValueError("adapter_names is not allowed while adapters are merged: call unmerge_adapter first.")
             return []
-        of_base = [ROUNDING] if isinstance(self.stack(), QuantizedStack) else []  # else nothing was rounded
-        wanted = self.active_adapters if adapter_names is None else adapter_names
-        return [name for name in dict.fromkeys((*of_base, *wanted)) if name in self.lora_A]
+        wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        return [name for name in wanted if name in self.lora_A]
 
 
 class ExpertLora(DirectLora):
@@ -190,10 +189,8 @@ class ExpertLora(DirectLora):
         if adapter_names is not None:
             backend, reason = "grouped", "the samples of the batch have adapters of their own"
         elif not all(layer.fusible(in_use[name]) for name, layer in layers.items()):
-            backend, reason = (
-                "grouped",
-                "several adapters at once have dropouts, or one has a module of its own for it",
-            )
+            backend = "grouped"
+            reason = "a dropout is an adapter's beside others or a correction, or is a module of its own"
         tell_backend(experts, hidden_states, backend, reason)
         if backend in FUSED_BACKENDS:
             adapters = [layers[name].combined(in_use[name], part) if name in layers else None for name in STACKS]
@@ -206,7 +203,7 @@ class ExpertLora(DirectLora):
         def project(name: str, rows: torch.Tensor, choices: GroupedChoices) -> torch.Tensor:
             output = grouped_linear(rows, stacks[name], choices)
             for adapter in in_use.get(name, ()):
-                if tokens_of is None or adapter == ROUNDING:
+                if tokens_of is None:
                     output.add_(layers[name].delta(adapter, rows, choices, part))
                 else:
                     own = tokens_of[adapter][choices.order // top_k].nonzero().squeeze(-1)
@@ -275,11 +272,12 @@ class ExpertLora(DirectLora):
     def fusible(self, adapters: list[str]) -> bool:
         """Tell whether the fused operator computes these adapters as one.
 
-        Several adapters must not have dropouts, because each draws its own.
+        Several must not have dropouts, because each draws its own; the correction of a quantised stack is one of them.
         """
         dropouts = [self.lora_dropout[name] for name in adapters]
         known = all(type(dropout) in (nn.Dropout, nn.Identity) for dropout in dropouts)
-        return known and (len(adapters) < 2 or not any(map(_probability, dropouts)))
+        alone = len(adapters) < 2 and getattr(self.stack(), "correction", None) is None
+        return known and (alone or not any(map(_probability, dropouts)))
 
     def combined(self, adapters: list[str], part: LocalPart | None = None) -> Adapter | None:
         """Sum some adapters, which must be [`fusible`], for the fused operator. Without any the result is `None`."""
@@ -420,6 +418,13 @@ def rank_and_alpha(config: LoraConfig, key: str) -> tuple[int, float]:
 def _probability(dropout: nn.Module) -> float:
     """Return the probability with which a dropout leaves out a number now."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _without_dropout(config: LoraConfig) -> LoraConfig:
+    """Copy a config without dropout for PEFT's ParamWrapper, which cannot apply dropout and therefore refuses it."""
+    plain = copy.copy(config)
+    plain.lora_dropout = 0.0
+    return plain
 
 
 def _tokens_of_adapters(

@@ -6,7 +6,6 @@ adapters go are applied here to the names that the config gets. PEFT would ignor
 refuse them when half of the model is wrapped. These are refused here, before. The table is in docs/lora.md.
 """
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -36,14 +35,12 @@ _REFUSED = {
         ("eva_config", "corda_config", "lora_ga_config"),
         "it serves a way to begin (init_lora_weights) that the experts do not have",
     ),
-    "loftq_config": "it would begin with what rounding took. add_rounding_adapter gives that back beside the adapter",
+    "loftq_config": "it would begin with what rounding took. correct_rounding gives that back beside the adapter",
     "megatron_config": "there are no layers of Megatron here",
     "target_parameters": "name experts by `projections` and `experts`, everything else by `target_modules`",
 }
 # The options that choose places beside the names themselves.
 PLACES = ("layers_to_transform", "layers_pattern", "exclude_modules")
-# The name of the adapter that gives back what rounding took from quantised experts: part of the base, always in use.
-ROUNDING = "rounding"
 _STARTS = (True, False, "gaussian")
 _BIASES = ("none", "all")
 
@@ -189,29 +186,21 @@ def check_copies(modules: Iterable[str], copies: Iterable[str], adapted: Iterabl
         ValueError: for such an entry. The message names it.
     """
     names, adapted = list(modules), list(adapted)
-    for one in copies:
-        found = [name for name in names if name.endswith(one)]
+    for copy in copies:
+        found = [name for name in names if name.endswith(copy)]
         if not found:
-            raise ValueError(f"modules_to_save: {one!r} is not allowed: no module of the model has that name.")
+            raise ValueError(f"modules_to_save: {copy!r} is not allowed: no module of the model has that name.")
         inside = next((name for name in adapted for module in found if f"{name}.".startswith(f"{module}.")), None)
         if inside is not None:
             raise ValueError(
-                f"modules_to_save: {one!r} is not allowed: a whole copy of it would be trained, and {inside}, which "
+                f"modules_to_save: {copy!r} is not allowed: a whole copy of it would be trained, and {inside}, which "
                 "lies in it, is adapted. Leave one of them out."
             )
-
-
-def without_dropout(config: LoraConfig) -> LoraConfig:
-    """Copy a config without dropout for PEFT's ParamWrapper, which cannot apply dropout and therefore refuses it."""
-    plain = copy.copy(config)
-    plain.lora_dropout = 0.0
-    return plain
 
 
 __all__ = [
     "OTHER_COMPUTATIONS",
     "PLACES",
-    "ROUNDING",
     "check_copies",
     "check_dropout",
     "check_exclusions",
@@ -220,5 +209,4 @@ __all__ = [
     "chosen_parameters",
     "completed_pattern",
     "excludes",
-    "without_dropout",
 ]

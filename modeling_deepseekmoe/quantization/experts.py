@@ -10,7 +10,15 @@ from torch import nn
 from ..checkpoint_layout import OF_QUANTISED, STACKS
 from ..conversion.matrix_formats import check_width
 from ..experts import IMPLEMENTATION, why_unsupported
-from ..experts_quantized import DTYPE_ATTRIBUTE, FORMAT_ATTRIBUTE, NESTED, SCALES, QuantizedStack, stack_of
+from ..experts_quantized import (
+    CORRECTION,
+    DTYPE_ATTRIBUTE,
+    FORMAT_ATTRIBUTE,
+    NESTED,
+    SCALES,
+    QuantizedStack,
+    stack_of,
+)
 from ..families.moe_layers import find_moe_layers, stacked_modules
 from ..support.peft_support import note_shape
 from ..transformers_support import experts_implementation_of
@@ -164,7 +172,7 @@ def dequantize_experts(experts: QuantizedExperts, dtype: torch.dtype) -> None:
         stack = stack_of(experts, name)
         assert isinstance(stack, QuantizedStack)
         experts.register_parameter(name, nn.Parameter(stack.to(dtype).decode(slice(None))))
-        for suffix in (SCALES, NESTED):
+        for suffix in (SCALES, NESTED, *CORRECTION):
             if hasattr(experts, name + suffix):
                 delattr(experts, name + suffix)
     delattr(experts, FORMAT_ATTRIBUTE)

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..checkpoint_layout import STACKS
 from ..conversion.block_fp8 import FP8, SCALE_SUFFIX
 from ..conversion.matrix_formats import SUFFIXES, Parts, decode, encode, kind_of, matrix_of, parts_of
-from ..experts_quantized import FORMAT_ATTRIBUTE, NESTED, SCALES, QuantizedStack, stack_of
+from ..experts_quantized import CORRECTION, FORMAT_ATTRIBUTE, NESTED, SCALES, QuantizedStack, stack_of
 from ..experts_workers import run_in_workers
 from ..transformers_support import (
     Concatenate,
@@ -29,6 +30,8 @@ from ..transformers_support import (
 )
 from .config import StackedExpertsConfig
 from .stacking import NewStack, StackFormat
+
+logger = logging.get_logger(__name__)
 
 _BESIDE = "_beside_codes"  # in the name of a tensor that no file has
 # Behind the name of a tensor whose name is the beginning of others'.
@@ -230,7 +233,7 @@ class WriteExperts(ReadExperts):
 
 
 def state_of(model: Any) -> dict[str, torch.Tensor]:
-    """Return the state of a model that transformers is to save.
+    """Return the state of a model that transformers is to save, without a correction of its experts.
 
     Raises:
         ValueError: if a part of a quantised stack is elsewhere, offloaded.
@@ -238,7 +241,11 @@ def state_of(model: Any) -> dict[str, torch.Tensor]:
     for name, module in model.named_modules():
         if hasattr(module, FORMAT_ATTRIBUTE) and any(p.is_meta for p in module.parameters(recurse=False)):
             raise ValueError(f"Saving is not allowed while quantised experts are offloaded, as {name} is.")
-    return model.state_dict()
+    state = model.state_dict()
+    plain = {name: tensor for name, tensor in state.items() if not name.endswith(CORRECTION)}
+    if len(plain) < len(state):
+        logger.warning("The correction of the experts is not in these files: save_correction(model, file) writes it.")
+    return plain
 
 
 class _WrittenWithCodes(WeightConverter):

@@ -86,12 +86,14 @@ def test_qlora_holds_quantised_experts(kind: str) -> None:
     assert (plan.tokens, plan.lora_rank) == (1024, 8)
 
 
-def test_the_adapter_against_rounding_is_counted() -> None:
-    (plan,) = plan_training("deepseek-moe-16b", method="qlora", rounding_rank=16, gpus=1, gpu_memory="80GB")
+def test_the_correction_of_experts_is_counted() -> None:
+    (plan,) = plan_training("deepseek-moe-16b", method="qlora", correction_rank=16, gpus=1, gpu_memory="80GB")
     experts = 27 * 64 * 16 * (2048 + 2 * 1408 + 1408 + 2048)
-    assert plan.parts["rounding adapter"] == 2 * experts  # bfloat16
-    with pytest.raises(ValueError, match="rounding_rank=0 is not allowed"):
-        plan_training("deepseek-moe-16b", method="qlora", rounding_rank=0, gpus=1, gpu_memory="80GB")
+    assert plan.parts["correction of the experts"] == 2 * experts  # bfloat16
+    with pytest.raises(ValueError, match="correction_rank=0 is not allowed"):
+        plan_training("deepseek-moe-16b", method="qlora", correction_rank=0, gpus=1, gpu_memory="80GB")
+    with pytest.raises(ValueError, match="correction_rank is not allowed with method='lora'"):
+        plan_training("deepseek-moe-16b", method="lora", correction_rank=8, gpus=1, gpu_memory="80GB")
 
 
 def test_qlora_on_a_cpu_and_over_several_ranks() -> None:

@@ -28,7 +28,7 @@ METHODS = {
     "full": ("--balance-rate", 0.01, "--accumulation", 2),
     "lora, packed": ("--packing", "--max-length", 160, "--dropout", 0.2),
     "full, of another family": (),
-    "qlora, rounding": ("--rank", 2, "--format", "fp8", "--rounding-rank", 4),
+    "qlora, corrected": ("--rank", 2, "--format", "fp8", "--correction-rank", 4),
 }
 TRAINED = {"lora": "adapter", "qlora": "adapter", "esft": "experts", "full": "model"}
 WITHOUT_PAGES = (

@@ -15,7 +15,7 @@ from tokenizers_of_tests import TEMPLATE, chat_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseekmoe import StackedExpertsConfig, load_esft, optimize_expert_lora
+from modeling_deepseekmoe import StackedExpertsConfig, load_correction, load_esft, optimize_expert_lora
 from modeling_deepseekmoe.finetuning import fitting, results
 from modeling_deepseekmoe.finetuning import run as runs
 from modeling_deepseekmoe.finetuning.build import trainer_settings
@@ -126,21 +126,20 @@ def test_qlora_trains_over_quantised_experts(place: Path) -> None:
 
 def test_qlora_gives_back_what_rounding_took(place: Path) -> None:
     checkpoint(place / "wide", biased=True, hidden_size=64, moe_intermediate_size=64)
-    options = ("--method", "qlora", "--rounding-rank", 64, *QUICK)
+    options = ("--method", "qlora", "--correction-rank", 64, *QUICK)
     code, output = run("finetune", "wide", "--data", "chat.jsonl", "--output", "out", *options)
     assert code == 0, output
     result = json.loads((place / "out" / "result.json").read_text())
     whole = AutoModelForCausalLM.from_pretrained(place / "wide").eval()
     assert result["before"]["perplexity"] == pytest.approx(perplexity_of(whole, held_out(place)), rel=1e-5)
     base = AutoModelForCausalLM.from_pretrained(place / "wide", quantization_config=StackedExpertsConfig(format="nf4"))
+    load_correction(base, place / "out" / "correction.safetensors")
     adapted = optimize_expert_lora(PeftModel.from_pretrained(base, place / "out" / "adapter"))
-    adapted.load_adapter(place / "out" / "adapter" / "rounding", "rounding")
     after = perplexity_of(adapted.eval(), held_out(place))
     assert result["after"]["perplexity"] == pytest.approx(after, rel=1e-5)
-    code, said = run(*shlex.split(result["next"][0])[1:], "--compare", "chat.txt", "--format", "nf4")
-    assert code != 0 and "chat.txt" in said
     (place / "chat.txt").write_text("What is a gate? It scores experts. " * 20)
-    code, said = run(*shlex.split(result["next"][0])[1:], "--compare", "chat.txt", "--format", "nf4")
+    compare = ("--compare", "chat.txt", "--format", "nf4", "--correction", "out/correction.safetensors")
+    code, said = run(*shlex.split(result["next"][0])[1:], *compare)
     figures = re.search(r"has a perplexity of ([\d.]+), merged into float32 ([\d.]+);", said)
     assert code == 0 and figures is not None, said
     assert float(figures[1]) == pytest.approx(float(figures[2]), rel=1e-3)  # it is made for these very weights
@@ -351,7 +350,7 @@ def test_folders_that_are_in_use(place: Path) -> None:
     "options",
     [
         ("--method", "lora", "--dropout", 0.1, "--epochs", 1.5, "--rank", 2),
-        ("--method", "qlora", "--max-steps", 3, "--format", "fp8", "--rounding-rank", 4),
+        ("--method", "qlora", "--max-steps", 3, "--format", "fp8", "--correction-rank", 4),
         ("--method", "esft", "--max-steps", 4, "--p", 0.3),
         ("--method", "full", "--packing", "--max-steps", 3, "--eval-data", "eval.jsonl", "--learning-rate", 0.001),
     ],
