@@ -15,7 +15,6 @@ __version__ = CODE_VERSION
 _LAZY = {
     "auxiliary_losses": (
         "communication_balance_loss",
-        "correct_rounding",
         "device_balance_loss",
         "expert_balance_loss",
         "max_violation",
@@ -113,6 +112,7 @@ __all__ = [
     "bias_step",
     "choose_experts",
     "communication_balance_loss",
+    "correct_rounding",
     "device_balance_loss",
     "expert_balance_loss",
     "expert_lora_config",

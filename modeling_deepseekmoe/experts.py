@@ -24,7 +24,7 @@ from transformers.utils import logging
 from .checkpoint_layout import STACKS
 from .experts_gating import SILU, Gating, gating_numbers
 from .experts_grouped import GroupedChoices, grouped_linear, run_grouped
-from .experts_operands import Adapter, ExpertOperands, apart
+from .experts_operands import Adapter, ExpertOperands
 from .experts_operator import run_operator
 from .experts_products import WIDEN_FROM, has_instructions
 from .experts_quantized import FORMAT_ATTRIBUTE, QuantizedStack, stack_of
@@ -132,9 +132,8 @@ def run_experts(
     if backend in FUSED_BACKENDS:
         if gating is None:
             raise ValueError(f"backend={backend!r} is not allowed: {_OTHER_GATING}. It must be 'grouped'.")
-        (gate_up, first), (down, second) = map(apart, (gate_up, down), adapters)
         operands = ExpertOperands(
-            hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down, gating, first, second
+            hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down, gating, *adapters
         )
         return run_operator(operands, "triton" if backend == "triton" else "eager").to(hidden_states.dtype)
     by_name = dict(zip(STACKS, (gate_up, down), strict=True))

@@ -51,6 +51,15 @@ class ExpertOperands(NamedTuple):
     gate_up_adapter: Adapter | None = None
     down_adapter: Adapter | None = None
 
+    def apart(self) -> "ExpertOperands":
+        """Take the corrections of quantised stacks out of them, and add them to the adapters beside them.
+
+        An adapter beside a corrected stack must have no dropout.
+        """
+        gate_up, first = _apart(self.gate_up, self.gate_up_adapter)
+        down, second = _apart(self.down, self.down_adapter)
+        return self._replace(gate_up=gate_up, down=down, gate_up_adapter=first, down_adapter=second)
+
     def differentiable(self) -> "ExpertGradients":
         """Collect what can have a gradient. Quantised stacks and the factors of an absent adapter are `None`."""
         stacks = [stack if isinstance(stack, torch.Tensor) else None for stack in (self.gate_up, self.down)]
@@ -86,13 +95,7 @@ def factors_of(*adapters: Adapter | None) -> list[torch.Tensor | None]:
     return [factor for adapter in adapters for factor in ((None, None) if adapter is None else adapter[:2])]
 
 
-def apart(stack: Any, adapter: Adapter | None) -> tuple[Any, Adapter | None]:
-    """Take the correction of a quantised stack out of it, and add it to the adapter beside it.
-
-    Args:
-        stack (`torch.Tensor` or [`QuantizedStack`]).
-        adapter: the adapter beside it, if there is one; without a dropout if the stack has a correction.
-    """
+def _apart(stack: Any, adapter: Adapter | None) -> tuple[Any, Adapter | None]:
     correction = getattr(stack, "correction", None)
     if correction is None:
         return stack, adapter
@@ -104,4 +107,4 @@ def apart(stack: Any, adapter: Adapter | None) -> tuple[Any, Adapter | None]:
     return replace(stack, correction=None), Adapter(factor_a, factor_b)
 
 
-__all__ = ["Adapter", "ExpertGradients", "ExpertOperands", "apart", "factors_of"]
+__all__ = ["Adapter", "ExpertGradients", "ExpertOperands", "factors_of"]

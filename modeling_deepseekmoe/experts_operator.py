@@ -121,6 +121,7 @@ def run_operator(operands: ExpertOperands, implementation: str) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape (T, D), in the dtype of `operands.hidden`.
     """
+    operands = operands.apart()
     # A trace is checked by a run without gradients, which must be the same.
     with_gradients = torch.is_grad_enabled() or torch.jit.is_tracing()
     differentiable = [tensor for tensor in operands.differentiable() if tensor is not None]

@@ -22,7 +22,7 @@ from ..esft.files import WEIGHTS_NAME as ESFT_WEIGHTS_NAME
 from ..experts_quantized import FORMATS
 from ..lora.model import optimize_expert_lora
 from ..quantization.config import StackedExpertsConfig
-from ..quantization.correction import load_correction
+from ..quantization.correction import correction_format, load_correction
 from ..support.folders import local_folder
 from ..support.models import evaluating
 
@@ -98,17 +98,24 @@ def compare_merged(
     return MergeComparison(tokens, own, kind, math.exp(adapted_loss), math.exp(merged_loss), same / tokens)
 
 
-def check_comparable(base: str | Path, adapter: str | Path, format: str | None = None) -> None:
+def check_comparable(
+    base: str | Path, adapter: str | Path, format: str | None = None, correction: str | Path | None = None
+) -> None:
     """Check what [`compare_merged`] is to compare, before anything is merged.
 
     Args:
-        base, adapter, format: as for it.
+        base, adapter, format, correction: as for it.
 
     Raises:
-        ValueError: if the format is none or not that of the base's files, or if the adapter is a folder of ESFT.
-        OSError: if a folder is missing.
+        ValueError: if the format is none or not that of the base's files, if the correction is of another one, or if
+            the adapter is a folder of ESFT.
+        OSError: if a folder or file is missing.
     """
-    _storage(base, format)
+    kind, _ = _storage(base, format)
+    if correction is not None and (corrected := correction_format(correction)) != kind:
+        raise ValueError(
+            f"correction: {correction} corrects experts in {corrected!r}, and those of the base are in {kind!r}."
+        )
     if (local_folder(adapter) / ESFT_WEIGHTS_NAME).is_file():
         raise ValueError(f"{adapter} is not allowed in a comparison on text: it holds experts, and no LoRA adapter.")
 

@@ -138,7 +138,7 @@ def plan_memory(
     if how.stored:
         parts[f"experts in {how.format}"] = round(how.stored * quantised) // shards
         if how.correction_rank is not None:
-            parts["correction of the experts"] = how.used * counted.lora_of_experts(how.correction_rank)
+            parts["correction of the experts"] = how.held * counted.lora_of_experts(how.correction_rank) // shards
     parts |= {
         "weights": how.held * (sizes.total - quantised) // shards,
         "trained beside them": 0 if how.trains_all else trained_bytes // 4 * trained,

@@ -69,7 +69,7 @@ def _batches(options: MergeOptions) -> list[Any]:
     from ..support.tokenization import load_tokenizer
 
     register(override_native=True)
-    check_comparable(options.base, options.adapter, options.format)
+    check_comparable(options.base, options.adapter, options.format, options.correction)
     return token_batches(
         read_texts(options.compare, column=options.column),
         load_tokenizer(options.base),

@@ -200,6 +200,10 @@ class FinetuneOptions:
             raise ValueError(
                 f"eval_steps={self.eval_steps!r} is not allowed with eval_share=0: nothing is left to evaluate on."
             )
+        if self.correction_rank is not None and self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout!r} is not allowed with correction_rank: without it the two are one product."
+            )
         if self.max_steps is not None and self.epochs != default["epochs"]:
             raise ValueError(f"epochs={self.epochs!r} is not allowed with max_steps={self.max_steps}: give one.")
         if self.method in ADAPTERS and not self.train_router and self.balance_rate != default["balance_rate"]:

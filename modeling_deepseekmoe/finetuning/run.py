@@ -154,7 +154,7 @@ def _decided(
         dtype=choose_dtype(options, machine),
         target_modules=targets,
     )
-    if options.correction_rank is not None:
+    if options.correction_rank is not None and Path(options.model).is_dir():  # else nothing is downloaded yet
         check_originals(shapes, options.model, options.format)
     if options.method in ADAPTERS:
         expert_lora_config(shapes, **lora_settings(options))  # its errors, before anything is loaded
@@ -218,9 +218,7 @@ def finetune(
     if selection is not None:
         selection.save(folder / SELECTION)
     if options.correction_rank is not None and not (folder / CORRECTION).is_file():
-        unfinished = folder / f"{CORRECTION}.unfinished"
-        save_correction(model, unfinished)
-        unfinished.replace(folder / CORRECTION)
+        save_correction(model, folder / CORRECTION)
     kept = _config_values(model)
     with folder.undone_by_errors():
         trainer = make_trainer(
@@ -309,6 +307,8 @@ def _finish(
         "after": after,
         "next": commands,
     }
+    if options.correction_rank is not None:
+        result["correction"] = str(folder / CORRECTION)
     write_whole(folder / RESULT, json.dumps(result, indent=2) + "\n")
     if not options.keep_checkpoints:
         folder.remove_checkpoints()
@@ -316,6 +316,8 @@ def _finish(
     for line in summary(before, after):
         echo(f"  {line}")
     echo(f"{path}: {size_of(size)}; routing reports in {folder / BEFORE} and {folder / AFTER}")
+    if options.correction_rank is not None:
+        echo(f"over experts in {options.format} load_correction(base, '{folder / CORRECTION}') comes first")
     echo("next:")
     for command in commands:
         echo(f"  {command}")

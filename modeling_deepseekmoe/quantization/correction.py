@@ -9,8 +9,10 @@ inputs are much larger than the others. The correction of a matrix is therefore 
 Shape letters: E experts, D hidden, I expert width, R rank of the correction.
 """
 
-import hashlib
+import contextlib
+import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from modeling_deepseekmoe.conversion.description import fp8_block, read_config
 
 from ..checkpoint_layout import STACKS
 from ..experts import refuse_offloaded
-from ..experts_quantized import CORRECTION, FORMAT_ATTRIBUTE, QuantizedStack, stack_of
+from ..experts_quantized import CORRECTION, FORMAT_ATTRIBUTE, FORMATS, QuantizedStack, stack_of
 from ..families.moe_layers import MoeLayer, find_moe_layers, stacked_modules
 from ..support.folders import local_folder, opened
 from ..support.models import evaluating, is_sharded
@@ -34,7 +36,13 @@ from .experts import QuantizedExperts
 _OVERSAMPLED, _ITERATIONS = 8, 4  # of the randomised decomposition, arXiv 0909.4061
 _ROWS_OF_ALL = 32  # of all experts' inputs that count with those of each: few rows say little
 _SMALLEST = 1e-3  # of the mean: a channel that was hardly used is not blown up
-_MOST = 0.5  # of a matrix, that rounding may have changed: four bits change 0.1
+_MOST = {
+    "fp8": 0.1,
+    "nf4": 0.2,
+    "mxfp4": 0.3,
+}  # of a matrix, by the norm, that rounding changes: it changes a half of it
+_SAME = 1e-2  # of sums over an expert's weights: another kernel rounds a few of them to the other side
+_STORED = (*CORRECTION, "_sketch")
 Factors = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -74,7 +82,8 @@ def correct_rounding(
 
     Raises:
         ValueError: if no experts are quantised, if they are corrected already, if the checkpoint has them in the same
-            format, under other names or with other values, if there are no tokens, or if ranks share the model.
+            format, under other names or with other weights (not of a near relative, whose difference it would give
+            back too), if there are no tokens, if ESFT is prepared, or if ranks share the model.
         OSError: if there is no such checkpoint.
     """
     if r < 1:
@@ -110,7 +119,7 @@ def check_originals(model: nn.Module, checkpoint: str | Path, kind: str) -> None
 
 
 def save_correction(model: nn.Module, file: str | Path) -> None:
-    """Write the correction of a model's quantised experts into a safetensors file.
+    """Write the correction of a model's quantised experts into a safetensors file, at once or not at all.
 
     Raises:
         ValueError: if there is none, or if ranks share the model.
@@ -121,36 +130,74 @@ def save_correction(model: nn.Module, file: str | Path) -> None:
         for name in STACKS:
             if (correction := one.stack(name).correction) is None:
                 raise ValueError("model is not allowed: its experts have no correction. Call correct_rounding first.")
+            parts = (*correction, _sketch(one.stack(name)))
             tensors |= {
-                f"{one.name}.{name}{end}": factor.detach().contiguous()
-                for end, factor in zip(CORRECTION, correction, strict=True)
+                f"{one.name}.{name}{end}": part.detach().contiguous().cpu()
+                for end, part in zip(_STORED, parts, strict=True)
             }
-    save_file(tensors, file, metadata=_belongs_to(found))
+    file = Path(file)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.unfinished")
+    save_file(tensors, unfinished, metadata={"format": getattr(found[0].module, FORMAT_ATTRIBUTE)})
+    unfinished.replace(file)
+
+
+def correction_format(file: str | Path) -> str:
+    """Read which format the experts have that a file of [`save_correction`] belongs to.
+
+    Raises:
+        ValueError: if it is no such file.
+        OSError: if there is no such file.
+    """
+    with opened(file) as content:
+        kind = (content.metadata() or {}).get("format")
+    if kind not in FORMATS:
+        raise ValueError(f"File {file} is not allowed as a correction: save_correction has not written it.")
+    return kind
 
 
 def load_correction(model: nn.Module, file: str | Path) -> None:
     """Give a model's quantised experts the correction that [`save_correction`] wrote.
 
     Raises:
-        ValueError: if the file belongs to experts in another format or of other weights, if the model's are corrected
-            already, or if ranks share the model.
+        ValueError: if the file belongs to experts in another format, of other layers or with other weights, if the
+            model's are corrected already, or if ranks share the model.
         OSError: if there is no such file.
     """
-    found = _uncorrected(model)
+    found, kind = _uncorrected(model), correction_format(file)
+    own = getattr(found[0].module, FORMAT_ATTRIBUTE)
+    if own != kind:
+        raise ValueError(
+            f"File {file} is not allowed: it corrects experts in {kind!r}, and the model's are in {own!r}."
+        )
+    factors: dict[str, Factors] = {}
     with opened(file) as content:
-        stored, now = content.metadata() or {}, _belongs_to(found)
-        for name, value in now.items():
-            if stored.get(name) != value:
-                raise ValueError(
-                    f"File {file} is not allowed: it corrects experts with {name}={stored.get(name)}, and the "
-                    f"model's have {name}={value}."
-                )
-        factors: dict[str, Factors] = {}
+        stored = {name.rpartition(".")[0] for name in list(content.keys())}
+        if stored != {one.name for one in found}:
+            differ = min(stored ^ {one.name for one in found})
+            raise ValueError(
+                f"File {file} is not allowed: it and the model do not correct the same layers ({differ})."
+            )
         for one in found:
             for name in STACKS:
-                first, second = (content.get_tensor(f"{one.name}.{name}{end}") for end in CORRECTION)
+                first, second, sketch = (content.get_tensor(f"{one.name}.{name}{end}") for end in _STORED)
+                own_sketch = _sketch(one.stack(name)).cpu()
+                if not (own_sketch - sketch).norm() <= _SAME * sketch.norm():
+                    raise ValueError(f"File {file} is not allowed: it corrects other weights than {one.name}.{name}.")
                 factors[f"{one.name}.{name}"] = first, second
     _install(found, factors)
+
+
+def _sketch(stack: QuantizedStack) -> torch.Tensor:
+    """Compute a number (E,) of each expert's rounded weights: their sum with random signs of rows and columns."""
+    _, rows, columns = stack.shape
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        (2.0 * torch.randint(2, (size,), generator=generator) - 1).to(stack.device) for size in (rows, columns)
+    )
+    plain = replace(stack, dtype=torch.float32, correction=None)
+    return torch.stack([
+        left @ (plain.decode(slice(expert, expert + 1))[0] @ right) for expert in range(len(stack))
+    ])  # fmt: skip
 
 
 def _quantised(model: nn.Module) -> list[_Experts]:
@@ -177,22 +224,13 @@ def _quantised(model: nn.Module) -> list[_Experts]:
 def _uncorrected(model: nn.Module) -> list[_Experts]:
     """Find the modules of quantised experts, which must have no correction."""
     found = _quantised(model)
+    if any(hasattr(one.module, "selected_ids") for one in found):
+        raise ValueError(
+            "model is not allowed: some of its experts are trained apart. Correct it before prepare_esft."
+        )
     if any(one.stack(stack).correction is not None for one in found for stack in STACKS):
         raise ValueError("model is not allowed: its experts are corrected already.")
     return found
-
-
-def _belongs_to(found: list[_Experts]) -> dict[str, str]:
-    """Describe the rounded experts: their format, their layers, and a digest of a part of their codes."""
-    digest = hashlib.sha256()
-    for one in found:
-        for name in STACKS:
-            digest.update(one.stack(name).codes[0].cpu().numpy().tobytes())
-    return {
-        "format": getattr(found[0].module, FORMAT_ATTRIBUTE),
-        "layers": ",".join(str(one.layer.index) for one in found),
-        "codes": digest.hexdigest()[:16],
-    }
 
 
 def _install(found: list[_Experts], factors: Mapping[str, Factors]) -> None:
@@ -250,37 +288,40 @@ def _factors_of(one: _Experts, name: str, originals: _Originals, scales: torch.T
     number, rows, columns = stack.shape
     factor_a = torch.zeros(number, r, columns, dtype=stack.dtype, device=stack.device)
     factor_b = torch.zeros(number, rows, r, dtype=stack.dtype, device=stack.device)
-    gpus = [stack.device] if stack.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(one.layer.index)
-        for expert in range(number):
-            original = originals.read(one.name, expert, name).to(stack.device)
-            error = original - stack.to(torch.float32).decode(slice(expert, expert + 1))[0]
-            if not error.norm() <= _MOST * original.norm():
-                raise ValueError(
-                    f"checkpoint={originals.name!r} is not allowed: {name} of {one.name}.{expert} is off by "
-                    f"{float(error.norm() / original.norm()):.0%}, so that the model's was made of other weights."
-                )
-            factor_b[expert], factor_a[expert] = low_rank(error, scales[expert], r)
+    for expert in range(number):
+        original = originals.read(one.name, expert, name).to(stack.device)
+        error = original - stack.to(torch.float32).decode(slice(expert, expert + 1))[0]
+        if not error.norm() <= _MOST[stack.format] * original.norm():
+            raise ValueError(
+                f"checkpoint={originals.name!r} is not allowed: {name} of {one.name}.{expert} is off by "
+                f"{float(error.norm() / original.norm()):.0%}, so that the model's was made of other weights."
+            )
+        factor_b[expert], factor_a[expert] = low_rank(error, scales[expert], r)
     return factor_a, factor_b
 
 
 def low_rank(error: torch.Tensor, scales: torch.Tensor, r: int) -> Factors:
     """Find B (out, R) and A (R, in) that make (error - B A) diag(scales) the smallest, by its norm.
 
+    They come from a randomised decomposition (arXiv 0909.4061, algorithms 4.4 and 5.1) with numbers of its own.
+
     Args:
         error (`torch.FloatTensor` of shape (out, in)).
         scales (`torch.FloatTensor` of shape (in,)): root mean squares of the inputs, above 0.
         r: R. Where a side is shorter, the other columns of B and rows of A are zero.
     """
-    wanted = min(r, *error.shape)
-    left, values, right = torch.svd_lowrank(
-        error * scales, q=min(wanted + _OVERSAMPLED, *error.shape), niter=_ITERATIONS
-    )
+    wanted, weighted = min(r, *error.shape), error * scales
+    generator = torch.Generator(error.device).manual_seed(0)
+    width = min(wanted + _OVERSAMPLED, *error.shape)
+    start = torch.randn(error.shape[1], width, generator=generator, device=error.device)
+    basis = torch.linalg.qr(weighted @ start).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(weighted @ torch.linalg.qr(weighted.t() @ basis).Q).Q
+    left, values, right = torch.linalg.svd(basis.t() @ weighted, full_matrices=False)
     roots = values[:wanted].sqrt()
     factor_b, factor_a = error.new_zeros(len(error), r), error.new_zeros(r, error.shape[1])
-    factor_b[:, :wanted] = left[:, :wanted] * roots
-    factor_a[:wanted] = (right[:, :wanted] * roots).t() / scales
+    factor_b[:, :wanted] = (basis @ left[:, :wanted]) * roots
+    factor_a[:wanted] = roots.unsqueeze(1) * right[:wanted] / scales
     return factor_b, factor_a
 
 
@@ -326,12 +367,13 @@ class _Inputs:
 def _measure_inputs(
     model: nn.Module, found: list[_Experts], batches: Iterable[torch.Tensor]
 ) -> list[dict[str, torch.Tensor]]:
-    """Run the model as it is, and measure what the experts are given."""
+    """Run the model without adapters, and measure what the experts are given."""
     seen = [_Inputs(one) for one in found]
     handles = [one.one.layer.experts.register_forward_pre_hook(one.see, with_kwargs=True) for one in seen]
     tokens, decoder = 0, getattr(model, "get_base_model", lambda: model)().base_model  # no head: no logits
     try:
-        with evaluating(model):
+        without = getattr(model, "disable_adapter", contextlib.nullcontext)
+        with evaluating(model), without():
             for batch in batches:
                 decoder(input_ids=batch.to(decoder.device), use_cache=False)
                 tokens += batch.numel()
@@ -343,4 +385,11 @@ def _measure_inputs(
     return [one.scales() for one in seen]
 
 
-__all__ = ["check_originals", "correct_rounding", "load_correction", "low_rank", "save_correction"]
+__all__ = [
+    "check_originals",
+    "correct_rounding",
+    "correction_format",
+    "load_correction",
+    "low_rank",
+    "save_correction",
+]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from paths import ROOT
 
+import modeling_deepseekmoe
+
 NAME = "modeling_deepseekmoe"
 # From below. What lies flat in the package is the core; a folder is a layer of its own.
 LAYERS = ("core", "support", "families", "configuration", "balancing", "esft", "lora", "sharding", "conversion",
@@ -51,6 +53,12 @@ def test_imports_point_downwards() -> None:
             assert other, f"{name} imports the root of the package"
             higher = LAYERS.index(layer_of(other)) > LAYERS.index(layer_of(name))
             assert not higher, f"{name} ({layer_of(name)}) imports {other} ({layer_of(other)}), which lies above it"
+
+
+def test_every_public_name_has_one_place() -> None:
+    names = [name for own in modeling_deepseekmoe._LAZY.values() for name in own]
+    assert len(names) == len(set(names))
+    assert set(names) <= set(modeling_deepseekmoe.__all__)
 
 
 def test_imports_have_no_circle() -> None:

@@ -19,6 +19,7 @@ from modeling_deepseekmoe import (
     prepare_esft,
     save_correction,
 )
+from modeling_deepseekmoe.experts import run_experts
 from modeling_deepseekmoe.quantization.correction import _Inputs, low_rank
 
 RANKS = 192  # of the widest matrix: everything is given back
@@ -136,10 +137,40 @@ def test_adapters_are_trained_beside_it(before: bool, dropout: float, folder: Pa
         assert error(logits(adapted), logits(reference)) < SAME_COMPUTATION
 
 
+def test_it_is_in_use_everywhere(folder: Path) -> None:
+    """Compiled, recomputed, generating, in grouped products; and it leaves random numbers alone."""
+    torch.manual_seed(7)
+    expected_numbers = torch.rand(3)
+    model = load(folder, FOUR_BITS)
+    torch.manual_seed(7)
+    correct_rounding(model, folder, [IDS], r=8)
+    assert torch.equal(torch.rand(3), expected_numbers)
+    plain, experts = corrected(folder).dequantize(torch.float32), model.model.layers[1].mlp.experts
+    hidden, ids = torch.randn(6, 192), torch.rand(6, 8).topk(3).indices
+    weights = torch.rand(6, 3)
+    wanted = plain.model.layers[1].mlp.experts(hidden, ids, weights).detach()
+    for backend in ("loop", "grouped"):
+        assert error(run_experts(experts, hidden, ids, weights, backend=backend).detach(), wanted) < SAME_COMPUTATION
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    assert error(compiled(hidden, ids, weights).detach(), wanted) < SAME_COMPUTATION
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(IDS, **options), plain.generate(IDS, **options))
+    gradients = []
+    for one in (model, plain):
+        one.gradient_checkpointing_enable({"use_reentrant": False})
+        one.train()(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append(one.model.embed_tokens.weight.grad)
+    assert error(*gradients) < 1e-4
+
+
 def test_experts_of_esft_begin_with_it(folder: Path) -> None:
     model = corrected(folder, r=RANKS)
     prepare_esft(model, {1: [0, 3], 2: [1]})
     assert error(logits(model), logits(base())) < 1e-4
+    rounded = load(folder, FOUR_BITS)
+    prepare_esft(rounded, {1: [0, 3], 2: [1]})
+    with pytest.raises(ValueError, match="Correct it before prepare_esft"):
+        correct_rounding(rounded, folder, [IDS])
 
 
 def test_it_is_saved_and_loaded_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,27 +187,31 @@ def test_it_is_saved_and_loaded_again(folder: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="its experts are corrected already"):
         load_correction(again, file)
     other = "fp8" if FOUR_BITS != "fp8" else "mxfp4"
-    with pytest.raises(ValueError, match=f"with format={FOUR_BITS}, and the model's have format={other}"):
+    with pytest.raises(ValueError, match=f"it corrects experts in '{FOUR_BITS}', and the model's are in '{other}'"):
         load_correction(load(folder, other), file)
-    with pytest.raises(ValueError, match="with layers=1,2, and the model's have layers=2"):
+    with pytest.raises(ValueError, match=r"do not correct the same layers \(model.layers.1.mlp.experts\)"):
         load_correction(load(folder, FOUR_BITS, skip_layers=[1]), file)
     torch.manual_seed(1)
     stranger = base()
     with torch.no_grad():
-        stranger.model.layers[1].mlp.experts.gate_up_proj.mul_(-1)
+        stranger.model.layers[1].mlp.experts.gate_up_proj[5].mul_(2)
     stranger.save_pretrained(tmp_path / "stranger")
-    with pytest.raises(ValueError, match=r"with codes=.*, and the model's have codes="):
+    with pytest.raises(ValueError, match=r"other weights than model.layers.1.mlp.experts.gate_up_proj"):
         load_correction(load(tmp_path / "stranger", FOUR_BITS), file)
+    other_file = tmp_path / "whole" / "model.safetensors"
+    with pytest.raises(ValueError, match="save_correction has not written it"):
+        load_correction(load(folder, FOUR_BITS), other_file)
     with pytest.raises(ValueError, match="its experts have no correction"):
         save_correction(load(folder, FOUR_BITS), tmp_path / "none.safetensors")
-    assert not (tmp_path / "none.safetensors").exists()
+    assert not list(tmp_path.glob("none*")) and not list(tmp_path.glob("*.unfinished"))
 
 
 def test_it_has_the_dtype_of_the_products(folder: Path, tmp_path: Path) -> None:
     model = load(folder, FOUR_BITS, torch.bfloat16)
     correct_rounding(model, folder, [IDS], r=4)
     save_correction(model, tmp_path / "correction.safetensors")
-    assert {one.dtype for one in load_file(tmp_path / "correction.safetensors").values()} == {torch.bfloat16}
+    stored = load_file(tmp_path / "correction.safetensors")
+    assert {one.dtype for name, one in stored.items() if "_correction_" in name} == {torch.bfloat16}
     rounded = error(logits(load(folder, FOUR_BITS, torch.bfloat16)), logits(base()))
     correct = load(folder, FOUR_BITS, torch.bfloat16)
     correct_rounding(correct, folder, [IDS], r=RANKS)

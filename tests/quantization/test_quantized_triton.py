@@ -282,3 +282,21 @@ def test_the_operator_without_gradients_and_tokens() -> None:
                               weights=operands.weights[:0]), "triton",
         )  # fmt: skip
     assert output.isfinite().all() and none.shape == (0, 24)
+
+
+@pytest.mark.parametrize("kind", ["nf4", *IN_PRODUCTS])
+@pytest.mark.parametrize("rank", [0, RANK])
+def test_a_correction_is_beside_the_adapters(kind: str, rank: int) -> None:
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    inputs = inputs_of(kind, 64, 64, 5, FLOAT32, rank)
+    stacks = {}
+    for name in ("gate_up", "down"):
+        stack = getattr(inputs.operands, name)
+        factors = torch.randn(EXPERTS, 2, stack.shape[2]) / 8, torch.randn(EXPERTS, stack.shape[1], 2)
+        stacks[name] = replace(stack, correction=factors)
+    corrected = replace(inputs, operands=inputs.operands._replace(**stacks))
+    wanted = corrected.decoded().results("eager")
+    for implementation in ("eager", "triton"):
+        check(corrected.results(implementation), wanted, FLOAT32)
+    assert (wanted[0] - inputs.results("eager")[0]).norm() > 0.1 * wanted[0].norm()
