@@ -126,19 +126,21 @@ def test_qlora_trains_over_quantised_experts(place: Path) -> None:
 
 def test_qlora_gives_back_what_rounding_took(place: Path) -> None:
     checkpoint(place / "wide", biased=True, hidden_size=64, moe_intermediate_size=64)
-    options = ("--method", "qlora", "--correction-rank", 64, *QUICK)
+    options = ("--method", "qlora", "--format", "mxfp4", "--correction-rank", 64, *QUICK)
     code, output = run("finetune", "wide", "--data", "chat.jsonl", "--output", "out", *options)
     assert code == 0, output
     result = json.loads((place / "out" / "result.json").read_text())
     whole = AutoModelForCausalLM.from_pretrained(place / "wide").eval()
     assert result["before"]["perplexity"] == pytest.approx(perplexity_of(whole, held_out(place)), rel=1e-5)
-    base = AutoModelForCausalLM.from_pretrained(place / "wide", quantization_config=StackedExpertsConfig(format="nf4"))
+    base = AutoModelForCausalLM.from_pretrained(
+        place / "wide", quantization_config=StackedExpertsConfig(format="mxfp4")
+    )
     load_correction(base, place / "out" / "correction.safetensors")
     adapted = optimize_expert_lora(PeftModel.from_pretrained(base, place / "out" / "adapter"))
     after = perplexity_of(adapted.eval(), held_out(place))
     assert result["after"]["perplexity"] == pytest.approx(after, rel=1e-5)
     (place / "chat.txt").write_text("What is a gate? It scores experts. " * 20)
-    compare = ("--compare", "chat.txt", "--format", "nf4", "--correction", "out/correction.safetensors")
+    compare = ("--compare", "chat.txt", "--format", "mxfp4", "--correction", "out/correction.safetensors")
     code, said = run(*shlex.split(result["next"][0])[1:], *compare)
     figures = re.search(r"has a perplexity of ([\d.]+), merged into float32 ([\d.]+);", said)
     assert code == 0 and figures is not None, said
