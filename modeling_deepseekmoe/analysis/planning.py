@@ -133,12 +133,7 @@ def plan_memory(
     elif how.method == "esft":
         trained = round(how.esft_share * sizes.routed)
     copies = shards if how.trains_all else 1  # what is trained beside the base lies on every rank
-    parts = {}
-    quantised = sizes.routed if how.stored else 0
-    if how.stored:
-        parts[f"experts in {how.format}"] = round(how.stored * quantised) // shards
-        if how.correction_rank is not None:
-            parts["correction of the experts"] = how.held * counted.lora_of_experts(how.correction_rank) // shards
+    parts, quantised = _quantised_parts(sizes, counted, how, shards), sizes.routed if how.stored else 0
     parts |= {
         "weights": how.held * (sizes.total - quantised) // shards,
         "trained beside them": 0 if how.trains_all else trained_bytes // 4 * trained,
@@ -153,10 +148,7 @@ def plan_memory(
     parts["gathered layers"] = _gathered(sizes, layout, how)
     if how.stored:
         parts["decoded experts"] = WORKSPACE if how.cuda else PIECE
-    parts["activations"] = _activations(Activations.of(counted), how)
-    if how.correction_rank is not None:  # its factors are put together with the adapters', for each layer
-        joined = how.used * counted.lora_of_experts(how.lora_rank + how.correction_rank)
-        parts["activations"] += joined // len(counted.layers) if how.checkpointing else joined
+    parts["activations"] = _activations(Activations.of(counted), how) + _joined_factors(counted, how)
     if how.held_dtype != how.compute and shards == 1:  # autocast's copies, of one layer where layers are recomputed
         copied = how.used * (sizes.total - quantised)
         of_routed = 0 if how.stored else how.used
@@ -167,6 +159,24 @@ def plan_memory(
     sent = _sent(counted, sizes, layout, reduced, how)
     rank = how.lora_rank if how.method in WITH_ADAPTERS else None
     return MemoryPlan(layout, sizes.total, trained, parts, host, sent, how.tokens, rank)
+
+
+def _quantised_parts(sizes: _Sizes, counted: CountedModel, how: Training, shards: int) -> dict[str, int]:
+    """Count the bytes of quantised experts, and of their correction."""
+    parts = {}
+    if how.stored:
+        parts[f"experts in {how.format}"] = round(how.stored * sizes.routed) // shards
+    if how.correction_rank is not None:
+        parts["correction of the experts"] = how.held * counted.lora_of_experts(how.correction_rank) // shards
+    return parts
+
+
+def _joined_factors(counted: CountedModel, how: Training) -> int:
+    """Count the bytes of a correction's factors, put together with the adapters', for each layer that is kept."""
+    if how.correction_rank is None:
+        return 0
+    joined = how.used * counted.lora_of_experts(how.lora_rank + how.correction_rank)
+    return joined // len(counted.layers) if how.checkpointing else joined
 
 
 def _gathered(sizes: _Sizes, layout: Layout, how: Training) -> int:

@@ -235,6 +235,7 @@ def test_trainer_refuses_a_model_of_which_nothing_is_trained(folder: Path, tmp_p
         Trainer(load(folder, "mxfp4"), arguments(tmp_path))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(folder: Path, tmp_path: Path) -> None:
     """Ranks with rows of their own, under DDP and FSDP2, have the gradients of one process with all rows."""
     check(str(ROOT / "tests" / "scripts" / "quantized_training.py"), folder, tmp_path / "found.pt", ranks=2)
