@@ -314,6 +314,7 @@ push.upload(plan.plan_push(sys.argv[2], "alice/old", facts=CardFacts(license="mi
 """
 
 
+@pytest.mark.slow
 def test_a_repository_of_0_8_0_becomes_right_by_its_code_alone(published: Published) -> None:
     """Its code knows one name of the cache alone. One commit brings this version's, and nothing else."""
     with ZipFile(DATA / "code-0.8.0.zip") as archive:

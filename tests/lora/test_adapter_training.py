@@ -65,7 +65,8 @@ def test_a_trainer_run_with_dropout_resumes_bit_for_bit(
 
 
 # ------------------------------------------------------------------------------------------------------- two processes
-@pytest.mark.parametrize(("what", "how"), [("lora", "ddp"), ("lora", "fsdp2"), ("esft", "ddp"), ("esft", "fsdp2")])
+@pytest.mark.parametrize("what", ["lora", "esft"])
+@pytest.mark.parametrize("how", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(what: str, how: str, tmp_path: Path) -> None:
     for part in ("one", "two"):
         (tmp_path / part).mkdir()
