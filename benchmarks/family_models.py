@@ -22,7 +22,8 @@ STACKED, UNSTACKED = (
 )
 LAYERS = 4
 SIZES: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
+    "vocab_size": 128, "unpadded_vocab_size": 128,
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
     "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8,
     "num_experts_per_tok": 3, "moe_topk": 3, "top_k_experts": 3, "moe_k": 3, "num_experts_per_token": 3,

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..checkpoint_layout import OF_QUANTISED, STACKS
 from ..conversion.matrix_formats import check_width
-from ..experts import IMPLEMENTATION, why_unsupported
+from ..experts import IMPLEMENTATION, experts_forward, why_unsupported
 from ..experts_quantized import (
     CORRECTION,
     DTYPE_ATTRIBUTE,
@@ -37,16 +37,18 @@ class QuantizedExperts(nn.Module):
         """
         if torch.onnx.is_in_onnx_export():
             raise ValueError("An export to ONNX is not allowed for quantised experts: call model.dequantize() first.")
+        if hasattr(self, "parametrizations"):
+            raise ValueError(
+                "Adapters that PEFT merges in every forward pass are not allowed on quantised experts: call "
+                "optimize_expert_lora(model), or make the adapter with expert_lora_config(model)."
+            )
+        if not hasattr(self, "config"):  # its class has one way to compute, which reads the stacks (Step-3.7)
+            return experts_forward(self, *args, **kwargs)
         implementation = experts_implementation_of(self.config)
         if implementation != IMPLEMENTATION:
             raise ValueError(
                 f"experts_implementation={implementation!r} is not allowed for quantised experts: it must be "
                 f"{IMPLEMENTATION!r}."
-            )
-        if hasattr(self, "parametrizations"):
-            raise ValueError(
-                "Adapters that PEFT merges in every forward pass are not allowed on quantised experts: call "
-                "optimize_expert_lora(model), or make the adapter with expert_lora_config(model)."
             )
         return super().forward(*args, **kwargs)
 

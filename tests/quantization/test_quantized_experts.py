@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_models import families, tiny_model
 from lora_cases import LargestTensor
 from peft import get_peft_model
 from quantized_models import IDS, KINDS, decoded, load, quantized_modules, write
 from torch import nn
 
-from modeling_deepseekmoe import expert_lora_config
+from modeling_deepseekmoe import StackedExpertsConfig, expert_lora_config
 from modeling_deepseekmoe.experts import choose_backend, run_experts
 from modeling_deepseekmoe.experts_operands import Adapter
 from modeling_deepseekmoe.experts_quantized import QuantizedStack, stack_of
@@ -182,3 +183,18 @@ def test_casting_a_model_leaves_the_codes_alone(pair: tuple[nn.Module, nn.Module
     cast = copy.deepcopy(pair[0]).to(torch.bfloat16).to(torch.float32)
     for (name, found), wanted in zip(cast.named_parameters(), pair[0].parameters(), strict=True):
         assert torch.equal(found, wanted), name
+
+
+def test_experts_that_are_not_exchangeable(tmp_path: Path) -> None:
+    """Those of Step-3.7 have no config that would name an implementation: their class reads the stacks by itself."""
+    if "step3p7" not in families():
+        pytest.skip("this version of transformers has no Step-3.7")
+    torch.manual_seed(0)
+    tiny_model("step3p7").save_pretrained(tmp_path)
+    options = {"dtype": torch.float32, "quantization_config": StackedExpertsConfig("fp8")}
+    model = type(tiny_model("step3p7")).from_pretrained(tmp_path, **options).eval()
+    ids = torch.randint(3, 100, (2, 9))
+    with torch.no_grad():
+        found = model(input_ids=ids, use_cache=False).logits
+        wanted = model.dequantize(torch.float32)(input_ids=ids, use_cache=False).logits
+    assert_near(found, wanted)
