@@ -69,7 +69,7 @@ class Own:
         def without_records(decoder: DeepseekMoeModel, *args: Any) -> RoutingContext:
             return context(decoder, *args)._replace(record=False)
 
-        method = without_records if way == "nothing" else context
+        method = without_records if way == "nothing" else context  # replaced on purpose, which types do not allow
         DeepseekMoeModel._routing_context = method  # type: ignore[method-assign, assignment]
         self.model.model.router_load.measure_entropy = way == "balancing"
 

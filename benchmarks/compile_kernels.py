@@ -153,31 +153,37 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def meta_stack(kind: str, projections: int, *shape: int) -> torch.Tensor | QuantizedStack:
-    """Make a stack (E, out, in) that is nowhere: in bfloat16, or quantised in a format that products decode."""
+def meta_stack(kind: str, projections: int, dtype: torch.dtype, *shape: int) -> torch.Tensor | QuantizedStack:
+    """Make a stack (E, out, in) that is nowhere: in a dtype, or quantised in a format that products decode."""
     experts, rows, columns = shape
     if not kind:
-        return meta(*shape)
+        return meta(*shape, dtype=dtype)
     codes = meta(experts, rows, columns if kind == "fp8" else columns // 2, dtype=torch.uint8)
     if kind == "fp8":
         blocks = (-(-size // FP8_BLOCK) for size in (rows // projections, columns))
         scales = meta(experts, projections, *blocks, dtype=torch.float32)
     else:
         scales = meta(experts, rows, columns // MXFP4_BLOCK, dtype=torch.uint8)
-    return QuantizedStack(kind, codes, scales, None, torch.bfloat16)
+    return QuantizedStack(kind, codes, scales, None, dtype)
 
 
 def operands_of(
-    layer: tuple[int, ...], dtype: torch.dtype, rank: int, dropout: float, gating: Gating = SILU
+    layer: tuple[int, ...], dtype: torch.dtype, rank: int, dropout: float, gating: Gating = SILU, kind: str = ""
 ) -> tuple[ExpertOperands, tuple[torch.Tensor, torch.Tensor]]:
-    """Make the operands of a layer (experts, top-k, hidden, width, tokens), and the order of its choices, nowhere."""
+    """Make the operands of a layer (experts, top-k, hidden, width, tokens), and the order of its choices, nowhere.
+
+    Its stacks are in the dtype, or in the format `kind`.
+    """
     experts, top_k, hidden, width, tokens = layer
     adapters = [
         Adapter(meta(experts, rank, inside, dtype=dtype), meta(outside, rank, experts, dtype=dtype).permute(2, 0, 1),
                 0.5, dropout, meta(dtype=torch.int64)) if rank else None
         for outside, inside in ((2 * width, hidden), (hidden, width))
     ]  # fmt: skip
-    stacks = meta(experts, 2 * width, hidden, dtype=dtype), meta(experts, hidden, width, dtype=dtype)
+    stacks = (
+        meta_stack(kind, 2, dtype, experts, 2 * width, hidden),
+        meta_stack(kind, 1, dtype, experts, hidden, width),
+    )
     ids, weights = meta(tokens, top_k, dtype=torch.int64), meta(tokens, top_k, dtype=torch.float32)
     operands = ExpertOperands(meta(tokens, hidden, dtype=dtype), ids, weights, *stacks, gating, *adapters)
     return operands, (meta(tokens * top_k, dtype=torch.int32), meta(experts + 1, dtype=torch.int32))
@@ -192,13 +198,9 @@ def launches_of_layer(target: str, layer: Layer, gating: Gating = SILU, kind: st
         gating: its activation.
         kind: the format of its stacks; they are frozen then.
     """
-    num_experts, _, hidden, width, tokens, rank = layer
+    *_, tokens, rank = layer
     launches: dict[Launch, None] = {}
-    operands, order = operands_of(layer[:5], torch.bfloat16, rank, 0.1, gating)
-    operands = operands._replace(
-        gate_up=meta_stack(kind, 2, num_experts, 2 * width, hidden),
-        down=meta_stack(kind, 1, num_experts, hidden, width),
-    )
+    operands, order = operands_of(layer[:5], torch.bfloat16, rank, 0.1, gating, kind)
     stand_ins: dict[str, Any] = {name: Recorder(name, launches) for name in experts_kernels.__all__}
     gpu = Gpu(target, SHARED[target])  # of tensors that are nowhere
     with mock.patch.multiple(experts_triton, **stand_ins), mock.patch.object(experts_tiles, "gpu_of", lambda _: gpu):

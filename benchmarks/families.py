@@ -310,10 +310,6 @@ def try_quantised(model: nn.Module) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         plain, quantised = Path(temporary, "plain"), Path(temporary, "quantised")
         model.save_pretrained(plain)
-        try:
-            type(model).from_pretrained(plain)
-        except Exception as error:
-            raise ValueError("transformers does not load its tiny model again") from error
         config = StackedExpertsConfig(format="fp8")
         loaded = type(model).from_pretrained(plain, dtype=torch.float32, quantization_config=config).train()
         result = run(loaded)

@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 import triton
-from compile_kernels import EXPERTS, SHAPES, SHARED, meta, meta_stack, operands_of
+from compile_kernels import EXPERTS, SHAPES, SHARED, meta, operands_of
 from quantized_kernels import SHAPES as QUANTISED_SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -136,12 +136,7 @@ def launch_layer(
 
     Those with stacks in a format are always frozen.
     """
-    operands, order = operands_of(layer, dtype, rank, dropout)
-    if kind:
-        experts, _, hidden, width, _ = layer
-        operands = operands._replace(
-            gate_up=meta_stack(kind, 2, experts, 2 * width, hidden), down=meta_stack(kind, 1, experts, hidden, width)
-        )
+    operands, order = operands_of(layer, dtype, rank, dropout, kind=kind)
     experts_triton.experts_forward_triton(operands, *order, False)
     _, kept = experts_triton.experts_forward_triton(operands, *order, True)
     for trained in (False,) if kind else (True, False):

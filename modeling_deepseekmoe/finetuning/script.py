@@ -48,9 +48,9 @@ def _head(options: FinetuneOptions, updates: bool) -> str:
         names |= {"ExpertSelection", "prepare_esft", "save_esft", "score_experts", "select_experts"}
     if options.method == "qlora":
         names.add("StackedExpertsConfig")
-    if options.correction_rank is not None:
-        names |= {"correct_rounding", "load_correction", "save_correction"}
     corrects = options.correction_rank is not None
+    if corrects:
+        names |= {"correct_rounding", "load_correction", "save_correction"}
     lines = [
         f'"""Fine-tune {options.model} on {Path(options.data).name} {_METHODS[options.method]}.',
         "",

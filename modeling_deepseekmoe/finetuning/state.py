@@ -6,7 +6,6 @@ trained. `result.json` is written last: a run that has it is over.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from ..sharding.trainer import last_complete_checkpoint
-from ..support.folders import check_destination
+from ..support.folders import check_destination, unfinished_file
 from .options import FinetuneOptions, read_options
 
 OPTIONS, RUN, RESULT, SELECTION = "finetune.yaml", "run.json", "result.json", "esft.json"
@@ -169,9 +168,8 @@ def _environment() -> dict[str, Any]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there as a whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with unfinished_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 __all__ = [

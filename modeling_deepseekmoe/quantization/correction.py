@@ -10,7 +10,6 @@ Shape letters: E experts, D hidden, I expert width, R rank of the correction.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..checkpoint_layout import STACKS
 from ..experts import refuse_offloaded
 from ..experts_quantized import CORRECTION, FORMAT_ATTRIBUTE, FORMATS, QuantizedStack, stack_of
 from ..families.moe_layers import MoeLayer, find_moe_layers, stacked_modules
-from ..support.folders import local_folder, opened
+from ..support.folders import local_folder, opened, unfinished_file
 from ..support.models import evaluating, is_sharded
 from ..transformers_support import gating_of
 from .experts import QuantizedExperts
@@ -36,11 +35,8 @@ from .experts import QuantizedExperts
 _OVERSAMPLED, _ITERATIONS = 8, 4  # of the randomised decomposition, arXiv 0909.4061
 _ROWS_OF_ALL = 32  # of all experts' inputs that count with those of each: few rows say little
 _SMALLEST = 1e-3  # of the mean: a channel that was hardly used is not blown up
-_MOST = {
-    "fp8": 0.1,
-    "nf4": 0.2,
-    "mxfp4": 0.3,
-}  # of a matrix, by the norm, that rounding changes: it changes a half of it
+# Of a matrix, by the norm, the most that rounding may have changed. It changes about half as much.
+_MOST = {"fp8": 0.1, "nf4": 0.2, "mxfp4": 0.3}
 _SAME = 1e-2  # of sums over an expert's weights: another kernel rounds a few of them to the other side
 _STORED = (*CORRECTION, "_sketch")
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -135,10 +131,8 @@ def save_correction(model: nn.Module, file: str | Path) -> None:
                 f"{one.name}.{name}{end}": part.detach().contiguous().cpu()
                 for end, part in zip(_STORED, parts, strict=True)
             }
-    file = Path(file)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.unfinished")
-    save_file(tensors, unfinished, metadata={"format": getattr(found[0].module, FORMAT_ATTRIBUTE)})
-    unfinished.replace(file)
+    with unfinished_file(file) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": getattr(found[0].module, FORMAT_ATTRIBUTE)})
 
 
 def correction_format(file: str | Path) -> str:

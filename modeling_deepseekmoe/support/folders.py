@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Folders and files to read, from this machine or the Hub, and new folders that appear only when they are complete."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -66,6 +67,21 @@ def check_destination(destination: str | Path) -> Path:
 
 
 @contextmanager
+def unfinished_file(destination: str | Path) -> Iterator[Path]:
+    """Give a file of this process to write beside the destination, which takes its place at the end.
+
+    After an error it is gone, and the destination is as it was.
+    """
+    path = Path(destination)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
 def unfinished_folder(destination: str | Path) -> Iterator[Path]:
     """Make a folder beside the destination. At the end it takes the destination's name; after an error it is removed.
 
@@ -93,5 +109,6 @@ __all__ = [
     "local_folder",
     "opened",
     "read_tensors",
+    "unfinished_file",
     "unfinished_folder",
 ]

@@ -53,9 +53,7 @@ def check_readers_view(destination: Path, expected: dict[str, str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has threads")
-@pytest.mark.parametrize(
-    "case", [next(iter(OPTIONS)), *(pytest.param(c, marks=pytest.mark.slow) for c in [*OPTIONS][1:])]
-)
+@pytest.mark.parametrize("case", ["several files", pytest.param("one file", marks=pytest.mark.slow)])
 def test_killed_at_random_moments(case: str, tmp_path: Path) -> None:
     """A hundred runs that were killed before their end, most of them in the middle of the writing."""
     source = write(tmp_path / "source", v3_tensors(), CONFIG, 3)

@@ -287,8 +287,6 @@ def test_the_operator_without_gradients_and_tokens() -> None:
 @pytest.mark.parametrize("kind", ["nf4", *IN_PRODUCTS])
 @pytest.mark.parametrize("rank", [0, RANK])
 def test_a_correction_is_beside_the_adapters(kind: str, rank: int) -> None:
-    if kind == "nf4":
-        pytest.importorskip("bitsandbytes")
     inputs = inputs_of(kind, 64, 64, 5, FLOAT32, rank)
     stacks = {}
     for name in ("gate_up", "down"):
