@@ -123,7 +123,7 @@ def check_number_of_layers(decoder: Any) -> None:
     Raises:
         ValueError: if there are more layers than the config has: the last of them would not be trained.
     """
-    there, wanted = len(decoder.layers), decoder.config.num_hidden_layers
+    there, wanted = len(decoder.decoder_layers), decoder.config.num_hidden_layers
     problem = f"num_hidden_layers={wanted} is not that of this model, which has {there} layers"
     advice = f"set model.config.num_hidden_layers = {there}"
     if there > wanted:
@@ -134,26 +134,28 @@ def check_number_of_layers(decoder: Any) -> None:
 
 @contextmanager
 def config_of_what_is_saved(model: Any) -> Iterator[None]:
-    """Let a model's config say what the files will hold, while they are saved: no multi-token-prediction layers.
+    """Let a model's config say what the files will hold, while they are saved: the layers that the model has.
 
     Raises:
         ValueError: if the model's layers are not those of its config: nobody could load the files.
     """
     config = model.config
     decoder = next((module for module in model.modules() if hasattr(module, "router_load")), None)
+    number_of_mtp = 0 if decoder is None else len(decoder.layers) - len(decoder.decoder_layers)
     if decoder is not None and not getattr(model, "peft_config", None):  # of which the adapter alone is saved
-        there, by_config = decoder.moe_layers, config.moe_layers
-        if len(decoder.layers) != config.num_hidden_layers:
+        number, by_config = len(decoder.decoder_layers), config.moe_layers
+        there = tuple(idx for idx in decoder.moe_layers if idx < number)
+        if number != config.num_hidden_layers:
             raise ValueError(
                 f"num_hidden_layers={config.num_hidden_layers} is not allowed for this model, which has "
-                f"{len(decoder.layers)} layers: set model.config.num_hidden_layers = {len(decoder.layers)}."
+                f"{number} layers: set model.config.num_hidden_layers = {number}."
             )
         if there != by_config:
             raise ValueError(
                 f"first_k_dense_replace={config.first_k_dense_replace}, moe_layer_freq={config.moe_layer_freq} is not "
                 f"allowed for this model: by these its layers with experts are {by_config}, and they are {there}."
             )
-    promised, config.num_nextn_predict_layers = config.num_nextn_predict_layers, 0
+    promised, config.num_nextn_predict_layers = config.num_nextn_predict_layers, number_of_mtp
     try:
         yield
     finally:
@@ -174,7 +176,6 @@ def check_checkpoint(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, .
     """
     found = {name.removeprefix("model."): shape for name, shape in found.items()}
     expected = {name.removeprefix("model."): shape for name, shape in expected.items()}
-    _report_mtp_tensors(config, found)
     _check_experts(config, found)
     for name, shape in found.items():
         wanted = _expected_shape(name, expected)
@@ -186,28 +187,19 @@ def check_checkpoint(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, .
             )
 
 
-def _report_mtp_tensors(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    layers = mtp_layers(config)
-    ignored = [name for name in found if (layer := layer_of(name)) is not None and layer in layers]
-    if ignored:
-        logger.warning(
-            f"{len(ignored)} tensors of the multi-token-prediction layer(s) "
-            f"{', '.join(map(str, layers))} are in the checkpoint and are not loaded: the model predicts one token, "
-            "and is saved without them (num_nextn_predict_layers=0)."
-        )
-
-
 def _check_experts(config: DeepseekMoeConfig, found: Mapping[str, tuple[int, ...]]) -> None:
     present: dict[int, dict[str, set[int]]] = {}
     for name in found:
         if match := _EXPERT_NAME.match(name):
             present.setdefault(int(match[2]), {}).setdefault(match[4], set()).add(int(match[3]))
     routed = set(range(config.n_routed_experts or 0))
-    for layer_idx in sorted(set(present) | set(config.moe_layers)):
+    of_mtp = set(mtp_layers(config))
+    with_experts = set(config.moe_layers) | (of_mtp if config.mtp else set())
+    for layer_idx in sorted(set(present) | with_experts):
         stacks = {f"layers.{layer_idx}.mlp.experts.{stack}" for stack in STACKS}
-        if layer_idx in mtp_layers(config) or stacks <= found.keys():
+        if (layer_idx in of_mtp and not config.mtp) or stacks <= found.keys():
             continue
-        wanted = routed if layer_idx in config.moe_layers else set()
+        wanted = routed if layer_idx in with_experts else set()
         allowed = f"experts 0 to {len(wanted) - 1} (n_routed_experts={len(wanted)})" if wanted else "no expert"
         for projection in PROJECTIONS:
             ids = present.get(layer_idx, {}).get(projection, set())

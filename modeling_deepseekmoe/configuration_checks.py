@@ -23,6 +23,8 @@ LOSS_FIELDS = {
     "router_z": "router_z_loss_alpha",
 }
 MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+# How multi-token prediction is trained.
+MTP_FIELDS = ("mtp_loss_coef", "mtp_loss_decay", "mtp_detach")
 
 
 class ChecksFields:
@@ -43,6 +45,7 @@ class ChecksFields:
         self._check_kinds()
         self._derive_head_dims()
         self._check_attention()
+        self._check_mtp()
         if self.n_routed_experts and not self.moe_layers:
             self._say(
                 "n_routed_experts",
@@ -100,7 +103,8 @@ class ChecksFields:
             from .transformers_support import ACT2CLS
 
             self._check_one_of("hidden_act", tuple(ACT2CLS))
-        for field in ("norm_topk_prob", "seq_aux", "attention_bias", "tie_word_embeddings", "rope_interleave"):
+        for field in ("norm_topk_prob", "seq_aux", "attention_bias", "tie_word_embeddings", "rope_interleave", "mtp",
+                      "mtp_detach"):  # fmt: skip
             if not isinstance(getattr(self, field), bool | None):
                 self._refuse(field, "it must be true or false")
         if not self.attention_dropout < 1:
@@ -155,6 +159,24 @@ class ChecksFields:
         if self.head_dim % 2:
             field = "qk_rope_head_dim" if self.attention_type == "mla" else "head_dim"
             self._refuse(field, "the rotary embedding needs an even number")
+
+    def _check_mtp(self) -> None:
+        self._check_number("mtp_loss_coef")
+        self._check_number("mtp_loss_decay", maximum=1.0)
+        if self.mtp_loss_decay == 0:
+            self._refuse("mtp_loss_decay", "it must be above 0")
+        if self.mtp and not self.allows_mtp:
+            self._refuse(
+                "mtp",
+                f"files of model_type {self.model_type!r} have no multi-token-prediction layers; convert the model "
+                "first: `deepseekmoe convert MODEL OUT --to deepseekmoe`",
+            )
+        if self.mtp and not self.num_nextn_predict_layers:
+            self._refuse(
+                "mtp",
+                "num_nextn_predict_layers=0, so there are no multi-token-prediction layers to load; "
+                "add_mtp(model) of modeling_deepseekmoe gives a model new ones",
+            )
 
     def _check_routing(self) -> None:
         experts, top_k = self.n_routed_experts, self.num_experts_per_tok
@@ -222,5 +244,5 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation={implementation!r} is not allowed: {allowed}.")
 
 
-__all__ = ["ATTENTION_TYPES", "LOSS_FIELDS", "MLA_FIELDS", "ROUTER_DTYPES",
+__all__ = ["ATTENTION_TYPES", "LOSS_FIELDS", "MLA_FIELDS", "MTP_FIELDS", "ROUTER_DTYPES",
            "SCORING_FUNCTIONS", "TOPK_METHODS", "ChecksFields", "check_implementation"]  # fmt: skip

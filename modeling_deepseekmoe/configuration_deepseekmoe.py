@@ -15,6 +15,7 @@ from .configuration_checks import (
     ATTENTION_TYPES,
     LOSS_FIELDS,
     MLA_FIELDS,
+    MTP_FIELDS,
     SCORING_FUNCTIONS,
     TOPK_METHODS,
     ChecksFields,
@@ -109,19 +110,35 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
         kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim (`int`, *optional*): sizes of MLA. It
             needs all but `q_lora_rank`.
         rope_interleave (`bool`): MLA's rotary dimensions are stored in pairs, as in every released checkpoint.
-        num_nextn_predict_layers (`int`): number of multi-token-prediction layers in the checkpoint. They are not
-            loaded.
+        num_nextn_predict_layers (`int`): D, the number of multi-token-prediction layers in the checkpoint (alias
+            `num_mtp_layers`).
+        mtp (`bool`): whether the model has these layers, `from_pretrained(..., mtp=True)`. Not written to
+            `config.json`: a file is loaded without them unless they are asked for.
+        mtp_loss_coef (`float`): lambda, the coefficient of the multi-token-prediction loss in training (0.3 in V3 at
+            first, 0.1 later). 0 turns it off.
+        mtp_loss_decay (`float`): the loss of depth k has the weight `mtp_loss_decay**(k - 1)`, divided by the sum of
+            these weights: 1.0 is V3's mean, 0.6 FastMTP's (arXiv 2509.18362).
+        mtp_detach (`bool`): train the multi-token-prediction layers alone: their loss has no gradient in the decoder,
+            the embedding and the head.
 
     Raises:
         ValueError: for a value that is not allowed. The message names the field, the value and what is allowed.
     """
 
     model_type = "deepseekmoe"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "aux_loss", "router_logits"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "cache",
+        "past_key_values",
+        "aux_loss",
+        "router_logits",
+        "mtp_loss",
+        "mtp_agreement",
+    ]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_experts": "n_routed_experts",
         "num_local_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
+        "num_mtp_layers": "num_nextn_predict_layers",
     }
     auto_map: ClassVar[Any] = NoCode()
     base_model_pp_plan: ClassVar[dict[str, Any] | None] = PIPELINE_PLAN
@@ -130,6 +147,7 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
     allowed_attention_types: ClassVar[tuple[str, ...]] = ATTENTION_TYPES
     allowed_scoring_functions: ClassVar[tuple[str, ...]] = SCORING_FUNCTIONS
     allowed_topk_methods: ClassVar[tuple[str, ...]] = TOPK_METHODS
+    allows_mtp: ClassVar[bool] = True
 
     # Called before the first config is made: the package registers the model classes here, because importing them
     # takes seconds and nothing needs them before a config exists. Unused in a copy of this file on the Hub.
@@ -182,6 +200,10 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     num_nextn_predict_layers: int = 0
+    mtp: bool = False
+    mtp_loss_coef: float = 0.3
+    mtp_loss_decay: float = 1.0
+    mtp_detach: bool = False
     use_cache: bool = True
     pad_token_id: OptionalInt = None
     bos_token_id: OptionalInt = 100000
@@ -257,6 +279,12 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
         return {name: float(alpha) for name, alpha in alphas.items() if alpha}
 
     @property
+    def mtp_loss_weights(self) -> tuple[float, ...]:
+        """Factors on the losses of the multi-token-prediction depths, coefficient included."""
+        weights = [self.mtp_loss_decay**depth for depth in range(self.num_nextn_predict_layers)]
+        return tuple(self.mtp_loss_coef * weight / sum(weights) for weight in weights)
+
+    @property
     def device_groups(self) -> tuple[int, int]:
         """D, the number of devices, and M, the most of them that a token is sent to."""
         groups, kept = self.gate_groups
@@ -283,6 +311,7 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
         output = super().to_dict()
         output.pop("qk_head_dim", None)
         output.pop("router_implementation", None)  # the machine's matter, as the kind of attention is
+        output.pop("mtp", None)  # the loader's
         if output.get("head_dim") in (None, self._default_head_dim()):
             output.pop("head_dim", None)
         if self.attention_type == "mha":
@@ -296,6 +325,9 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
         An `auto_map` to files beside the original is left out too, because these are not saved with it.
         """
         output = super().to_diff_dict()
+        for field in MTP_FIELDS:
+            if output.get(field) == getattr(type(self), field):
+                output.pop(field, None)
         output["auto_map"] = without_local_code(output.get("auto_map"))
         return output if output["auto_map"] else without(output, "auto_map")
 

@@ -70,6 +70,7 @@ class DeepseekConfig(OfficialConfig):
     allowed_attention_types = ("mha",)
     allowed_scoring_functions = ("softmax",)
     allowed_topk_methods = ("greedy",)
+    allows_mtp = False
 
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -109,6 +110,7 @@ class DeepseekV2Config(OfficialConfig):
     allowed_attention_types = ("mla",)
     allowed_scoring_functions = ("softmax",)
     allowed_topk_methods = ("greedy", "group_limited_greedy")
+    allows_mtp = False
 
     hidden_size: int = 4096
     intermediate_size: int = 11008

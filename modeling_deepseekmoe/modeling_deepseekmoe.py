@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .checkpoint_layout import (
     check_number_of_layers,
@@ -32,6 +31,10 @@ from .moe import (
     moe_layers_of,
     tell_widened_experts,
 )
+from .mtp import DeepseekMoeMTPLayer, Depth, RowLayout, is_mtp_layer, run_depths
+from .mtp_files import forget_copies
+from .mtp_generation import generation_arguments
+from .mtp_training import DeepseekMoeCausalLMOutput, MtpLosses, MtpStatistics, mtp_losses, shifted_labels
 from .reminders import Reminders
 from .router_load import (
     RouterLoadCounter,
@@ -67,11 +70,15 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         padding_idx = None if (self.padding_idx or 0) < 0 else self.padding_idx  # torch would count from the end
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx)
         self.layers = nn.ModuleList(DeepseekMoeDecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
+        # Those of multi-token prediction stand behind them, as in the released checkpoints, and do not run with them.
+        depths = config.num_nextn_predict_layers if config.mtp else 0
+        self.layers.extend(DeepseekMoeMTPLayer(config, depth) for depth in range(1, depths + 1))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.router_load = RouterLoadCounter(config.moe_layers, config.n_routed_experts or 0)
         self.reminders = Reminders()
+        self.mtp_statistics = MtpStatistics()
         self.register_load_state_dict_pre_hook(report_lost_adapters)
         self.post_init()
 
@@ -119,7 +126,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             position_ids=position_ids,
             **{CACHE: past_key_values},
         )
-        routing = self._routing_context(token_mask, inputs_embeds, kwargs.get("output_router_logits"))
+        routing = self.routing_context(token_mask, inputs_embeds, kwargs.get("output_router_logits"))
         hidden_states, records = self._run_layers(
             inputs_embeds,
             attention_mask=causal_mask,
@@ -143,7 +150,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         """Run all decoder layers, one after the other, and collect the records of the MoE layers by their indices."""
         records = {}
         # Not all of them while transformers lets the first layers draft for the whole model.
-        for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+        for layer_idx, decoder_layer in enumerate(self.decoder_layers[: self.config.num_hidden_layers]):
             outputs = decoder_layer(hidden_states, **kwargs)
             # A layer that another pipeline stage holds hands on the hidden states alone.
             hidden_states, *record = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -157,14 +164,65 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         self.router_load.add(load_of_records(records, layers, token_mask, num_tokens), layers)
         tell_widened_experts(self)
 
+    def predict_ahead(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[Depth], RowLayout]:
+        """Run the layers of multi-token prediction over whole sequences, as in training.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape (B, S, D)): the decoder's output.
+            input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as the decoder was given them.
+
+        Returns:
+            What every depth computed, and which tokens belong together.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        layout = RowLayout.of_batch(attention_mask, position_ids, inputs_embeds)
+        depths = run_depths(
+            self,
+            hidden_states,
+            inputs_embeds,
+            layout,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        records = self._records_of(depths)
+        if records and counts_as_training(self):
+            for idx, record in records.items():
+                load = load_of_records({idx: record}, self.moe_layers, None, 0)
+                load.micro_batches.zero_()  # the decoder has counted it, and its tokens
+                self.router_load.add(load, self.moe_layers)
+        return depths, layout
+
+    def _records_of(self, depths: list[Depth]) -> dict[int, RoutingRecord]:
+        first = len(self.decoder_layers)
+        return {idx: depth.record for idx, depth in enumerate(depths, start=first) if depth.record is not None}
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """The layers but those of multi-token prediction."""
+        return [layer for layer in self.layers if not is_mtp_layer(layer)]
+
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Indices of the layers with routed experts: those of the config, unless layers were taken out or put in."""
+        """Indices of the layers with routed experts: those of the config, unless layers were taken out or put in.
+
+        The layers of multi-token prediction are among them if the model has some.
+        """
         return moe_layers_of(self.layers, self.config)
 
-    def _routing_context(
+    def routing_context(
         self, token_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, output_router_logits: bool | None
     ) -> RoutingContext:
+        """Return what the layers are told of a batch."""
         config, protected = self.config, None
         if self.training:
             check_number_of_layers(self)
@@ -203,6 +261,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         self.model = DeepseekMoeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_load_state_dict_pre_hook(forget_copies)
         self.post_init()
         # The head by tensor, by stage and by FSDP group, beside what the config has for the decoder.
         self.tp_plan["lm_head"] = "colwise_gather_output"
@@ -216,10 +275,14 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens; see transformers' `GenerationMixin.generate`.
 
+        `use_mtp=True` drafts with the multi-token-prediction layers that are loaded, in every version of transformers
+        and for batches too: `num_assistant_tokens` at once, or else as many as there are layers (`mtp_assistant`).
+
         A cache may be given under either of its names. With a version of transformers that is not tested yet, the
         first call of a process checks the use of caches.
         """
         refuse_prompt_learning(self)
+        kwargs = generation_arguments(self, args, kwargs)
         check_cached_generation(self, *args, *kwargs.values())
         return super().generate(*args, **kwargs)
 
@@ -235,18 +298,20 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        output_last_hidden_state: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> DeepseekMoeCausalLMOutput:
         """Predict the next tokens. The arguments are those of [`DeepseekMoeModel`], and:
 
         Args:
             labels (`torch.LongTensor` of shape (B, S), *optional*): token ids, -100 where there is no loss. They are
                 shifted inside.
             logits_to_keep (`int` or `torch.Tensor`): compute only the last logits (0: all), or those at these indices.
+            output_last_hidden_state (`bool`): return the decoder's output too.
             kwargs: `num_items_in_batch` and `shift_labels` go to the loss.
 
         Returns:
-            `MoeCausalLMOutputWithPast`; `router_logits` holds the raw gate logits (T, E) of every MoE layer.
+            [`DeepseekMoeCausalLMOutput`]; `router_logits` holds the raw gate logits (T, E) of every MoE layer.
         """
         outputs: DeepseekMoeModelOutput = self.model(
             input_ids=input_ids,
@@ -260,21 +325,61 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
 
-        loss = None
+        loss, aux_loss, ahead = None, outputs.aux_loss, None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            targets = kwargs.get("shift_labels")
-            targets = labels[..., 1:] if targets is None else targets
-            loss = self._loss_with_auxiliary(loss, outputs.aux_loss, (targets != -100).sum(), **kwargs)
-        return MoeCausalLMOutputWithPast(
+            targets = shifted_labels(labels, **kwargs)
+            items = (targets != -100).sum()
+            if self.config.mtp and self.config.mtp_loss_coef:
+                batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+                         "inputs_embeds": inputs_embeds}  # fmt: skip
+                ahead, aux_loss = self._predict_ahead(outputs, logits, targets, items, batch, **kwargs)
+                loss = loss + ahead.total.to(loss.device) if self.training else loss
+            loss = self._loss_with_auxiliary(loss, aux_loss, items, **kwargs)
+        return DeepseekMoeCausalLMOutput(
             loss=loss,
-            aux_loss=outputs.aux_loss,
+            aux_loss=aux_loss,
+            mtp_loss=None if ahead is None else ahead.losses,
+            mtp_agreement=None if ahead is None else ahead.agreed / ahead.targets,
+            last_hidden_state=outputs.last_hidden_state if output_last_hidden_state else None,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+    def _predict_ahead(
+        self,
+        outputs: DeepseekMoeModelOutput,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        items: torch.Tensor,
+        batch: dict[str, Any],
+        **kwargs: Any,
+    ) -> tuple[MtpLosses, torch.Tensor | None]:
+        """Compute the losses of multi-token prediction, and the auxiliary loss with that of its gates."""
+        config, aux_loss = self.config, outputs.aux_loss
+        num_items = kwargs.get("num_items_in_batch")
+        depths, layout = self.model.predict_ahead(
+            outputs.last_hidden_state, record=aux_loss is not None, **batch, **kwargs
+        )
+        losses = mtp_losses(
+            self.lm_head,
+            depths,
+            layout,
+            targets,
+            logits,
+            weights=config.mtp_loss_weights,
+            num_items=items if num_items is None else num_items,
+            detach=config.mtp_detach,
+        )
+        if counts_as_training(self.model):
+            self.model.mtp_statistics.add(losses)
+        for depth in depths:
+            if aux_loss is not None and depth.record is not None and depth.record.losses is not None:
+                aux_loss = aux_loss + depth.record.losses.sum().to(aux_loss.device)
+        return losses, aux_loss
 
 
 # ------------------------------------------------------------------------------------------------------------ dialects

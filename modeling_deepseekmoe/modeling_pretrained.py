@@ -6,6 +6,7 @@ Attention, norm and dense FFN are those of transformers.
 Shape letters: B batch, S sequence, D hidden.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,6 @@ from .checkpoint_layout import (
     Stored,
     check_checkpoint,
     config_of_what_is_saved,
-    mtp_layers,
     refuse_single_experts,
     register_checkpoint_layout,
 )
@@ -32,6 +32,7 @@ from .moe import (
     is_moe_block,
     tell_unquantised_experts,
 )
+from .mtp_files import check_mtp_tensors, copies_are_saved, patterns_to_ignore, tell_differing_copies
 from .parallel_plans import expert_parallel_plan
 from .remote_code import PublishedModel
 from .router_load import (
@@ -73,10 +74,11 @@ class DeepseekMoeModelOutput(MoeModelOutputWithPast):
 class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
     """Attention, then a MoE block or a dense FFN, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: DeepseekMoeConfig, layer_idx: int) -> None:
+    def __init__(self, config: DeepseekMoeConfig, layer_idx: int, has_experts: bool | None = None) -> None:
         super().__init__()
+        has_experts = config.is_moe_layer(layer_idx) if has_experts is None else has_experts
         self.self_attn = ATTENTION_CLASSES[config.attention_type](config=config, layer_idx=layer_idx)
-        self.mlp = DeepseekMoeBlock(config) if config.is_moe_layer(layer_idx) else DeepseekV3MLP(config)
+        self.mlp = DeepseekMoeBlock(config) if has_experts else DeepseekV3MLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -114,7 +116,7 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
     config: DeepseekMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepseekMoeDecoderLayer"]  # noqa: RUF012 - read, never changed; as transformers declares it
+    _no_split_modules = ["DeepseekMoeDecoderLayer", "DeepseekMoeMTPLayer"]  # noqa: RUF012 - read, never changed; as transformers declares it
     _skip_keys_device_placement = CACHE_NAMES
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -129,8 +131,8 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
     def __init__(self, config: DeepseekMoeConfig, *args: Any, **kwargs: Any) -> None:
         config.check_fields()
         super().__init__(config, *args, **kwargs)
-        # Read from the checkpoint's names by transformers; what is left out is reported by `check_checkpoint`.
-        self._keys_to_ignore_on_load_unexpected = [rf"(^|\.)layers\.{idx}\." for idx in mtp_layers(config)]
+        # Read from the checkpoint's names by transformers; what is left out is reported by `check_mtp_tensors`.
+        self._keys_to_ignore_on_load_unexpected = patterns_to_ignore(config)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -182,6 +184,19 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
             normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
             normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Do as transformers does: load a model; see its `PreTrainedModel.from_pretrained`.
+
+        Args:
+            args, kwargs: transformers' own, and fields of the config, among them `mtp=True` for the
+                multi-token-prediction layers of the checkpoint.
+        """
+        if isinstance(kwargs.get("config"), DeepseekMoeConfig) and "mtp" in kwargs:
+            kwargs["config"] = deepcopy(kwargs["config"])
+            kwargs["config"].mtp = kwargs.pop("mtp")
+        return super().from_pretrained(*args, **kwargs)
+
     @staticmethod
     def _load_pretrained_model(
         model: "DeepseekMoePreTrainedModel",
@@ -205,7 +220,10 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         if stored is not None:
             as_stored = load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes
             expected = Stored.of_state_dict(model.state_dict()).shapes if as_stored else {}
+            check_mtp_tensors(model.config, stored.shapes, model.state_dict())
             check_checkpoint(model.config, stored.shapes, expected)
+            if model.config.mtp and state_dict is None:
+                tell_differing_copies(model.config, checkpoint_files or ())
             for name, module in model.named_modules():
                 if isinstance(module, DeepseekMoeGate):
                     module.keep_precision(stored.gates.get(f"{name}.weight".removeprefix("model.")))
@@ -220,12 +238,15 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Do as transformers does: save the model; see its `PreTrainedModel.save_pretrained`.
 
-        The config in the folder says what the files hold: no multi-token-prediction layers.
+        The config in the folder says what the files hold: only multi-token-prediction layers that the model has.
 
         Raises:
             ValueError: among others if layers were taken out, put in or exchanged, and the config says otherwise.
         """
-        with config_of_what_is_saved(self):
+        given = args[2] if len(args) > 2 else kwargs.get("state_dict")  # behind the folder and `is_main_process`
+        with config_of_what_is_saved(self), copies_are_saved(self, given) as state_dict:
+            if given is not None:
+                args, kwargs = args[:2], {**kwargs, "state_dict": state_dict}
             super().save_pretrained(*args, **kwargs)
 
     def _loss_with_auxiliary(

@@ -172,6 +172,17 @@ def takes_cache(forward: Callable[..., Any], name: str = "past_key_values") -> C
     return wrapper
 
 
+def remove_from_cache(cache: Any, number: int) -> None:
+    """Remove the last `number` entries of every layer of a dynamic or static cache."""
+    for layer in cache.layers:
+        if not number or not layer.is_initialized:
+            continue
+        if hasattr(layer, "crop"):
+            layer.crop(-number)
+        else:  # a static layer before 5.23: what lies behind its length is written over
+            layer.cumulative_length.sub_(number)
+
+
 # --------------------------------------------------------------------------------------------------------- tokenizers
 def read_tokenizers_as_they_are(model_type: str) -> None:
     """Let AutoTokenizer read the `tokenizer.json` of this model type as it stands.
@@ -226,5 +237,6 @@ __all__ = [
     "experts_implementation_of",
     "gating_of",
     "read_tokenizers_as_they_are",
+    "remove_from_cache",
     "takes_cache",
 ]

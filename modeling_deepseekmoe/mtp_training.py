@@ -1,0 +1,174 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The loss of multi-token prediction (arXiv 2412.19437, eqs. 24 and 25), and how often the depths foresee the model.
+
+Shape letters: B batch, S sequence, D hidden, V vocabulary. A depth is counted from 1.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from .mtp import IGNORED, Depth, RowLayout, ahead
+
+
+@dataclass
+class DeepseekMoeCausalLMOutput(MoeCausalLMOutputWithPast):
+    """Output of the language model.
+
+    Attributes:
+        mtp_loss (`torch.FloatTensor` of shape (depths,), *optional*): cross entropy of every depth of multi-token
+            prediction, in nats, without coefficient: the sum over its targets, divided by the number of targets of
+            the model itself. Such a model returns it if labels are given.
+        mtp_agreement (`torch.FloatTensor` of shape (depths,), *optional*): share of each depth's targets for which it
+            and the model choose the same token. Greedy drafts are accepted this often.
+        last_hidden_state (`torch.FloatTensor` of shape (B, S, D), *optional*): the decoder's output, if it was asked
+            for.
+    """
+
+    mtp_loss: torch.Tensor | None = None
+    mtp_agreement: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+
+
+class MtpLosses(NamedTuple):
+    """The losses of all depths.
+
+    Attributes:
+        losses (`torch.FloatTensor` of shape (depths,)): as `mtp_loss` of [`DeepseekMoeCausalLMOutput`].
+        total (`torch.FloatTensor` of shape ()): their weighted sum, coefficient included.
+        targets (`torch.LongTensor` of shape (depths,)): numbers of targets.
+        agreed (`torch.LongTensor` of shape (depths,)): numbers of targets for which depth and model choose the same.
+        sums (`torch.FloatTensor` of shape (depths,)): sums of the cross entropies.
+    """
+
+    losses: torch.Tensor
+    total: torch.Tensor
+    targets: torch.Tensor
+    agreed: torch.Tensor
+    sums: torch.Tensor
+
+
+def mtp_losses(
+    head: nn.Module,
+    depths: list[Depth],
+    layout: RowLayout,
+    shift_labels: torch.Tensor,
+    logits: torch.Tensor,
+    *,
+    weights: tuple[float, ...],
+    num_items: torch.Tensor | int,
+    detach: bool,
+) -> MtpLosses:
+    """Compute the loss of every depth.
+
+    As in the paper, the sum over a depth's targets is divided by the number of targets of the model, not by its own
+    slightly smaller one. So it is exact under gradient accumulation, where only the former is known for the whole
+    batch.
+
+    Args:
+        head: the model's head.
+        depths: what the depths computed.
+        layout: which tokens belong together.
+        shift_labels (`torch.LongTensor` of shape (B, S)): labels of the tokens behind each position, -100 for none.
+        logits (`torch.Tensor` of shape (B, S, V)): the model's own.
+        weights: factor of every depth.
+        num_items: number of targets to divide by.
+        detach (`bool`): no gradient in the head's weights.
+    """
+    chosen = logits.detach().argmax(dim=-1)
+    sums, targets, agreed = [], [], []
+    for number, depth in enumerate(depths, start=1):
+        wanted = layout.targets(shift_labels, number)
+        ahead_logits = apply_head(head, depth.hidden_states, detach)
+        sums.append(sum_of_cross_entropies(ahead_logits, wanted.to(ahead_logits.device)))
+        counted = wanted != IGNORED
+        same = ahead_logits.detach().argmax(dim=-1).to(chosen.device) == ahead(chosen, number, IGNORED)
+        targets.append(counted.sum())
+        agreed.append((same & counted.to(same.device)).sum())
+    total = torch.stack([one.to(sums[0].device) for one in sums])
+    losses = total / torch.as_tensor(num_items, device=total.device)
+    return MtpLosses(
+        losses=losses,
+        total=(losses * losses.new_tensor(weights)).sum(),
+        targets=torch.stack(targets),
+        agreed=torch.stack(agreed),
+        sums=total,
+    )
+
+
+def apply_head(head: nn.Module, hidden_states: torch.Tensor, detach: bool) -> torch.Tensor:
+    """Compute logits (B, S, V), without a gradient in the head's weights if `detach`."""
+    if not detach:
+        return head(hidden_states)
+    weights = {name: weight.detach() for name, weight in head.named_parameters()}
+    return torch.func.functional_call(head, weights, (hidden_states,))
+
+
+def sum_of_cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum the cross entropies, in nats, over the targets (B, S) that are not -100; in float32 at least."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+class MtpStatistics:
+    """What the depths predicted in training since somebody asked: kept on the device, and summed over ranks there.
+
+    A copy of the decoder begins anew, and so does one that was pickled.
+
+    Attributes:
+        sums (`torch.DoubleTensor` of shape (3, depths), *optional*): sums of the cross entropies, numbers of targets,
+            and numbers of targets for which depth and model chose the same token.
+    """
+
+    def __init__(self) -> None:
+        self.sums: torch.Tensor | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+    def add(self, losses: MtpLosses) -> None:
+        """Add one micro-batch."""
+        device = losses.sums.device
+        counts = (losses.targets.double().to(device), losses.agreed.double().to(device))
+        sums = torch.stack([losses.sums.detach().double(), *counts])
+        same = self.sums is not None and self.sums.shape == sums.shape
+        self.sums = sums + self.sums.to(device) if same and self.sums is not None else sums
+
+    def take(self) -> dict[str, float]:
+        """Return the mean cross entropy and the agreement of every depth, all ranks together, and begin again.
+
+        Returns:
+            `mtp/loss_K` (nats, a target) and `mtp/agreement_K` (share of the targets) for every depth K; nothing for a
+            depth without targets.
+        """
+        sums, self.sums = self.sums, None
+        if sums is None:
+            return {}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        found = {}
+        for depth, (loss, targets, agreed) in enumerate(sums.T.tolist(), start=1):
+            if targets:
+                found |= {f"mtp/loss_{depth}": loss / targets, f"mtp/agreement_{depth}": agreed / targets}
+        return found
+
+
+def shifted_labels(labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Return the labels of the tokens behind each position: a trainer's own `shift_labels`, or the labels shifted."""
+    given = kwargs.get("shift_labels")
+    return ahead(labels, 1, IGNORED) if given is None else given
+
+
+__all__ = [
+    "DeepseekMoeCausalLMOutput",
+    "MtpLosses",
+    "MtpStatistics",
+    "apply_head",
+    "mtp_losses",
+    "shifted_labels",
+    "sum_of_cross_entropies",
+]
