@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .configuration_deepseekmoe import DeepseekMoeConfig
 from .experts_quantized import FORMAT_ATTRIBUTE
-from .torch_support import without_wrappers
+from .torch_support import decoder_of, without_wrappers
 
 logger = logging.get_logger(__name__)
 
@@ -140,7 +140,7 @@ def config_of_what_is_saved(model: Any) -> Iterator[None]:
         ValueError: if the model's layers are not those of its config: nobody could load the files.
     """
     config = model.config
-    decoder = next((module for module in model.modules() if hasattr(module, "router_load")), None)
+    decoder = decoder_of(model)
     number_of_mtp = 0 if decoder is None else len(decoder.layers) - len(decoder.decoder_layers)
     if decoder is not None and not getattr(model, "peft_config", None):  # of which the adapter alone is saved
         number, by_config = len(decoder.decoder_layers), config.moe_layers

@@ -137,6 +137,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             **{CACHE: past_key_values, **kwargs},
         )
         aux_loss = sum_of_losses(records, hidden_states.device) if routing.record else None
+        if counts_as_training(self):
+            self.reminders.remind_of_mtp(self)
         if records and counts_as_training(self):
             self.reminders.remind(self)
             self._count(records, routing.token_mask, inputs_embeds.shape[:2].numel())
@@ -195,7 +197,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             **kwargs,
         )
         records = self._records_of(depths)
-        if records and counts_as_training(self):
+        if counts_as_training(self):
+            self.reminders.predicted_ahead = True
             for idx, record in records.items():
                 load = load_of_records({idx: record}, self.moe_layers, None, 0)
                 load.micro_batches.zero_()  # the decoder has counted it, and its tokens

@@ -130,6 +130,8 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
 
     def __init__(self, config: DeepseekMoeConfig, *args: Any, **kwargs: Any) -> None:
         config.check_fields()
+        if config.mtp and type(self).__name__.endswith("Classification"):
+            raise ValueError(f"mtp=True is not allowed for {type(self).__name__}, which predicts no tokens.")
         super().__init__(config, *args, **kwargs)
         # Read from the checkpoint's names by transformers; what is left out is reported by `check_mtp_tensors`.
         self._keys_to_ignore_on_load_unexpected = patterns_to_ignore(config)

@@ -60,8 +60,13 @@ class Entries(NamedTuple):
         """Return these entries behind others."""
         if before is None:
             return self
-        joined = (torch.cat(pair, dim=1) for pair in zip(before[:4], self[:4], strict=True))
-        return Entries(*joined, self.last + before.real.shape[1])
+        return Entries(
+            torch.cat([before.hidden_states, self.hidden_states], dim=1),
+            torch.cat([before.next_ids, self.next_ids], dim=1),
+            torch.cat([before.position_ids, self.position_ids], dim=1),
+            torch.cat([before.real, self.real], dim=1),
+            self.last + before.real.shape[1],
+        )
 
 
 class Drafter:

@@ -130,14 +130,15 @@ class MtpAssistant:
         if self.streamer is not None:
             self.streamer.end()
         sequences = rows.ids[:, : max(rows.lengths)]
+        number = sequences.shape[1] - rows.prompt_length
         share = ", ".join(f"{one:.3f}" for one in self.acceptance)
         logger.info(f"Multi-token prediction: of {self.steps} steps draft 1, 2, ... was accepted in {share}.")
         if not generation_config.return_dict_in_generate:
             return sequences
         return MtpGenerateOutput(
             sequences=sequences,
-            scores=None if rows.scores is None else tuple(rows.scores),
-            logits=None if rows.logits is None else tuple(rows.logits),
+            scores=None if rows.scores is None else tuple(rows.scores[:number]),
+            logits=None if rows.logits is None else tuple(rows.logits[:number]),
             mtp_acceptance=self.acceptance,
             mtp_steps=self.steps,
             **{cache_name(): cache},

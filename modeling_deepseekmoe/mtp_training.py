@@ -150,7 +150,7 @@ class MtpStatistics:
             return {}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        found = {}
+        found: dict[str, float] = {}
         for depth, (loss, targets, agreed) in enumerate(sums.T.tolist(), start=1):
             if targets:
                 found |= {f"mtp/loss_{depth}": loss / targets, f"mtp/agreement_{depth}": agreed / targets}

@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """The warnings that a model gives once while it trains, if something is missing that its config asks for.
 
-There are two: nothing updates the balancing bias, or whoever made the loss left the auxiliary losses out. Both are
-found in a training forward, from what happened before it. An optimizer step is seen by the weights that it changed.
+There are three: nothing updates the balancing bias, or whoever made the loss left out the auxiliary losses, or
+multi-token prediction. They are found in a training forward, from what happened before it. An optimizer step is seen
+by the weights that it changed.
 """
 
 from typing import Any
@@ -28,7 +29,10 @@ class Reminders:
     def __init__(self) -> None:
         self.told_of_updates = False
         self.told_of_losses = False
+        self.told_of_mtp = False
         self.forwards = 0  # of training
+        self.predicted_ahead = False  # in training
+        self.forwards_without_mtp = 0  # of training, before there was one with it
         self.steps: int | torch.Tensor = 0  # seen so far; read seldom, because reading waits for the device
         self.steps_when_balanced = 0
         self.seen: tuple[str, torch.Tensor] | None = None  # the watched weight of the last training forward
@@ -57,6 +61,27 @@ class Reminders:
             self._look_at_losses(model)
         if look_at_updates and read_now and self._sees_a_gate():
             self._look_at_updates(model)
+
+    def remind_of_mtp(self, model: Any) -> None:
+        """Warn in the second training forward if multi-token prediction had no part in the first.
+
+        Args:
+            model: a decoder.
+        """
+        if self.told_of_mtp or torch.compiler.is_compiling() or not (model.config.mtp and model.config.mtp_loss_coef):
+            return
+        self.forwards_without_mtp += 1
+        layers = [layer for layer in model.layers if hasattr(layer, "eh_proj")]
+        trained = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+        self.told_of_mtp = self.predicted_ahead or not trained  # there is nothing to tell
+        if not self.told_of_mtp and self.forwards_without_mtp > 1:
+            self.told_of_mtp = True
+            logger.warning(
+                f"The multi-token-prediction layers of {type(model).__name__} are loaded and NOT trained: whoever "
+                "makes the loss takes the logits alone, or gives the model no labels (TRL's DPO and its fused losses, "
+                "label smoothing). The drafter will fit the model less and less. Train it with the model's own loss "
+                "(labels given), or afterwards with config.mtp_detach=True; or set config.mtp_loss_coef=0."
+            )
 
     def _look_for_a_step(self, model: nn.Module) -> None:
         before, self.seen = self.seen, watched_weight(model)

@@ -51,4 +51,16 @@ def set_group_timeout(group: Any, seconds: float) -> None:
     distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-__all__ = ["Float32Buffers", "after_backward_pass", "in_backward_pass", "set_group_timeout", "without_wrappers"]
+def decoder_of(model: nn.Module) -> Any:
+    """Return the decoder of this family inside a model, wrapped or not; `None` if there is none."""
+    return next((module for module in model.modules() if hasattr(module, "router_load")), None)
+
+
+__all__ = [
+    "Float32Buffers",
+    "after_backward_pass",
+    "decoder_of",
+    "in_backward_pass",
+    "set_group_timeout",
+    "without_wrappers",
+]

@@ -98,7 +98,7 @@ class RouterStats:
     def summary(self) -> dict[str, float]:
         """Compute what a trainer logs: means over the layers, and the auxiliary losses if there are any.
 
-        The means are under `router/...`. The losses are under `aux_loss` for their sum and `aux_loss/...` for each
+        A layer that routed no token is left out. The means are under `router/...`. The losses are under `aux_loss` for their sum and `aux_loss/...` for each
         one. If none of them is trained, their name is `aux_loss_not_trained`.
 
         Raises:
@@ -106,9 +106,12 @@ class RouterStats:
         """
         values = self.to_dict()
         output = {}
+        # A layer of multi-token prediction routes nothing where its loss is not trained.
+        routed = [bool(sum(counts)) for counts in values["tokens_per_expert"]]
         for name in _MEASURES:
             if name in values:
-                output[f"router/{name}"] = sum(values[name]) / len(values[name])
+                known = [value for value, counted in zip(values[name], routed, strict=True) if counted]
+                output[f"router/{name}"] = sum(known) / len(known)
         if values["losses"]:
             title = "aux_loss" if values["losses_trained"] else "aux_loss_not_trained"
             output[title] = sum(values["losses"].values())

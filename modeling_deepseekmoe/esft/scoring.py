@@ -68,9 +68,15 @@ def score_experts(
             device = decoder.device
             padding = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             kwargs = {} if padding is None else {"attention_mask": padding.to(device)}
-            decoder(input_ids=input_ids.to(device), use_cache=False, **kwargs)
+            input_ids = input_ids.to(device)
+            outputs = decoder(input_ids=input_ids, use_cache=False, **kwargs)
+            masks = dict.fromkeys(choices, mask)
+            if getattr(decoder.config, "mtp", False):  # whose layers do not run with the others
+                masks |= _masks_ahead(decoder, outputs.last_hidden_state, input_ids, mask, **kwargs)
             for layer, (expert_ids, weights) in choices.items():
-                sums[layer] += _sum_over_samples(expert_ids, weights / scaling[layer], mask, method, len(sums[layer]))
+                sums[layer] += _sum_over_samples(
+                    expert_ids, weights / scaling[layer], masks[layer], method, len(sums[layer])
+                )
             samples += int(mask.any(dim=1).sum())
             tokens += int(mask.sum())
             progress(int(mask.sum()))
@@ -79,6 +85,15 @@ def score_experts(
     if not tokens:
         raise ValueError("dataloader is not allowed: it yields no tokens, and at least one is needed.")
     return {layer: total / samples for layer, total in sums.items()}
+
+
+def _masks_ahead(
+    decoder: Any, hidden_states: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor, **kwargs: Any
+) -> dict[int, torch.Tensor]:
+    """Run the layers of multi-token prediction, and return which of their positions count, by layer."""
+    depths, _ = decoder.predict_ahead(hidden_states, input_ids, **kwargs)
+    first = decoder.config.num_hidden_layers
+    return {first + idx: depth.real.cpu() & mask for idx, depth in enumerate(depths)}
 
 
 def _checked_blocks(model: nn.Module, method: str, max_tokens: int | None) -> dict[int, tuple[str, nn.Module]]:

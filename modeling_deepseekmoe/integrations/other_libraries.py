@@ -80,13 +80,13 @@ class AfterImport(MetaPathFinder):
         return spec
 
 
-def _carry_code(trainer_module: Any) -> None:
-    """Add the callback that publishes the code to the callbacks of every Trainer."""
+def _add_callbacks(trainer_module: Any) -> None:
+    """Add to the callbacks of every Trainer those that publish the code and log multi-token prediction."""
+    from ..drafting.callbacks import MtpLogCallback
     from ..hub.callbacks import RemoteCodeCallback
 
     callbacks = getattr(trainer_module, TRAINER_CALLBACKS)
-    if RemoteCodeCallback not in callbacks:
-        callbacks.append(RemoteCodeCallback)
+    callbacks += [one for one in (RemoteCodeCallback, MtpLogCallback) if one not in callbacks]
 
 
 def _offer_experts(moe_module: Any) -> None:
@@ -152,7 +152,7 @@ def _offer_quantizer(auto_module: Any) -> None:
 
 
 TRL = AfterImport(TRL_MODULE, TRL_LOADER, _load_through_auto)
-TRAINER = AfterImport(TRAINER_MODULE, TRAINER_CALLBACKS, _carry_code)
+TRAINER = AfterImport(TRAINER_MODULE, TRAINER_CALLBACKS, _add_callbacks)
 EXPERTS = AfterImport(EXPERTS_MODULE, EXPERTS_TABLE, _offer_experts)
 QUANTIZERS = AfterImport(QUANTIZERS_MODULE, "get_hf_quantizer", _offer_quantizer)
 

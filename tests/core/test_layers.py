@@ -10,8 +10,8 @@ import modeling_deepseekmoe
 
 NAME = "modeling_deepseekmoe"
 # From below. What lies flat in the package is the core; a folder is a layer of its own.
-LAYERS = ("core", "support", "families", "configuration", "balancing", "esft", "lora", "sharding", "conversion",
-          "quantization", "analysis", "hub", "integrations", "finetuning", "cli")  # fmt: skip
+LAYERS = ("core", "support", "families", "configuration", "drafting", "balancing", "esft", "lora", "sharding",
+          "conversion", "quantization", "analysis", "hub", "integrations", "finetuning", "cli")  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
