@@ -12,11 +12,11 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # conversion, plans, routing and kernels know nothing of them, and torch, which compiles, is the same.
 OF_VERSIONS = $(foreach name,canaries canaries_of_others generation golden modeling checkpoints registration configuration experts lora lora_combining \
 	lora_adapters lora_options adapters adapter_layouts adapter_training foreign_adapters esft trainer trl trl_trainers callbacks \
-	bias_update router_load moe_layers deepseek_v32_v4 copies depth quantisers tokenization upcycling sharded_files untested_versions hub hub_content renamed_code \
+	bias_update mtp mtp_training mtp_generation router_load moe_layers deepseek_v32_v4 copies depth quantisers tokenization upcycling sharded_files untested_versions hub hub_content renamed_code \
 	code_update publishing finetuning_runs quantized_files,$(or $(wildcard tests/*/test_$(name).py),$(error no tests/*/test_$(name).py)))
 # With the newest transformers but one, what has broken with a new one: generation, caches, loading, saving, Trainer.
 OF_PREVIOUS = $(foreach name,canaries canaries_of_others generation golden modeling checkpoints registration configuration \
-	trainer copies sharded_files untested_versions,$(or $(wildcard tests/*/test_$(name).py),$(error no tests/*/test_$(name).py)))
+	mtp mtp_generation trainer copies sharded_files untested_versions,$(or $(wildcard tests/*/test_$(name).py),$(error no tests/*/test_$(name).py)))
 OF_TORCH = $(foreach name,experts experts_triton routing_triton,tests/core/test_$(name).py)
 # Nor quantised caches, whose library compiles itself for a minute when it is first used, nor what takes long and is of
 # publishing or of several processes alone.

@@ -60,7 +60,7 @@ class Own:
 
     def __init__(self, device: str) -> None:
         self.model = DeepseekMoeForCausalLM(DeepseekMoeConfig(**CONFIG)).to(device).train()
-        self.context = DeepseekMoeModel._routing_context
+        self.context = DeepseekMoeModel.routing_context
 
     def prepare(self, way: str) -> None:
         """Switch records and entropy on or off."""
@@ -70,7 +70,7 @@ class Own:
             return context(decoder, *args)._replace(record=False)
 
         method = without_records if way == "nothing" else context  # replaced on purpose, which types do not allow
-        DeepseekMoeModel._routing_context = method  # type: ignore[method-assign, assignment]
+        DeepseekMoeModel.routing_context = method  # type: ignore[method-assign, assignment]
         self.model.model.router_load.measure_entropy = way == "balancing"
 
     def finish(self) -> None:

@@ -118,8 +118,8 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
             first, 0.1 later). 0 turns it off.
         mtp_loss_decay (`float`): the loss of depth k has the weight `mtp_loss_decay**(k - 1)`, divided by the sum of
             these weights: 1.0 is V3's mean, 0.6 FastMTP's (arXiv 2509.18362).
-        mtp_detach (`bool`): train the multi-token-prediction layers alone: their loss has no gradient in the decoder,
-            the embedding and the head.
+        mtp_detach (`bool`): the multi-token-prediction loss trains its layers alone, and has no gradient in the
+            decoder, the embedding and the head. The other losses train these as always, unless they are frozen.
 
     Raises:
         ValueError: for a value that is not allowed. The message names the field, the value and what is allowed.

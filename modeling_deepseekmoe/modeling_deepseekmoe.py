@@ -34,7 +34,13 @@ from .moe import (
 from .mtp import DeepseekMoeMTPLayer, Depth, RowLayout, is_mtp_layer, run_depths
 from .mtp_files import forget_copies
 from .mtp_generation import generation_arguments
-from .mtp_training import DeepseekMoeCausalLMOutput, MtpLosses, MtpStatistics, mtp_losses, shifted_labels
+from .mtp_training import (
+    DeepseekMoeCausalLMOutput,
+    MtpStatistics,
+    mtp_losses,
+    shifted_labels,
+    starts_a_sequence,
+)
 from .reminders import Reminders
 from .router_load import (
     RouterLoadCounter,
@@ -45,6 +51,7 @@ from .router_load import (
     sum_of_losses,
     token_mask_of,
 )
+from .torch_support import run_as_forward
 from .transformers_support import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -76,7 +83,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.router_load = RouterLoadCounter(config.moe_layers, config.n_routed_experts or 0)
+        self.router_load = RouterLoadCounter(self.moe_layers, config.n_routed_experts or 0)
         self.reminders = Reminders()
         self.mtp_statistics = MtpStatistics()
         self.register_load_state_dict_pre_hook(report_lost_adapters)
@@ -286,8 +293,8 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         """
         refuse_prompt_learning(self)
         kwargs = generation_arguments(self, args, kwargs)
-        check_cached_generation(self, *args, *kwargs.values())
-        return super().generate(*args, **kwargs)
+        check_cached_generation(self, *kwargs.values())
+        return super().generate(**kwargs)
 
     @takes_cache
     @can_return_tuple
@@ -328,61 +335,59 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
 
-        loss, aux_loss, ahead = None, outputs.aux_loss, None
+        loss, aux_loss, ahead = None, outputs.aux_loss, dict[str, torch.Tensor]()
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            targets = shifted_labels(labels, **kwargs)
-            items = (targets != -100).sum()
-            if self.config.mtp and self.config.mtp_loss_coef:
-                batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-                         "inputs_embeds": inputs_embeds}  # fmt: skip
-                ahead, aux_loss = self._predict_ahead(outputs, logits, targets, items, batch, **kwargs)
-                loss = loss + ahead.total.to(loss.device) if self.training else loss
-            loss = self._loss_with_auxiliary(loss, aux_loss, items, **kwargs)
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+                     "inputs_embeds": inputs_embeds}  # fmt: skip
+            loss, aux_loss, ahead = self._losses(outputs, logits, labels, batch, **kwargs)
         return DeepseekMoeCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
-            mtp_loss=None if ahead is None else ahead.losses,
-            mtp_agreement=None if ahead is None else ahead.agreed / ahead.targets,
             last_hidden_state=outputs.last_hidden_state if output_last_hidden_state else None,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            **{CACHE: getattr(outputs, CACHE)},
+            **{CACHE: getattr(outputs, CACHE), **ahead},
         )
 
-    def _predict_ahead(
+    def _losses(
         self,
         outputs: DeepseekMoeModelOutput,
         logits: torch.Tensor,
-        targets: torch.Tensor,
-        items: torch.Tensor,
+        labels: torch.Tensor,
         batch: dict[str, Any],
         **kwargs: Any,
-    ) -> tuple[MtpLosses, torch.Tensor | None]:
-        """Compute the losses of multi-token prediction, and the auxiliary loss with that of its gates."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Compute the loss, the auxiliary loss that is in it, and what the output tells of multi-token prediction."""
         config, aux_loss = self.config, outputs.aux_loss
-        num_items = kwargs.get("num_items_in_batch")
-        depths, layout = self.model.predict_ahead(
-            outputs.last_hidden_state, record=aux_loss is not None, **batch, **kwargs
-        )
-        losses = mtp_losses(
-            self.lm_head,
-            depths,
-            layout,
-            targets,
-            logits,
-            weights=config.mtp_loss_weights,
-            num_items=items if num_items is None else num_items,
-            detach=config.mtp_detach,
-        )
-        if counts_as_training(self.model):
-            self.model.mtp_statistics.add(losses)
-        for depth in depths:
-            if aux_loss is not None and depth.record is not None and depth.record.losses is not None:
-                aux_loss = aux_loss + depth.record.losses.sum().to(aux_loss.device)
-        return losses, aux_loss
+        ahead: dict[str, torch.Tensor] = {}
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+        targets = shifted_labels(labels, **kwargs)
+        items, num_items = (targets != -100).sum(), kwargs.get("num_items_in_batch")
+        if config.mtp and config.mtp_loss_coef and starts_a_sequence(outputs, getattr(outputs, CACHE)):
+            run_as_forward(self.model, "predict_ahead")
+            depths, layout = self.model.predict_ahead(
+                outputs.last_hidden_state, record=aux_loss is not None, **batch, **kwargs
+            )
+            losses = mtp_losses(
+                self.lm_head,
+                depths,
+                layout,
+                targets,
+                logits,
+                weights=config.mtp_loss_weights,
+                num_items=items if num_items is None else num_items,
+                detach=config.mtp_detach,
+            )
+            if counts_as_training(self.model):
+                self.model.mtp_statistics.add(losses)
+            for depth in depths:
+                if aux_loss is not None and depth.record is not None and depth.record.losses is not None:
+                    aux_loss = aux_loss + depth.record.losses.sum().to(aux_loss.device)
+            ahead = losses.outputs()
+            loss = loss + losses.total.to(loss.device) if self.training else loss
+        return self._loss_with_auxiliary(loss, aux_loss, items, **kwargs), aux_loss, ahead
 
 
 # ------------------------------------------------------------------------------------------------------------ dialects

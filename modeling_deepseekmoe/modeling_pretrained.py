@@ -116,7 +116,7 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
     config: DeepseekMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepseekMoeDecoderLayer", "DeepseekMoeMTPLayer"]  # noqa: RUF012 - read, never changed; as transformers declares it
+    _no_split_modules = ["DeepseekMoeDecoderLayer"]  # noqa: RUF012 - read, never changed; as transformers declares it
     _skip_keys_device_placement = CACHE_NAMES
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -133,8 +133,14 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         if config.mtp and type(self).__name__.endswith("Classification"):
             raise ValueError(f"mtp=True is not allowed for {type(self).__name__}, which predicts no tokens.")
         super().__init__(config, *args, **kwargs)
+        self.look_for_mtp()
+
+    def look_for_mtp(self) -> None:
+        """Tell transformers and accelerate of the multi-token-prediction layers that the config has now."""
         # Read from the checkpoint's names by transformers; what is left out is reported by `check_mtp_tensors`.
-        self._keys_to_ignore_on_load_unexpected = patterns_to_ignore(config)
+        self._keys_to_ignore_on_load_unexpected = patterns_to_ignore(self.config)
+        if self.config.mtp:  # elsewhere there is no such module, which accelerate would miss
+            self._no_split_modules = sorted({*self._no_split_modules, "DeepseekMoeMTPLayer"})
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -194,7 +200,7 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
             args, kwargs: transformers' own, and fields of the config, among them `mtp=True` for the
                 multi-token-prediction layers of the checkpoint.
         """
-        if isinstance(kwargs.get("config"), DeepseekMoeConfig) and "mtp" in kwargs:
+        if hasattr(kwargs.get("config"), "mtp_loss_coef") and "mtp" in kwargs:  # perhaps of another copy of the code
             kwargs["config"] = deepcopy(kwargs["config"])
             kwargs["config"].mtp = kwargs.pop("mtp")
         return super().from_pretrained(*args, **kwargs)
@@ -248,7 +254,8 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         given = args[2] if len(args) > 2 else kwargs.get("state_dict")  # behind the folder and `is_main_process`
         with config_of_what_is_saved(self), copies_are_saved(self, given) as state_dict:
             if given is not None:
-                args, kwargs = args[:2], {**kwargs, "state_dict": state_dict}
+                args = (*args[:2], state_dict, *args[3:]) if len(args) > 2 else args
+                kwargs = kwargs if len(args) > 2 else {**kwargs, "state_dict": state_dict}
             super().save_pretrained(*args, **kwargs)
 
     def _loss_with_auxiliary(

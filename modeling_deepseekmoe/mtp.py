@@ -9,7 +9,7 @@ Shape letters: B batch, S sequence, D hidden, V vocabulary. A depth is counted f
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,6 @@ from .configuration_deepseekmoe import DeepseekMoeConfig
 from .modeling_pretrained import CACHE, DeepseekMoeDecoderLayer
 from .router_load import NO_RECORD, RoutingContext, RoutingRecord, token_mask_of
 from .transformers_support import LlamaRMSNorm, create_causal_mask
-
-if TYPE_CHECKING:
-    from .modeling_deepseekmoe import DeepseekMoeModel
 
 IGNORED = -100  # a label without a loss
 
@@ -169,7 +166,7 @@ class RowLayout:
 
 
 def run_depths(
-    decoder: "DeepseekMoeModel",
+    decoder: Any,
     hidden_states: torch.Tensor,
     inputs_embeds: torch.Tensor,
     layout: RowLayout,
@@ -194,9 +191,10 @@ def run_depths(
     """
     config = decoder.config
     if config.mtp_detach:
-        # It takes a gradient that nobody reads: a layer under the reentrant mode of checkpointing has none otherwise.
-        hidden_states = hidden_states.detach().requires_grad_(torch.is_grad_enabled())
-        inputs_embeds = inputs_embeds.detach()
+        hidden_states, inputs_embeds = hidden_states.detach(), inputs_embeds.detach()
+        if torch.is_grad_enabled() and decoder.gradient_checkpointing and not torch.compiler.is_compiling():
+            # A gradient that nobody reads: without one the reentrant mode of checkpointing has no others.
+            hidden_states.requires_grad_()
     if position_ids is None:
         position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
     causal_mask = create_causal_mask(

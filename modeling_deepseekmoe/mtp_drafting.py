@@ -8,7 +8,7 @@ Shape letters: B rows, W new entries of a row, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,8 @@ from .mtp import mtp_layers_of
 from .router_load import NO_RECORD
 from .transformers_support import cache_name, create_causal_mask, remove_from_cache
 
-if TYPE_CHECKING:
-    from .modeling_deepseekmoe import DeepseekMoeForCausalLM
-
-# Makes one token of each row (B,) from logits (B, V), and returns it with the logits that it was chosen by. The
-# number is that of drafts before it.
-Choose = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+# Makes the next draft of each row (B,) from logits (B, V), and returns it with the logits that it was chosen by.
+Choose = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Entries(NamedTuple):
@@ -81,7 +77,7 @@ class Drafter:
         num_drafts (`int`): how many tokens to draft at once.
     """
 
-    def __init__(self, model: "DeepseekMoeForCausalLM", num_drafts: int) -> None:
+    def __init__(self, model: Any, num_drafts: int) -> None:
         self.model = model
         self.decoder = model.model
         self.layers = mtp_layers_of(self.decoder)
@@ -118,7 +114,7 @@ class Drafter:
         for depth in range(len(self.layers)):
             hidden_states = self._run(depth, hidden_states, following[:, depth : depth + width], *at)
             if depth < number:
-                token, logits = choose(self._logits(hidden_states[rows, entries.last]), depth)
+                token, logits = choose(self._logits(hidden_states[rows, entries.last]))
                 following[rows, entries.last + depth + 1] = token
                 drafts.append(token)
                 chosen_by.append(logits)
@@ -144,7 +140,7 @@ class Drafter:
             real = F.pad(real, (0, 1), value=True)
             mask = self._mask(hidden_states, real, position_ids)
             hidden_states = self._run(0, hidden_states, drafts[-1][:, None], position_ids, mask)
-            token, logits = choose(self._logits(hidden_states[:, 0]), len(drafts))
+            token, logits = choose(self._logits(hidden_states[:, 0]))
             drafts.append(token)
             chosen_by.append(logits)
         if again > 0:

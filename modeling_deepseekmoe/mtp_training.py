@@ -4,6 +4,8 @@
 Shape letters: B batch, S sequence, D hidden, V vocabulary. A depth is counted from 1.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils import logging
 
 from .mtp import IGNORED, Depth, RowLayout, ahead
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -50,6 +55,10 @@ class MtpLosses(NamedTuple):
     targets: torch.Tensor
     agreed: torch.Tensor
     sums: torch.Tensor
+
+    def outputs(self) -> dict[str, torch.Tensor]:
+        """Return the fields of the model's output."""
+        return {"mtp_loss": self.losses, "mtp_agreement": self.agreed / self.targets}
 
 
 def mtp_losses(
@@ -104,8 +113,42 @@ def apply_head(head: nn.Module, hidden_states: torch.Tensor, detach: bool) -> to
     """Compute logits (B, S, V), without a gradient in the head's weights if `detach`."""
     if not detach:
         return head(hidden_states)
-    weights = {name: weight.detach() for name, weight in head.named_parameters()}
-    return torch.func.functional_call(head, weights, (hidden_states,))
+    if torch.compiler.is_compiling():
+        weights = {name: weight.detach() for name, weight in head.named_parameters()}
+        return torch.func.functional_call(head, weights, (hidden_states,))
+    with _without_weight_gradients(head):
+        return head(hidden_states)
+
+
+@contextmanager
+def _without_weight_gradients(module: nn.Module) -> Iterator[None]:
+    """Let a module compute with detached weights inside.
+
+    They are exchanged between its hooks: those of FSDP and ZeRO-3 put the whole weights in place just before.
+    """
+    kept: dict[nn.Module, dict[str, nn.Parameter]] = {}
+
+    def exchange(part: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            delattr(part, name)
+            setattr(part, name, tensor)
+
+    def detach(part: nn.Module, args: Any) -> None:
+        kept[part] = {name: p for name, p in part.named_parameters(recurse=False) if p.requires_grad}
+        exchange(part, {name: parameter.detach() for name, parameter in kept[part].items()})
+
+    def restore(part: nn.Module, args: Any, output: Any) -> None:
+        exchange(part, kept.pop(part, {}))
+
+    handles = []
+    for part in module.modules():
+        handles.append(part.register_forward_pre_hook(detach))
+        handles.append(part.register_forward_hook(restore, prepend=True, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def sum_of_cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -120,23 +163,29 @@ class MtpStatistics:
     A copy of the decoder begins anew, and so does one that was pickled.
 
     Attributes:
-        sums (`torch.DoubleTensor` of shape (3, depths), *optional*): sums of the cross entropies, numbers of targets,
-            and numbers of targets for which depth and model chose the same token.
+        losses (`torch.FloatTensor` of shape (depths,), *optional*): sums of the cross entropies.
+        counts (`torch.LongTensor` of shape (2, depths), *optional*): numbers of targets, and of those for which depth
+            and model chose the same token.
     """
 
     def __init__(self) -> None:
-        self.sums: torch.Tensor | None = None
+        self.losses: torch.Tensor | None = None
+        self.counts: torch.Tensor | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
 
+    def reset(self) -> None:
+        """Forget what was added."""
+        self.losses = self.counts = None
+
     def add(self, losses: MtpLosses) -> None:
         """Add one micro-batch."""
-        device = losses.sums.device
-        counts = (losses.targets.double().to(device), losses.agreed.double().to(device))
-        sums = torch.stack([losses.sums.detach().double(), *counts])
-        same = self.sums is not None and self.sums.shape == sums.shape
-        self.sums = sums + self.sums.to(device) if same and self.sums is not None else sums
+        device, sums = losses.sums.device, losses.sums.detach()
+        counts = torch.stack([losses.targets.to(device), losses.agreed.to(device)])
+        if self.losses is not None and self.counts is not None and self.losses.shape == sums.shape:
+            sums, counts = sums + self.losses.to(device), counts + self.counts.to(device)
+        self.losses, self.counts = sums, counts
 
     def take(self) -> dict[str, float]:
         """Return the mean cross entropy and the agreement of every depth, all ranks together, and begin again.
@@ -145,13 +194,15 @@ class MtpStatistics:
             `mtp/loss_K` (nats, a target) and `mtp/agreement_K` (share of the targets) for every depth K; nothing for a
             depth without targets.
         """
-        sums, self.sums = self.sums, None
-        if sums is None:
+        losses, counts = self.losses, self.counts
+        self.reset()
+        if losses is None or counts is None:
             return {}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(losses)
+            torch.distributed.all_reduce(counts)
         found: dict[str, float] = {}
-        for depth, (loss, targets, agreed) in enumerate(sums.T.tolist(), start=1):
+        for depth, (loss, targets, agreed) in enumerate(zip(losses.tolist(), *counts.tolist(), strict=True), start=1):
             if targets:
                 found |= {f"mtp/loss_{depth}": loss / targets, f"mtp/agreement_{depth}": agreed / targets}
         return found
@@ -163,6 +214,22 @@ def shifted_labels(labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return ahead(labels, 1, IGNORED) if given is None else given
 
 
+def starts_a_sequence(outputs: Any, cache: Any) -> bool:
+    """Tell whether a forward pass began at the beginning of its sequences, and say once if not.
+
+    Args:
+        outputs: the decoder's.
+        cache: the cache behind it, if there is one.
+    """
+    if cache is None or int(cache.get_seq_length()) <= outputs.last_hidden_state.shape[1]:
+        return True
+    logger.warning_once(
+        "Labels are given together with a cache of earlier tokens: multi-token prediction has no part in this loss, "
+        "and mtp_loss is None."
+    )
+    return False
+
+
 __all__ = [
     "DeepseekMoeCausalLMOutput",
     "MtpLosses",
@@ -170,5 +237,6 @@ __all__ = [
     "apply_head",
     "mtp_losses",
     "shifted_labels",
+    "starts_a_sequence",
     "sum_of_cross_entropies",
 ]

@@ -80,7 +80,8 @@ class Reminders:
                 f"The multi-token-prediction layers of {type(model).__name__} are loaded and NOT trained: whoever "
                 "makes the loss takes the logits alone, or gives the model no labels (TRL's DPO and its fused losses, "
                 "label smoothing). The drafter will fit the model less and less. Train it with the model's own loss "
-                "(labels given), or afterwards with config.mtp_detach=True; or set config.mtp_loss_coef=0."
+                "(labels given), or afterwards with the rest frozen; or freeze it (`layer.requires_grad_(False)` for "
+                "the layers of model.model.layers behind num_hidden_layers)."
             )
 
     def _look_for_a_step(self, model: nn.Module) -> None:

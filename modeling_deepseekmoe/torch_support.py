@@ -51,6 +51,14 @@ def set_group_timeout(group: Any, seconds: float) -> None:
     distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+def run_as_forward(module: nn.Module, method: str) -> None:
+    """Let FSDP2 put a module's weights together for a method as for its forward, if it has the module in its hands."""
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method  # slow to import
+
+    if isinstance(module, FSDPModule) and method not in vars(module):
+        register_fsdp_forward_method(module, method)
+
+
 def decoder_of(model: nn.Module) -> Any:
     """Return the decoder of this family inside a model, wrapped or not; `None` if there is none."""
     return next((module for module in model.modules() if hasattr(module, "router_load")), None)
@@ -61,6 +69,7 @@ __all__ = [
     "after_backward_pass",
     "decoder_of",
     "in_backward_pass",
+    "run_as_forward",
     "set_group_timeout",
     "without_wrappers",
 ]

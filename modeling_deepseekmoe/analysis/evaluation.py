@@ -140,7 +140,7 @@ def traced_layers(model: PreTrainedModel) -> list[MoeLayer]:
     Raises:
         ValueError: if there is none, or if they do not.
     """
-    layers = require_moe_layers(model)
+    layers = [layer for layer in require_moe_layers(model) if not is_mtp_layer_of(model, layer.index)]
     indices, sizes = [layer.index for layer in layers], {layer.num_experts for layer in layers}
     if len(set(indices)) < len(indices) or len(sizes) > 1:
         raise ValueError(
@@ -148,6 +148,12 @@ def traced_layers(model: PreTrainedModel) -> list[MoeLayer]:
             "numbers of experts."
         )
     return layers
+
+
+def is_mtp_layer_of(model: PreTrainedModel, index: int) -> bool:
+    """Tell whether a layer of a model is one of multi-token prediction, which does not run with the others."""
+    config = model.config
+    return bool(getattr(config, "mtp", False)) and index >= config.num_hidden_layers
 
 
 def score_function_of(layer: MoeLayer) -> str | None:

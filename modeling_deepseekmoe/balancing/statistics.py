@@ -85,7 +85,9 @@ class RouterStats:
             "drop_rate": (load.dropped / choices).tolist(),
         }
         if load.entropy.any():
-            output["entropy"] = (load.entropy / load.tokens.clamp(min=1)).tolist()
+            # A layer of multi-token prediction routes fewer tokens than the others.
+            tokens = load.tokens * choices / choices.max()
+            output["entropy"] = (load.entropy / tokens).tolist()
         gates = find_biased_gates(self.model)
         if gates:
             norms = [gate.whole_bias().norm() for gate in gates]
@@ -98,8 +100,8 @@ class RouterStats:
     def summary(self) -> dict[str, float]:
         """Compute what a trainer logs: means over the layers, and the auxiliary losses if there are any.
 
-        A layer that routed no token is left out. The means are under `router/...`. The losses are under `aux_loss` for their sum and `aux_loss/...` for each
-        one. If none of them is trained, their name is `aux_loss_not_trained`.
+        A layer that routed no token is left out. The means are under `router/...`. The losses are under `aux_loss` for
+        their sum and `aux_loss/...` for each one. If none of them is trained, their name is `aux_loss_not_trained`.
 
         Raises:
             ValueError: if no step was added.

@@ -10,16 +10,17 @@ from torch import nn
 from ..modeling_deepseekmoe import DeepseekMoeForCausalLM
 from ..moe import is_moe_block
 from ..mtp import DeepseekMoeMTPLayer
-from ..mtp_files import patterns_to_ignore
 
+CHECKPOINTING = "gradient_checkpointing"
 INITIALISATIONS = ("last_layer", "random")
 
 
 def add_mtp(model: nn.Module, depth: int = 1, initialisation: str = "last_layer") -> None:
     """Give a model new layers of multi-token prediction, to be trained (arXiv 2412.19437, section 2.2).
 
-    From then on the model's loss has their part (`config.mtp_loss_coef`), `config.mtp_detach = True` trains them
-    alone, and files that are saved hold them. Before they are trained, they draft in vain.
+    From then on the model's loss has their part (`config.mtp_loss_coef`), and files that are saved hold them. Before
+    they are trained, they draft in vain. To train them alone, freeze the model first: `model.requires_grad_(False)`.
+    The new layers are trainable in any case (quantised experts are not).
 
     Args:
         model: a language model of the family, `deepseekmoe` or `deepseek_v3`, without such layers.
@@ -42,11 +43,14 @@ def add_mtp(model: nn.Module, depth: int = 1, initialisation: str = "last_layer"
         layer.apply(model._init_weights)
         if source is not None:
             _copy_parts(source, layer, model.model.norm)
+        # As the others: whether it is checkpointed, and how.
+        for key, value in vars(model.model.layers[0]).items():
+            if CHECKPOINTING in key:
+                setattr(layer, key, value)
         model.model.layers.append(layer.train(model.training))
     config.num_nextn_predict_layers, config.mtp = depth, True
-    model._keys_to_ignore_on_load_unexpected = patterns_to_ignore(config)
-    if model.is_gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    for module in (model, model.model):
+        module.look_for_mtp()
 
 
 def _checked_config(model: nn.Module, depth: int, initialisation: str) -> Any:
@@ -78,9 +82,19 @@ def _checked_config(model: nn.Module, depth: int, initialisation: str) -> Any:
 
 
 def _last_layer(model: DeepseekMoeForCausalLM) -> nn.Module:
-    """Return the last decoder layer of the kind that multi-token prediction has: with experts if any layer has."""
-    wanted = bool(model.config.moe_layers)
-    return next(layer for layer in reversed(model.model.decoder_layers) if is_moe_block(layer.mlp) == wanted)
+    """Return the last decoder layer of the kind that multi-token prediction has: with experts if the config has some.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    wanted = bool(model.config.n_routed_experts)
+    for layer in reversed(model.model.decoder_layers):
+        if is_moe_block(layer.mlp) == wanted:
+            return layer
+    raise ValueError(
+        "initialisation='last_layer' is not allowed: no layer of this model has experts, and those of multi-token "
+        "prediction have. Choose 'random'."
+    )
 
 
 def _copy_parts(source: nn.Module, layer: nn.Module, norm: nn.Module) -> None:
@@ -88,6 +102,8 @@ def _copy_parts(source: nn.Module, layer: nn.Module, norm: nn.Module) -> None:
     own_index = layer.self_attn.layer_idx
     for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
         setattr(layer, name, deepcopy(getattr(source, name)))
+    for parameter in layer.parameters():  # the model may be frozen
+        parameter.requires_grad_(parameter.is_floating_point())
     layer.self_attn.layer_idx = own_index
     layer.shared_head.norm.load_state_dict(norm.state_dict())
 

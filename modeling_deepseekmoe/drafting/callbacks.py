@@ -21,7 +21,7 @@ class MtpLogCallback(TrainerCallback):
     ) -> None:
         """Forget what was counted before."""
         if (statistics := _statistics_of(kwargs.get("model"))) is not None:
-            statistics.sums = None
+            statistics.reset()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the values to what is logged in training."""

@@ -55,7 +55,7 @@ def score_experts(
         layer: torch.zeros(experts.gate_up_proj.shape[0], dtype=torch.float64)
         for layer, (_, experts) in blocks.items()
     }
-    scaling, samples, tokens = _scaling_factors(model), 0, 0
+    scaling, samples, tokens = _scaling_factors(model), dict.fromkeys(sums, 0), 0
     decoder = getattr(model, "get_base_model", lambda: model)().base_model  # no head: no logits
     choices: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with evaluating(model), _watching(model, choices):
@@ -77,14 +77,14 @@ def score_experts(
                 sums[layer] += _sum_over_samples(
                     expert_ids, weights / scaling[layer], masks[layer], method, len(sums[layer])
                 )
-            samples += int(mask.any(dim=1).sum())
+                samples[layer] += int(masks[layer].any(dim=1).sum())
             tokens += int(mask.sum())
             progress(int(mask.sum()))
             if tokens == max_tokens:
                 break
     if not tokens:
         raise ValueError("dataloader is not allowed: it yields no tokens, and at least one is needed.")
-    return {layer: total / samples for layer, total in sums.items()}
+    return {layer: total / max(samples[layer], 1) for layer, total in sums.items()}
 
 
 def _masks_ahead(

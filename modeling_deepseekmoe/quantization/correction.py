@@ -369,7 +369,10 @@ def _measure_inputs(
         without = getattr(model, "disable_adapter", contextlib.nullcontext)
         with evaluating(model), without():
             for batch in batches:
-                decoder(input_ids=batch.to(decoder.device), use_cache=False)
+                input_ids = batch.to(decoder.device)
+                outputs = decoder(input_ids=input_ids, use_cache=False)
+                if getattr(decoder.config, "mtp", False):  # whose layers do not run with the others
+                    decoder.predict_ahead(outputs.last_hidden_state, input_ids)
                 tokens += batch.numel()
     finally:
         for handle in handles:
