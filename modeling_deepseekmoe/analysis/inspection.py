@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Count what a model costs (parameters, FLOPs, cache, memory) on the meta device, without reading a weight."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any, TypeVar
 from transformers import PreTrainedConfig
 
 from modeling_deepseekmoe.configuration import read_preset
+from modeling_deepseekmoe.configuration_deepseekmoe import DeepseekMoeConfig
 from modeling_deepseekmoe.conversion.matrix_formats import bytes_a_weight
+from modeling_deepseekmoe.conversion.tensor_table import entries
 
 from .cache_sizes import UnknownCacheError, kv_cache_elements_per_token
 from .counted_model import CountedModel, UnknownExpertsError
@@ -37,6 +40,8 @@ class ModelReport:
             experts that do nothing, it is the most that a token uses.
         embedding_parameters: embeddings of tokens (and of layers and positions, where a family has them) and, if it is
             not tied, the output head.
+        mtp_parameters: in layers of multi-token prediction, which are beside all other figures; 0 for another family.
+            They share the embedding and the head with the model.
         tower_parameters: those of images, of sounds, and of what joins them to the language model.
         routed_parameters, shared_parameters: in routed and in shared experts.
         ffn_multiple: the activated experts, measured in standard FFNs of 8 * hidden_size**2 parameters. The paper's
@@ -59,6 +64,7 @@ class ModelReport:
     total_parameters: int
     activated_parameters: int | None
     embedding_parameters: int
+    mtp_parameters: int
     tower_parameters: int
     routed_parameters: int | None
     shared_parameters: int | None
@@ -87,6 +93,8 @@ class ModelReport:
             ("parameters, activated", self._text("activated_parameters", lambda n: f"{n:,} ({n / 1e9:.3f} B)")),
             ("  in embeddings", f"{self.embedding_parameters:,}"),
         ]
+        if self.mtp_parameters:
+            rows.append(("  with multi-token prediction", f"{total + self.mtp_parameters:,} (mtp=True)"))
         if self.tower_parameters:
             rows.append(("  beside the language model", f"{self.tower_parameters:,}"))
         rows += [
@@ -177,6 +185,7 @@ def report_on(
         total_parameters=total,
         activated_parameters=activated,
         embedding_parameters=_count(counted.tables | counted.head),
+        mtp_parameters=_mtp_parameters(config),
         tower_parameters=_count(counted.of_towers),
         routed_parameters=routed,
         shared_parameters=shared,
@@ -191,6 +200,17 @@ def report_on(
         lora_bytes=None if lora is None else round(total * BYTES_PER_ELEMENT["bfloat16"]) + _ADAMW_BYTES * lora,
         full_bytes=_ADAMW_BYTES * total,
         unknown=figures.unknown,
+    )
+
+
+def _mtp_parameters(config: PreTrainedConfig) -> int:
+    """Count the parameters of the multi-token-prediction layers that a config of this family promises."""
+    if not isinstance(config, DeepseekMoeConfig) or not config.allows_mtp:
+        return 0
+    return sum(
+        math.prod(entry.shape)
+        for entry in entries(config).values()
+        if entry.mtp_layer is not None and not entry.optional
     )
 
 

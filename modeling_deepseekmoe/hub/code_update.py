@@ -35,6 +35,8 @@ RELEASED = {
     "80c8c227313d5c19412ae8e30e6578b7da43d035cf2d2616e27cd60a10e287fe": "0.13.0",
     "9e9933e37f7e5966afd37db684394ba535641c3e443cf3b587a133c7b1ca9e09": "0.14.0",
     "2cb8cbd1ff20ee4fea19751280c0a44fd8a1a0136f763c81b552b9be26dff823": "0.14.0",
+    "73ad70f1eecf99c8d49c4dadc9235a5c372a208c40e7e179b8cae9cd999c0a81": "0.15.0",
+    "f9fd84f60b30d275e302d6d65a51983d91a63bdefaa448cbb1fcbd1bcfc9be0c": "0.15.0",
 }
 _HEADS = "modeling_classification.py"
 _NAMED = re.compile(r'^CODE_VERSION = "([^"]+)"', re.MULTILINE)

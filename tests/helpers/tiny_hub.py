@@ -39,7 +39,7 @@ def models() -> dict[str, PreTrainedModel]:
     return {
         "deepseek-ai/deepseek-moe-16b-base": DeepseekForCausalLM(DeepseekConfig(**_SIZES)),
         "deepseek-ai/DeepSeek-V2-Lite": DeepseekV2ForCausalLM(DeepseekV2Config(**_SIZES, **_MLA)),
-        "deepseek-ai/DeepSeek-V3": DeepseekV3ForCausalLM(DeepseekV3Config(**{**_SIZES, **_V3})),
+        "deepseek-ai/DeepSeek-V3": DeepseekV3ForCausalLM(DeepseekV3Config(**{**_SIZES, **_V3}, mtp=True)),
         "me/my-moe": DeepseekMoeForCausalLM(DeepseekMoeConfig(**{**_SIZES, **_V3}, norm_topk_prob=True)),
         "HuggingFaceTB/SmolLM2-135M": LlamaForCausalLM(LlamaConfig(**_DENSE)),
         "Qwen/Qwen3-30B-A3B": Qwen3MoeForCausalLM(qwen),
