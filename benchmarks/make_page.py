@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md, and the table of figures in README.md, from the results of the benchmarks.
+"""Write docs/benchmarks.md, and the tables in README.md and docs/mtp.md, from the results of the benchmarks.
 
 Every figure of the page comes from a file in benchmarks/results. The demo's figures come from
 benchmarks/results/demo.json, which `--demo` copies from the folder of a full `make demo`. Without that file the page
@@ -16,12 +16,13 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from page_sections import SECTIONS, Figures, Section, table
+from page_sections import SECTIONS, Figures, Section, mtp_table, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
-README, BEGIN, END = (
+README, MTP_PAGE, BEGIN, END = (
     ROOT / "README.md",
+    ROOT / "docs" / "mtp.md",
     "<!-- figures, by benchmarks/make_page.py -->\n",
     "<!-- end of the figures -->",
 )
@@ -124,10 +125,15 @@ def headline() -> str:
     return table(rows[0], rows[1:]) + "\n"
 
 
-def with_headline(readme: str) -> str:
-    """Put the table into README's text, between its marks."""
-    before, _, rest = readme.partition(BEGIN)
-    return before + BEGIN + headline() + END + rest.partition(END)[2]
+def tables() -> dict[Path, str]:
+    """Make the tables that stand on other pages, between marks."""
+    return {README: headline(), MTP_PAGE: mtp_table(load("mtp")) + "\n"}
+
+
+def with_table(page: Path, made: str) -> str:
+    """Put a table into a page's text, between its marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    return before + BEGIN + made + END + rest.partition(END)[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,15 +143,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--demo", type=Path, help="metrics.json of the demo, copied to benchmarks/results/demo.json")
     options = parser.parse_args(arguments)
     if options.check:
-        readme = README.read_text(encoding="utf-8")
-        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == make_page() and readme == with_headline(readme):
+        others = all(page.read_text(encoding="utf-8") == with_table(page, made) for page, made in tables().items())
+        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == make_page() and others:
             return 0
-        print(f"{PAGE} or README is not what the results say: run python benchmarks/make_page.py", file=sys.stderr)
+        pages = f"{PAGE}, README or {MTP_PAGE}"
+        print(f"{pages} is not what the results say: run python benchmarks/make_page.py", file=sys.stderr)
         return 1
     if options.demo:
         shutil.copyfile(options.demo, RESULTS / "demo.json")
     PAGE.write_text(make_page(), encoding="utf-8")
-    README.write_text(with_headline(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, made in tables().items():
+        page.write_text(with_table(page, made), encoding="utf-8")
     print(f"Written: {PAGE}")
     return 0
 

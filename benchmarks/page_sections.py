@@ -291,6 +291,39 @@ def quantised_quality(figures: Figures) -> list[str]:
     ]
 
 
+def mtp_table(figures: Figures) -> str:
+    """Make the table of generation with drafts."""
+
+    def cells(way: str, row: Figures) -> list[str]:
+        shares = row["acceptance"] or []
+        return [
+            way,
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['times_as_fast']:.2f}",
+            ", ".join(f"{one:.0%}" for one in shares) or "-",
+            f"{row['same_text']} of {figures['prompts']}",
+        ]
+
+    return table(
+        ("greedy, batch of one", "tokens a second", "times as fast", "accepted", "same text"),
+        (cells(way, row) for way, row in figures["ways"].items()),
+    )
+
+
+def mtp(figures: Figures) -> list[str]:
+    """Describe what drafts of multi-token prediction bring."""
+    batch = figures["batch"]
+    return [
+        f"""The demo's model with the drafter of `examples/train_drafter.py`, float32: {figures["prompts"]} prompts of
+        {figures["prompt_tokens"]} tokens from held-out pages of Python's language reference, each continued by
+        {figures["new_tokens"]} tokens. The dense model is the one that the demo started from.""",
+        mtp_table(figures),
+        f"""How to read it: "accepted" is the share of the steps in which draft 1, 2, ... was accepted. A batch of
+        {batch["rows"]} rows, each of which accepts its own number of drafts, is {batch["times_as_fast"]:.2f} times as
+        fast with one draft as without.""",
+    ]
+
+
 def conversion(figures: Figures) -> list[str]:
     """Describe the time and the memory of conversion and upcycling."""
     header = ("checkpoint", "conversion", "time", "`cp` of the source", "bytes written a second, of `cp`",
@@ -386,6 +419,7 @@ SECTIONS = (
     Section("LoRA on the experts", "expert_lora", "benchmarks/expert_lora.py", expert_lora),
     Section("LoRA over quantised experts", "quantized_experts", "benchmarks/quantized_experts.py", quantised_experts),
     Section("Quality of quantised experts", "quantized_quality", "benchmarks/quantized_quality.py", quantised_quality),
+    Section("Multi-token prediction", "mtp", "benchmarks/mtp.py", mtp),
     Section("Balancing", "balancing", "benchmarks/balancing.py", balancing),
     Section("What balancing costs", "balancing_overhead", "benchmarks/balancing_overhead.py", balancing_overhead),
     Section("Routing", "routing", "benchmarks/routing.py", routing),

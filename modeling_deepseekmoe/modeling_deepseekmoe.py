@@ -375,7 +375,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
                 depths,
                 layout,
                 targets,
-                logits,
+                logits.detach().argmax(dim=-1),
                 weights=config.mtp_loss_weights,
                 num_items=items if num_items is None else num_items,
                 detach=config.mtp_detach,

@@ -66,7 +66,7 @@ def mtp_losses(
     depths: list[Depth],
     layout: RowLayout,
     shift_labels: torch.Tensor,
-    logits: torch.Tensor,
+    chosen: torch.Tensor,
     *,
     weights: tuple[float, ...],
     num_items: torch.Tensor | int,
@@ -83,12 +83,11 @@ def mtp_losses(
         depths: what the depths computed.
         layout: which tokens belong together.
         shift_labels (`torch.LongTensor` of shape (B, S)): labels of the tokens behind each position, -100 for none.
-        logits (`torch.Tensor` of shape (B, S, V)): the model's own.
+        chosen (`torch.LongTensor` of shape (B, S)): the tokens that the model itself finds most probable.
         weights: factor of every depth.
         num_items: number of targets to divide by.
         detach (`bool`): no gradient in the head's weights.
     """
-    chosen = logits.detach().argmax(dim=-1)
     sums, targets, agreed = [], [], []
     for number, depth in enumerate(depths, start=1):
         wanted = layout.targets(shift_labels, number)

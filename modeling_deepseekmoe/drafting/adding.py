@@ -12,10 +12,10 @@ from ..moe import is_moe_block
 from ..mtp import DeepseekMoeMTPLayer
 
 CHECKPOINTING = "gradient_checkpointing"
-INITIALISATIONS = ("last_layer", "random")
+INITIALISATIONS = ("random", "last_layer")
 
 
-def add_mtp(model: nn.Module, depth: int = 1, initialisation: str = "last_layer") -> None:
+def add_mtp(model: nn.Module, depth: int = 1, initialisation: str = "random") -> None:
     """Give a model new layers of multi-token prediction, to be trained (arXiv 2412.19437, section 2.2).
 
     From then on the model's loss has their part (`config.mtp_loss_coef`), and files that are saved hold them. Before
@@ -25,9 +25,10 @@ def add_mtp(model: nn.Module, depth: int = 1, initialisation: str = "last_layer"
     Args:
         model: a language model of the family, `deepseekmoe` or `deepseek_v3`, without such layers.
         depth (`int`): how many layers.
-        initialisation (`str`): `"last_layer"`: their attention and FFN are copies of the last decoder layer of the
-            same kind, experts and bias included, and their last norm is a copy of the decoder's. `"random"`: new
-            weights. The projection is random in both.
+        initialisation (`str`): `"random"`: new weights. `"last_layer"`: attention and FFN are copies of the last
+            decoder layer of the same kind, experts and bias included, and the last norm is a copy of the decoder's.
+            The projection is new in both. A last layer expects a residual stream that has grown through all others:
+            on the demo's model a copy of it learned more slowly than new weights.
 
     Raises:
         ValueError: for another model, one that has such layers already, is wrapped or sharded, or an unknown value.

@@ -130,3 +130,10 @@ def left_padded(rows: int, length: int) -> dict[str, torch.Tensor]:
     ids = cycle(rows, length)
     mask = (torch.arange(length) >= torch.arange(rows)[:, None]).long()
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def depth_logits(model: DeepseekMoeForCausalLM, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The logits of every depth (B, S - k, V)."""
+    with torch.no_grad():
+        depths, _ = model.model.predict_ahead(model.model(ids).last_hidden_state, ids)
+        return [model.lm_head(one.hidden_states)[:, :-depth] for depth, one in enumerate(depths, start=1)]
