@@ -20,7 +20,7 @@ OF_PREVIOUS = $(foreach name,canaries canaries_of_others generation golden model
 OF_TORCH = $(foreach name,experts experts_triton routing_triton,tests/core/test_$(name).py)
 # Nor quantised caches, whose library compiles itself for a minute when it is first used, nor what takes long and is of
 # publishing or of several processes alone.
-NOT_OF_VERSIONS = not compiled and not quantised and not every_snippet and not token_is_nowhere \
+NOT_OF_VERSIONS = not exact_distribution and not compiled and not quantised and not every_snippet and not token_is_nowhere \
 	and not by_its_code_alone and not two_processes
 
 .PHONY: help demo test test-slow test-gpu test-oldest test-oldest-torch test-previous test-newest environments lint kernels format benchmark docs notebook \

@@ -127,7 +127,10 @@ def headline() -> str:
 
 def tables() -> dict[Path, str]:
     """Make the tables that stand on other pages, between marks."""
-    return {README: headline(), MTP_PAGE: mtp_table(load("mtp")) + "\n"}
+    found = {README: headline()}
+    if (RESULTS / "mtp.json").exists():
+        found[MTP_PAGE] = mtp_table(load("mtp")) + "\n"
+    return found
 
 
 def with_table(page: Path, made: str) -> str:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedModel
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import add_mtp, load_tokenizer
-from modeling_deepseekmoe.mtp_training import mtp_losses, shifted_labels
+from modeling_deepseekmoe.mtp_training import mtp_losses
 from modeling_deepseekmoe.support.folders import check_destination
 
 
@@ -33,11 +33,11 @@ class Settings:
     output: Path = field(default=Path("runs/drafter"), metadata={"help": "Folder of the model; must not exist."})
     depth: int = field(default=1, metadata={"help": "Layers to add; one may draft several tokens."})
     initialisation: str = field(default="random", metadata={"help": "random or last_layer."})
-    texts: int = field(default=160, metadata={"help": "Texts that are trained on."})
+    texts: int = field(default=192, metadata={"help": "Texts that are trained on."})
     continuations: int = field(default=64, metadata={"help": "Texts that the model continues."})
     prompt_tokens: int = field(default=32, metadata={"help": "Tokens of each text that it continues."})
     block_size: int = field(default=128, metadata={"help": "Tokens in a sequence."})
-    steps: int = field(default=320, metadata={"help": "Optimizer steps."})
+    steps: int = field(default=360, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=4, metadata={"help": "Sequences in a step."})
     learning_rate: float = field(default=0.001, metadata={"help": "Of AdamW, with a linear decay."})
     held_out: int = field(default=8, metadata={"help": "Held-out prompts to draft behind."})
@@ -47,11 +47,14 @@ class DrafterTrainer(Trainer):
     """Trains multi-token prediction on hidden states that are known, without the rest of the model."""
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the weighted loss of all depths, and keep what Trainer logs of them."""
+        """Compute the weighted loss of all depths, and keep what Trainer logs of them.
+
+        The targets are the tokens that the model would choose, and not those of the text.
+        """
         ids = inputs["input_ids"]
         depths, layout = model.model.predict_ahead(inputs["hidden_states"], ids)
         losses = mtp_losses(
-            model.lm_head, depths, layout, shifted_labels(ids), inputs["chosen"],
+            model.lm_head, depths, layout, inputs["chosen"], inputs["chosen"],
             weights=model.config.mtp_loss_weights, num_items=ids[:, 1:].numel(), detach=True,
         )  # fmt: skip
         model.model.mtp_statistics.add(losses)

@@ -35,7 +35,7 @@ class Drafting:
     accepted: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
     steps: int = 0
-    _asked: list[int] | None = None
+    _asked: set[int] | None = None
 
     @property
     def acceptance(self) -> list[float]:
@@ -63,9 +63,9 @@ class Drafting:
             logits (`torch.FloatTensor` of shape (B, V)).
             rows: indices of the rows in question.
         """
-        text, others = text.clone(), [row for row in range(len(text)) if row not in rows]
+        text, others = text.clone(), sorted(set(range(len(text))) - set(rows))
         text[others] = text[rows[0]].clone()
-        self._asked = rows
+        self._asked = set(rows)
         try:
             return processors(text, logits.clone())[rows]
         finally:
@@ -127,15 +127,19 @@ class Rows:
             self.ids = F.pad(self.ids, (0, needed), value=self.padding)  # twice as long: this happens seldom
         for idx in range(max(numbers)):
             rows = [row for row in self.unfinished if idx < numbers[row]]
+            if not rows:
+                break
+            places = [self.lengths[row] for row in rows]
+            self.ids[rows, places] = tokens[rows, idx]
             for row in rows:
-                self.ids[row, self.lengths[row]] = tokens[row, idx]
                 self.lengths[row] += 1
                 added[row] += 1
+            finished = set()
             for length in {self.lengths[row] for row in rows}:
                 scores = tuple(self.scores) if self.scores is not None else None
                 ended = stopping_criteria(self.ids[:, :length], scores).tolist()
-                same = [row for row in rows if self.lengths[row] == length]
-                self.unfinished = [row for row in self.unfinished if row not in same or not ended[row]]
+                finished |= {row for row in rows if self.lengths[row] == length and ended[row]}
+            self.unfinished = [row for row in self.unfinished if row not in finished]
         return added
 
 
@@ -335,8 +339,8 @@ class DecodingLoop:
         return added
 
     def _keep(self, kept: list[torch.Tensor], source: torch.Tensor, rows: Rows, numbers: list[int]) -> None:
-        for row in rows.unfinished:
-            for idx in range(numbers[row]):
+        for idx in range(max(numbers)):
+            for row in [row for row in rows.unfinished if idx < numbers[row]]:
                 place = rows.lengths[row] + idx - rows.prompt_length
                 while len(kept) <= place:
                     kept.append(torch.zeros_like(source[:, 0]))

@@ -53,6 +53,8 @@ def set_group_timeout(group: Any, seconds: float) -> None:
 
 def run_as_forward(module: nn.Module, method: str) -> None:
     """Let FSDP2 put a module's weights together for a method as for its forward, if it has the module in its hands."""
+    if torch.compiler.is_compiling() or not torch.distributed.is_available():
+        return
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method  # slow to import
 
     if isinstance(module, FSDPModule) and method not in vars(module):
