@@ -145,12 +145,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         )
         aux_loss = sum_of_losses(records, hidden_states.device) if routing.record else None
         if counts_as_training(self):
-            self.reminders.remind_of_mtp(self)
-        if records and counts_as_training(self):
-            self.reminders.remind(self)
-            self._count(records, routing.token_mask, inputs_embeds.shape[:2].numel())
-            if self.config.loss_alphas and aux_loss is not None:
-                self.router_load.watch(aux_loss, hidden_states)
+            self._note_training(records, routing, aux_loss, hidden_states)
         return DeepseekMoeModelOutput(
             last_hidden_state=self.norm(hidden_states), aux_loss=aux_loss, **{CACHE: past_key_values}
         )
@@ -166,6 +161,22 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             if record:
                 records[layer_idx] = RoutingRecord(*record)
         return hidden_states, records
+
+    def _note_training(
+        self,
+        records: dict[int, RoutingRecord],
+        routing: RoutingContext,
+        aux_loss: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+    ) -> None:
+        """Count what the gates did, and say what is missing in training."""
+        self.reminders.remind_of_mtp(self)
+        if not records:
+            return
+        self.reminders.remind(self)
+        self._count(records, routing.token_mask, hidden_states.shape[:2].numel())
+        if self.config.loss_alphas and aux_loss is not None:
+            self.router_load.watch(aux_loss, hidden_states)
 
     def _count(self, records: dict[int, RoutingRecord], token_mask: torch.Tensor | None, num_tokens: int) -> None:
         """Count what the gates did with a micro-batch of training."""

@@ -135,6 +135,10 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self.look_for_mtp()
 
+    def initialise(self, module: nn.Module) -> None:
+        """Give a new module of this model its first weights, as a new model has them."""
+        module.apply(self._init_weights)
+
     def look_for_mtp(self) -> None:
         """Tell transformers and accelerate of the multi-token-prediction layers that the config has now."""
         # Read from the checkpoint's names by transformers; what is left out is reported by `check_mtp_tensors`.

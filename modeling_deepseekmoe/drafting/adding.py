@@ -41,7 +41,7 @@ def add_mtp(model: nn.Module, depth: int = 1, initialisation: str = "random") ->
         with torch.device(like.device):
             layer = DeepseekMoeMTPLayer(config, number)
         layer.to(model.dtype)
-        layer.apply(model._init_weights)
+        model.initialise(layer)
         if source is not None:
             _copy_parts(source, layer, model.model.norm)
         # As the others: whether it is checkpointed, and how.

@@ -15,10 +15,11 @@ from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM
 def test_nothing_trains_it_unless_asked(name: str, tmp_path: Path, warnings_of_package: list[str]) -> None:
     trainer_class, config_class, data, settings = TRAINERS[name]
     torch.manual_seed(0)
-    model = DeepseekMoeForCausalLM(DeepseekMoeConfig(**SIZES, num_nextn_predict_layers=1, mtp=True))
+    DeepseekMoeForCausalLM(DeepseekMoeConfig(**SIZES, num_nextn_predict_layers=1, mtp=True)).save_pretrained(tmp_path)
+    model = DeepseekMoeForCausalLM.from_pretrained(tmp_path, mtp=True)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     arguments = config_class(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to="none",
+        str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to="none",
         save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False,
         weight_decay=0.0, **settings,
     )  # fmt: skip
