@@ -26,6 +26,7 @@ from .modeling_pretrained import (
     DeepseekMoeDecoderLayer,
     DeepseekMoeModelOutput,
     DeepseekMoePreTrainedModel,
+    positions_behind,
 )
 from .moe import (
     moe_layers_of,
@@ -125,7 +126,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = _positions(inputs_embeds, past_key_values)
+            position_ids = positions_behind(inputs_embeds, past_key_values)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -214,7 +215,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             position_ids=position_ids,
             **kwargs,
         )
-        records = self._records_of(depths)
+        records = self.records_of(depths)
         if counts_as_training(self):
             self.reminders.predicted_ahead = True
             for idx, record in records.items():
@@ -223,7 +224,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
                 self.router_load.add(load, self.moe_layers)
         return depths, layout
 
-    def _records_of(self, depths: list[Depth]) -> dict[int, RoutingRecord]:
+    def records_of(self, depths: list[Depth]) -> dict[int, RoutingRecord]:
+        """Return the records of the depths' gates by the indices of their layers."""
         first = len(self.decoder_layers)
         return {idx: depth.record for idx, depth in enumerate(depths, start=first) if depth.record is not None}
 
@@ -259,12 +261,6 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             record=bool(self.training or wants_router_logits),
             measure_entropy=self.training and self.router_load.measure_entropy,
         )
-
-
-def _positions(inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
-    """Return the positions (1, S) of new tokens in their sequences, behind those that a cache holds."""
-    past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-    return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens).unsqueeze(0)
 
 
 class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
@@ -346,7 +342,8 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
 
-        loss, aux_loss, ahead = None, outputs.aux_loss, dict[str, torch.Tensor]()
+        loss, aux_loss = None, outputs.aux_loss
+        ahead: dict[str, torch.Tensor] = {}
         if labels is not None:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
                      "inputs_embeds": inputs_embeds}  # fmt: skip
@@ -382,20 +379,13 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
                 outputs.last_hidden_state, record=aux_loss is not None, **batch, **kwargs
             )
             losses = mtp_losses(
-                self.lm_head,
-                depths,
-                layout,
-                targets,
-                logits.detach().argmax(dim=-1),
-                weights=config.mtp_loss_weights,
-                num_items=items if num_items is None else num_items,
-                detach=config.mtp_detach,
-            )
+                self.lm_head, depths, layout, targets, logits.detach().argmax(dim=-1), detach=config.mtp_detach,
+                weights=config.mtp_loss_weights, num_items=items if num_items is None else num_items,
+            )  # fmt: skip
             if counts_as_training(self.model):
                 self.model.mtp_statistics.add(losses)
-            for depth in depths:
-                if aux_loss is not None and depth.record is not None and depth.record.losses is not None:
-                    aux_loss = aux_loss + depth.record.losses.sum().to(aux_loss.device)
+            if aux_loss is not None:
+                aux_loss = aux_loss + sum_of_losses(self.model.records_of(depths), aux_loss.device)
             ahead = losses.outputs()
             loss = loss + losses.total.to(loss.device) if self.training else loss
         return self._loss_with_auxiliary(loss, aux_loss, items, **kwargs), aux_loss, ahead

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GradientCheckpointingLayer, PreTrainedModel
+from transformers import Cache, GradientCheckpointingLayer, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .checkpoint_layout import (
@@ -277,6 +277,12 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         return loss + (aux_loss * share_of_items(items, aux_loss.device, **kwargs)).to(loss.device)
 
 
+def positions_behind(inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
+    """Return the positions (1, S) of new tokens in their sequences, behind those that a cache holds."""
+    past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens).unsqueeze(0)
+
+
 def share_of_items(items: torch.Tensor, device: torch.device, **kwargs: Any) -> torch.Tensor | float:
     """Return `items` of this micro-batch over a trainer's `num_items_in_batch`, or 1 without it."""
     num_items = kwargs.get("num_items_in_batch")
@@ -288,5 +294,6 @@ __all__ = [
     "DeepseekMoeDecoderLayer",
     "DeepseekMoeModelOutput",
     "DeepseekMoePreTrainedModel",
+    "positions_behind",
     "share_of_items",
 ]

@@ -70,9 +70,7 @@ def score_experts(
             kwargs = {} if padding is None else {"attention_mask": padding.to(device)}
             input_ids = input_ids.to(device)
             outputs = decoder(input_ids=input_ids, use_cache=False, **kwargs)
-            masks = dict.fromkeys(choices, mask)
-            if getattr(decoder.config, "mtp", False):  # whose layers do not run with the others
-                masks |= _masks_ahead(decoder, outputs.last_hidden_state, input_ids, mask, **kwargs)
+            masks = dict.fromkeys(sums, mask) | _masks_ahead(decoder, outputs, input_ids, mask, **kwargs)
             for layer, (expert_ids, weights) in choices.items():
                 sums[layer] += _sum_over_samples(
                     expert_ids, weights / scaling[layer], masks[layer], method, len(sums[layer])
@@ -88,10 +86,12 @@ def score_experts(
 
 
 def _masks_ahead(
-    decoder: Any, hidden_states: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor, **kwargs: Any
+    decoder: Any, outputs: Any, input_ids: torch.Tensor, mask: torch.Tensor, **kwargs: Any
 ) -> dict[int, torch.Tensor]:
-    """Run the layers of multi-token prediction, and return which of their positions count, by layer."""
-    depths, _ = decoder.predict_ahead(hidden_states, input_ids, **kwargs)
+    """Run the layers of multi-token prediction, if there are any, and return which of their positions count."""
+    if not getattr(decoder.config, "mtp", False):
+        return {}
+    depths, _ = decoder.predict_ahead(outputs.last_hidden_state, input_ids, **kwargs)
     first = decoder.config.num_hidden_layers
     return {first + idx: depth.real.cpu() & mask for idx, depth in enumerate(depths)}
 
