@@ -32,7 +32,7 @@ from .moe import (
     moe_layers_of,
     tell_widened_experts,
 )
-from .mtp import DeepseekMoeMTPLayer, Depth, RowLayout, is_mtp_layer, run_depths
+from .mtp import DeepseekMoeMTPLayer, Depth, RowLayout, is_mtp_layer, mtp_layers_of, run_depths
 from .mtp_files import forget_copies
 from .mtp_generation import generation_arguments
 from .mtp_training import (
@@ -171,7 +171,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         hidden_states: torch.Tensor,
     ) -> None:
         """Count what the gates did, and say what is missing in training."""
-        self.reminders.remind_of_mtp(self)
+        self.reminders.remind_of_mtp(self, mtp_layers_of(self))
         if not records:
             return
         self.reminders.remind(self)

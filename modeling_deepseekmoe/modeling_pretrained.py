@@ -231,8 +231,9 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
             stored = Stored.of_files(checkpoint_files)
         if stored is not None:
             as_stored = load_config.hf_quantizer is None and not load_config.ignore_mismatched_sizes
-            expected = Stored.of_state_dict(model.state_dict()).shapes if as_stored else {}
-            check_mtp_tensors(model.config, stored.shapes, model.state_dict())
+            own = model.state_dict()
+            expected = Stored.of_state_dict(own).shapes if as_stored else {}
+            check_mtp_tensors(model.config, stored.shapes, own)
             check_checkpoint(model.config, stored.shapes, expected)
             if model.config.mtp and state_dict is None:
                 tell_differing_copies(model.config, checkpoint_files or ())
@@ -257,9 +258,10 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         """
         given = args[2] if len(args) > 2 else kwargs.get("state_dict")  # behind the folder and `is_main_process`
         with config_of_what_is_saved(self), copies_are_saved(self, given) as state_dict:
-            if given is not None:
-                args = (*args[:2], state_dict, *args[3:]) if len(args) > 2 else args
-                kwargs = kwargs if len(args) > 2 else {**kwargs, "state_dict": state_dict}
+            if len(args) > 2:
+                args = (*args[:2], state_dict, *args[3:])
+            elif given is not None:
+                kwargs["state_dict"] = state_dict
             super().save_pretrained(*args, **kwargs)
 
     def _loss_with_auxiliary(

@@ -164,7 +164,7 @@ class DecodingLoop:
         self.cache = cache
         # A static cache has no room for the entries that rows leave behind.
         self.together = drafting.together or isinstance(cache, StaticCache)
-        self.drafter = Drafter(model, drafting.num_drafts)
+        self.drafter = Drafter(model)
         given = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "inputs_embeds", "cache_position"}
         self.others = {name: value for name, value in model_kwargs.items() if name not in given}
         self.attention_mask = model_kwargs.get("attention_mask")

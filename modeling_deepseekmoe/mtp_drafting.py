@@ -74,14 +74,12 @@ class Drafter:
 
     Args:
         model: a language model with such layers.
-        num_drafts (`int`): how many tokens to draft at once.
     """
 
-    def __init__(self, model: Any, num_drafts: int) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.decoder = model.model
         self.layers = mtp_layers_of(self.decoder)
-        self.num_drafts = num_drafts
         self.cache = DynamicCache()
         self.real: torch.Tensor | None = None  # which entries of the cache are real, (B, entries)
         self.certain: Entries | None = None  # the last ones, which are to be made anew
@@ -97,7 +95,7 @@ class Drafter:
         Args:
             entries: what was computed since the last call, for every row at least one entry.
             choose: makes tokens from logits.
-            number (`int`): how many tokens to draft, at most `num_drafts`.
+            number (`int`): how many tokens to draft.
 
         Returns:
             The drafts (B, number), and the logits (B, number, V) that they were chosen by.

@@ -106,20 +106,19 @@ def forget_copies(model: Any, state_dict: dict[str, Any], prefix: str, *args: An
             state_dict.pop(f"{prefix}model.layers.{idx}.{suffix}", None)
 
 
-def add_copies(model: Any, state_dict: dict[str, torch.Tensor], prefix: str = "") -> None:
-    """Add the copies of the embedding and the head to a state dict of a language model with such layers, in place."""
-    layers = mtp_layers(model.config)
-    for name in [name for name in state_dict if name.startswith(prefix) and name.endswith(".enorm.weight")]:
-        root = name.removesuffix("enorm.weight")
-        if layer_of(name) in layers:
-            for suffix, original in COPIES.items():
-                whole = state_dict.get(prefix + original, state_dict.get(prefix + COPIES["embed_tokens.weight"]))
-                if whole is not None:  # on another rank
-                    state_dict[root + suffix] = whole.clone()
+def add_copies(model: Any, state_dict: dict[str, torch.Tensor], prefix: str = "", *args: Any) -> None:
+    """Add the copies of the embedding and the head to a state dict of a language model with such layers, in place.
 
-
-def _add_copies(model: Any, state_dict: dict[str, torch.Tensor], prefix: str, metadata: Any) -> None:
-    add_copies(model, state_dict, prefix)
+    Also a `state_dict` post-hook.
+    """
+    for idx in mtp_layers(model.config):
+        root = f"{prefix}model.layers.{idx}."
+        if f"{root}enorm.weight" not in state_dict:  # on another rank
+            continue
+        for suffix, original in COPIES.items():
+            whole = state_dict.get(prefix + original, state_dict.get(prefix + COPIES["embed_tokens.weight"]))
+            if whole is not None:  # on another rank
+                state_dict[root + suffix] = whole.clone()
 
 
 @contextmanager
@@ -141,7 +140,7 @@ def copies_are_saved(model: Any, given: dict[str, torch.Tensor] | None) -> Itera
         add_copies(model, given)
         yield given
         return
-    handle = model.register_state_dict_post_hook(_add_copies)
+    handle = model.register_state_dict_post_hook(add_copies)
     try:
         yield None
     finally:

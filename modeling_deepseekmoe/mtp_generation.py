@@ -30,6 +30,7 @@ from .transformers_support import (
     is_deepspeed_zero3_enabled,
     is_fsdp_managed_module,
 )
+from .untested_versions import learns_prompts
 
 logger = logging.get_logger(__name__)
 
@@ -177,8 +178,7 @@ def generation_arguments(model: Any, args: tuple, kwargs: dict[str, Any]) -> dic
 
 
 def _check_model(model: Any, synced_gpus: bool | None) -> None:
-    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
-    if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+    if learns_prompts(model):
         raise ValueError("Prompt learning (PEFT) is not allowed with use_mtp, whose steps do not have the prompt.")
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if synced_gpus or (ranks > 1 and (is_fsdp_managed_module(model) or is_deepspeed_zero3_enabled())):

@@ -62,16 +62,16 @@ class Reminders:
         if look_at_updates and read_now and self._sees_a_gate():
             self._look_at_updates(model)
 
-    def remind_of_mtp(self, model: Any) -> None:
+    def remind_of_mtp(self, model: Any, layers: list[nn.Module]) -> None:
         """Warn in the second training forward if multi-token prediction had no part in the first.
 
         Args:
             model: a decoder.
+            layers: its layers of multi-token prediction.
         """
         if self.told_of_mtp or torch.compiler.is_compiling() or not (model.config.mtp and model.config.mtp_loss_coef):
             return
         self.forwards_without_mtp += 1
-        layers = [layer for layer in model.layers if hasattr(layer, "eh_proj")]
         trained = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
         self.told_of_mtp = self.predicted_ahead or not trained  # there is nothing to tell
         if not self.told_of_mtp and self.forwards_without_mtp > 1:

@@ -95,15 +95,21 @@ def _difference_of_cached_logits(model: Any, device: torch.device) -> float:
     return float((generated.logits[1].float() - whole).abs().max() / whole.abs().max())
 
 
+def learns_prompts(model: Any) -> bool:
+    """Tell whether PEFT puts prompts that it has learned in front of what a model generates from."""
+    peft_model = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    return peft_model is not model and bool(
+        getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False)
+    )
+
+
 def refuse_prompt_learning(model: Any) -> None:
     """Raise a `ValueError` for prompt and prefix tuning, with transformers from 5.24 on and PEFT before 0.22.
 
     PEFT prepares the inputs of `generate` for prompts that it has learned, and there knows the cache under its first
     name alone.
     """
-    peft_model = getattr(model.prepare_inputs_for_generation, "__self__", model)
-    learned = getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False)
-    if peft_model is model or not learned or cache_name() != "cache":
+    if not learns_prompts(model) or cache_name() != "cache":
         return
     numbers = re.match(r"(\d+)\.(\d+)", version("peft"))
     if numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 22):
@@ -119,6 +125,7 @@ __all__ = [
     "OLDEST_TESTED",
     "SWITCH",
     "check_cached_generation",
+    "learns_prompts",
     "newer_than_tested",
     "refuse_prompt_learning",
     "warn_of_untested_version",

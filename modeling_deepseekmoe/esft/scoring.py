@@ -16,7 +16,7 @@ from torch import nn
 
 from ..families.gate_rules import UnknownGateError, rule_of
 from ..families.moe_layers import MoeLayer, find_experts, find_moe_layers
-from ..support.models import evaluating
+from ..support.models import evaluating, run_decoder
 from .selection import ExpertSelection
 
 METHODS = ("gate", "token")
@@ -68,9 +68,9 @@ def score_experts(
             device = decoder.device
             padding = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             kwargs = {} if padding is None else {"attention_mask": padding.to(device)}
-            input_ids = input_ids.to(device)
-            outputs = decoder(input_ids=input_ids, use_cache=False, **kwargs)
-            masks = dict.fromkeys(sums, mask) | _masks_ahead(decoder, outputs, input_ids, mask, **kwargs)
+            depths = run_decoder(decoder, input_ids.to(device), **kwargs)
+            ahead = enumerate(depths, start=getattr(decoder.config, "num_hidden_layers", 0))
+            masks = dict.fromkeys(sums, mask) | {idx: depth.real.cpu() & mask for idx, depth in ahead}
             for layer, (expert_ids, weights) in choices.items():
                 sums[layer] += _sum_over_samples(
                     expert_ids, weights / scaling[layer], masks[layer], method, len(sums[layer])
@@ -83,17 +83,6 @@ def score_experts(
     if not tokens:
         raise ValueError("dataloader is not allowed: it yields no tokens, and at least one is needed.")
     return {layer: total / max(samples[layer], 1) for layer, total in sums.items()}
-
-
-def _masks_ahead(
-    decoder: Any, outputs: Any, input_ids: torch.Tensor, mask: torch.Tensor, **kwargs: Any
-) -> dict[int, torch.Tensor]:
-    """Run the layers of multi-token prediction, if there are any, and return which of their positions count."""
-    if not getattr(decoder.config, "mtp", False):
-        return {}
-    depths, _ = decoder.predict_ahead(outputs.last_hidden_state, input_ids, **kwargs)
-    first = decoder.config.num_hidden_layers
-    return {first + idx: depth.real.cpu() & mask for idx, depth in enumerate(depths)}
 
 
 def _checked_blocks(model: nn.Module, method: str, max_tokens: int | None) -> dict[int, tuple[str, nn.Module]]:

@@ -28,7 +28,7 @@ from ..experts import refuse_offloaded
 from ..experts_quantized import CORRECTION, FORMAT_ATTRIBUTE, FORMATS, QuantizedStack, stack_of
 from ..families.moe_layers import MoeLayer, find_moe_layers, stacked_modules
 from ..support.folders import local_folder, opened, unfinished_file
-from ..support.models import evaluating, is_sharded
+from ..support.models import evaluating, is_sharded, run_decoder
 from ..transformers_support import gating_of
 from .experts import QuantizedExperts
 
@@ -369,10 +369,7 @@ def _measure_inputs(
         without = getattr(model, "disable_adapter", contextlib.nullcontext)
         with evaluating(model), without():
             for batch in batches:
-                input_ids = batch.to(decoder.device)
-                outputs = decoder(input_ids=input_ids, use_cache=False)
-                if getattr(decoder.config, "mtp", False):  # whose layers do not run with the others
-                    decoder.predict_ahead(outputs.last_hidden_state, input_ids)
+                run_decoder(decoder, batch.to(decoder.device))
                 tokens += batch.numel()
     finally:
         for handle in handles:

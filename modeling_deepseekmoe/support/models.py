@@ -22,6 +22,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def run_decoder(decoder: Any, input_ids: torch.Tensor, **kwargs: Any) -> list[Any]:
+    """Run a decoder without a cache, and its layers of multi-token prediction, which do not run with the others.
+
+    Returns:
+        What each depth computed (`mtp.Depth`); nothing for a decoder without such layers.
+    """
+    outputs = decoder(input_ids=input_ids, use_cache=False, **kwargs)
+    if not getattr(decoder.config, "mtp", False):
+        return []
+    return decoder.predict_ahead(outputs.last_hidden_state, input_ids, **kwargs)[0]
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether ranks hold parts of the model's parameters."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -47,4 +59,4 @@ def model_class_named(name: str) -> Any:
     return getattr(modeling_deepseekmoe if hasattr(modeling_deepseekmoe, name) else modeling_classification, name)
 
 
-__all__ = ["evaluating", "is_sharded", "model_class_named", "whole_tensor"]
+__all__ = ["evaluating", "is_sharded", "model_class_named", "run_decoder", "whole_tensor"]
