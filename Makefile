@@ -12,16 +12,16 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # conversion, plans, routing and kernels know nothing of them, and torch, which compiles, is the same.
 OF_VERSIONS = $(foreach name,canaries canaries_of_others generation golden modeling checkpoints registration configuration experts lora lora_combining \
 	lora_adapters lora_options adapters adapter_layouts adapter_training foreign_adapters esft trainer trl trl_trainers callbacks \
-	bias_update mtp mtp_training mtp_generation router_load moe_layers deepseek_v32_v4 copies depth quantisers tokenization upcycling sharded_files untested_versions hub hub_content renamed_code \
+	mtp mtp_training mtp_generation moe_layers deepseek_v32_v4 copies depth quantisers tokenization upcycling sharded_files untested_versions hub hub_content renamed_code \
 	code_update publishing finetuning_runs quantized_files,$(or $(wildcard tests/*/test_$(name).py),$(error no tests/*/test_$(name).py)))
 # With the newest transformers but one, what has broken with a new one: generation, caches, loading, saving, Trainer.
 OF_PREVIOUS = $(foreach name,canaries canaries_of_others generation golden modeling checkpoints registration configuration \
 	mtp mtp_generation trainer copies sharded_files untested_versions,$(or $(wildcard tests/*/test_$(name).py),$(error no tests/*/test_$(name).py)))
 OF_TORCH = $(foreach name,experts experts_triton routing_triton,tests/core/test_$(name).py)
-# Nor quantised caches, whose library compiles itself for a minute when it is first used, nor what takes long and is of
-# publishing or of several processes alone.
-NOT_OF_VERSIONS = not exact_distribution and not compiled and not quantised and not every_snippet and not token_is_nowhere \
-	and not by_its_code_alone and not two_processes
+# Nor quantised caches and flex attention, which compile themselves for a minute when they are first used, nor what takes
+# long and is of publishing or of several processes alone.
+NOT_OF_VERSIONS = not exact_distribution and not compiled and not quantised and not flex_attention and not every_snippet \
+	and not token_is_nowhere and not by_its_code_alone and not two_processes and not (ordinary_greedy and alone)
 
 .PHONY: help demo test test-slow test-gpu test-oldest test-oldest-torch test-previous test-newest environments lint kernels format benchmark docs notebook \
 	clean
@@ -135,8 +135,19 @@ $(VENV)/.torch: constraints.txt
 	$(VENV)/$(PIP_INSTALL) --constraint constraints.txt torch
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(VENV)/$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev,demo,quant]'
+# What the package and its extras ask for comes first, so that two environments can be filled at a time: what builds the
+# package itself writes into this folder.
+LIST_REQUIREMENTS = import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	extras = [one for name in sys.argv[1:] for one in project["optional-dependencies"][name]]; \
+	print(*project["dependencies"], *extras, sep="\n")
+
+$(VENV)/.requirements: $(VENV)/.torch pyproject.toml
+	$(PYTHON) -c '$(LIST_REQUIREMENTS)' dev demo quant > $@.txt
+	$(VENV)/$(PIP_INSTALL) --constraint constraints.txt --requirement $@.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements
+	$(VENV)/$(PIP_INSTALL) --no-deps --editable .
 	touch $@
 
 .venv-oldest/.torch .venv-previous/.torch: .venv-%/.torch: constraints-%.txt
@@ -144,14 +155,18 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	.venv-$*/$(PIP_INSTALL) --constraint constraints-$*.txt torch
 	touch $@
 
-.venv-oldest/.installed .venv-previous/.installed: .venv-%/.installed: .venv-%/.torch pyproject.toml
-	.venv-$*/$(PIP_INSTALL) --constraint constraints-$*.txt --editable '.[dev]'
+.venv-oldest/.requirements .venv-previous/.requirements: .venv-%/.requirements: .venv-%/.torch pyproject.toml
+	$(PYTHON) -c '$(LIST_REQUIREMENTS)' dev > $@.txt
+	.venv-$*/$(PIP_INSTALL) --constraint constraints-$*.txt --requirement $@.txt
 	touch $@
 
-# For CI: the longest part of three installations, which keeps one core busy, two at a time. What builds the package
-# writes into this folder, and goes one after the other.
+.venv-oldest/.installed .venv-previous/.installed: .venv-%/.installed: .venv-%/.requirements
+	.venv-$*/$(PIP_INSTALL) --no-deps --editable .
+	touch $@
+
+# For CI: the longest part of three installations, which keeps one core busy, two at a time.
 environments:
-	$(MAKE) --jobs $(JOBS) $(VENV)/.torch .venv-oldest/.torch .venv-previous/.torch
+	$(MAKE) --jobs $(JOBS) $(VENV)/.requirements .venv-oldest/.requirements .venv-previous/.requirements
 	$(MAKE) $(VENV)/.installed .venv-oldest/.installed .venv-previous/.installed
 
 clean:

@@ -24,7 +24,7 @@ LOSS_FIELDS = {
 }
 MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # How multi-token prediction is trained.
-MTP_FIELDS = ("mtp_loss_coef", "mtp_loss_decay", "mtp_detach")
+MTP_FIELDS = ("mtp_loss_coef", "mtp_loss_decay", "mtp_detach", "mtp_in_trl")
 
 
 class ChecksFields:
@@ -104,7 +104,7 @@ class ChecksFields:
 
             self._check_one_of("hidden_act", tuple(ACT2CLS))
         for field in ("norm_topk_prob", "seq_aux", "attention_bias", "tie_word_embeddings", "rope_interleave", "mtp",
-                      "mtp_detach"):  # fmt: skip
+                      "mtp_detach", "mtp_in_trl"):  # fmt: skip
             if not isinstance(getattr(self, field), bool | None):
                 self._refuse(field, "it must be true or false")
         if not self.attention_dropout < 1:

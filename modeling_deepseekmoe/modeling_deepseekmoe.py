@@ -38,7 +38,7 @@ from .mtp_generation import generation_arguments
 from .mtp_training import (
     DeepseekMoeCausalLMOutput,
     MtpStatistics,
-    mtp_losses,
+    losses_ahead,
     shifted_labels,
     starts_a_sequence,
 )
@@ -52,7 +52,6 @@ from .router_load import (
     sum_of_losses,
     token_mask_of,
 )
-from .torch_support import run_as_forward
 from .transformers_support import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -374,18 +373,12 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         targets = shifted_labels(labels, **kwargs)
         items, num_items = (targets != -100).sum(), kwargs.get("num_items_in_batch")
         if config.mtp and config.mtp_loss_coef and starts_a_sequence(outputs, getattr(outputs, CACHE)):
-            run_as_forward(self.model, "predict_ahead")
-            depths, layout = self.model.predict_ahead(
-                outputs.last_hidden_state, record=aux_loss is not None, **batch, **kwargs
-            )
-            losses = mtp_losses(
-                self.lm_head, depths, layout, targets, logits.detach().argmax(dim=-1), detach=config.mtp_detach,
-                weights=config.mtp_loss_weights, num_items=items if num_items is None else num_items,
+            losses, balance = losses_ahead(
+                self, outputs.last_hidden_state, batch, targets, logits.detach().argmax(dim=-1),
+                num_items=items if num_items is None else num_items, record=aux_loss is not None, **kwargs,
             )  # fmt: skip
-            if counts_as_training(self.model):
-                self.model.mtp_statistics.add(losses)
-            if aux_loss is not None:
-                aux_loss = aux_loss + sum_of_losses(self.model.records_of(depths), aux_loss.device)
+            if aux_loss is not None and balance is not None:
+                aux_loss = aux_loss + balance.to(aux_loss.device)
             ahead = losses.outputs()
             loss = loss + losses.total.to(loss.device) if self.training else loss
         return self._loss_with_auxiliary(loss, aux_loss, items, **kwargs), aux_loss, ahead

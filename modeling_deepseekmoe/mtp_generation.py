@@ -34,6 +34,17 @@ from .untested_versions import learns_prompts
 
 logger = logging.get_logger(__name__)
 
+# Options of transformers for drafts that another model or the prompt makes.
+_OF_OTHER_DRAFTS = (
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
+    "target_lookbehind",
+    "assistant_ensemble_weight",
+    "max_matching_ngram_size",
+    "speculation_type",
+)
+
 
 @dataclass
 class MtpGenerateOutput(GenerateDecoderOnlyOutput):
@@ -153,6 +164,13 @@ def generation_arguments(model: Any, args: tuple, kwargs: dict[str, Any]) -> dic
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"):
         if option(name, model.generation_config) not in (None, assistant):
             raise ValueError(f"{name} is not allowed with use_mtp: both make drafts.")
+    for name in _OF_OTHER_DRAFTS:
+        value = option(name)
+        if value is not None and (name, value) != ("num_assistant_tokens_schedule", "constant"):
+            raise ValueError(
+                f"{name}={value!r} is not allowed with use_mtp, which would ignore it: num_assistant_tokens alone "
+                "says how many tokens are drafted."
+            )
     _check_model(model, kwargs.get("synced_gpus"))
     kwargs["custom_generate"] = assistant
     # What transformers does not hand to a `custom_generate`.

@@ -16,6 +16,8 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import logging
 
 from .mtp import IGNORED, Depth, RowLayout, ahead
+from .router_load import counts_as_training, sum_of_losses
+from .torch_support import run_as_forward
 
 logger = logging.get_logger(__name__)
 
@@ -106,6 +108,44 @@ def mtp_losses(
         agreed=torch.stack(agreed),
         sums=total,
     )
+
+
+def losses_ahead(
+    model: Any,
+    hidden_states: torch.Tensor,
+    batch: dict[str, Any],
+    targets: torch.Tensor,
+    chosen: torch.Tensor,
+    *,
+    num_items: torch.Tensor | int,
+    record: bool,
+    **kwargs: Any,
+) -> tuple[MtpLosses, torch.Tensor | None]:
+    """Run all depths of a language model, compute their losses, and count what they foresaw.
+
+    Args:
+        model: a language model with multi-token-prediction layers.
+        hidden_states (`torch.FloatTensor` of shape (B, S, D)): the decoder's output.
+        batch: `input_ids` or `inputs_embeds`, `attention_mask` and `position_ids`, as the decoder was given them.
+        targets (`torch.LongTensor` of shape (B, S)): labels of the tokens behind each position, -100 for none.
+        chosen (`torch.LongTensor` of shape (B, S)): the tokens that the model itself finds most probable.
+        num_items: number of targets to divide by.
+        record (`bool`): whether the balance losses of the depths' gates are wanted.
+        kwargs: what else the decoder was given.
+
+    Returns:
+        The losses, and the sum of the balance losses, coefficients included.
+    """
+    decoder, config = model.model, model.config
+    run_as_forward(decoder, "predict_ahead")
+    depths, layout = decoder.predict_ahead(hidden_states, record=record, **batch, **kwargs)
+    losses = mtp_losses(
+        model.lm_head, depths, layout, targets, chosen,
+        weights=config.mtp_loss_weights, num_items=num_items, detach=config.mtp_detach,
+    )  # fmt: skip
+    if counts_as_training(decoder):
+        decoder.mtp_statistics.add(losses)
+    return losses, sum_of_losses(decoder.records_of(depths), hidden_states.device) if record else None
 
 
 def apply_head(head: nn.Module, hidden_states: torch.Tensor, detach: bool) -> torch.Tensor:
@@ -207,10 +247,9 @@ class MtpStatistics:
         return found
 
 
-def shifted_labels(labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def shifted_labels(labels: torch.Tensor, shift_labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
     """Return the labels of the tokens behind each position: a trainer's own `shift_labels`, or the labels shifted."""
-    given = kwargs.get("shift_labels")
-    return ahead(labels, 1, IGNORED) if given is None else given
+    return ahead(labels, 1, IGNORED) if shift_labels is None else shift_labels
 
 
 def starts_a_sequence(outputs: Any, cache: Any) -> bool:
@@ -234,6 +273,7 @@ __all__ = [
     "MtpLosses",
     "MtpStatistics",
     "apply_head",
+    "losses_ahead",
     "mtp_losses",
     "shifted_labels",
     "starts_a_sequence",

@@ -80,7 +80,8 @@ class Reminders:
                 f"The multi-token-prediction layers of {type(model).__name__} are loaded and NOT trained: whoever "
                 "makes the loss takes the logits alone, or gives the model no labels (TRL's DPO and its fused losses, "
                 "label smoothing). The drafter will fit the model less and less. Train it with the model's own loss "
-                "(labels given), or afterwards with the rest frozen; or freeze it (`layer.requires_grad_(False)` for "
+                "(labels given), in TRL with model.config.mtp_in_trl = True (and a router_aux_loss_coef above 0), or "
+                "afterwards with the rest frozen; or freeze it (`layer.requires_grad_(False)` for "
                 "the layers of model.model.layers behind num_hidden_layers)."
             )
 

@@ -9,9 +9,13 @@ Such trainers multiply it by their `router_aux_loss_coef`, by default the config
 coefficients already, so it is divided by the config's. Then exactly the decoder's auxiliary loss is added to the task
 loss. Except for SFTTrainer, a trainer does not write a coefficient of its own into the config. Such a coefficient
 scales all losses by its ratio to the config's.
+
+With `mtp_in_trl` the loss of multi-token prediction goes the same way: its targets are the trainer's labels, and it is
+a mean over those of the micro-batch.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -20,6 +24,11 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import ModelOutput, logging
+
+from .mtp import IGNORED
+from .mtp_training import losses_ahead, shifted_labels
+from .router_load import counts_as_training
+from .transformers_support import CACHE_NAMES
 
 logger = logging.get_logger(__name__)
 
@@ -46,32 +55,49 @@ def keep_auxiliary_loss(forward: Any, model: nn.Module) -> Any:
 
     @functools.wraps(function)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        model_losses: list[torch.Tensor | None] = []
+        calls: list[tuple[dict[str, Any], Any]] = []
 
-        def keep(decoder: nn.Module, inputs: Any, output: Any) -> None:
-            model_losses.append(getattr(output, "aux_loss", None))
+        def keep(decoder: nn.Module, positional: Any, named: dict[str, Any], output: Any) -> None:
+            names = inspect.signature(decoder.forward).parameters
+            calls.append(({**dict(zip(names, positional, strict=False)), **named}, output))
             if getattr(output, "router_logits", None) == ():  # no MoE layers: Mixtral's loss wants some or `None`
                 output.router_logits = None
 
-        handle = self.model.register_forward_hook(keep)
+        handle = self.model.register_forward_hook(keep, with_kwargs=True)
         try:
             outputs = function(self, *args, **kwargs)
         finally:
             handle.remove()
         made_elsewhere = isinstance(outputs, ModelOutput) and not isinstance(outputs, MoeCausalLMOutputWithPast)
-        if made_elsewhere and model_losses and model_losses[-1] is not None:
-            _replace_auxiliary_loss(self, outputs, model_losses[-1])
+        if made_elsewhere and calls and getattr(calls[-1][1], "aux_loss", None) is not None:
+            has_labels = any(kwargs.get(name) is not None for name in ("labels", "shift_labels"))
+            targets = shifted_labels(**{"labels": None, **kwargs}) if has_labels else None
+            _replace_auxiliary_loss(self, outputs, *calls[-1], targets)
         return outputs
 
     vars(wrapped)["keeps_auxiliary_loss"] = True
     return MethodType(wrapped, model)
 
 
-def _replace_auxiliary_loss(model: nn.Module, outputs: ModelOutput, model_loss: torch.Tensor) -> None:
+def _replace_auxiliary_loss(
+    model: Any, outputs: ModelOutput, given: dict[str, Any], decoded: Any, targets: torch.Tensor | None
+) -> None:
+    """Put the model's own loss in the place of the trainer's.
+
+    Args:
+        model: the language model.
+        outputs: the trainer's, changed in place.
+        given: the arguments of the decoder.
+        decoded: the decoder's output, with an auxiliary loss.
+        targets: the trainer's labels (B, S) of the tokens behind each position, if there are any.
+    """
     trainer_loss = getattr(outputs, "aux_loss", None)
     if trainer_loss is None:
         return  # the model's decoder says so itself
-    coefficient, asked_for = model.config.router_aux_loss_coef, model.config.loss_alphas
+    coefficient, asked_for, model_loss = model.config.router_aux_loss_coef, model.config.loss_alphas, decoded.aux_loss
+    if targets is not None and model.config.mtp and model.config.mtp_in_trl and counts_as_training(model.model):
+        asked_for = asked_for | {"mtp": model.config.mtp_loss_coef}
+        model_loss = model_loss + _loss_ahead(model, given, decoded.last_hidden_state, targets).to(model_loss.device)
     if not coefficient and asked_for and model.training and torch.is_grad_enabled():
         logger.warning_once(
             f"The trainer multiplies the auxiliary losses of {type(model).__name__}, {asked_for}, by a "
@@ -81,6 +107,20 @@ def _replace_auxiliary_loss(model: nn.Module, outputs: ModelOutput, model_loss: 
     outputs.aux_loss = model_loss / (coefficient or 1.0)
     if getattr(outputs, "loss", None) is not None:
         outputs.loss = outputs.loss + (model_loss - coefficient * trainer_loss).to(outputs.loss.device)
+
+
+def _loss_ahead(model: Any, given: dict[str, Any], hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Compute the loss of multi-token prediction, and of the balance of its gates, coefficients included."""
+    named = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+    batch = {name: given.get(name) for name in named}
+    others = {name: value for name, value in given.items() if name not in (*named, *CACHE_NAMES, "use_cache")}
+    with torch.no_grad():
+        chosen = model.lm_head(hidden_states).argmax(dim=-1)
+    num_items = (targets != IGNORED).sum().clamp(min=1)
+    losses, balance = losses_ahead(
+        model, hidden_states, batch, targets, chosen, num_items=num_items, record=True, **others
+    )
+    return losses.total if balance is None else losses.total + balance.to(losses.total.device)
 
 
 __all__ = ["keep_auxiliary_loss"]

@@ -112,7 +112,9 @@ class RouterStats:
         routed = [bool(sum(counts)) for counts in values["tokens_per_expert"]]
         for name in _MEASURES:
             if name in values:
-                known = [value for value, counted in zip(values[name], routed, strict=True) if counted]
+                known = values[name]
+                if name != "bias_norm":  # of the layers with a bias, in a hybrid of DeepSeek-V4 not all
+                    known = [value for value, counted in zip(known, routed, strict=True) if counted]
                 output[f"router/{name}"] = sum(known) / len(known)
         if values["losses"]:
             title = "aux_loss" if values["losses_trained"] else "aux_loss_not_trained"

@@ -31,10 +31,14 @@ def test_kernels_equal_the_reference(case: Case) -> None:
 
 def test_several_tiles_in_every_direction() -> None:
     """Tiles of 16, and more rows, columns and inner numbers than one has; then wide ones, and tall ones."""
-    for tile in (Tile(16, 16, 16, 4, 1), Tile(16, 64, 32, 8, 2), Tile(64, 16, 16, 4, 1)):
+    tiles = {
+        "random": Tile(16, 16, 16, 4, 1),
+        "one expert": Tile(16, 64, 32, 8, 2),
+        "elsewhere": Tile(64, 16, 16, 4, 1),
+    }
+    for kind, tile in tiles.items():
         with use_tiles(lambda problem, tile=tile: tile):
-            for kind in ("random", "one expert", "elsewhere"):
-                check_case(dataclasses.replace(CASE, tokens=40, kind=kind, hidden=37, width=21, rank=18), "triton")
+            check_case(dataclasses.replace(CASE, tokens=40, kind=kind, hidden=37, width=21, rank=18), "triton")
 
 
 @pytest.mark.parametrize(

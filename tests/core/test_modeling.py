@@ -135,18 +135,20 @@ def test_experts_implementations_agree(
         assert_same(other[name], gradient, name)
 
 
-@pytest.mark.parametrize("variant", ["mha", "mla"])
+@pytest.mark.parametrize(("name", "variant"), [
+    ("sdpa", "mha"), ("sdpa", "mla"), ("flex_attention", "mha"),
+    pytest.param("flex_attention", "mla", marks=pytest.mark.slow),  # it compiles itself, for most of a minute
+])  # fmt: skip
 @torch.no_grad()
-def test_attention_implementations_agree(tiny_model: Callable, variant: str) -> None:
+def test_attention_implementations_agree(tiny_model: Callable, name: str, variant: str) -> None:
     model = tiny_model(**VARIANTS[variant]).eval()
     batch, mask = padded_batch("left")
-    logits = {}
-    for name in ("eager", "sdpa", "flex_attention"):
-        model.set_attn_implementation(name)
-        assert model.config._attn_implementation == name
-        logits[name] = model(batch, attention_mask=mask).logits[mask.bool()]
-    assert_same(logits["sdpa"], logits["eager"])
-    assert_same(logits["flex_attention"], logits["eager"])
+    logits = []
+    for implementation in ("eager", name):
+        model.set_attn_implementation(implementation)
+        assert model.config._attn_implementation == implementation
+        logits.append(model(batch, attention_mask=mask).logits[mask.bool()])
+    assert_same(*logits)
 
 
 def test_eager_experts_match_a_loop_over_tokens(tiny_model: Callable) -> None:

@@ -29,7 +29,7 @@ def model_of(gate: str = "softmax", depths: int = 1) -> DeepseekMoeForCausalLM:
     return trained(**GATES[gate], num_nextn_predict_layers=depths)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5], ids=["alone", "padded"])
 @pytest.mark.parametrize(("gate", "depths", "drafts"), [
     ("softmax", 1, 1), ("softmax", 1, 3), ("softmax", 2, 2), ("softmax", 3, 3), ("softmax", 3, 2), ("grouped", 1, 2),
     ("sigmoid", 2, 1),
@@ -245,6 +245,8 @@ def test_what_is_not_allowed(tiny_model: Callable) -> None:
         ({"num_assistant_tokens": 0}, "num_assistant_tokens=0 is not allowed"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens is not allowed"),
         ({"assistant_model": model}, "assistant_model is not allowed"),
+        ({"assistant_confidence_threshold": 0.4}, "assistant_confidence_threshold=0.4 is not allowed"),
+        ({"num_assistant_tokens_schedule": "heuristic"}, "num_assistant_tokens_schedule='heuristic' is not allowed"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True is not allowed"),
         ({"generation_config": GenerationConfig(stop_strings="a")}, "one or more stop strings"),
     ):

@@ -83,7 +83,7 @@ def test_what_a_run_leaves_is_what_it_says(place: Path, method: str, monkeypatch
     assert result["before"]["perplexity"] == pytest.approx(perplexity_of(base, held_out(place)), rel=1e-5)
     after = perplexity_of(trained_model(place, method), held_out(place))
     assert result["after"]["perplexity"] == pytest.approx(after, rel=1e-5)
-    assert after < result["before"]["perplexity"] and f"{after:.3f} after" in output
+    assert after < result["before"]["perplexity"] and f"{result['after']['perplexity']:.3f} after" in output
     for when in ("before", "after"):
         report = json.loads((place / "out" / when / "routing.json").read_text())
         assert len(report["layers"]) == 2 and report["title"].startswith("model, ")

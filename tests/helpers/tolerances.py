@@ -9,6 +9,7 @@ GOLDEN_AUX_LOSS = 1e-6
 GOLDEN_GRADIENT = 1e-3  # relative, by norm
 CACHED_LOGITS = 1e-4
 SAME_COMPUTATION = 1e-5  # float32, the same sums in another order
+ACCUMULATED = 1e-7  # float64, micro-batches against the whole batch: a gate scores in float32
 DOUBLE = 1e-10  # float64 against an independent loop
 ROUTED_IN_DOUBLE = 1e-12  # gate weights in float64 against an independent loop
 KERNEL_WEIGHTS = 1e-6  # gate weights of a kernel against the reference, times the scaling factor

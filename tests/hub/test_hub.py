@@ -11,6 +11,7 @@ from cli_runner import run
 from conftest import GOLDEN_NAMES, Golden
 from huggingface_hub import ModelCard, snapshot_download
 from local_hub import READER, WRITER, HubServer
+from mtp_cases import golden_with_mtp
 from peft import get_peft_model
 from publishing_cases import (
     CODE,
@@ -20,6 +21,7 @@ from publishing_cases import (
 from safetensors.torch import load_file, save_file
 from synthetic import CONFIG as V3_CONFIG
 from synthetic import v3_tensors, write
+from transformers import AutoModelForCausalLM
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import DeepseekMoeForCausalLM, expert_lora_config, prepare_esft, save_esft
@@ -56,6 +58,22 @@ def test_code_travels_where_transformers_does_not_know_the_model(name: str, code
             module, _, cls = target.partition(".")
             assert f"class {cls}(".encode() in files[f"{module}.py"]
     assert before == {file.name: file.read_bytes() for file in golden.folder.iterdir()}
+
+
+@pytest.mark.parametrize("code", ["never", "always"])
+def test_layers_of_multi_token_prediction_go_up_with_the_others(
+    v3: Golden, code: str, hub: HubServer, tmp_path: Path
+) -> None:
+    folder = golden_with_mtp(v3, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()  # an empty one
+    before = {"model.safetensors": (folder / "model.safetensors").read_bytes()}
+    push(folder, "alice/model", code=code)
+    files = hub.files("alice/model")
+    assert {name: content for name, content in files.items() if name.endswith(".safetensors")} == before
+    model = AutoModelForCausalLM.from_pretrained("alice/model", mtp=True, trust_remote_code=code == "always")
+    ids = torch.arange(3, 9)[None]
+    wanted = DeepseekMoeForCausalLM.from_pretrained(folder, mtp=True)(ids, labels=ids).mtp_loss
+    assert torch.equal(model(ids, labels=ids).mtp_loss, wanted)
 
 
 def test_a_config_that_named_code_of_its_own(hub: HubServer, folder: Path) -> None:
