@@ -142,7 +142,7 @@ LIST_REQUIREMENTS = import sys, tomllib; project = tomllib.load(open("pyproject.
 	print(*project["dependencies"], *extras, sep="\n")
 
 $(VENV)/.requirements: $(VENV)/.torch pyproject.toml
-	$(PYTHON) -c '$(LIST_REQUIREMENTS)' dev demo quant > $@.txt
+	$(BIN)/python -c '$(LIST_REQUIREMENTS)' dev demo quant > $@.txt
 	$(VENV)/$(PIP_INSTALL) --constraint constraints.txt --requirement $@.txt
 	touch $@
 
@@ -156,7 +156,7 @@ $(VENV)/.installed: $(VENV)/.requirements
 	touch $@
 
 .venv-oldest/.requirements .venv-previous/.requirements: .venv-%/.requirements: .venv-%/.torch pyproject.toml
-	$(PYTHON) -c '$(LIST_REQUIREMENTS)' dev > $@.txt
+	.venv-$*/bin/python -c '$(LIST_REQUIREMENTS)' dev > $@.txt
 	.venv-$*/$(PIP_INSTALL) --constraint constraints-$*.txt --requirement $@.txt
 	touch $@
 
@@ -167,7 +167,7 @@ $(VENV)/.installed: $(VENV)/.requirements
 # For CI: the longest part of three installations, which keeps one core busy, two at a time.
 environments:
 	$(MAKE) --jobs $(JOBS) $(VENV)/.requirements .venv-oldest/.requirements .venv-previous/.requirements
-	$(MAKE) $(VENV)/.installed .venv-oldest/.installed .venv-previous/.installed
+	$(MAKE) --jobs 1 $(VENV)/.installed .venv-oldest/.installed .venv-previous/.installed
 
 clean:
 	rm -rf .venv .venv-oldest .venv-previous .venv-newest build dist runs site *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -1,11 +1,15 @@
-"""Give a model a drafter: train a multi-token-prediction layer on the model's own text, and generate faster with it.
+"""Give a model a drafter: train a multi-token-prediction layer on what the model says, and generate faster with it.
 
     make demo                             # leaves a small model in runs/demo/model
     python examples/train_drafter.py      # a quarter of an hour on two cores
 
 The model is frozen. Its hidden states are computed once, and the new layer is trained on them alone. The data are
-texts and the model's own greedy continuations of them, since these are what it will be asked to draft. Every eighth
+texts and the model's own greedy continuations of some, since these are what it will be asked to draft. Every eighth
 page is held out.
+
+The layer learns the model's distribution of the next token but one, not the token of the text: from few texts it
+learns far more that way. Of the vocabulary only the tokens that occur in the data are compared, which is a tenth here,
+and makes a step three times as fast.
 """
 
 import sys
@@ -15,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from demo_data import reference_blocks, sample_blocks
 from torch.utils.data import TensorDataset
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
 import modeling_deepseekmoe
 from modeling_deepseekmoe import add_mtp, load_tokenizer
-from modeling_deepseekmoe.mtp_training import mtp_losses
+from modeling_deepseekmoe.mtp_training import MtpLosses
 from modeling_deepseekmoe.support.folders import check_destination
 
 
@@ -33,49 +38,58 @@ class Settings:
     output: Path = field(default=Path("runs/drafter"), metadata={"help": "Folder of the model; must not exist."})
     depth: int = field(default=1, metadata={"help": "Layers to add; one may draft several tokens."})
     initialisation: str = field(default="random", metadata={"help": "random or last_layer."})
-    texts: int = field(default=192, metadata={"help": "Texts that are trained on."})
+    texts: int = field(default=1000, metadata={"help": "Texts that are trained on; all if there are fewer."})
     continuations: int = field(default=64, metadata={"help": "Texts that the model continues."})
     prompt_tokens: int = field(default=32, metadata={"help": "Tokens of each text that it continues."})
     block_size: int = field(default=128, metadata={"help": "Tokens in a sequence."})
-    steps: int = field(default=360, metadata={"help": "Optimizer steps."})
+    steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=4, metadata={"help": "Sequences in a step."})
-    learning_rate: float = field(default=0.001, metadata={"help": "Of AdamW, with a linear decay."})
+    learning_rate: float = field(default=0.002, metadata={"help": "Of AdamW, with a linear decay."})
     held_out: int = field(default=8, metadata={"help": "Held-out prompts to draft behind."})
 
 
 class DrafterTrainer(Trainer):
-    """Trains multi-token prediction on hidden states that are known, without the rest of the model."""
+    """Trains multi-token prediction on hidden states that are known, without the rest of the model.
+
+    Attributes:
+        vocabulary: the tokens that are compared.
+    """
+
+    vocabulary: torch.Tensor
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the weighted loss of all depths, and keep what Trainer logs of them.
+        """Compute the cross entropy of all depths to the model's own distribution, and keep what Trainer logs.
 
-        The targets are the tokens that the model would choose, and not those of the text.
+        The agreement that it logs is one over the vocabulary that is compared.
         """
-        ids = inputs["input_ids"]
-        depths, layout = model.model.predict_ahead(inputs["hidden_states"], ids)
-        losses = mtp_losses(
-            model.lm_head, depths, layout, inputs["chosen"], inputs["chosen"],
-            weights=model.config.mtp_loss_weights, num_items=ids[:, 1:].numel(), detach=True,
-        )  # fmt: skip
-        model.model.mtp_statistics.add(losses)
-        return losses.total
+        hidden_states = inputs["hidden_states"]
+        depths, _ = model.model.predict_ahead(hidden_states, inputs["input_ids"])
+        head = model.lm_head.weight[self.vocabulary]
+        losses, agreed, targets = [], [], []
+        for number, depth in enumerate(depths, start=1):
+            # Depth k at position i foresees what the model says at position i + k.
+            logits = (depth.hidden_states[:, :-number] @ head.T).flatten(0, 1)
+            wanted = (hidden_states[:, number:] @ head.T).flatten(0, 1)
+            losses.append(F.cross_entropy(logits, wanted.softmax(dim=-1)))
+            agreed.append((logits.argmax(dim=-1) == wanted.argmax(dim=-1)).sum())
+            targets.append(torch.tensor(len(logits), device=logits.device))
+        by_depth, counts = torch.stack(losses), torch.stack(targets)
+        total = by_depth.mean()
+        model.model.mtp_statistics.add(MtpLosses(by_depth, total, counts, torch.stack(agreed), by_depth * counts))
+        return total
 
 
 def collate(rows: list[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
     """Put rows of a dataset together."""
     columns = [torch.stack(column) for column in zip(*rows, strict=True)]
-    return dict(zip(("input_ids", "hidden_states", "chosen"), columns, strict=True))
+    return dict(zip(("input_ids", "hidden_states"), columns, strict=True))
 
 
 @torch.no_grad()
 def with_hidden_states(model: PreTrainedModel, blocks: torch.Tensor) -> TensorDataset:
-    """Compute the hidden states of blocks (B, S), and the tokens that the model finds most probable."""
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for batch in blocks.split(8):
-        outputs = model(batch, use_cache=False, output_last_hidden_state=True)
-        found.append((outputs.last_hidden_state, outputs.logits.argmax(dim=-1)))
-    hidden_states, chosen = (torch.cat(column) for column in zip(*found, strict=True))
-    return TensorDataset(blocks, hidden_states, chosen)
+    """Compute the hidden states of blocks (B, S)."""
+    found = [model.model(batch, use_cache=False).last_hidden_state for batch in blocks.split(8)]
+    return TensorDataset(blocks, torch.cat(found))
 
 
 def continued(model: PreTrainedModel, prompts: torch.Tensor, length: int) -> torch.Tensor:
@@ -84,7 +98,7 @@ def continued(model: PreTrainedModel, prompts: torch.Tensor, length: int) -> tor
         model.generate(
             batch, attention_mask=torch.ones_like(batch), max_length=length, min_length=length, do_sample=False
         )
-        for batch in prompts.split(32)
+        for batch in prompts.split(64)
     ]
     return torch.cat(batches)
 
@@ -125,7 +139,8 @@ def main(settings: Settings) -> None:
     texts = sample_blocks(train_blocks, settings.texts)
     own = continued(model, texts[: settings.continuations, : settings.prompt_tokens], settings.block_size)
     say(f"{own.numel():,} tokens of the model's own")
-    data = with_hidden_states(model, torch.cat([texts, own]))
+    blocks = torch.cat([texts, own])
+    data = with_hidden_states(model, blocks)
     say(f"hidden states of {len(data)} sequences")
     add_mtp(model, settings.depth, settings.initialisation)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -136,12 +151,15 @@ def main(settings: Settings) -> None:
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.steps // 20,
+        weight_decay=0.1,
         logging_steps=max(settings.steps // 10, 1),
         remove_unused_columns=False,
         save_strategy="no",
         report_to="none",
     )
-    DrafterTrainer(model, arguments, train_dataset=data, data_collator=collate).train()
+    trainer = DrafterTrainer(model, arguments, train_dataset=data, data_collator=collate)
+    trainer.vocabulary = blocks.unique()
+    trainer.train()
     model.save_pretrained(settings.output)
     tokenizer.save_pretrained(settings.output)
     say("trained and saved")

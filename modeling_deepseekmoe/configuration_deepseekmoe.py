@@ -120,8 +120,8 @@ class DeepseekMoeConfig(ChecksFields, CarriesCode, PreTrainedConfig):
             these weights: 1.0 is V3's mean, 0.6 FastMTP's (arXiv 2509.18362).
         mtp_detach (`bool`): the multi-token-prediction loss trains its layers alone, and has no gradient in the
             decoder, the embedding and the head. The other losses train these as always, unless they are frozen.
-        mtp_in_trl (`bool`): train these layers also where a trainer of TRL makes the loss itself: their loss is part
-            of the auxiliary loss that the trainer adds.
+        mtp_in_trl (`bool`): train these layers also where a trainer of TRL makes the loss itself: their loss, always
+            as with `mtp_detach`, is part of the auxiliary loss that the trainer adds.
 
     Raises:
         ValueError: for a value that is not allowed. The message names the field, the value and what is allowed.

@@ -24,6 +24,7 @@ from .configuration_dialects import DeepseekConfig, DeepseekV2Config, DeepseekV3
 from .modeling_pretrained import (
     CACHE,
     DeepseekMoeDecoderLayer,
+    DeepseekMoeHead,
     DeepseekMoeModelOutput,
     DeepseekMoePreTrainedModel,
     positions_behind,
@@ -191,6 +192,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        detach: bool | None = None,
         **kwargs: Any,
     ) -> tuple[list[Depth], RowLayout]:
         """Run the layers of multi-token prediction over whole sequences, as in training.
@@ -198,6 +200,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         Args:
             hidden_states (`torch.Tensor` of shape (B, S, D)): the decoder's output.
             input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as the decoder was given them.
+            detach (`bool`, *optional*): no gradient in what the decoder computed; when absent, the config's
+                `mtp_detach`.
 
         Returns:
             What every depth computed, and which tokens belong together.
@@ -212,6 +216,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             layout,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            detach=self.config.mtp_detach if detach is None else detach,
             **kwargs,
         )
         records = self.records_of(depths)
@@ -276,7 +281,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = DeepseekMoeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = DeepseekMoeHead(config.hidden_size, config.vocab_size, bias=False)
         self.register_load_state_dict_pre_hook(forget_copies)
         self.post_init()
         # The head by tensor, by stage and by FSDP group, beside what the config has for the decoder.
@@ -375,7 +380,8 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         if config.mtp and config.mtp_loss_coef and starts_a_sequence(outputs, getattr(outputs, CACHE)):
             losses, balance = losses_ahead(
                 self, outputs.last_hidden_state, batch, targets, logits.detach().argmax(dim=-1),
-                num_items=items if num_items is None else num_items, record=aux_loss is not None, **kwargs,
+                num_items=items if num_items is None else num_items, record=aux_loss is not None,
+                detach=config.mtp_detach, **kwargs,
             )  # fmt: skip
             if aux_loss is not None and balance is not None:
                 aux_loss = aux_loss + balance.to(aux_loss.device)

@@ -174,6 +174,7 @@ def run_depths(
     attention_mask: Any = None,
     position_ids: torch.Tensor | None = None,
     record: bool = False,
+    detach: bool = False,
     **kwargs: Any,
 ) -> list[Depth]:
     """Run all depths over whole sequences whose tokens are known, as in training.
@@ -188,9 +189,10 @@ def run_depths(
         layout: which tokens belong together.
         attention_mask, position_ids, kwargs: as the decoder was given them.
         record (`bool`): whether the records of the gates are wanted.
+        detach (`bool`): no gradient in what the decoder computed.
     """
     config = decoder.config
-    if config.mtp_detach:
+    if detach:
         hidden_states, inputs_embeds = hidden_states.detach(), inputs_embeds.detach()
         if torch.is_grad_enabled() and decoder.gradient_checkpointing and not torch.compiler.is_compiling():
             # A gradient that nobody reads: without one the reentrant mode of checkpointing has no others.

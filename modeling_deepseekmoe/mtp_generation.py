@@ -165,7 +165,7 @@ def generation_arguments(model: Any, args: tuple, kwargs: dict[str, Any]) -> dic
         if option(name, model.generation_config) not in (None, assistant):
             raise ValueError(f"{name} is not allowed with use_mtp: both make drafts.")
     for name in _OF_OTHER_DRAFTS:
-        value = option(name)
+        value = option(name, model.generation_config)
         if value is not None and (name, value) != ("num_assistant_tokens_schedule", "constant"):
             raise ValueError(
                 f"{name}={value!r} is not allowed with use_mtp, which would ignore it: num_assistant_tokens alone "

@@ -119,6 +119,8 @@ def losses_ahead(
     *,
     num_items: torch.Tensor | int,
     record: bool,
+    detach: bool,
+    shift_labels: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[MtpLosses, torch.Tensor | None]:
     """Run all depths of a language model, compute their losses, and count what they foresaw.
@@ -131,17 +133,28 @@ def losses_ahead(
         chosen (`torch.LongTensor` of shape (B, S)): the tokens that the model itself finds most probable.
         num_items: number of targets to divide by.
         record (`bool`): whether the balance losses of the depths' gates are wanted.
+        detach (`bool`): no gradient but in the depths' own layers.
+        shift_labels: must be absent.
         kwargs: what else the decoder was given.
 
     Returns:
         The losses, and the sum of the balance losses, coefficients included.
+
+    Raises:
+        ValueError: if a trainer has shifted the labels, which it does where a sequence is split over ranks.
     """
+    if shift_labels is not None:
+        raise ValueError(
+            "shift_labels is not allowed with multi-token prediction: trainers give them where a sequence is split "
+            "over ranks (context or sequence parallelism), and a depth would need the tokens of the next rank. Set "
+            "mtp_loss_coef=0 in the config, or load the model without mtp=True."
+        )
     decoder, config = model.model, model.config
     run_as_forward(decoder, "predict_ahead")
-    depths, layout = decoder.predict_ahead(hidden_states, record=record, **batch, **kwargs)
+    depths, layout = decoder.predict_ahead(hidden_states, record=record, detach=detach, **batch, **kwargs)
     losses = mtp_losses(
         model.lm_head, depths, layout, targets, chosen,
-        weights=config.mtp_loss_weights, num_items=num_items, detach=config.mtp_detach,
+        weights=config.mtp_loss_weights, num_items=num_items, detach=detach,
     )  # fmt: skip
     if counts_as_training(decoder):
         decoder.mtp_statistics.add(losses)

@@ -2,8 +2,8 @@
 """The warnings that a model gives once while it trains, if something is missing that its config asks for.
 
 There are three: nothing updates the balancing bias, or whoever made the loss left out the auxiliary losses, or
-multi-token prediction. They are found in a training forward, from what happened before it. An optimizer step is seen
-by the weights that it changed.
+multi-token prediction, which a trainer of TRL is handed if it is asked for. They are found in a training forward, from
+what happened before it. An optimizer step is seen by the weights that it changed.
 """
 
 from typing import Any
@@ -33,6 +33,7 @@ class Reminders:
         self.forwards = 0  # of training
         self.predicted_ahead = False  # in training
         self.forwards_without_mtp = 0  # of training, before there was one with it
+        self.losses_unreached = 0  # of multi-token prediction, handed to a trainer since a gradient came back
         self.steps: int | torch.Tensor = 0  # seen so far; read seldom, because reading waits for the device
         self.steps_when_balanced = 0
         self.seen: tuple[str, torch.Tensor] | None = None  # the watched weight of the last training forward
@@ -80,10 +81,31 @@ class Reminders:
                 f"The multi-token-prediction layers of {type(model).__name__} are loaded and NOT trained: whoever "
                 "makes the loss takes the logits alone, or gives the model no labels (TRL's DPO and its fused losses, "
                 "label smoothing). The drafter will fit the model less and less. Train it with the model's own loss "
-                "(labels given), in TRL with model.config.mtp_in_trl = True (and a router_aux_loss_coef above 0), or "
+                "(labels given), in TRL with mtp_in_trl=True and router_aux_loss_coef above 0 in model.config, or "
                 "afterwards with the rest frozen; or freeze it (`layer.requires_grad_(False)` for "
                 "the layers of model.model.layers behind num_hidden_layers)."
             )
+
+    def watch_mtp(self, model: Any, loss: torch.Tensor) -> None:
+        """Warn if no gradient comes back to the losses of multi-token prediction that a trainer is handed.
+
+        Args:
+            model: a decoder.
+            loss: the loss of this forward pass.
+        """
+        if not loss.requires_grad or torch.compiler.is_compiling():
+            return
+        loss.register_hook(self._reach)
+        self.losses_unreached += 1
+        if self.losses_unreached == STEPS_UNTIL_WARNING:
+            logger.warning(
+                f"The loss of multi-token prediction of {type(model).__name__} was handed to the trainer in "
+                f"outputs.aux_loss {STEPS_UNTIL_WARNING} times, and is NOT trained: set the trainer's "
+                "router_aux_loss_coef to that of the model's config, above 0, or mtp_in_trl=False."
+            )
+
+    def _reach(self, gradient: torch.Tensor) -> None:
+        self.losses_unreached = 0
 
     def _look_for_a_step(self, model: nn.Module) -> None:
         before, self.seen = self.seen, watched_weight(model)

@@ -10,8 +10,9 @@ coefficients already, so it is divided by the config's. Then exactly the decoder
 loss. Except for SFTTrainer, a trainer does not write a coefficient of its own into the config. Such a coefficient
 scales all losses by its ratio to the config's.
 
-With `mtp_in_trl` the loss of multi-token prediction goes the same way: its targets are the trainer's labels, and it is
-a mean over those of the micro-batch.
+With `mtp_in_trl` the loss of multi-token prediction goes the same way. Its targets are the trainer's labels, and it is
+a mean over those of the micro-batch. It trains the layers of multi-token prediction alone: these labels are rejected
+and poorly rewarded texts too (DPO, KTO, GRPO), which the drafter should foresee, and the model should not imitate.
 """
 
 import functools
@@ -26,7 +27,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import ModelOutput, logging
 
 from .mtp import IGNORED
-from .mtp_training import losses_ahead, shifted_labels
+from .mtp_training import losses_ahead, shifted_labels, starts_a_sequence
 from .router_load import counts_as_training
 from .transformers_support import CACHE_NAMES
 
@@ -70,9 +71,8 @@ def keep_auxiliary_loss(forward: Any, model: nn.Module) -> Any:
             handle.remove()
         made_elsewhere = isinstance(outputs, ModelOutput) and not isinstance(outputs, MoeCausalLMOutputWithPast)
         if made_elsewhere and calls and getattr(calls[-1][1], "aux_loss", None) is not None:
-            has_labels = any(kwargs.get(name) is not None for name in ("labels", "shift_labels"))
-            targets = shifted_labels(**{"labels": None, **kwargs}) if has_labels else None
-            _replace_auxiliary_loss(self, outputs, *calls[-1], targets)
+            labels = {name: kwargs[name] for name in ("labels", "shift_labels") if kwargs.get(name) is not None}
+            _replace_auxiliary_loss(self, outputs, *calls[-1], labels)
         return outputs
 
     vars(wrapped)["keeps_auxiliary_loss"] = True
@@ -80,7 +80,7 @@ def keep_auxiliary_loss(forward: Any, model: nn.Module) -> Any:
 
 
 def _replace_auxiliary_loss(
-    model: Any, outputs: ModelOutput, given: dict[str, Any], decoded: Any, targets: torch.Tensor | None
+    model: Any, outputs: ModelOutput, given: dict[str, Any], decoded: Any, labels: dict[str, torch.Tensor]
 ) -> None:
     """Put the model's own loss in the place of the trainer's.
 
@@ -89,38 +89,62 @@ def _replace_auxiliary_loss(
         outputs: the trainer's, changed in place.
         given: the arguments of the decoder.
         decoded: the decoder's output, with an auxiliary loss.
-        targets: the trainer's labels (B, S) of the tokens behind each position, if there are any.
+        labels: the trainer's `labels` or `shift_labels`, if there are any.
     """
     trainer_loss = getattr(outputs, "aux_loss", None)
     if trainer_loss is None:
         return  # the model's decoder says so itself
     coefficient, asked_for, model_loss = model.config.router_aux_loss_coef, model.config.loss_alphas, decoded.aux_loss
-    if targets is not None and model.config.mtp and model.config.mtp_in_trl and counts_as_training(model.model):
-        asked_for = asked_for | {"mtp": model.config.mtp_loss_coef}
-        model_loss = model_loss + _loss_ahead(model, given, decoded.last_hidden_state, targets).to(model_loss.device)
     if not coefficient and asked_for and model.training and torch.is_grad_enabled():
         logger.warning_once(
             f"The trainer multiplies the auxiliary losses of {type(model).__name__}, {asked_for}, by a "
             "router_aux_loss_coef of its own, while the config's is 0: set the config's to the same value, so that "
             "each loss keeps its coefficient."
         )
+    if labels and counts_as_training(model.model) and _trains_mtp(model.config, given, decoded):
+        model_loss = model_loss + _loss_ahead(model, given, decoded.last_hidden_state, labels).to(model_loss.device)
     outputs.aux_loss = model_loss / (coefficient or 1.0)
     if getattr(outputs, "loss", None) is not None:
         outputs.loss = outputs.loss + (model_loss - coefficient * trainer_loss).to(outputs.loss.device)
 
 
-def _loss_ahead(model: Any, given: dict[str, Any], hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _trains_mtp(config: Any, given: dict[str, Any], decoded: Any) -> bool:
+    """Tell whether the loss of multi-token prediction is asked for, and can be computed.
+
+    Raises:
+        ValueError: if it is asked for, and its size could not be told.
+    """
+    if not (config.mtp and config.mtp_in_trl and config.mtp_loss_coef):
+        return False
+    if not config.router_aux_loss_coef:
+        raise ValueError(
+            "mtp_in_trl=True is not allowed with router_aux_loss_coef=0 in the model's config: the trainer multiplies "
+            "the loss by a coefficient that the model must know. Set it in model.config and in the trainer's config "
+            "to the same value above 0; it is divided out. It is the coefficient of a balance loss too: 1e-6 leaves "
+            "that without effect."
+        )
+    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    return starts_a_sequence(decoded, cache)
+
+
+def _loss_ahead(
+    model: Any, given: dict[str, Any], hidden_states: torch.Tensor, labels: dict[str, torch.Tensor]
+) -> torch.Tensor:
     """Compute the loss of multi-token prediction, and of the balance of its gates, coefficients included."""
     named = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
     batch = {name: given.get(name) for name in named}
     others = {name: value for name, value in given.items() if name not in (*named, *CACHE_NAMES, "use_cache")}
+    targets = shifted_labels(**{"labels": None, **labels})
     with torch.no_grad():
         chosen = model.lm_head(hidden_states).argmax(dim=-1)
     num_items = (targets != IGNORED).sum().clamp(min=1)
     losses, balance = losses_ahead(
-        model, hidden_states, batch, targets, chosen, num_items=num_items, record=True, **others
-    )
-    return losses.total if balance is None else losses.total + balance.to(losses.total.device)
+        model, hidden_states, batch, targets, chosen, num_items=num_items, record=True, detach=True,
+        shift_labels=labels.get("shift_labels"), **others,
+    )  # fmt: skip
+    total = losses.total if balance is None else losses.total + balance.to(losses.total.device)
+    model.model.reminders.watch_mtp(model.model, total)
+    return total
 
 
 __all__ = ["keep_auxiliary_loss"]

@@ -110,11 +110,11 @@ class RouterStats:
         output = {}
         # A layer of multi-token prediction routes nothing where its loss is not trained.
         routed = [bool(sum(counts)) for counts in values["tokens_per_expert"]]
+        places = {"bias_norm": [gate.place for gate in find_biased_gates(self.model)]}  # not of every layer's gate
         for name in _MEASURES:
-            if name in values:
-                known = values[name]
-                if name != "bias_norm":  # of the layers with a bias, in a hybrid of DeepSeek-V4 not all
-                    known = [value for value, counted in zip(known, routed, strict=True) if counted]
+            measured = zip(places.get(name, range(len(routed))), values.get(name, ()), strict=name in values)
+            known = [value for place, value in measured if routed[place]]
+            if known:
                 output[f"router/{name}"] = sum(known) / len(known)
         if values["losses"]:
             title = "aux_loss" if values["losses_trained"] else "aux_loss_not_trained"

@@ -147,7 +147,9 @@ def chi_square(observed: torch.Tensor, probabilities: torch.Tensor) -> float:
     return float(torch.special.gammaincc((kept.sum() - 1) / 2, statistic / 2))
 
 
-@pytest.mark.parametrize(("depths", "drafts", "cache"), [(1, 1, None), (1, 2, None), (2, 2, "static")])
+@pytest.mark.parametrize(("depths", "drafts", "cache"), [
+    (1, 2, None), (2, 2, "static"), pytest.param(1, 1, None, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_sampling_has_the_exact_distribution(depths: int, drafts: int, cache: str | None) -> None:
     vocabulary, length, draws = 6, 4, 20_000
     torch.manual_seed(4)
