@@ -93,9 +93,11 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	MYPYPATH=benchmarks:examples $(BIN)/mypy benchmarks  # apart: it has a module `conversion` too
 
-# Every kernel for every target, with its registers; fails where one spills.
+# Every kernel for every target, with its registers; fails where one spills. Not again if nothing has changed: after a
+# change, `make kernels KERNELS=--save` notes what was compiled.
+KERNELS ?= --unless-saved
 kernels: $(VENV)/.installed
-	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_kernels.py
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_kernels.py $(KERNELS)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

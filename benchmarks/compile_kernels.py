@@ -3,10 +3,12 @@
 The kernels of routing are compiled for the released models' gates and the largest one. The kernels of the experts are
 compiled for all that a layer launches in a training step and in decoding, in bfloat16. Targets are CUDA's sm_80, sm_90
 and sm_100 and ROCm's gfx942. Prints a table, and with --save writes benchmarks/results/compile_kernels.json. Exit code
-1 if a kernel of a released model spills registers, unless its tile caps them. Three minutes on two cores. Needs
-Triton, and TRITON_INTERPRET not set.
+1 if a kernel of a released model spills registers, unless its tile caps them. Three minutes on two cores: with
+--unless-saved nothing is compiled if the sources and Triton are those of the saved file. Needs Triton, and
+TRITON_INTERPRET not set.
 """
 
+import hashlib
 import json
 import re
 import subprocess
@@ -35,6 +37,7 @@ from modeling_deepseekmoe.routing_triton import WARPS, group_options, route_back
 from modeling_deepseekmoe.triton_support import INTERPRETED, TensorDescriptor
 
 RESULTS = Path(__file__).parent / "results" / "compile_kernels.json"
+PACKAGE = Path(experts_kernels.__file__).parent
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -325,10 +328,23 @@ def compile_row(job: tuple[str, str | tuple[Launch, ...]]) -> dict[str, Any]:
     return {"model": model, "kernel": name, **{target: resources(target, one) for target, one in compiled.items()}}
 
 
+def digest_of_sources() -> str:
+    """Return a digest of what decides what is compiled: the kernels and who launches them, this file, and Triton."""
+    found = hashlib.sha256(triton.__version__.encode())
+    sources = [path for part in ("experts*.py", "routing*.py", "triton_support.py") for path in PACKAGE.glob(part)]
+    for path in (Path(__file__), *sorted(sources)):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def main() -> int:
     """Compile everything, print the table, and write JSON if it is asked for."""
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, and nothing can be compiled.")
+    digest = digest_of_sources()
+    if "--unless-saved" in sys.argv and json.loads(RESULTS.read_text(encoding="utf-8")).get("digest") == digest:
+        print(f"Kernels and Triton are those of {RESULTS.name}: nothing is compiled again")
+        return 0
     jobs: list[tuple[str, Any]] = [
         (model, name) for model, shape in SHAPES.items() for name in variants(shape, "sm_90")
     ]
@@ -337,8 +353,6 @@ def main() -> int:
         jobs += [(model, launches) for launches in zip(*of_targets, strict=True)]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         rows = list(pool.map(compile_row, jobs))
-    if "--save" in sys.argv:
-        RESULTS.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     print(f"Registers of a thread, and programs that a multiprocessor has at a time (Triton {triton.__version__})")
     print(f"| model | kernel | {' | '.join(TARGETS)} |")
     print(f"| --- | --- |{' --- |' * len(TARGETS)}")
@@ -355,7 +369,11 @@ def main() -> int:
     too_large = sum(row[target]["shared"] > SHARED[target] for row in rows for target in TARGETS)
     print(f"{len(rows) * len(TARGETS)} kernels, of the released models {spilling} spill registers unasked; "
           f"{too_large} need more shared memory than there is; {single} run alone on a multiprocessor")  # fmt: skip
-    return 1 if spilling or too_large else 0
+    failed = bool(spilling or too_large)
+    if "--save" in sys.argv:
+        saved = {"triton": triton.__version__, "digest": None if failed else digest, "rows": rows}
+        RESULTS.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from .moe import (
     moe_layers_of,
     tell_widened_experts,
 )
-from .mtp import DeepseekMoeMTPLayer, Depth, RowLayout, is_mtp_layer, mtp_layers_of, run_depths
+from .mtp import DeepseekMoeMTPLayer, Depth, RowLayout, cut_off, is_mtp_layer, mtp_layers_of, run_depths
 from .mtp_files import forget_copies
 from .mtp_generation import generation_arguments
 from .mtp_training import (
@@ -208,6 +208,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.mtp_detach if detach is None else detach:
+            hidden_states, inputs_embeds = cut_off(self, hidden_states, inputs_embeds)
         layout = RowLayout.of_batch(attention_mask, position_ids, inputs_embeds)
         depths = run_depths(
             self,
@@ -216,7 +218,6 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             layout,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            detach=self.config.mtp_detach if detach is None else detach,
             **kwargs,
         )
         records = self.records_of(depths)
@@ -379,9 +380,9 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         items, num_items = (targets != -100).sum(), kwargs.get("num_items_in_batch")
         if config.mtp and config.mtp_loss_coef and starts_a_sequence(outputs, getattr(outputs, CACHE)):
             losses, balance = losses_ahead(
-                self, outputs.last_hidden_state, batch, targets, logits.detach().argmax(dim=-1),
+                self, outputs.last_hidden_state, targets, logits.detach().argmax(dim=-1),
                 num_items=items if num_items is None else num_items, record=aux_loss is not None,
-                detach=config.mtp_detach, **kwargs,
+                detach=config.mtp_detach, **batch, **kwargs,
             )  # fmt: skip
             if aux_loss is not None and balance is not None:
                 aux_loss = aux_loss + balance.to(aux_loss.device)

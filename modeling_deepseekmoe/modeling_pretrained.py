@@ -87,7 +87,9 @@ class DeepseekMoeHead(nn.Linear):
         return logits.view(*hidden_states.shape[:-1], -1)
 
     def _multiplies_in_float32(self, hidden_states: torch.Tensor) -> bool:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # any number of rows is to come
             return False
         tensors = (hidden_states, self.weight)
         plain = all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)

@@ -165,6 +165,15 @@ class RowLayout:
         return targets.masked_fill(~allowed.to(targets.device), IGNORED)
 
 
+def cut_off(decoder: Any, hidden_states: torch.Tensor, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the depths of a decoder begin with, without a gradient in the decoder."""
+    hidden_states, embeds = hidden_states.detach(), embeds.detach()
+    if torch.is_grad_enabled() and decoder.gradient_checkpointing and not torch.compiler.is_compiling():
+        # A gradient that nobody reads: without one the reentrant mode of checkpointing has no others.
+        hidden_states.requires_grad_()
+    return hidden_states, embeds
+
+
 def run_depths(
     decoder: Any,
     hidden_states: torch.Tensor,
@@ -174,7 +183,6 @@ def run_depths(
     attention_mask: Any = None,
     position_ids: torch.Tensor | None = None,
     record: bool = False,
-    detach: bool = False,
     **kwargs: Any,
 ) -> list[Depth]:
     """Run all depths over whole sequences whose tokens are known, as in training.
@@ -189,14 +197,8 @@ def run_depths(
         layout: which tokens belong together.
         attention_mask, position_ids, kwargs: as the decoder was given them.
         record (`bool`): whether the records of the gates are wanted.
-        detach (`bool`): no gradient in what the decoder computed.
     """
     config = decoder.config
-    if detach:
-        hidden_states, inputs_embeds = hidden_states.detach(), inputs_embeds.detach()
-        if torch.is_grad_enabled() and decoder.gradient_checkpointing and not torch.compiler.is_compiling():
-            # A gradient that nobody reads: without one the reentrant mode of checkpointing has no others.
-            hidden_states.requires_grad_()
     if position_ids is None:
         position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
     causal_mask = create_causal_mask(
@@ -230,6 +232,7 @@ __all__ = [
     "Depth",
     "RowLayout",
     "ahead",
+    "cut_off",
     "documents_of",
     "is_mtp_layer",
     "mtp_layers_of",

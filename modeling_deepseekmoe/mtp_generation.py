@@ -168,8 +168,7 @@ def generation_arguments(model: Any, args: tuple, kwargs: dict[str, Any]) -> dic
         value = option(name, model.generation_config)
         if value is not None and (name, value) != ("num_assistant_tokens_schedule", "constant"):
             raise ValueError(
-                f"{name}={value!r} is not allowed with use_mtp, which would ignore it: num_assistant_tokens alone "
-                "says how many tokens are drafted."
+                f"{name}={value!r} is not allowed with use_mtp, where num_assistant_tokens drafts are made."
             )
     _check_model(model, kwargs.get("synced_gpus"))
     kwargs["custom_generate"] = assistant

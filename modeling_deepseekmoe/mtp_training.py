@@ -113,14 +113,11 @@ def mtp_losses(
 def losses_ahead(
     model: Any,
     hidden_states: torch.Tensor,
-    batch: dict[str, Any],
     targets: torch.Tensor,
     chosen: torch.Tensor,
     *,
     num_items: torch.Tensor | int,
-    record: bool,
     detach: bool,
-    shift_labels: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[MtpLosses, torch.Tensor | None]:
     """Run all depths of a language model, compute their losses, and count what they foresaw.
@@ -128,14 +125,11 @@ def losses_ahead(
     Args:
         model: a language model with multi-token-prediction layers.
         hidden_states (`torch.FloatTensor` of shape (B, S, D)): the decoder's output.
-        batch: `input_ids` or `inputs_embeds`, `attention_mask` and `position_ids`, as the decoder was given them.
         targets (`torch.LongTensor` of shape (B, S)): labels of the tokens behind each position, -100 for none.
         chosen (`torch.LongTensor` of shape (B, S)): the tokens that the model itself finds most probable.
         num_items: number of targets to divide by.
-        record (`bool`): whether the balance losses of the depths' gates are wanted.
         detach (`bool`): no gradient but in the depths' own layers.
-        shift_labels: must be absent.
-        kwargs: what else the decoder was given.
+        kwargs: what the decoder was given, and `record`: whether the balance losses of the depths' gates are wanted.
 
     Returns:
         The losses, and the sum of the balance losses, coefficients included.
@@ -143,22 +137,22 @@ def losses_ahead(
     Raises:
         ValueError: if a trainer has shifted the labels, which it does where a sequence is split over ranks.
     """
-    if shift_labels is not None:
+    if kwargs.get("shift_labels") is not None:
         raise ValueError(
             "shift_labels is not allowed with multi-token prediction: trainers give them where a sequence is split "
             "over ranks (context or sequence parallelism), and a depth would need the tokens of the next rank. Set "
             "mtp_loss_coef=0 in the config, or load the model without mtp=True."
         )
-    decoder, config = model.model, model.config
+    decoder = model.model
     run_as_forward(decoder, "predict_ahead")
-    depths, layout = decoder.predict_ahead(hidden_states, record=record, detach=detach, **batch, **kwargs)
+    depths, layout = decoder.predict_ahead(hidden_states, detach=detach, **kwargs)
     losses = mtp_losses(
         model.lm_head, depths, layout, targets, chosen,
-        weights=config.mtp_loss_weights, num_items=num_items, detach=detach,
+        weights=model.config.mtp_loss_weights, num_items=num_items, detach=detach,
     )  # fmt: skip
     if counts_as_training(decoder):
         decoder.mtp_statistics.add(losses)
-    return losses, sum_of_losses(decoder.records_of(depths), hidden_states.device) if record else None
+    return losses, sum_of_losses(decoder.records_of(depths), hidden_states.device) if kwargs.get("record") else None
 
 
 def apply_head(head: nn.Module, hidden_states: torch.Tensor, detach: bool) -> torch.Tensor:

@@ -131,16 +131,14 @@ def _loss_ahead(
     model: Any, given: dict[str, Any], hidden_states: torch.Tensor, labels: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """Compute the loss of multi-token prediction, and of the balance of its gates, coefficients included."""
-    named = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
-    batch = {name: given.get(name) for name in named}
-    others = {name: value for name, value in given.items() if name not in (*named, *CACHE_NAMES, "use_cache")}
+    arguments = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, "use_cache")}
     targets = shifted_labels(**{"labels": None, **labels})
     with torch.no_grad():
         chosen = model.lm_head(hidden_states).argmax(dim=-1)
     num_items = (targets != IGNORED).sum().clamp(min=1)
     losses, balance = losses_ahead(
-        model, hidden_states, batch, targets, chosen, num_items=num_items, record=True, detach=True,
-        shift_labels=labels.get("shift_labels"), **others,
+        model, hidden_states, targets, chosen, num_items=num_items, detach=True, record=True,
+        shift_labels=labels.get("shift_labels"), **arguments,
     )  # fmt: skip
     total = losses.total if balance is None else losses.total + balance.to(losses.total.device)
     model.model.reminders.watch_mtp(model.model, total)

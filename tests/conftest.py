@@ -67,6 +67,23 @@ class Golden:
         return AutoModelForCausalLM.from_pretrained(self.folder, **kwargs).eval()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--few", action="store_true", help="of every test only the first and the last parameters")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --few, for versions whose part in a test does not depend on its parameters: keep two of each test's."""
+    if not config.getoption("few"):
+        return
+    by_test: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {id(item) for same in by_test.values() for item in (same[0], same[-1])}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
 # For tests in which it matters: experts as in large models, and as small as they are.
 BOTH_SIZES = pytest.mark.parametrize("size_of_experts", [0, experts.LOOP_FROM], indirect=True, ids=["large", "small"])
 

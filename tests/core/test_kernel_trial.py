@@ -118,7 +118,15 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}-{fault.case[:2]}")
+# A trial takes ten seconds in the interpreter: of the experts' ordinary kernels one, and one of quantised weights.
+OFTEN = [*FAULTS[:4], FAULTS[8], FAULTS[10]]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [*OFTEN, *(pytest.param(fault, marks=pytest.mark.slow) for fault in FAULTS if fault not in OFTEN)],
+    ids=lambda fault: f"{fault.kernel}-{fault.case[:2]}",
+)
 def test_a_wrong_constant_is_found_and_nothing_is_kept(
     fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,6 +10,7 @@ from tolerances import assert_same
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, expert_balance_loss, take_router_load
+from modeling_deepseekmoe.modeling_pretrained import DeepseekMoeHead
 
 VARIANTS = {"mha": {}, "mla": MLA, "mla-noaux": V3_LIKE, "batch-wise": {"seq_aux": False}}
 ids = torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(5))
@@ -149,6 +150,24 @@ def test_attention_implementations_agree(tiny_model: Callable, name: str, varian
         assert model.config._attn_implementation == implementation
         logits.append(model(batch, attention_mask=mask).logits[mask.bool()])
     assert_same(*logits)
+
+
+def test_a_head_multiplies_few_rows_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, ordinary = DeepseekMoeHead(24, 50, bias=False), []
+    forward = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *args: ordinary.append(1) or forward(*args))
+    for shape in ((2, 1), (1, 3), (4, 8)):
+        hidden = torch.randn(*shape, 24)
+        with torch.no_grad():
+            logits = head(hidden)
+        assert logits.is_contiguous() and not ordinary
+        assert_same(logits, hidden @ head.weight.T)
+    with torch.no_grad():
+        head(torch.randn(1, 24)), head(torch.randn(33, 24))
+    head(torch.randn(2, 24)).sum().backward()
+    with torch.no_grad():
+        head.bfloat16()(torch.randn(2, 24, dtype=torch.bfloat16))
+    assert head.weight.grad is not None and len(ordinary) == 4
 
 
 def test_eager_experts_match_a_loop_over_tokens(tiny_model: Callable) -> None:

@@ -52,7 +52,7 @@ def violation(model: nn.Module) -> float:
     return float(max_violation(take_router_load(model).tokens_per_expert).mean())
 
 
-@pytest.mark.parametrize("name", NAMINGS)
+@pytest.mark.parametrize("name", [*NAMINGS[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMINGS[3:])])
 def test_a_skewed_model_becomes_balanced(name: str) -> None:
     model = family(name).requires_grad_(True)
     skew(model)
@@ -77,8 +77,14 @@ def data() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
 
 
-@pytest.mark.parametrize("name", NAMINGS)
-@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [
+        *((name, True) for name in NAMINGS),
+        *((NAMINGS[0], other) for other in (None, False)),
+        *(pytest.param(name, other, marks=pytest.mark.slow) for name in NAMINGS[1:] for other in (None, False)),
+    ],
+)
 def test_trainer_counts_exactly_and_resumes_bit_for_bit(name: str, checkpointing: bool | None, tmp_path: Path) -> None:
     more: dict[str, Any] = {"gradient_accumulation_steps": 4}
     if checkpointing is not None:
