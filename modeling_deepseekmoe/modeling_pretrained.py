@@ -228,7 +228,17 @@ class DeepseekMoePreTrainedModel(PublishedModel, PreTrainedModel):
         Args:
             args, kwargs: transformers' own, and fields of the config, among them `mtp=True` for the
                 multi-token-prediction layers of the checkpoint.
+
+        Raises:
+            ValueError: for these layers in a pipeline.
         """
+        stages = getattr(kwargs.get("distributed_config"), "pp_size", None) or 1
+        if stages > 1 and (kwargs.get("mtp") or getattr(kwargs.get("config"), "mtp", False)):
+            raise ValueError(
+                f"pp_size={stages} is not allowed with mtp=True: the multi-token-prediction layers need the embedding "
+                "of the first stage and the output of the last one. Load the model without them, or spread it by "
+                "tensor or by expert."
+            )
         if hasattr(kwargs.get("config"), "mtp_loss_coef") and "mtp" in kwargs:  # perhaps of another copy of the code
             kwargs["config"] = deepcopy(kwargs["config"])
             kwargs["config"].mtp = kwargs.pop("mtp")

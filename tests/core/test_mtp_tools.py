@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import fresh_process
 import pytest
@@ -117,3 +118,14 @@ def test_an_fp8_file_that_was_converted(tmp_path: Path) -> None:
     assert saved.keys() == v3_tensors().keys()
     verify(tmp_path / "plain", tmp_path / "saved")
     verify(tmp_path / "saved", tmp_path / "fp8")
+
+
+def test_neither_stages_nor_shards_of_sequences(v3: Golden, tmp_path: Path) -> None:
+    folder = golden_with_mtp(v3, tmp_path / "mtp")
+    with pytest.raises(ValueError, match="pp_size=2 is not allowed with mtp=True"):
+        AutoModelForCausalLM.from_pretrained(folder, mtp=True, distributed_config=SimpleNamespace(pp_size=2))
+    model, ids = AutoModelForCausalLM.from_pretrained(folder, mtp=True).train(), torch.arange(3, 12)[None]
+    with pytest.raises(ValueError, match="shift_labels is not allowed with multi-token prediction"):
+        model(ids, labels=ids, shift_labels=ids.roll(-1))
+    model.config.mtp_loss_coef = 0.0
+    assert model(ids, labels=ids, shift_labels=ids.roll(-1)).mtp_loss is None
