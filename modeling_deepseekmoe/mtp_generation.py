@@ -6,6 +6,7 @@ processors and stopping criteria.
 """
 
 import inspect
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -161,15 +162,9 @@ def generation_arguments(model: Any, args: tuple, kwargs: dict[str, Any]) -> dic
         if not use_mtp:
             return kwargs
         assistant = mtp_assistant(model, option("num_assistant_tokens"))
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"):
-        if option(name, model.generation_config) not in (None, assistant):
-            raise ValueError(f"{name} is not allowed with use_mtp: both make drafts.")
-    for name in _OF_OTHER_DRAFTS:
-        value = option(name, model.generation_config)
-        if value is not None and (name, value) != ("num_assistant_tokens_schedule", "constant"):
-            raise ValueError(
-                f"{name}={value!r} is not allowed with use_mtp, where num_assistant_tokens drafts are made."
-            )
+    else:
+        mtp_assistant(model, assistant.num_drafts)  # perhaps it was made for another model
+    _refuse_other_drafts(lambda name: option(name, model.generation_config), assistant)
     _check_model(model, kwargs.get("synced_gpus"))
     kwargs["custom_generate"] = assistant
     # What transformers does not hand to a `custom_generate`.
@@ -192,6 +187,18 @@ def generation_arguments(model: Any, args: tuple, kwargs: dict[str, Any]) -> dic
     for name, value in settings.items():
         setattr(kwargs["generation_config"], name, value)
     return {name: value for name, value in kwargs.items() if name not in settings}
+
+
+def _refuse_other_drafts(option: Callable[[str], Any], assistant: MtpAssistant) -> None:
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"):
+        if option(name) not in (None, assistant):
+            raise ValueError(f"{name} is not allowed with use_mtp: both make drafts.")
+    for name in _OF_OTHER_DRAFTS:
+        value = option(name)
+        if value is not None and (name, value) != ("num_assistant_tokens_schedule", "constant"):
+            raise ValueError(
+                f"{name}={value!r} is not allowed with use_mtp, where num_assistant_tokens drafts are made."
+            )
 
 
 def _check_model(model: Any, synced_gpus: bool | None) -> None:

@@ -81,9 +81,9 @@ class Reminders:
                 f"The multi-token-prediction layers of {type(model).__name__} are loaded and NOT trained: whoever "
                 "makes the loss takes the logits alone, or gives the model no labels (TRL's DPO and its fused losses, "
                 "label smoothing). The drafter will fit the model less and less. Train it with the model's own loss "
-                "(labels given), in TRL with mtp_in_trl=True and router_aux_loss_coef above 0 in model.config, or "
-                "afterwards with the rest frozen; or freeze it (`layer.requires_grad_(False)` for "
-                "the layers of model.model.layers behind num_hidden_layers)."
+                "(labels given), in TRL with model.config.mtp_in_trl=True and a router_aux_loss_coef above 0 (the "
+                "trainer's, and model.config's), or afterwards with the rest frozen; or freeze it "
+                "(`layer.requires_grad_(False)` for the layers of model.model.layers behind num_hidden_layers)."
             )
 
     def watch_mtp(self, model: Any, loss: torch.Tensor) -> None:

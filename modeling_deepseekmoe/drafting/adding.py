@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..modeling_deepseekmoe import DeepseekMoeForCausalLM
 from ..moe import is_moe_block
 from ..mtp import DeepseekMoeMTPLayer
+
+logger = logging.get_logger(__name__)
 
 CHECKPOINTING = "gradient_checkpointing"
 INITIALISATIONS = ("random", "last_layer")
@@ -35,6 +38,12 @@ def add_mtp(model: nn.Module, depth: int = 1, initialisation: str = "random") ->
     """
     config = _checked_config(model, depth, initialisation)
     assert isinstance(model, DeepseekMoeForCausalLM)
+    if config.num_nextn_predict_layers and config.name_or_path:
+        logger.warning(
+            f"{config.name_or_path}: its config tells of {config.num_nextn_predict_layers} multi-token-prediction "
+            "layers. Those of add_mtp are new, and take their place in files that are saved. To keep the layers of "
+            "the checkpoint, load it with mtp=True."
+        )
     like = model.lm_head.weight
     source = _last_layer(model) if initialisation == "last_layer" else None
     for number in range(1, depth + 1):

@@ -254,6 +254,8 @@ def test_what_is_not_allowed(tiny_model: Callable) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(**inputs, **GREEDY, use_mtp=True, **kwargs)
+    with pytest.raises(ValueError, match=r"has no multi-token-prediction layers"):
+        tiny_model().eval().generate(**inputs, **GREEDY, custom_generate=mtp_assistant(model))
     with pytest.raises(ValueError, match="from 1 to 2, the number of layers"):
         model_of(depths=2).generate(**inputs, **GREEDY, use_mtp=True, num_assistant_tokens=3)
     cache = DynamicCache()

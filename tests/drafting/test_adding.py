@@ -67,3 +67,16 @@ def test_layers_are_split_and_wrapped_by_name(tiny_model: Callable) -> None:
         plugin = FullyShardedDataParallelPlugin(fsdp_version=1, auto_wrap_policy="transformer_based_wrap")
         plugin.set_auto_wrap_policy(model)
         assert len(plugin.auto_wrap_policy.keywords["transformer_layer_cls"]) == wanted
+
+
+def test_layers_that_the_checkpoint_has_are_mentioned(
+    tiny_model: Callable, tmp_path: Path, warnings_of_package: list[str]
+) -> None:
+    model = tiny_model()
+    add_mtp(model)
+    model.save_pretrained(tmp_path)
+    assert not warnings_of_package
+    add_mtp(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert (
+        sum("To keep the layers of the checkpoint, load it with mtp=True" in one for one in warnings_of_package) == 1
+    )
