@@ -35,7 +35,7 @@ help:
 	@echo "make test-previous        fewer of them with the newest transformers but one"
 	@echo "make test-newest          the same with whatever pip finds today: an environment that is made anew"
 	@echo "make lint | format        ruff and mypy | ruff's formatter"
-	@echo "make kernels              compile the kernels for four GPUs, without one, and show their registers"
+	@echo "make kernels [KERNELS=--save]  compile the kernels for four GPUs, without one, if they have changed"
 	@echo "make benchmark            compare with transformers and PEFT, and measure the rest (more than an hour)"
 	@echo "make notebook             run examples/quickstart.ipynb on the demo's model"
 	@echo "make docs                 build the documentation site into site/, with every link checked"

@@ -19,7 +19,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -56,11 +56,10 @@ def keep_auxiliary_loss(forward: Any, model: nn.Module) -> Any:
 
     @functools.wraps(function)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        calls: list[tuple[dict[str, Any], Any]] = []
+        calls: list[_DecoderCall] = []
 
         def keep(decoder: nn.Module, positional: Any, named: dict[str, Any], output: Any) -> None:
-            names = inspect.signature(decoder.forward).parameters
-            calls.append(({**dict(zip(names, positional, strict=False)), **named}, output))
+            calls.append(_DecoderCall(positional, named, output))
             if getattr(output, "router_logits", None) == ():  # no MoE layers: Mixtral's loss wants some or `None`
                 output.router_logits = None
 
@@ -70,68 +69,79 @@ def keep_auxiliary_loss(forward: Any, model: nn.Module) -> Any:
         finally:
             handle.remove()
         made_elsewhere = isinstance(outputs, ModelOutput) and not isinstance(outputs, MoeCausalLMOutputWithPast)
-        if made_elsewhere and calls and getattr(calls[-1][1], "aux_loss", None) is not None:
+        if made_elsewhere and calls and getattr(calls[-1].output, "aux_loss", None) is not None:
             labels = {name: kwargs[name] for name in ("labels", "shift_labels") if kwargs.get(name) is not None}
-            _replace_auxiliary_loss(self, outputs, *calls[-1], labels)
+            _replace_auxiliary_loss(self, outputs, calls[-1], labels)
         return outputs
 
     vars(wrapped)["keeps_auxiliary_loss"] = True
     return MethodType(wrapped, model)
 
 
+class _DecoderCall(NamedTuple):
+    """A call of the decoder: its arguments, by position and by name, and its output."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+    output: Any
+
+    def arguments(self, decoder: nn.Module) -> dict[str, Any]:
+        """Return all arguments by name."""
+        names = inspect.signature(decoder.forward).parameters
+        return {**dict(zip(names, self.positional, strict=False)), **self.named}
+
+
 def _replace_auxiliary_loss(
-    model: Any, outputs: ModelOutput, given: dict[str, Any], decoded: Any, labels: dict[str, torch.Tensor]
+    model: Any, outputs: ModelOutput, call: _DecoderCall, labels: dict[str, torch.Tensor]
 ) -> None:
     """Put the model's own loss in the place of the trainer's.
 
     Args:
         model: the language model.
         outputs: the trainer's, changed in place.
-        given: the arguments of the decoder.
-        decoded: the decoder's output, with an auxiliary loss.
+        call: the decoder's, whose output has an auxiliary loss.
         labels: the trainer's `labels` or `shift_labels`, if there are any.
     """
     trainer_loss = getattr(outputs, "aux_loss", None)
     if trainer_loss is None:
         return  # the model's decoder says so itself
-    coefficient, asked_for, model_loss = model.config.router_aux_loss_coef, model.config.loss_alphas, decoded.aux_loss
+    config, model_loss = model.config, call.output.aux_loss
+    coefficient, asked_for = config.router_aux_loss_coef, config.loss_alphas
     if not coefficient and asked_for and model.training and torch.is_grad_enabled():
         logger.warning_once(
             f"The trainer multiplies the auxiliary losses of {type(model).__name__}, {asked_for}, by a "
             "router_aux_loss_coef of its own, while the config's is 0: set the config's to the same value, so that "
             "each loss keeps its coefficient."
         )
-    if labels and counts_as_training(model.model) and _trains_mtp(model.config, given, decoded):
-        model_loss = model_loss + _loss_ahead(model, given, decoded.last_hidden_state, labels).to(model_loss.device)
+    if labels and config.mtp and config.mtp_in_trl and config.mtp_loss_coef and counts_as_training(model.model):
+        loss_ahead = _loss_ahead(model, call, labels)
+        model_loss = model_loss if loss_ahead is None else model_loss + loss_ahead.to(model_loss.device)
     outputs.aux_loss = model_loss / (coefficient or 1.0)
     if getattr(outputs, "loss", None) is not None:
         outputs.loss = outputs.loss + (model_loss - coefficient * trainer_loss).to(outputs.loss.device)
 
 
-def _trains_mtp(config: Any, given: dict[str, Any], decoded: Any) -> bool:
-    """Tell whether the loss of multi-token prediction is asked for, and can be computed.
+def _loss_ahead(model: Any, call: _DecoderCall, labels: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Compute the loss of multi-token prediction, and of the balance of its gates, coefficients included.
+
+    Returns:
+        The loss; `None`, which is said once, behind a cache of earlier tokens.
 
     Raises:
-        ValueError: if it is asked for, and its size could not be told.
+        ValueError: if its size could not be told.
     """
-    if not (config.mtp and config.mtp_in_trl and config.mtp_loss_coef):
-        return False
-    if not config.router_aux_loss_coef:
+    if not model.config.router_aux_loss_coef:
         raise ValueError(
             "mtp_in_trl=True is not allowed with router_aux_loss_coef=0 in the model's config: the trainer multiplies "
             "the loss by a coefficient that the model must know. Set it in model.config and in the trainer's config "
             "to the same value above 0; it is divided out. It is the coefficient of a balance loss too: 1e-6 leaves "
             "that without effect."
         )
-    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    return starts_a_sequence(decoded, cache)
-
-
-def _loss_ahead(
-    model: Any, given: dict[str, Any], hidden_states: torch.Tensor, labels: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    """Compute the loss of multi-token prediction, and of the balance of its gates, coefficients included."""
-    arguments = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, "use_cache")}
+    arguments, hidden_states = call.arguments(model.model), call.output.last_hidden_state
+    caches = [arguments.pop(name) for name in CACHE_NAMES if name in arguments]
+    if not starts_a_sequence(call.output, next((cache for cache in caches if cache is not None), None)):
+        return None
+    arguments.pop("use_cache", None)
     targets = shifted_labels(**{"labels": None, **labels})
     with torch.no_grad():
         chosen = model.lm_head(hidden_states).argmax(dim=-1)

@@ -4,6 +4,7 @@
 Shape letters: L MoE layers, E routed experts.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -110,10 +111,13 @@ class RouterStats:
         output = {}
         # A layer of multi-token prediction routes nothing where its loss is not trained.
         routed = [bool(sum(counts)) for counts in values["tokens_per_expert"]]
-        places = {"bias_norm": [gate.place for gate in find_biased_gates(self.model)]}  # not of every layer's gate
         for name in _MEASURES:
-            measured = zip(places.get(name, range(len(routed))), values.get(name, ()), strict=name in values)
-            known = [value for place, value in measured if routed[place]]
+            if name not in values:
+                continue
+            places: Iterable[int] = range(len(routed))
+            if name == "bias_norm":  # not every layer's gate has one
+                places = [gate.place for gate in find_biased_gates(self.model)]
+            known = [value for value, place in zip(values[name], places, strict=True) if routed[place]]
             if known:
                 output[f"router/{name}"] = sum(known) / len(known)
         if values["losses"]:

@@ -29,16 +29,26 @@ def test_kernels_equal_the_reference(case: Case) -> None:
     check_case(case, "triton")
 
 
-def test_several_tiles_in_every_direction() -> None:
+TILES = (Tile(16, 16, 16, 4, 1), Tile(16, 64, 32, 8, 2), Tile(64, 16, 16, 4, 1))
+TILED_KINDS = ("random", "one expert", "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("tile", "kind"),
+    [
+        *zip(TILES, TILED_KINDS, strict=True),
+        *(
+            pytest.param(tile, kind, marks=pytest.mark.slow)
+            for tile in TILES
+            for kind in TILED_KINDS
+            if TILES.index(tile) != TILED_KINDS.index(kind)
+        ),
+    ],
+)
+def test_several_tiles_in_every_direction(tile: Tile, kind: str) -> None:
     """Tiles of 16, and more rows, columns and inner numbers than one has; then wide ones, and tall ones."""
-    tiles = {
-        "random": Tile(16, 16, 16, 4, 1),
-        "one expert": Tile(16, 64, 32, 8, 2),
-        "elsewhere": Tile(64, 16, 16, 4, 1),
-    }
-    for kind, tile in tiles.items():
-        with use_tiles(lambda problem, tile=tile: tile):
-            check_case(dataclasses.replace(CASE, tokens=40, kind=kind, hidden=37, width=21, rank=18), "triton")
+    with use_tiles(lambda problem: tile):
+        check_case(dataclasses.replace(CASE, tokens=40, kind=kind, hidden=37, width=21, rank=18), "triton")
 
 
 @pytest.mark.parametrize(
