@@ -29,6 +29,10 @@ from .routing_triton import route_triton, uses_triton
 TRIAL = "routing"
 
 
+class TooFewExpertsError(ValueError):
+    """More experts are excluded than a token can do without."""
+
+
 @dataclass(frozen=True)
 class Routing:
     """The decision of a gate: where every token goes.
@@ -120,6 +124,7 @@ def choose_experts(
     *,
     correction_bias: torch.Tensor | None = None,
     expert_ids: torch.Tensor | None = None,
+    excluded_experts: torch.Tensor | None = None,
     token_mask: torch.Tensor | None = None,
     num_sequences: int = 1,
     statistics: bool = True,
@@ -138,6 +143,8 @@ def choose_experts(
             (2408.15664, eq. 3), finite numbers.
         expert_ids (`torch.LongTensor` of shape (T, K), *optional*): experts that are chosen already, as by token id in
             DeepSeek-V4's first layers. They may repeat. Bias and groups have no part then, and plain torch computes.
+        excluded_experts (`torch.BoolTensor` of shape (T, E), *optional*): experts that a token must not choose. The
+            scores of the others stay as they are, and groups are ranked without them. Plain torch computes.
         token_mask (`torch.Tensor` of shape (T,), *optional*): nonzero for real tokens. The others are routed too, but
             are not counted.
         num_sequences (`int`): N, a divisor of T: the number of equal runs of consecutive tokens that are counted
@@ -160,6 +167,17 @@ def choose_experts(
         return Routing(
             *route_eager(router_logits, options, None, token_mask, num_sequences, statistics, expert_ids.long())
         )
+    if excluded_experts is not None:
+        _check_excluded(excluded_experts, router_logits, options)
+        chosen = route_eager(
+            router_logits, options, correction_bias, token_mask, num_sequences, statistics, None, excluded_experts
+        )
+        if bool(excluded_experts.gather(1, chosen[0]).any()):
+            raise TooFewExpertsError(
+                f"excluded_experts leaves some token fewer than top_k={options.top_k} experts in the groups that it "
+                "may use: exclude fewer."
+            )
+        return Routing(*chosen)
     sizes, case = (num_experts, options.top_k, options.compared_groups), options.trial_case(num_experts)
     fused = uses_triton(TRIAL, options.implementation, router_logits, *sizes, case=case)
     run = route_triton if fused else route_eager
@@ -198,6 +216,21 @@ def _check_given_ids(expert_ids: torch.Tensor, num_tokens: int, options: Routing
         )
     if options.implementation == "triton":
         raise ValueError("implementation='triton' is not allowed with expert_ids: the kernels choose themselves.")
+
+
+def _check_excluded(excluded: torch.Tensor, router_logits: torch.Tensor, options: RoutingOptions) -> None:
+    if not isinstance(excluded, torch.Tensor) or excluded.dtype != torch.bool or excluded.shape != router_logits.shape:
+        found = (
+            f"{excluded.dtype} of shape {tuple(excluded.shape)}"
+            if isinstance(excluded, torch.Tensor)
+            else type(excluded).__name__
+        )
+        raise ValueError(
+            f"excluded_experts as {found} is not allowed: it must be torch.bool of shape (T, E) = "
+            f"{tuple(router_logits.shape)}."
+        )
+    if options.implementation == "triton":
+        raise ValueError("implementation='triton' is not allowed with excluded_experts: the kernels exclude none.")
 
 
 @register_trial(TRIAL)
@@ -243,6 +276,7 @@ __all__ = [
     "Routing",
     "RoutingOptions",
     "RoutingPlan",
+    "TooFewExpertsError",
     "choose_experts",
     "route",
     "try_routing",

@@ -53,18 +53,26 @@ def route_eager(
     num_sequences: int,
     statistics: bool,
     expert_ids: torch.Tensor | None = None,
+    excluded: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Compute the fields of the [`Routing`] of checked arguments. Given ids (T, K) are taken as they are."""
+    """Compute the fields of the [`Routing`] of checked arguments. Given ids (T, K) are taken as they are.
+
+    Experts that are excluded, (T, E), come last.
+    """
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()
     score_function = options.score_function
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # once, for inputs of any length
     if expert_ids is not None:
         pass
     elif logits.device.type == "cpu" and logits.numel() > _MANY_VALUES and not recorded:
-        parts = logits.detach().split(max(_MANY_VALUES // logits.shape[1], 1))
-        expert_ids = torch.cat([_choose(part, correction_bias, options) for part in parts])
+        size = max(_MANY_VALUES // logits.shape[1], 1)
+        parts = logits.detach().split(size)
+        without = [None] * len(parts) if excluded is None else excluded.split(size)
+        expert_ids = torch.cat(
+            [_choose(part, correction_bias, options, out) for part, out in zip(parts, without, strict=True)]
+        )
     else:
-        expert_ids = _choose(logits.detach(), correction_bias, options)
+        expert_ids = _choose(logits.detach(), correction_bias, options, excluded)
 
     if score_function == "softmax":
         weights = affinities(logits, score_function).gather(1, expert_ids)
@@ -82,7 +90,12 @@ def route_eager(
     return expert_ids, weights, *_statistics(logits, expert_ids, token_mask, score_function, num_sequences)
 
 
-def _choose(logits: torch.Tensor, correction_bias: torch.Tensor | None, options: RoutingOptions) -> torch.Tensor:
+def _choose(
+    logits: torch.Tensor,
+    correction_bias: torch.Tensor | None,
+    options: RoutingOptions,
+    excluded: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Choose the ids (T, K) by logits without a graph."""
     largest = torch.finfo(torch.float32).max
     grouped = options.compared_groups > 1
@@ -97,6 +110,8 @@ def _choose(logits: torch.Tensor, correction_bias: torch.Tensor | None, options:
         if correction_bias is not None:
             values += correction_bias.detach().to(values.dtype)
         values.nan_to_num_(nan=largest, posinf=_INFINITY, neginf=-largest)
+    if excluded is not None:
+        values = values.masked_fill(excluded, -largest)
     return _highest_in_groups(values, options) if grouped else _highest(values, options.top_k)
 
 
@@ -129,7 +144,8 @@ def _highest_in_groups(values: torch.Tensor, options: RoutingOptions) -> torch.T
     else:  # the same, several times as fast for many tokens
         best, where = grouped.max(dim=-1, keepdim=True)
         group_scores = (best + grouped.scatter(-1, where, float("-inf")).amax(dim=-1, keepdim=True)).squeeze(-1)
-        group_scores.clamp_(max=torch.finfo(torch.float32).max)
+        largest = torch.finfo(torch.float32).max
+        group_scores.clamp_(-largest, largest)
     if few:
         dropped = _highest(group_scores, num_groups)[:, top_k_groups:]
         dropped = dropped.unsqueeze(-1).expand(-1, -1, size)

@@ -9,7 +9,7 @@ from typing import IO, Any
 import torch
 
 Target = str | Path | IO[bytes]
-_BLUE, _ORANGE = "#1f4e79", "#d9741a"
+BLUE, ORANGE = "#1f4e79", "#d9741a"
 
 
 def require_matplotlib() -> None:
@@ -20,7 +20,8 @@ def require_matplotlib() -> None:
         raise ImportError("Plots need matplotlib: pip install 'modeling-deepseekmoe[report]'") from error
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """Make an empty figure of so many inches."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -30,8 +31,9 @@ def _new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def _new_axes(width: float, height: float) -> tuple[Any, Any]:
-    figure = _new_figure(width, height)
+def new_axes(width: float, height: float) -> tuple[Any, Any]:
+    """Make a figure of so many inches with one plot in it."""
+    figure = new_figure(width, height)
     return figure, figure.add_subplot()
 
 
@@ -46,8 +48,8 @@ def plot_loss_curve(
         target: the file to write.
         title: heading of the plot.
     """
-    figure, axes = _new_axes(7, 4)
-    axes.plot(steps, losses, marker="o", markersize=3, linewidth=1.4, color=_BLUE)
+    figure, axes = new_axes(7, 4)
+    axes.plot(steps, losses, marker="o", markersize=3, linewidth=1.4, color=BLUE)
     axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     figure.savefig(target, format="png")
@@ -72,7 +74,7 @@ def plot_curves(
         step: distance of the values on the horizontal axis, and where the first value stands.
         log_scale: make the vertical axis logarithmic.
     """
-    figure, axes = _new_axes(8, 4.5)
+    figure, axes = new_axes(8, 4.5)
     for name, values in curves.items():
         axes.plot(range(step, step * len(values) + 1, step), values, linewidth=1.4, label=name)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log_scale else "linear")
@@ -81,15 +83,21 @@ def plot_curves(
     figure.savefig(target, format="png")
 
 
-def plot_expert_load(loads: Mapping[int, torch.Tensor], target: Target, title: str = "Expert load by layer") -> None:
+def plot_expert_load(
+    loads: Mapping[int, torch.Tensor],
+    target: Target,
+    title: str = "Expert load by layer",
+    names: Sequence[str] = (),
+) -> None:
     """Write a heatmap of layers x experts as a PNG.
 
-    A cell is an expert's tokens over the mean of its layer: 1 is a balanced load, 0 a dead expert.
+    A cell is an expert's tokens over the mean of its row: 1 is a balanced load, 0 a dead expert.
 
     Args:
         loads: for every MoE layer's index, the tokens of its experts (E,).
         target: the file to write.
         title: heading of the plot.
+        names: names of the rows, if they are no layers.
 
     Raises:
         ValueError: if there is no layer.
@@ -99,16 +107,17 @@ def plot_expert_load(loads: Mapping[int, torch.Tensor], target: Target, title: s
     layers = sorted(loads)
     table = torch.stack([loads[layer].double() / loads[layer].double().mean().clamp(min=1e-12) for layer in layers])
     num_layers, num_experts = table.shape
-    figure, axes = _new_axes(min(4 + 0.16 * num_experts, 16), min(2.2 + 0.17 * num_layers, 14))
+    figure, axes = new_axes(min(4 + 0.16 * num_experts, 16), min(2.2 + 0.17 * num_layers, 14))
     # One hot expert must not make all others look the same.
     limit = min(max(2.0, float(table.max())), 4.0)
     image = axes.imshow(table.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=limit)
-    axes.set(title=title, xlabel="routed expert", ylabel="layer")
-    row_step, column_step = -(-num_layers // 30), -(-num_experts // 32)
-    axes.set_yticks(range(0, num_layers, row_step), [str(layer) for layer in layers[::row_step]])
+    axes.set(title=title, xlabel="routed expert", ylabel="" if names else "layer")
+    row_step, column_step = 1 if names else -(-num_layers // 30), -(-num_experts // 32)
+    rows = names or [str(layer) for layer in layers[::row_step]]
+    axes.set_yticks(range(0, num_layers, row_step), rows)
     axes.set_xticks(range(0, num_experts, column_step))
     extend = "max" if float(table.max()) > limit else "neither"
-    figure.colorbar(image, ax=axes, label="tokens / mean tokens of the layer", extend=extend)
+    figure.colorbar(image, ax=axes, label="tokens / mean tokens of the row", extend=extend)
     figure.savefig(target, format="png")
 
 
@@ -123,10 +132,10 @@ def plot_max_violation(
         batch_violation: for every layer, the mean of the batches' MaxVio.
         target: the file to write.
     """
-    figure, axes = _new_axes(9, 3.6)
+    figure, axes = new_axes(9, 3.6)
     places = range(len(layers))
-    axes.bar(places, global_violation, color=_BLUE, label="all tokens (global)")
-    axes.plot(places, batch_violation, "o", color=_ORANGE, markersize=4, label="mean of the batches")
+    axes.bar(places, global_violation, color=BLUE, label="all tokens (global)")
+    axes.plot(places, batch_violation, "o", color=ORANGE, markersize=4, label="mean of the batches")
     step = -(-len(layers) // 32)
     axes.set_xticks(list(places)[::step], [str(layer) for layer in layers[::step]])
     axes.set(title="Imbalance by layer", xlabel="layer", ylabel="MaxVio = max load / mean load - 1")
@@ -147,7 +156,7 @@ def plot_co_activation(tables: Mapping[int, torch.Tensor], target: Target) -> No
     """
     columns = min(4, len(tables))
     rows = math.ceil(len(tables) / columns)
-    figure = _new_figure(1.2 + 3.0 * columns, 0.9 + 2.9 * rows)
+    figure = new_figure(1.2 + 3.0 * columns, 0.9 + 2.9 * rows)
     panels = figure.subplots(rows, columns, squeeze=False)
     image = None
     for panel, layer in zip(panels.flat, tables, strict=False):
@@ -175,7 +184,7 @@ def plot_gate_weights(layers: Sequence[int], weights: torch.Tensor, target: Targ
     require_matplotlib()
     from matplotlib import colormaps
 
-    figure = _new_figure(11, 4)
+    figure = new_figure(11, 4)
     by_layer, together = figure.subplots(1, 2)
     top_k = weights.shape[-1]
     ordered = weights.sort(dim=-1, descending=True).values
@@ -200,6 +209,11 @@ def plot_gate_weights(layers: Sequence[int], weights: torch.Tensor, target: Targ
 
 
 __all__ = [
+    "BLUE",
+    "ORANGE",
+    "Target",
+    "new_axes",
+    "new_figure",
     "plot_co_activation",
     "plot_curves",
     "plot_expert_load",

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Compute the routing report of a model: what its gates do with a text, in numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from ..families.moe_layers import MoeLayer
 from ..moe import DeepseekMoeGate
 from ..router_load import count_tokens
 from .evaluation import RoutingTrace, score_function_of, trace_routing, traced_layers
-from .texts import token_batches
+from .texts import check_vocabulary, token_batches
 
 _LEAST_EXPECTED = 5
 
@@ -58,10 +58,11 @@ def co_activation_of(trace: RoutingTrace, layer: int) -> torch.Tensor:
 
 
 def top_tokens_of(trace: RoutingTrace, layer: int, count: int = 5) -> list[list[dict[str, Any]]]:
-    """Find the tokens that characterise every expert: those with the highest n log(p / q).
+    """Find the tokens that are typical for every expert: those with the highest log-odds, in standard errors.
 
-    Here n is how often the token chose the expert. p is the share of the token's occurrences that chose it. q is the
-    share of all tokens that chose it.
+    The odds that a choice of the expert is of this token are compared with the odds among the choices of all other
+    experts. Both counts are increased by what the token would give an expert at even load, K n / E for n occurrences,
+    so that rare tokens are not typical by chance (Monroe et al. 2008, eq. 16 and 22).
 
     Args:
         trace: all choices.
@@ -69,20 +70,28 @@ def top_tokens_of(trace: RoutingTrace, layer: int, count: int = 5) -> list[list[
         count: tokens for each expert.
 
     Returns:
-        For every expert a list of `token_id`, `count` (n) and `share` (p), best first. Only tokens with p > q are in
-        it.
+        For every expert a list of `token_id`, `count` (choices of this expert), `share` (of the token's occurrences)
+        and `log_odds` (in standard errors), highest first. Only tokens above zero are in it.
     """
     ids = trace.expert_ids[trace.layers.index(layer)].long()
     tokens, inverse, occurrences = trace.token_ids.unique(return_inverse=True, return_counts=True)
-    table = torch.zeros(len(tokens) * trace.num_experts)
+    table = torch.zeros(len(tokens) * trace.num_experts, dtype=torch.float64)
     cells = (inverse[:, None] * trace.num_experts + ids).flatten()
-    table = table.scatter_add_(0, cells, torch.ones(cells.numel())).view(len(tokens), trace.num_experts)
-    share, average = table / occurrences[:, None], table.sum(dim=0) / len(ids)
-    scores = torch.where(share > average, table * (share / average).log(), 0.0)
-    best = scores.topk(min(count, len(tokens)), dim=0)
+    table = table.scatter_add_(0, cells, torch.ones(cells.numel(), dtype=torch.float64))
+    table = table.view(len(tokens), trace.num_experts)
+    prior = (occurrences * (ids.shape[1] / trace.num_experts)).double()[:, None]
+    own, others = table + prior, table.sum(dim=1, keepdim=True) - table + prior
+    odds = [of.log() - (of.sum(dim=0) - of).clamp(min=1e-300).log() for of in (own, others)]
+    scores = (odds[0] - odds[1]) / (1 / own + 1 / others).sqrt()
+    best = scores.masked_fill(table == 0, 0.0).topk(min(count, len(tokens)), dim=0)
     return [
         [
-            {"token_id": int(tokens[row]), "count": int(table[row, expert]), "share": float(share[row, expert])}
+            {
+                "token_id": int(tokens[row]),
+                "count": int(table[row, expert]),
+                "share": float(table[row, expert] / occurrences[row]),
+                "log_odds": score,
+            }
             for row, score in zip(best.indices[:, expert].tolist(), best.values[:, expert].tolist(), strict=True)
             if score > 0
         ]
@@ -152,9 +161,13 @@ class RoutingReport:
 
     def show(self, token_id: int) -> str:
         """Decode one token."""
-        token = self.tokenizer.decode([token_id])
-        # A piece of a character has no text of its own.
-        return str(self.tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in token else token
+        return shown_token(self.tokenizer, token_id)
+
+
+def shown_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """Decode one token. A piece of a character, which has no text of its own, is shown as the tokenizer names it."""
+    token = tokenizer.decode([token_id])
+    return str(tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in token else token
 
 
 def make_report(
@@ -184,27 +197,26 @@ def make_report(
     layers, config = traced_layers(model), model.config.get_text_config()
     block_size = min(block_size, config.max_position_embeddings)
     batches = token_batches(texts, tokenizer, max_tokens=max_tokens, block_size=block_size, batch_size=batch_size)
-    largest = max(int(batch.max()) for batch in batches)
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"The tokenizer gives token {largest}, and the model has vocab_size={config.vocab_size}: it is another "
-            "model's tokenizer."
-        )
+    check_vocabulary(config, batches)
     trace = trace_routing(model, batches)
+    tokens = f"{len(trace.token_ids):,} in batches of {batches[0].numel():,}"
+    facts = facts_of(model, layers, trace) | {"data": source, "tokens": tokens}
+    return RoutingReport(trace, tokenizer, title, facts)
+
+
+def facts_of(model: PreTrainedModel, layers: Sequence[MoeLayer], trace: RoutingTrace) -> dict[str, str]:
+    """Say what a model's MoE layers are: the names and values of what stands at the top of a page."""
+    config = model.config.get_text_config()
     if hasattr(config, "n_shared_experts"):
         shared = f"{config.n_shared_experts or 0} shared"
     else:
         shared = "no shared" if layers[0].shared_experts is None else "with shared experts"
-    chosen = f"{trace.num_experts} routed, {trace.expert_ids.shape[-1]} for each token"
-    facts = {
+    return {
         "model type": config.model_type,
         "MoE layers": f"{len(trace.layers)} of {config.num_hidden_layers}",
-        "experts": f"{shared}, {chosen}",
+        "experts": f"{shared}, {trace.num_experts} routed, {trace.expert_ids.shape[-1]} for each token",
         "gate": _describe_gate(layers[-1]),
-        "data": source,
-        "tokens": f"{len(trace.token_ids):,} in batches of {batches[0].numel():,}",
     }
-    return RoutingReport(trace, tokenizer, title, facts)
 
 
 def _describe_gate(layer: MoeLayer) -> str:
@@ -215,4 +227,4 @@ def _describe_gate(layer: MoeLayer) -> str:
     return f"{type(layer.gate).__name__}: {score}{' plus bias' if layer.bias is not None else ''}"
 
 
-__all__ = ["RoutingReport", "make_report"]
+__all__ = ["RoutingReport", "facts_of", "make_report", "shown_token"]

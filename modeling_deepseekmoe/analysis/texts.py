@@ -1,15 +1,17 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
-"""Read texts from files and datasets, and make batches of tokens from them."""
+"""Read texts from files and datasets, by domain or not, and make batches of tokens from them."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _ROWS = (".jsonl", ".json", ".csv", ".parquet")  # files that hold rows
+# A dataset may have no end, and a column with more values is none of domains.
+MOST_ROWS, MOST_DOMAINS = 100_000, 64
 
 
 def read_texts(
@@ -97,6 +99,111 @@ def _load_dataset(path: Path, data: str, split: str, subset: str | None) -> Any:
     return datasets.load_dataset(data, subset, split=split, streaming=True)
 
 
+def read_domains(
+    data: str,
+    domains: str,
+    *,
+    split: str = "train",
+    column: str = "text",
+    subset: str | None = None,
+    max_characters: int = 2**24,
+) -> dict[str, list[str]]:
+    """Read the texts of a file of rows or a dataset by domain. At most 100,000 rows are read.
+
+    Args:
+        data, split, column, subset: as for [`read_texts`], but no plain text.
+        domains: field of the rows that names the domain of the text: a string or a whole number.
+        max_characters: the most characters that are kept of a domain.
+
+    Raises:
+        ValueError: if the file holds no rows, if a row has no such columns, or if there are more than 64 domains.
+        OSError: if there is no such file or dataset.
+        ImportError: if `datasets` is needed and missing.
+    """
+    path = Path(data)
+    if path.is_file() and path.suffix not in _ROWS:
+        raise ValueError(f"domains={domains!r} is not allowed: {data} holds no rows, and so no columns.")
+    found: dict[str, list[str]] = {}
+    characters: dict[str, int] = {}
+    for number, (where, row) in enumerate(read_rows(data, split=split, subset=subset)):
+        if number == MOST_ROWS:
+            break
+        text = _text_of(row, column, where)
+        domain = row.get(domains)
+        if isinstance(domain, bool | float) or not isinstance(domain, str | int):
+            raise ValueError(
+                f"domains={domains!r} is not allowed: {where} has {domain!r} there, and it must be a string or a "
+                f"whole number. Its columns are {', '.join(map(repr, row))}."
+            )
+        own = found.setdefault(str(domain), [])
+        if len(found) > MOST_DOMAINS:
+            raise ValueError(
+                f"domains={domains!r} is not allowed: the first {number + 1} rows have more than {MOST_DOMAINS} "
+                "values there."
+            )
+        if characters.get(str(domain), 0) < max_characters:
+            own.append(text)
+            characters[str(domain)] = characters.get(str(domain), 0) + len(text)
+    return found
+
+
+def domain_batches(
+    texts: Mapping[str, Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    block_size: int,
+    batch_size: int,
+) -> tuple[dict[str, list[torch.Tensor]], list[str]]:
+    """Cut the texts of every domain into blocks of tokens of one size, as many for each as there are.
+
+    Args:
+        texts: the texts of every domain.
+        tokenizer, block_size, batch_size: as for [`token_batches`].
+        max_tokens: tokens of all domains together. Each has the same share.
+
+    Returns:
+        For every domain its batches, and the domains that are left out, with the reason: two blocks are needed.
+
+    Raises:
+        ValueError: if a size is too small, or if no domain is left.
+    """
+    if not texts:
+        raise ValueError("The data holds no rows: at least one text is needed.")
+    share = max_tokens // len(texts)
+    if share < 2 * block_size:
+        raise ValueError(
+            f"max_tokens={max_tokens} is not allowed: {len(texts)} domains with two blocks of block_size={block_size} "
+            f"tokens each need at least {2 * len(texts) * block_size}."
+        )
+    found, left_out = {}, []
+    for name, own in texts.items():
+        try:
+            batches = token_batches(
+                iter(own), tokenizer, max_tokens=share, block_size=block_size, batch_size=batch_size
+            )
+        except ValueError as error:
+            left_out.append(f"{name}: {error}")
+            continue
+        if batches[0].shape[1] < block_size or sum(map(len, batches)) < 2:
+            left_out.append(f"{name}: it holds fewer than two blocks of {block_size} tokens.")
+        else:
+            found[name] = batches
+    if not found:
+        raise ValueError(f"No domain has two blocks of block_size={block_size} tokens. {' '.join(left_out)}")
+    return found, left_out
+
+
+def check_vocabulary(config: PreTrainedConfig, batches: Iterable[torch.Tensor]) -> None:
+    """Raise ValueError if a token is none of the model's: the tokenizer is another model's then."""
+    largest = max(int(batch.max()) for batch in batches)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"The tokenizer gives token {largest}, and the model has vocab_size={config.vocab_size}: it is another "
+            "model's tokenizer."
+        )
+
+
 def token_batches(
     texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, block_size: int, batch_size: int
 ) -> list[torch.Tensor]:
@@ -138,4 +245,4 @@ def token_batches(
     return list(torch.tensor(ids[: batches * batch_size * block_size]).view(batches, batch_size, block_size))
 
 
-__all__ = ["read_rows", "read_texts", "token_batches"]
+__all__ = ["check_vocabulary", "domain_batches", "read_domains", "read_rows", "read_texts", "token_batches"]

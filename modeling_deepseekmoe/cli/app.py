@@ -3,6 +3,7 @@
 
 import typer
 
+from .analyze import analyze
 from .convert import convert
 from .esft_select import esft_select
 from .export_adapter import export_adapter
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    inspect, kernels, convert, verify, upcycle, report, finetune, merge, export_adapter, push, esft_select
+    inspect, kernels, convert, verify, upcycle, report, analyze, finetune, merge, export_adapter, push, esft_select
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -1,0 +1,303 @@
+"""Train the architectures of DeepSeekMoE's ablation (arXiv 2401.06066, section 4) from scratch, and compare them.
+
+Every model has the same attention and the same data, for a seed in the same order. The experts of every MoE model,
+routed and shared, have as many parameters together, and a token uses as many of them: GShard's 16 experts, of which a
+token uses two, are cut finer step by step, and one expert becomes a shared one. Beside this ladder stand a dense model
+that computes as much, a dense one with all parameters active (the upper bound), GShard with experts of 1.5 times the
+size, DeepSeekMoE balanced by a bias instead of a loss, and that with DeepSeek-V3's gate.
+
+The gates are the paper's (softmax, not normalised), and so is the balance loss (its factor 0.01).
+
+    python benchmarks/architecture.py                          # all that is missing, one on each core
+    python benchmarks/architecture.py --only gshard --seeds 1  # a piece
+    python benchmarks/architecture.py --measure                # what the ends of the ladder have learned, and the page
+
+What was measured is kept in benchmarks/results/architecture.json, and a run that is there is not made again. Trained
+models go to runs/architecture.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import corpus
+import torch
+import transformers
+from measuring import RESULTS, write_results
+
+from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, max_violation, take_router_load
+from modeling_deepseekmoe.analysis.evaluation import expert_load
+from modeling_deepseekmoe.analysis.inspection import report_on
+from modeling_deepseekmoe.analysis.interventions import losses_of_blocks
+from modeling_deepseekmoe.balancing.bias_update import update_router_bias
+
+RUNS = Path(__file__).parent.parent / "runs" / "architecture"
+VOCAB_SIZE = 4096
+WIDTH = 192  # of an expert of GShard
+MODEL: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "first_k_dense_replace": 0,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+GATE: dict[str, Any] = {"scoring_func": "softmax", "norm_topk_prob": False, "seq_aux": False}
+V3_GATE: dict[str, Any] = {"scoring_func": "sigmoid", "norm_topk_prob": True}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of a run. The learning rate rises for 5% of the steps and falls to 0 as a cosine."""
+
+    steps: int = 2930
+    batch_size: int = 8
+    block_size: int = 128
+    learning_rate: float = 3e-3
+    balance_factor: float = 0.01
+    update_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model of the ladder: its experts, and how they are balanced.
+
+    Attributes:
+        name, label: its name in the results, and in tables.
+        routed, shared, top_k: numbers of experts; 0 routed experts make a dense model.
+        width: of an expert, or of the dense FFN.
+        bias: whether it is balanced by a bias, and not by a loss.
+        gate: fields of its config that are not those of the paper's gate.
+    """
+
+    name: str
+    label: str
+    routed: int
+    shared: int
+    top_k: int
+    width: int
+    bias: bool = False
+    gate: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, settings: Training) -> DeepseekMoeConfig:
+        """Return the config of the model."""
+        if not self.routed:
+            return DeepseekMoeConfig(**MODEL, n_routed_experts=None, intermediate_size=self.width)
+        return DeepseekMoeConfig(
+            **MODEL,
+            **GATE | self.gate,
+            intermediate_size=self.width,
+            moe_intermediate_size=self.width,
+            n_routed_experts=self.routed,
+            n_shared_experts=self.shared or None,
+            num_experts_per_tok=self.top_k,
+            topk_method="noaux_tc" if self.bias else "greedy",
+            aux_loss_alpha=0.0 if self.bias else settings.balance_factor,
+        )
+
+
+LADDER = (
+    Architecture("dense", "dense, as much computation", 0, 0, 0, 2 * WIDTH),
+    Architecture("switch", "Switch, 1 of 8 of twice the size", 8, 0, 1, 2 * WIDTH),
+    Architecture("gshard", "GShard, 2 of 16", 16, 0, 2, WIDTH),
+    Architecture("shared", "+ shared expert: 1 + 1 of 15", 15, 1, 1, WIDTH),
+    Architecture("fine-2", "+ fine-grained x2: 1 + 3 of 31", 31, 1, 3, WIDTH // 2),
+    Architecture("fine-4", "+ fine-grained x4: 1 + 7 of 63 (DeepSeekMoE)", 63, 1, 7, WIDTH // 4),
+    Architecture("fine-4-bias", "the same, balanced by a bias", 63, 1, 7, WIDTH // 4, bias=True),
+    Architecture("fine-4-v3", "the same, and with DeepSeek-V3's gate", 63, 1, 7, WIDTH // 4, True, V3_GATE),
+    Architecture("gshard-1.5", "GShard x1.5, 2 of 16", 16, 0, 2, 3 * WIDTH // 2),
+    Architecture("dense-all", "dense, all parameters active", 0, 0, 0, 16 * WIDTH),
+)
+BY_NAME = {one.name: one for one in LADDER}
+# What is measured of more than its loss; the last is the paper's comparison for the first.
+ENDS = ("gshard", "gshard-1.5", "fine-4", "fine-4-bias")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Blocks (N, S) to train on, and for every domain blocks to validate on, as many for each."""
+
+    training: torch.Tensor
+    validation: dict[str, torch.Tensor] = field(repr=False)
+    tokenizer: str = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """Tell whether two machines have the same data."""
+        blocks = [self.training, *self.validation.values()]
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in blocks)).hexdigest()
+
+
+def read_corpus(block_size: int, folder: Path = RUNS) -> Corpus:
+    """Read all texts, train a tokenizer on those to train on, and make blocks. The result is kept in a file."""
+    file = folder / f"corpus-{block_size}.pt"
+    if not file.exists():
+        training, held_out = corpus.split(corpus.documents())
+        tokenizer = corpus.train_tokenizer((document.text for document in training), VOCAB_SIZE)
+        validation = {
+            domain: corpus.blocks([one.text for one in held_out if one.domain == domain], tokenizer, block_size)
+            for domain in corpus.DOMAINS
+        }
+        fewest = min(map(len, validation.values()))
+        validation = {
+            domain: blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[:fewest]]
+            for domain, blocks in validation.items()
+        }
+        own = corpus.blocks([document.text for document in training], tokenizer, block_size)
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        torch.save({"training": own, "validation": validation, "tokenizer": tokenizer.to_str()}, unfinished)
+        unfinished.replace(file)
+    return Corpus(**torch.load(file))
+
+
+def train(job: tuple[Architecture, int, Training]) -> dict[str, Any]:
+    """Train one model, save it, and measure it."""
+    architecture, seed, settings = job
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    data, config = read_corpus(settings.block_size), architecture.config(settings)
+    torch.manual_seed(seed)
+    model = DeepseekMoeForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    warmup = max(1, settings.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))),
+    )
+    violations, losses, begin = [], [], time.perf_counter()
+    for batch in _training_batches(data.training, settings, seed):
+        outputs = model(batch, labels=batch)
+        outputs.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(float(outputs.loss.detach()))
+        if architecture.routed:
+            load = update_router_bias(model, settings.update_rate) if architecture.bias else take_router_load(model)
+            violations.append(max_violation(load.tokens_per_expert).mean().item())
+    seconds = time.perf_counter() - begin
+    model.save_pretrained(RUNS / f"{architecture.name}-{seed}")
+    by_domain = {
+        domain: float(losses_of_blocks(model, blocks.split(28)).mean()) for domain, blocks in data.validation.items()
+    }
+    blocks = torch.cat(list(data.validation.values()))
+    loads = list(expert_load(model, blocks.split(28)).values()) if architecture.routed else []
+    last = -max(1, settings.steps // 5)
+    return {
+        "architecture": architecture.name,
+        "seed": seed,
+        "loss": statistics.mean(by_domain.values()),
+        "loss_by_domain": by_domain,
+        "max_violation_global": max_violation(torch.stack(loads)).mean().item() if loads else None,
+        "max_violation_batch_end": statistics.mean(violations[last:]) if violations else None,
+        "training_loss_by_20_steps": [statistics.mean(losses[at : at + 20]) for at in range(0, len(losses), 20)],
+        "seconds": seconds,
+    }
+
+
+def _training_batches(blocks: torch.Tensor, settings: Training, seed: int) -> Iterator[torch.Tensor]:
+    """Yield the batches of a seed: all blocks in random order, again and again."""
+    generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+    for _ in range(settings.steps):
+        if len(order) < settings.batch_size:
+            order = torch.cat([order, torch.randperm(len(blocks), generator=generator)])
+        chosen, order = order[: settings.batch_size], order[settings.batch_size :]
+        yield blocks[chosen]
+
+
+def sizes(settings: Training) -> dict[str, dict[str, Any]]:
+    """Count the parameters of every architecture, and its FLOPs for a token, as `deepseekmoe inspect` does."""
+    found = {}
+    for one in LADDER:
+        report = report_on(one.config(settings), one.name)
+        experts = (report.routed_parameters or 0) + (report.shared_parameters or 0)
+        found[one.name] = {
+            "label": one.label,
+            "total_parameters": report.total_parameters,
+            "activated_parameters": report.activated_parameters,
+            "expert_parameters": experts,
+            "forward_flops_per_token": report.forward_flops_per_token,
+            "flops_without_gates": report.training_flops_4k,
+        }
+    return found
+
+
+def load_results(path: Path, settings: Training, data: Corpus) -> dict[str, Any]:
+    """Read what was measured before, or begin.
+
+    Raises:
+        ValueError: if it was measured with other settings or another text.
+    """
+    now = {
+        "training": asdict(settings),
+        "model": MODEL | GATE | {"expert_width": WIDTH},
+        "corpus_sha256": data.digest,
+    }
+    if path.exists():
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name, value in now.items() if figures[name] != value]:
+            raise ValueError(
+                f"{path} was measured with other {', '.join(changed)}: choose another --output, or delete the file."
+            )
+        return figures
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cores": len(os.sched_getaffinity(0)),
+        **now,
+        "training_tokens": settings.steps * settings.batch_size * settings.block_size,
+        "corpus_tokens": data.training.numel(),
+        "passes_over_the_corpus": settings.steps * settings.batch_size / len(data.training),
+        "validation_tokens": sum(blocks.numel() for blocks in data.validation.values()),
+        "text_of": corpus.package_versions(),
+        "runs": [],
+        "measured": {},
+    }
+
+
+def main() -> None:
+    """Train what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(BY_NAME), default=list(BY_NAME), help="train only these")
+    parser.add_argument("--steps", type=int, default=Training.steps, help="optimizer steps of a run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=RESULTS / "architecture.json", help="the file of results")
+    options = parser.parse_args()
+    settings = Training(steps=options.steps)
+    data = read_corpus(settings.block_size)
+    figures = load_results(options.output, settings, data)
+    figures["sizes"] = sizes(settings)
+    done = {(run["architecture"], run["seed"]) for run in figures["runs"]}
+    jobs = [
+        (BY_NAME[name], seed, settings) for seed in options.seeds for name in options.only if (name, seed) not in done
+    ]
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), len(os.sched_getaffinity(0))) or 1) as pool:
+        for result in pool.imap_unordered(train, jobs):
+            figures["runs"].append(result)
+            figures["runs"].sort(key=lambda run: (list(BY_NAME).index(run["architecture"]), run["seed"]))
+            write_results(options.output, figures)
+            print(
+                f"{len(figures['runs'])}: {result['architecture']}, seed {result['seed']}: loss {result['loss']:.4f}, "
+                f"{result['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

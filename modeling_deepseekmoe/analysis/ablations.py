@@ -1,0 +1,241 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""What a model's loss rises by when some of its experts may not be used.
+
+Shape letters: L MoE layers, E routed experts, K chosen experts of a token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from ..families.gate_rules import UnknownGateError
+from ..families.moe_layers import MoeLayer
+from ..routing import TooFewExpertsError
+from .evaluation import RoutingTrace
+from .interventions import Intervention, Rerouter, intervening, losses_of_blocks
+from .routing_report import loads_of
+from .sections import Section
+
+RATIOS = (1 / 16, 1 / 8, 3 / 16, 1 / 4)
+PAPER = "arXiv 2401.06066"
+
+
+@dataclass(frozen=True)
+class Rise:
+    """What a change adds to the loss, in nats per token.
+
+    Attributes:
+        rise: the mean over the tokens.
+        error: its standard error, from the differences of the blocks; NaN for a single block.
+    """
+
+    rise: float
+    error: float
+
+
+class Losses:
+    """The loss of a model, block by block, as it is and under changes.
+
+    Args:
+        model: a causal language model.
+        layers: its MoE layers.
+        batches: `torch.LongTensor`s of token ids (B, S), without padding.
+        progress: is called with the number of new tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[MoeLayer],
+        batches: Sequence[torch.Tensor],
+        progress: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        self.model, self.layers, self.batches, self.progress = model, layers, batches, progress
+        self.rerouters, self.fixed = _rerouters(layers)
+        self.weights = torch.cat([torch.full((len(batch),), batch.shape[1] - 1.0) for batch in batches]).double()
+        self.base = losses_of_blocks(model, batches, progress)
+        if not bool(self.base.isfinite().all()):
+            raise ValueError(
+                f"The loss of {type(model).__name__} on this text is {self.loss}: nothing can be compared."
+            )
+
+    @property
+    def loss(self) -> float:
+        """The mean over all tokens, in nats, with nothing changed."""
+        return float((self.base * self.weights).sum() / self.weights.sum())
+
+    def rise(self, change: Intervention, layers: Sequence[MoeLayer] | None = None) -> Rise:
+        """Measure what a change in some layers, or in all, adds to the loss.
+
+        Raises:
+            TooFewExpertsError: if a token has too few experts left.
+        """
+        with intervening(self.layers if layers is None else layers, self.rerouters, change):
+            losses = losses_of_blocks(self.model, self.batches, self.progress)
+        difference, weights = losses - self.base, self.weights / self.weights.sum()
+        mean, count = (difference * weights).sum(), len(difference)
+        variance = ((difference - mean) * weights).square().sum() * count / max(count - 1, 1)
+        return Rise(float(mean), float(variance.sqrt()) if count > 1 else float("nan"))
+
+    @property
+    def why_fixed(self) -> str:
+        """Why no layer's tokens can be sent to other experts; "" if some can."""
+        return "" if self.rerouters else f"No token can be sent to other experts: {self._reason}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The layers that keep their experts, and why the first of them does."""
+        if not self.fixed:
+            return ()
+        layers = ", ".join(map(str, self.fixed))
+        return (f"Of {len(self.layers)} MoE layers {len(self.fixed)} keep their experts ({layers}): {self._reason}",)
+
+    @property
+    def _reason(self) -> str:
+        return next(iter(self.fixed.values()))
+
+    @property
+    def top_k(self) -> int:
+        """K, the most of any layer whose tokens can be sent to other experts."""
+        return max(one.options.top_k for one in self.rerouters.values())
+
+
+def _rerouters(layers: Sequence[MoeLayer]) -> tuple[dict[int, Rerouter], dict[int, str]]:
+    """Return what chooses again in every layer, and of the others why nothing can."""
+    rerouters, fixed = {}, {}
+    for layer in layers:
+        try:
+            rerouters[layer.index] = Rerouter.of(layer)
+        except UnknownGateError as error:
+            fixed[layer.index] = str(error)
+    return rerouters, fixed
+
+
+def count_passes(layers: Sequence[MoeLayer], ratios: int, single_experts: int) -> int:
+    """Count how often the model reads the text at most, for so many ratios and single experts of each layer."""
+    rerouters, _ = _rerouters(layers)
+    top_k = max((one.options.top_k for one in rerouters.values()), default=1)
+    return 1 + ratios + 3 + (top_k - 1) + (single_experts + 1) * len(layers) * (single_experts > 0)
+
+
+def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Section:
+    """Mask the experts that each token's gate ranks highest, more and more of them."""
+    section = Section(
+        "redundancy",
+        "Redundancy",
+        "Loss when of each token the experts that its gate ranks highest are masked, in all layers, and the token "
+        "goes to the next ones. The share counts routed experts. Scores are not shared out anew, unless the gate "
+        "normalises.",
+        f"{PAPER}, figure 5",
+        "The steeper it rises, the less the other experts know what the masked ones know: the less redundant they "
+        "are.",
+        notes=losses.notes,
+    )
+    if losses.why_fixed:
+        return replace(section, empty=losses.why_fixed, notes=())
+    experts = losses.layers[0].num_experts
+    counts = sorted({round(ratio * experts) for ratio in ratios} - {0})
+    points = [{"masked": 0, "share": 0.0, "loss": losses.loss, "rise": 0.0, "error": 0.0}]
+    notes = list(losses.notes)
+    if len(counts) < len(ratios):
+        notes.append(f"Of {experts} experts {', '.join(map(str, counts)) or 'none'} are masked: shares are rounded.")
+    for masked in counts:
+        try:
+            found = losses.rise(Intervention(masked=masked))
+        except TooFewExpertsError as error:
+            notes.append(f"{masked} masked: {error}")
+            continue
+        points.append({"masked": masked, "share": masked / experts, "loss": losses.loss + found.rise, **vars(found)})
+    if len(points) == 1:
+        return replace(section, empty=" ".join(notes), notes=())
+    return replace(section, figures={"num_experts": experts, "points": points}, notes=tuple(notes))
+
+
+def measure_shared(losses: Losses) -> Section:
+    """Switch the shared experts off, with as many routed experts as before and with one more."""
+    section = Section(
+        "shared",
+        "Shared against routed experts",
+        "Loss when the shared experts of all layers give zero, and each token uses one more routed expert instead.",
+        f"{PAPER}, section 4.5: 1.808 becomes 2.414 for DeepSeekMoE 2B",
+        "The more it rises, the less routed experts can stand in for what the shared ones know.",
+        notes=losses.notes,
+    )
+    if all(layer.shared_experts is None for layer in losses.layers):
+        return replace(section, empty="The model has no shared experts.", notes=())
+    cases = {"off": losses.rise(Intervention(shared_off=True))}
+    notes = list(losses.notes)
+    try:
+        if losses.why_fixed:
+            raise TooFewExpertsError(losses.why_fixed)
+        cases["off, one more routed"] = losses.rise(Intervention(shared_off=True, more=1))
+        cases["on, one more routed"] = losses.rise(Intervention(more=1))
+    except TooFewExpertsError as error:
+        notes.append(f"No case with one more routed expert: {error}")
+    points = [{"shared experts": "on", "loss": losses.loss, "rise": 0.0, "error": 0.0}]
+    points += [
+        {"shared experts": case, "loss": losses.loss + found.rise, **vars(found)} for case, found in cases.items()
+    ]
+    return replace(section, figures={"points": points}, notes=tuple(notes))
+
+
+def measure_activation(losses: Losses) -> Section:
+    """Let each token use fewer routed experts, down to one."""
+    section = Section(
+        "activation",
+        "Fewer activated experts",
+        "Loss when each token uses only the best of the experts that it would use.",
+        f"{PAPER}, figure 6",
+        "Where it is flat, the model could be run with fewer experts; one trained with fewer would be better still.",
+        notes=losses.notes,
+    )
+    if losses.why_fixed:
+        return replace(section, empty=losses.why_fixed, notes=())
+    if losses.top_k == 1:
+        return replace(section, empty="K = 1: each token uses one routed expert already.", notes=())
+    points = [{"activated": losses.top_k, "loss": losses.loss, "rise": 0.0, "error": 0.0}]
+    for top_k in range(losses.top_k - 1, 0, -1):
+        found = losses.rise(Intervention(at_most=top_k))
+        points.append({"activated": top_k, "loss": losses.loss + found.rise, **vars(found)})
+    return replace(section, figures={"points": points})
+
+
+def measure_single_experts(losses: Losses, trace: RoutingTrace, count: int) -> Section:
+    """Mask single routed experts for all tokens, and switch off the shared ones, in one layer at a time."""
+    section = Section(
+        "single",
+        "One expert at a time",
+        f"Rise of the loss when one routed expert of one layer is masked for all tokens, for the {count} busiest of "
+        "each layer; and when the shared experts of that layer give zero.",
+        "",
+        "A shared expert that carries common knowledge is missed more than any routed one.",
+        notes=losses.notes,
+    )
+    if count == 0:
+        return replace(section, empty="Not asked for: --single-experts N measures it.", notes=())
+    if losses.why_fixed:
+        return replace(section, empty=losses.why_fixed, notes=())
+    rows = []
+    for loads, layer in zip(loads_of(trace), losses.layers, strict=True):
+        shared = None if layer.shared_experts is None else losses.rise(Intervention(shared_off=True), [layer])
+        experts = []
+        busiest = loads.argsort(descending=True, stable=True)[:count].tolist()
+        for expert in busiest if layer.index in losses.rerouters else []:
+            found = losses.rise(Intervention(expert=expert), [layer])
+            experts.append({"expert": expert, "share": float(loads[expert] / loads.sum()), **vars(found)})
+        rows.append({"layer": layer.index, "shared_off": None if shared is None else vars(shared), "experts": experts})
+    return replace(section, figures={"layers": rows})
+
+
+__all__ = [
+    "RATIOS",
+    "Losses",
+    "Rise",
+    "count_passes",
+    "measure_activation",
+    "measure_redundancy",
+    "measure_shared",
+    "measure_single_experts",
+]

@@ -1,0 +1,199 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Which experts the texts of a domain use, how far apart two domains are, and how many experts are in use at all.
+
+Shape letters: C domains, L MoE layers, T tokens, E routed experts, K chosen experts of a token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from ..auxiliary_losses import max_violation
+from ..router_load import count_tokens
+from .evaluation import RoutingTrace
+from .routing_report import loads_of
+from .sections import Section
+
+BUSIEST = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+
+
+@dataclass(frozen=True)
+class DomainUse:
+    """How often the tokens of a domain choose every expert.
+
+    Attributes:
+        tokens, sequences: how many there are.
+        counts (`torch.LongTensor` of shape (L, E)): choices of every expert.
+        halves: the same of every second sequence, and of the others.
+    """
+
+    tokens: int
+    sequences: int
+    counts: torch.Tensor
+    halves: tuple[torch.Tensor, torch.Tensor]
+
+
+def use_by_domain(trace: RoutingTrace, lengths: Mapping[str, Sequence[int]]) -> dict[str, DomainUse]:
+    """Count the choices of every domain.
+
+    Args:
+        trace: all choices, sequence after sequence, domain after domain.
+        lengths: for the name of every domain the tokens of its sequences.
+    """
+    found, begin = {}, 0
+    for name, own in lengths.items():
+        tokens = sum(own)
+        ids = trace.expert_ids[:, begin : begin + tokens].long()
+        is_odd = torch.arange(len(own)).repeat_interleave(torch.tensor(own)) % 2 == 1
+        counts, *halves = (_counts(part, trace.num_experts) for part in (ids, ids[:, ~is_odd], ids[:, is_odd]))
+        found[name] = DomainUse(tokens, len(own), counts, (halves[0], halves[1]))
+        begin += tokens
+    return found
+
+
+def _counts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    return torch.stack([count_tokens(own, num_experts, None) for own in ids])
+
+
+def jensen_shannon(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Compute the Jensen-Shannon distance of distributions: the root of their divergence in bits, from 0 to 1.
+
+    Args:
+        one, other: tensors (..., E) of counts. Each row is divided by its sum.
+
+    Returns:
+        `torch.DoubleTensor` of shape (...). It is NaN where a row has no counts.
+    """
+    p, q = (of.double() / of.double().sum(dim=-1, keepdim=True) for of in (one, other))
+    middle = (p + q) / 2
+    # x log x is 0 at 0
+    divergence = (torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)).nan_to_num(0.0).sum(dim=-1) / 2
+    distance = (divergence / torch.log(torch.tensor(2.0, dtype=torch.float64))).clamp(0, 1).sqrt()
+    return distance.masked_fill((one.sum(dim=-1) == 0) | (other.sum(dim=-1) == 0), float("nan"))
+
+
+def measure_domains(trace: RoutingTrace, lengths: Mapping[str, Sequence[int]]) -> Section:
+    """Compare the use of experts by domain.
+
+    Args:
+        trace: all choices, sequence after sequence, domain after domain.
+        lengths: for the name of every domain the tokens of its sequences.
+    """
+    section = Section(
+        "domains",
+        "Domains",
+        "The use of experts by domain: an expert's share of the choices. The distance of two domains is the "
+        "Jensen-Shannon distance of their shares (0: the same, 1: no expert in common), as a mean over the layers. "
+        "Beside it stands the distance of the two halves of one domain, which is chance. Then the share of a domain's "
+        "choices that go to its busiest experts, and how many of the K busiest two domains have in common.",
+        "arXiv 2407.01906, figures 2 and 3",
+        "Distances far above those of halves, and few experts that carry most of a domain: specialised.",
+    )
+    if len(lengths) < 2:
+        return replace(
+            section, empty="The text has one domain: --domains COLUMN names the column of the rows that tells them."
+        )
+    use = use_by_domain(trace, lengths)
+    pairs = [
+        {
+            "domains": [one, other],
+            "distance": _mean_of_layers(by_layer := jensen_shannon(use[one].counts, use[other].counts)),
+            "by_layer": by_layer.tolist(),
+            "common_busiest": _common_busiest(use[one].counts, use[other].counts, trace.expert_ids.shape[-1]),
+        }
+        for one, other in combinations(use, 2)
+    ]
+    domains = [_figures_of(name, own, trace) for name, own in use.items()]
+    short = [name for name, own in use.items() if own.sequences < 2]
+    notes = [f"{name} has one sequence: there are no halves to compare." for name in short]
+    floors = [of["halves"] for of in domains if of["halves"] is not None]
+    figures: dict[str, Any] = {
+        "layers": list(trace.layers),
+        "mean_distance": sum(pair["distance"] for pair in pairs) / len(pairs),
+        "mean_distance_of_halves": sum(floors) / len(floors) if floors else None,
+        "pairs": pairs,
+        "domains": domains,
+    }
+    return replace(section, figures=figures, notes=tuple(notes))
+
+
+def _figures_of(name: str, use: DomainUse, trace: RoutingTrace) -> dict[str, Any]:
+    shares = use.counts.double() / use.counts.sum(dim=1, keepdim=True)
+    ordered = shares.sort(dim=1, descending=True).values.cumsum(dim=1).mean(dim=0)
+    counts = {ratio: max(1, round(ratio * trace.num_experts)) for ratio in BUSIEST}
+    return {
+        "domain": name,
+        "tokens": use.tokens,
+        "sequences": use.sequences,
+        "halves": None if use.sequences < 2 else _mean_of_layers(jensen_shannon(*use.halves)),
+        "busiest": [{"experts": count, "share": float(ordered[count - 1])} for count in sorted(set(counts.values()))],
+        "carried": ordered.tolist(),
+        "shares": shares.tolist(),
+    }
+
+
+def _mean_of_layers(values: torch.Tensor) -> float:
+    return float(values.mean())
+
+
+def _common_busiest(one: torch.Tensor, other: torch.Tensor, top_k: int) -> float:
+    """Count the experts that are among the K busiest of both (L, E), as a mean over the layers."""
+    best = [counts.argsort(dim=1, descending=True, stable=True)[:, :top_k].tolist() for counts in (one, other)]
+    common = [len(set(own) & set(others)) for own, others in zip(*best, strict=True)]
+    return sum(common) / len(common)
+
+
+def measure_effective_experts(trace: RoutingTrace, lengths: Sequence[int]) -> Section:
+    """Compute how many experts are in use: by a token, by a sequence, by the whole text.
+
+    Args:
+        trace: all choices, sequence after sequence.
+        lengths: the tokens of every sequence.
+    """
+    section = Section(
+        "effective",
+        "Effective number of experts",
+        "exp of the entropy: of a token's gate weights, as a mean over the tokens; of the choices of a sequence, as a "
+        "mean over the sequences; of all choices. Equal shares of n experts give n. MaxVio is the largest load over "
+        "the mean, minus 1 (arXiv 2408.15664).",
+        "",
+        "A sequence that uses far fewer experts than the whole text has found its specialists. A token that uses "
+        "fewer than K could do with fewer.",
+    )
+    rows = []
+    loads = loads_of(trace)
+    for place, layer in enumerate(trace.layers):
+        sequences = trace.expert_ids[place].long().split(list(lengths))
+        counts = torch.stack([count_tokens(ids, trace.num_experts, None) for ids in sequences])
+        rows.append(
+            {
+                "layer": layer,
+                "by_token": float(effective_number(trace.weights[place]).mean()),
+                "by_sequence": float(effective_number(counts).mean()),
+                "by_text": float(effective_number(loads[place])),
+                "max_violation": float(max_violation(loads[place : place + 1])),
+            }
+        )
+    return replace(
+        section, figures={"top_k": trace.expert_ids.shape[-1], "num_experts": trace.num_experts, "layers": rows}
+    )
+
+
+def effective_number(shares: torch.Tensor) -> torch.Tensor:
+    """Compute exp of the entropy of shares (..., N), each row divided by its sum. A row of zeros gives 1."""
+    shares = shares.double().abs()
+    shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=1e-300)
+    return (-torch.xlogy(shares, shares).sum(dim=-1)).exp()
+
+
+__all__ = [
+    "DomainUse",
+    "effective_number",
+    "jensen_shannon",
+    "measure_domains",
+    "measure_effective_experts",
+    "use_by_domain",
+]

@@ -1,0 +1,156 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""How alike the experts of a layer are: by their weights, and by what they make of the same tokens.
+
+Shape letters: T tokens, E routed experts, D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..families.moe_layers import MoeLayer
+from ..support.models import evaluating, whole_tensor
+from .sections import Section
+
+_COLUMNS = 2**18  # of a stack that are widened at a time
+
+
+def cosines(rows: torch.Tensor) -> torch.Tensor:
+    """Compute the cosines (..., E, E) of vectors (..., E, D), in float64. Those of a vector of zeros are 0."""
+    rows = rows.double()
+    rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+    return rows @ rows.transpose(-1, -2)
+
+
+def cosines_of_weights(layer: MoeLayer) -> torch.Tensor | None:
+    """Compute the cosines (E, E) of all weights of the routed experts; `None` if they are quantised or not stacked."""
+    stacks = [
+        whole_tensor(parameter).flatten(1)
+        for name, parameter in layer.experts.named_parameters()
+        if parameter.ndim > 1 and ".lora_" not in name
+    ]
+    number = getattr(layer.experts, "num_experts", layer.num_experts)
+    are_plain = all(
+        stack.is_floating_point() and stack.element_size() > 1 and len(stack) == number for stack in stacks
+    )
+    if not stacks or not are_plain:
+        return None
+    products = torch.zeros(number, number, dtype=torch.float64)
+    for stack in stacks:
+        for part in stack.split(_COLUMNS, dim=1):
+            wide = part.double()
+            products += (wide @ wide.T).cpu()
+    norms = products.diagonal().sqrt().clamp(min=1e-300)
+    return products / torch.outer(norms, norms)
+
+
+def measure_weights(layers: Sequence[MoeLayer]) -> Section:
+    """Compare the weights of all pairs of experts."""
+    section = Section(
+        "weights",
+        "Similarity of weights",
+        "Cosine of all weights of two routed experts of a layer, in the order in which they lie.",
+        "",
+        "Near 0 for experts that were trained from scratch: the same function may have its neurons in another order. "
+        "Near 1 right after upcycling; it falls as they part.",
+    )
+    rows = []
+    for layer in layers:
+        table = cosines_of_weights(layer)
+        if table is None:
+            kind = type(layer.experts).__name__
+            reason = f"The weights of {layer.name}.experts ({kind}) are quantised, or not stacked by experts."
+            return replace(section, empty=reason)
+        rows.append({"layer": layer.index, **_summary(table)})
+    return replace(section, figures={"layers": rows})
+
+
+def measure_outputs(
+    model: PreTrainedModel, layers: Sequence[MoeLayer], batches: Sequence[torch.Tensor], count: int
+) -> Section:
+    """Compare what all pairs of experts make of the same tokens.
+
+    Args:
+        model: a model with MoE layers.
+        layers: its MoE layers.
+        batches: `torch.LongTensor`s of token ids (B, S), without padding.
+        count: how many tokens are looked at, evenly spread over the text.
+    """
+    section = Section(
+        "outputs",
+        "Similarity of outputs",
+        f"Cosine of what two routed experts of a layer give for the same token, whichever the token chose, as a mean "
+        f"over {count} tokens.",
+        "",
+        "Near 0: the experts compute different things. Near 1: one could stand in for the other.",
+    )
+    experts_by_layer = {layer.index: getattr(layer.experts, "num_experts", None) for layer in layers}
+    if missing := [layer for layer in layers if not isinstance(experts_by_layer[layer.index], int)]:
+        return replace(section, empty=f"{missing[0].name}.experts does not say how many experts it has.")
+    inputs = _inputs_of(model, layers, batches, count)
+    rows = []
+    with evaluating(model):
+        for layer in layers:
+            outputs = _outputs_of(layer.experts, inputs[layer.index], layer.experts.num_experts)
+            rows.append({"layer": layer.index, **_summary(cosines(outputs.transpose(0, 1)).mean(dim=0))})
+    return replace(section, figures={"tokens": len(inputs[layers[0].index]), "layers": rows})
+
+
+def _inputs_of(
+    model: PreTrainedModel, layers: Sequence[MoeLayer], batches: Sequence[torch.Tensor], count: int
+) -> dict[int, torch.Tensor]:
+    """Run the model and keep what the experts of every layer receive (T, D), of tokens that are evenly spread."""
+    total = sum(batch.numel() for batch in batches)
+    count = min(count, total)
+    wanted = torch.arange(count) * total // count
+    kept: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
+    rows = torch.empty(0, dtype=torch.long)
+
+    def hook(index: int) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            kept[index].append(hidden.flatten(0, -2)[rows.to(hidden.device)].clone())
+
+        return keep
+
+    handles = [layer.experts.register_forward_pre_hook(hook(layer.index), with_kwargs=True) for layer in layers]
+    try:
+        with evaluating(model):
+            begin = 0
+            for batch in batches:
+                rows = wanted[(wanted >= begin) & (wanted < begin + batch.numel())] - begin
+                begin += batch.numel()
+                if len(rows):
+                    model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {index: torch.cat(parts) for index, parts in kept.items()}
+
+
+def _outputs_of(experts: nn.Module, hidden_states: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Compute what every expert gives for all tokens, (E, T, D)."""
+    ones = torch.ones((len(hidden_states), 1), dtype=hidden_states.dtype, device=hidden_states.device)
+    outputs = [
+        experts(hidden_states, torch.full_like(ones, expert, dtype=torch.long), ones) for expert in range(num_experts)
+    ]
+    return torch.stack(outputs)
+
+
+def _summary(table: torch.Tensor) -> dict[str, Any]:
+    """Return a table of cosines, the mean of the pairs, and the mean over the experts of the one most alike."""
+    off = ~torch.eye(len(table), dtype=torch.bool, device=table.device)
+    nearest = table.masked_fill(~off, float("-inf")).amax(dim=1)
+    several = len(table) > 1
+    return {
+        "mean": float(table[off].mean()) if several else None,
+        "nearest": float(nearest.mean()) if several else None,
+        "table": [[round(value, 4) for value in row] for row in table.tolist()],
+    }
+
+
+__all__ = ["cosines", "cosines_of_weights", "measure_outputs", "measure_weights"]

@@ -1,0 +1,143 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""Measure how specialised the experts of a model are: by what it loses without them, and by what they do.
+
+The measures are those of DeepSeekMoE (arXiv 2401.06066, section 4.5) and of ESFT (2407.01906, section 3), and more.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .ablations import (
+    RATIOS,
+    Losses,
+    count_passes,
+    measure_activation,
+    measure_redundancy,
+    measure_shared,
+    measure_single_experts,
+)
+from .evaluation import RoutingTrace, trace_routing, traced_layers
+from .expert_domains import measure_domains, measure_effective_experts
+from .expert_similarity import measure_outputs, measure_weights
+from .routing_report import facts_of
+from .sections import Section
+from .texts import check_vocabulary
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """What [`measure_specialisation`] has measured.
+
+    Attributes:
+        title: name of the model.
+        facts: name and value of what stands at the top of the page.
+        loss: mean cross entropy of the tokens in nats, with nothing changed.
+        sections: the measures by their keys: `redundancy`, `shared`, `single`, `activation`, `domains`, `effective`,
+            `weights`, `outputs`.
+        trace: all choices of the gates.
+    """
+
+    title: str
+    facts: dict[str, str]
+    loss: float
+    sections: dict[str, Section]
+    trace: RoutingTrace = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all numbers, with what they mean and, of empty sections, the reason."""
+        sections = {key: section.to_dict() for key, section in self.sections.items()}
+        return {"title": self.title, "facts": self.facts, "loss": self.loss, "sections": sections}
+
+
+def measure_specialisation(
+    model: PreTrainedModel,
+    domains: Mapping[str, Sequence[torch.Tensor]],
+    *,
+    title: str,
+    source: str,
+    ratios: Sequence[float] = RATIOS,
+    single_experts: int = 0,
+    output_tokens: int = 128,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Specialisation:
+    """Measure how specialised the routed and the shared experts of a model are.
+
+    The model reads the text once for every change, about K + 8 times for K chosen experts, and with `single_experts`
+    `single_experts + 1` times more for every MoE layer.
+
+    Args:
+        model: a causal language model with MoE layers, of this family or another one.
+        domains: for the name of every domain, batches: `torch.LongTensor`s of token ids (B, S), S at least 2, without
+            padding. A single entry, of any name, is a text without domains.
+        title: name of the model.
+        source: name of the data.
+        ratios: shares of the routed experts that are masked in `redundancy`, between 0 and 1.
+        single_experts: how many routed experts of each layer are masked one by one, the busiest first.
+        output_tokens: number of tokens for which every expert's output is computed.
+        progress: is called with the number of tokens that were read so far, and that will be at most.
+
+    Raises:
+        ValueError: if the model has no MoE layer, if one is not understood, if there is no text, if its loss is not
+            finite, or if a number is not allowed.
+    """
+    _check(domains, ratios, single_experts, output_tokens)
+    layers = traced_layers(model)
+    batches = [batch for own in domains.values() for batch in own]
+    check_vocabulary(model.config.get_text_config(), batches)
+    tokens = sum(batch.numel() for batch in batches)
+    total, done = (count_passes(layers, len(ratios), single_experts) + 1) * tokens, 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(done, total)
+
+    trace = trace_routing(model, batches)
+    tell(tokens)
+    losses = Losses(model, layers, batches, tell)
+    lengths = {name: [batch.shape[1] for batch in own for _ in batch] for name, own in domains.items()}
+    sections = [
+        measure_redundancy(losses, ratios),
+        measure_shared(losses),
+        measure_single_experts(losses, trace, single_experts),
+        measure_activation(losses),
+        measure_domains(trace, lengths),
+        measure_effective_experts(trace, [length for own in lengths.values() for length in own]),
+        measure_weights(layers),
+        measure_outputs(model, layers, batches, output_tokens),
+    ]
+    progress(total, total)
+    facts = facts_of(model, layers, trace) | {
+        "data": source,
+        "tokens": f"{tokens:,}",
+        "loss": f"{losses.loss:.4f} nats",
+    }
+    return Specialisation(title, facts, losses.loss, {section.key: section for section in sections}, trace)
+
+
+def _check(
+    domains: Mapping[str, Sequence[torch.Tensor]], ratios: Sequence[float], single_experts: int, output_tokens: int
+) -> None:
+    if not domains or not all(domains.values()):
+        empty = [repr(name) for name, own in domains.items() if not own]
+        where = f" for {', '.join(empty)}" if empty else ""
+        raise ValueError(f"domains is not allowed: it holds no batch of tokens{where}.")
+    for name, own in domains.items():
+        for batch in own:
+            if batch.ndim != 2 or batch.is_floating_point() or batch.shape[1] < 2 or not len(batch):
+                raise ValueError(
+                    f"domains[{name!r}]: {batch.dtype} of shape {tuple(batch.shape)} is not allowed: it must hold "
+                    "whole numbers (B, S), S at least 2."
+                )
+    if bad := [ratio for ratio in ratios if not 0 < ratio < 1]:
+        raise ValueError(f"ratios={bad} is not allowed: they must be above 0 and below 1.")
+    for name, value, least in (("single_experts", single_experts, 0), ("output_tokens", output_tokens, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value} is not allowed: it must be at least {least}.")
+
+
+__all__ = ["Specialisation", "measure_specialisation"]

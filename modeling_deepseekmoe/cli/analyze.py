@@ -1,0 +1,112 @@
+# Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
+"""The command `deepseekmoe analyze`: measure how specialised a model's experts are."""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import ModelOptions, TextOptions, check_file, takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions(TextOptions, ModelOptions):
+    """Options of `deepseekmoe analyze`: which models read which text, what is measured, and where the page goes."""
+
+    domains: Annotated[str | None, typer.Option(help="Field of the rows that names the domain of the text.")] = None
+    against: Annotated[str | None, typer.Option(help="Another model, beside the first on the same page.")] = None
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("specialisation.html")
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing the page.")] = False
+    max_tokens: Annotated[int, typer.Option(help="Tokens to read, of all domains together.")] = 16384
+    block_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4
+    single_experts: Annotated[
+        int, typer.Option(help="Mask so many experts of each layer one by one; a pass for each.")
+    ] = 0
+    output_tokens: Annotated[int, typer.Option(help="Tokens for which every expert's output is computed.")] = 128
+
+
+@takes(AnalyzeOptions)
+def analyze(options: AnalyzeOptions) -> None:
+    """Show how specialised the experts are: what the model loses without them, their domains, how alike they are."""
+    from ..analysis.plots import require_matplotlib
+
+    options.check()
+    if not options.as_json:
+        require_matplotlib()
+        check_file(options.output)
+    models = [options, *([] if options.against is None else [replace(options, model=options.against, tokenizer=None)])]
+    texts = _texts_by_domain(options)
+    measured = [_measure(one, texts) for one in models]
+    if options.as_json:
+        numbers = [one.to_dict() for one, _ in measured]
+        typer.echo(json.dumps(numbers[0] if options.against is None else numbers, indent=2))
+        return
+    from ..analysis.specialisation_page import make_page
+
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(make_page(*measured[0], *measured[1:]), encoding="utf-8")
+    for one, _ in measured:
+        empty = [
+            f"no {section.heading.lower()}: {section.empty}" for section in one.sections.values() if section.empty
+        ]
+        typer.echo("\n  ".join([f"{one.title}: loss {one.loss:.4f} nats", *empty]))
+    typer.echo(f"{options.output} is written.")
+
+
+def _texts_by_domain(options: AnalyzeOptions) -> dict[str, list[str]] | None:
+    from ..analysis.texts import read_domains
+
+    if options.domains is None:
+        return None
+    return read_domains(
+        options.data,
+        options.domains,
+        split=options.split,
+        column=options.column,
+        subset=options.subset,
+        max_characters=64 * options.max_tokens,
+    )
+
+
+def _measure(options: AnalyzeOptions, texts: dict[str, list[str]] | None) -> tuple[Any, Any]:
+    """Load a model and measure it. Return the result, and what makes text of its token ids."""
+    from ..analysis.routing_report import shown_token
+    from ..analysis.specialisation import measure_specialisation
+    from ..analysis.texts import domain_batches, token_batches
+
+    model, tokenizer = options.load()
+    sizes: dict[str, Any] = {
+        "max_tokens": options.max_tokens,
+        "block_size": min(options.block_size, model.config.get_text_config().max_position_embeddings),
+        "batch_size": options.batch_size,
+    }
+    left_out: list[str] = []
+    if texts is None:
+        batches = {"": token_batches(options.texts(), tokenizer, **sizes)}
+    else:
+        batches, left_out = domain_batches(texts, tokenizer, **sizes)
+    for domain in left_out:
+        typer.echo(f"Left out: {domain}", err=True)
+    with typer.progressbar(length=1, label=options.model, file=sys.stderr) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        measured = measure_specialisation(
+            model,
+            batches,
+            title=options.model,
+            source=options.source,
+            single_experts=options.single_experts,
+            output_tokens=options.output_tokens,
+            progress=show,
+        )
+    return measured, lambda token_id: shown_token(tokenizer, token_id)
+
+
+__all__ = ["AnalyzeOptions", "analyze"]
