@@ -10,10 +10,15 @@ The gates are the paper's (softmax, not normalised), and so is the balance loss 
 
     python benchmarks/architecture.py                          # all that is missing, one on each core
     python benchmarks/architecture.py --only gshard --seeds 1  # a piece
-    python benchmarks/architecture.py --measure                # what the ends of the ladder have learned, and the page
 
-What was measured is kept in benchmarks/results/architecture.json, and a run that is there is not made again. Trained
-models go to runs/architecture.
+Of the ends of the ladder everything is measured that `deepseekmoe analyze` measures. All of it is kept in
+benchmarks/results/architecture.json, and a run that is there is not made again. The trained models are in
+runs/architecture, with a file of the validation text, to look at:
+
+    deepseekmoe analyze runs/architecture/fine-4-0 --against runs/architecture/gshard-1.5-0 \\
+        --data runs/architecture/validation.jsonl --domains domain --block-size 128
+
+Under five hours on two cores; `architecture_results.py` draws and prints the results.
 """
 
 import argparse
@@ -34,11 +39,15 @@ import corpus
 import torch
 import transformers
 from measuring import RESULTS, write_results
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, max_violation, take_router_load
-from modeling_deepseekmoe.analysis.evaluation import expert_load
+from modeling_deepseekmoe.analysis.ablations import Losses, measure_single_experts
+from modeling_deepseekmoe.analysis.evaluation import expert_load, trace_routing, traced_layers
 from modeling_deepseekmoe.analysis.inspection import report_on
 from modeling_deepseekmoe.analysis.interventions import losses_of_blocks
+from modeling_deepseekmoe.analysis.specialisation import measure_specialisation
 from modeling_deepseekmoe.balancing.bias_update import update_router_bias
 
 RUNS = Path(__file__).parent.parent / "runs" / "architecture"
@@ -124,6 +133,7 @@ LADDER = (
 BY_NAME = {one.name: one for one in LADDER}
 # What is measured of more than its loss; the last is the paper's comparison for the first.
 ENDS = ("gshard", "gshard-1.5", "fine-4", "fine-4-bias")
+MEASURED_BLOCKS, SINGLE_BLOCKS, BATCH = 100, 16, 25  # blocks of a domain, and of a batch
 
 
 @dataclass(frozen=True)
@@ -191,12 +201,13 @@ def train(job: tuple[Architecture, int, Training]) -> dict[str, Any]:
             load = update_router_bias(model, settings.update_rate) if architecture.bias else take_router_load(model)
             violations.append(max_violation(load.tokens_per_expert).mean().item())
     seconds = time.perf_counter() - begin
-    model.save_pretrained(RUNS / f"{architecture.name}-{seed}")
+    save(model, data, f"{architecture.name}-{seed}")
     by_domain = {
-        domain: float(losses_of_blocks(model, blocks.split(28)).mean()) for domain, blocks in data.validation.items()
+        domain: float(losses_of_blocks(model, blocks.split(BATCH)).mean())
+        for domain, blocks in data.validation.items()
     }
     blocks = torch.cat(list(data.validation.values()))
-    loads = list(expert_load(model, blocks.split(28)).values()) if architecture.routed else []
+    loads = list(expert_load(model, blocks.split(BATCH)).values()) if architecture.routed else []
     last = -max(1, settings.steps // 5)
     return {
         "architecture": architecture.name,
@@ -207,7 +218,41 @@ def train(job: tuple[Architecture, int, Training]) -> dict[str, Any]:
         "max_violation_batch_end": statistics.mean(violations[last:]) if violations else None,
         "training_loss_by_20_steps": [statistics.mean(losses[at : at + 20]) for at in range(0, len(losses), 20)],
         "seconds": seconds,
+        "measured": measure(model, data.validation) if architecture.name in ENDS else None,
     }
+
+
+def save(model: DeepseekMoeForCausalLM, data: Corpus, name: str) -> None:
+    """Save a model with its tokenizer, and the validation text beside it."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(data.tokenizer), eos_token=corpus.END)
+    for part in (model, tokenizer):
+        part.save_pretrained(RUNS / name)
+    rows = (
+        json.dumps({"domain": domain, "text": tokenizer.decode(row)}) + "\n"
+        for domain, blocks in data.validation.items()
+        for row in blocks
+    )
+    (RUNS / "validation.jsonl").write_text("".join(rows), encoding="utf-8")
+
+
+def measure(model: DeepseekMoeForCausalLM, validation: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Measure how specialised the experts are, without the tables of all pairs of experts.
+
+    Every routed expert is masked one by one, on fewer tokens.
+    """
+    domains = {name: blocks[:MEASURED_BLOCKS].split(BATCH) for name, blocks in validation.items()}
+    found = measure_specialisation(model, domains, title="", source="")
+    few = torch.cat([blocks[:SINGLE_BLOCKS] for blocks in validation.values()]).split(BATCH)
+    losses = Losses(model, traced_layers(model), few)
+    single = measure_single_experts(losses, trace_routing(model, few), found.trace.num_experts)
+    figures = {key: section.figures for key, section in found.sections.items() if not section.empty}
+    return {"loss": found.loss, **_without_tables(figures | {"single": single.figures})}
+
+
+def _without_tables(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_tables(one) for key, one in value.items() if key not in ("table", "carried", "shares")}
+    return [_without_tables(one) for one in value] if isinstance(value, list) else value
 
 
 def _training_batches(blocks: torch.Tensor, settings: Training, seed: int) -> Iterator[torch.Tensor]:
@@ -267,7 +312,6 @@ def load_results(path: Path, settings: Training, data: Corpus) -> dict[str, Any]
         "validation_tokens": sum(blocks.numel() for blocks in data.validation.values()),
         "text_of": corpus.package_versions(),
         "runs": [],
-        "measured": {},
     }
 
 

@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md, and the tables in README.md and docs/mtp.md, from the results of the benchmarks.
+"""Write docs/benchmarks.md, and the tables on README.md and other pages, from the results of the benchmarks.
 
 Every figure of the page comes from a file in benchmarks/results. The demo's figures come from
 benchmarks/results/demo.json, which `--demo` copies from the folder of a full `make demo`. Without that file the page
@@ -16,16 +16,13 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import architecture_results
 from page_sections import SECTIONS, Figures, Section, mtp_table, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
-README, MTP_PAGE, BEGIN, END = (
-    ROOT / "README.md",
-    ROOT / "docs" / "mtp.md",
-    "<!-- figures, by benchmarks/make_page.py -->\n",
-    "<!-- end of the figures -->",
-)
+README, MTP_PAGE, WHY_PAGE = ROOT / "README.md", ROOT / "docs" / "mtp.md", ROOT / "docs" / "why-deepseekmoe.md"
+BEGIN, END = "<!-- figures{name}, by benchmarks/make_page.py -->\n", "<!-- end of the figures -->"
 WIDTH = 120
 # Under which names the results hold versions and sizes of the machine.
 VERSIONS = {"python": "Python", "torch": "torch", "transformers": "transformers", "peft": "PEFT",
@@ -125,18 +122,28 @@ def headline() -> str:
     return table(rows[0], rows[1:]) + "\n"
 
 
-def tables() -> dict[Path, str]:
-    """Make the tables that stand on other pages, between marks."""
-    found = {README: headline()}
+def tables() -> dict[Path, dict[str, str]]:
+    """Make the tables that stand on other pages, between marks: by the names in these, "" if a page has only one."""
+    found = {README: {"": headline()}, WHY_PAGE: architecture_results.tables()}
     if (RESULTS / "mtp.json").exists():
-        found[MTP_PAGE] = mtp_table(load("mtp")) + "\n"
+        found[MTP_PAGE] = {"": mtp_table(load("mtp")) + "\n"}
     return found
 
 
-def with_table(page: Path, made: str) -> str:
-    """Put a table into a page's text, between its marks."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    return before + BEGIN + made + END + rest.partition(END)[2]
+def with_tables(page: Path, made: dict[str, str]) -> str:
+    """Put tables into a page's text, between their marks.
+
+    Raises:
+        ValueError: if the page has no such mark.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, own in made.items():
+        mark = BEGIN.format(name=f" of {name}" if name else "")
+        before, found, rest = text.partition(mark)
+        if not found:
+            raise ValueError(f"{page} has no mark {mark.strip()}")
+        text = before + mark + own + END + rest.partition(END)[2]
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,17 +153,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--demo", type=Path, help="metrics.json of the demo, copied to benchmarks/results/demo.json")
     options = parser.parse_args(arguments)
     if options.check:
-        others = all(page.read_text(encoding="utf-8") == with_table(page, made) for page, made in tables().items())
+        others = all(page.read_text(encoding="utf-8") == with_tables(page, made) for page, made in tables().items())
         if PAGE.exists() and PAGE.read_text(encoding="utf-8") == make_page() and others:
             return 0
-        pages = f"{PAGE}, README or {MTP_PAGE}"
+        pages = " or ".join(map(str, (PAGE, *tables())))
         print(f"{pages} is not what the results say: run python benchmarks/make_page.py", file=sys.stderr)
         return 1
     if options.demo:
         shutil.copyfile(options.demo, RESULTS / "demo.json")
     PAGE.write_text(make_page(), encoding="utf-8")
     for page, made in tables().items():
-        page.write_text(with_table(page, made), encoding="utf-8")
+        page.write_text(with_tables(page, made), encoding="utf-8")
     print(f"Written: {PAGE}")
     return 0
 

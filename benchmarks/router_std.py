@@ -26,19 +26,23 @@ SETTINGS = DemoSettings()
 STEPS, LEARNING_RATE = 20, 1e-4
 
 
-def train(model: transformers.PreTrainedModel, blocks: torch.Tensor) -> None:
-    """Train a model without a schedule. Every model gets the same batches."""
+def train(model: transformers.PreTrainedModel, blocks: torch.Tensor, steps: int = STEPS) -> list[float]:
+    """Train the FFNs of a model without a schedule, and return the losses. Every model gets the same batches."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".mlp." in name)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(1)
+    losses = []
     model.train()
-    for _ in range(STEPS):
+    for _ in range(steps):
         batch = blocks[torch.randint(len(blocks), (SETTINGS.batch_size,), generator=generator)]
-        model(batch, labels=batch).loss.backward()
+        loss = model(batch, labels=batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def main() -> None:

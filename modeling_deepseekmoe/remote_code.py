@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-CODE_VERSION = "0.16.0"  # of the package, and of the copies of these files on the Hub
+CODE_VERSION = "0.17.0"  # of the package, and of the copies of these files on the Hub
 CODE_CHOICES = ("auto", "always", "never")
 NATIVE_TYPES = ("deepseek_v2", "deepseek_v3")  # which transformers has classes of its own for
 # The prefix of the class names of each model type.

@@ -172,11 +172,7 @@ def choose_experts(
         chosen = route_eager(
             router_logits, options, correction_bias, token_mask, num_sequences, statistics, None, excluded_experts
         )
-        if bool(excluded_experts.gather(1, chosen[0]).any()):
-            raise TooFewExpertsError(
-                f"excluded_experts leaves some token fewer than top_k={options.top_k} experts in the groups that it "
-                "may use: exclude fewer."
-            )
+        _check_left(excluded_experts, chosen[0])
         return Routing(*chosen)
     sizes, case = (num_experts, options.top_k, options.compared_groups), options.trial_case(num_experts)
     fused = uses_triton(TRIAL, options.implementation, router_logits, *sizes, case=case)
@@ -231,6 +227,14 @@ def _check_excluded(excluded: torch.Tensor, router_logits: torch.Tensor, options
         )
     if options.implementation == "triton":
         raise ValueError("implementation='triton' is not allowed with excluded_experts: the kernels exclude none.")
+
+
+def _check_left(excluded: torch.Tensor, expert_ids: torch.Tensor) -> None:
+    if bool(excluded.gather(1, expert_ids).any()):
+        raise TooFewExpertsError(
+            f"excluded_experts leaves some token fewer than top_k={expert_ids.shape[1]} experts in the groups that it "
+            "may use: exclude fewer."
+        )
 
 
 @register_trial(TRIAL)

@@ -99,15 +99,12 @@ def measure_specialisation(
     trace = trace_routing(model, batches)
     tell(tokens)
     losses = Losses(model, layers, batches, tell)
-    lengths = {name: [batch.shape[1] for batch in own for _ in batch] for name, own in domains.items()}
     sections = [
         measure_redundancy(losses, ratios),
         measure_shared(losses),
         measure_single_experts(losses, trace, single_experts),
         measure_activation(losses),
-        measure_domains(trace, lengths),
-        measure_effective_experts(trace, [length for own in lengths.values() for length in own]),
-        measure_weights(layers),
+        *_without_losses(model, domains, trace),
         measure_outputs(model, layers, batches, output_tokens),
     ]
     progress(total, total)
@@ -117,6 +114,17 @@ def measure_specialisation(
         "loss": f"{losses.loss:.4f} nats",
     }
     return Specialisation(title, facts, losses.loss, {section.key: section for section in sections}, trace)
+
+
+def _without_losses(
+    model: PreTrainedModel, domains: Mapping[str, Sequence[torch.Tensor]], trace: RoutingTrace
+) -> list[Section]:
+    lengths = {name: [batch.shape[1] for batch in own for _ in batch] for name, own in domains.items()}
+    return [
+        measure_domains(trace, lengths),
+        measure_effective_experts(trace, [length for own in lengths.values() for length in own]),
+        measure_weights(traced_layers(model)),
+    ]
 
 
 def _check(

@@ -72,6 +72,12 @@ def _texts_by_domain(options: AnalyzeOptions) -> dict[str, list[str]] | None:
     )
 
 
+def _title(model: str) -> str:
+    """Name a model: a folder without its path."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model
+
+
 def _measure(options: AnalyzeOptions, texts: dict[str, list[str]] | None) -> tuple[Any, Any]:
     """Load a model and measure it. Return the result, and what makes text of its token ids."""
     from ..analysis.routing_report import shown_token
@@ -100,7 +106,7 @@ def _measure(options: AnalyzeOptions, texts: dict[str, list[str]] | None) -> tup
         measured = measure_specialisation(
             model,
             batches,
-            title=options.model,
+            title=_title(options.model),
             source=options.source,
             single_experts=options.single_experts,
             output_tokens=options.output_tokens,

@@ -24,7 +24,7 @@ class ReportOptions(TextOptions, ModelOptions):
 
 @takes(ReportOptions)
 def report(options: ReportOptions) -> None:
-    """Show what the gates do with a text: load, imbalance, co-activation, weights and top tokens of every expert."""
+    """Show what the gates do with a text: load, imbalance, co-activation, weights, typical tokens."""
     from ..analysis.plots import require_matplotlib
     from ..analysis.routing_page import make_page
     from ..analysis.routing_report import make_report

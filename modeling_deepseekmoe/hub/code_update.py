@@ -37,6 +37,8 @@ RELEASED = {
     "2cb8cbd1ff20ee4fea19751280c0a44fd8a1a0136f763c81b552b9be26dff823": "0.14.0",
     "73ad70f1eecf99c8d49c4dadc9235a5c372a208c40e7e179b8cae9cd999c0a81": "0.15.0",
     "f9fd84f60b30d275e302d6d65a51983d91a63bdefaa448cbb1fcbd1bcfc9be0c": "0.15.0",
+    "7721d1b732e81c426a46c888340583cb0a88590fc8ab8b7ab9ea98adb85ac453": "0.16.0",
+    "7a9a6093190a1a57661802d7e7f828e3d71ce3af8b4b03d9ebf31cf8af7d5548": "0.16.0",
 }
 _HEADS = "modeling_classification.py"
 _NAMED = re.compile(r'^CODE_VERSION = "([^"]+)"', re.MULTILINE)

@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -82,19 +83,24 @@ def test_numbers_against_loops(trace: RoutingTrace) -> None:
                 compared += 1
     assert compared > 10
 
+    tokens, occurrences = trace.token_ids.tolist(), Counter(trace.token_ids.tolist())
+    prior = {token: 3 / 8 * times for token, times in occurrences.items()}
     for expert, entries in enumerate(top_tokens_of(trace, 2, count=3)):
+        own = Counter(token for token, row in zip(tokens, ids, strict=True) if expert in row)
         scored = {}
-        for token in set(trace.token_ids.tolist()):
-            rows = [row for row, other in zip(ids, trace.token_ids.tolist(), strict=True) if other == token]
-            chosen = sum(expert in row for row in rows)
-            if chosen / len(rows) > load[expert]:
-                scored[token] = chosen * math.log(chosen / len(rows) / load[expert])
+        for token, a in prior.items():
+            odds, y, others = [], own[token], 3 * occurrences[token] - own[token]
+            for count, total in ((y, own.total()), (others, 3 * 54 - own.total())):
+                odds.append((count + a) / (total + sum(prior.values()) - count - a))
+            score = math.log(odds[0] / odds[1]) / math.sqrt(1 / (y + a) + 1 / (others + a))
+            if score > 0 and y:
+                scored[token] = score
         best = sorted(scored.values(), reverse=True)[:3]
-        assert [scored[entry["token_id"]] for entry in entries] == pytest.approx(best)
+        assert [entry["log_odds"] for entry in entries] == pytest.approx(best) and len(best) == 3
         for entry in entries:
-            assert entry["share"] == pytest.approx(
-                entry["count"] / (trace.token_ids == entry["token_id"]).sum().item()
-            )
+            assert scored[entry["token_id"]] == pytest.approx(entry["log_odds"])
+            assert entry["count"] == own[entry["token_id"]]
+            assert entry["share"] == pytest.approx(entry["count"] / occurrences[entry["token_id"]])
 
 
 def test_independent_choices_have_a_co_activation_of_one() -> None:
@@ -135,7 +141,7 @@ def test_the_page_is_self_contained_and_escaped(tiny_model: Callable, tokenizer:
     assert len(images) == 4 and all(image.startswith(b"\x89PNG") and len(image) > 5_000 for image in images)
     assert not {"script", "link", "iframe", "b", "my"} & set(page.tags)
     assert "Routing of <my> model" in page.text and "a&b.txt" in page.text
-    for heading in ("Load of every expert", "Imbalance", "Co-activation", "Gate weights", "Top tokens"):
+    for heading in ("Load of every expert", "Imbalance", "Co-activation", "Gate weights", "Typical tokens"):
         assert heading in page.text
     assert page.text.count("layer 1") == 1 and "\u2423" in page.text
     numbers = json.loads(json.dumps(report.to_dict()))
