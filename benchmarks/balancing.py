@@ -12,7 +12,6 @@ has one thread and one core. Under an hour on two cores; `--steps 20 --seeds 1` 
 """
 
 import argparse
-import ast
 import hashlib
 import json
 import math
@@ -22,15 +21,14 @@ import platform
 import statistics
 import sysconfig
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import corpus
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, max_violation, take_router_load
 from modeling_deepseekmoe.analysis.evaluation import expert_load, perplexity
@@ -92,21 +90,10 @@ METHODS = (
 
 def documents() -> list[str]:
     """Collect docstrings of the standard library without its tests, and pages of the language reference, each once."""
-    root = Path(sysconfig.get_paths()["stdlib"])
     found = dict.fromkeys(topics[name] for name in sorted(topics))
-    for path in sorted(root.rglob("*.py")):
-        if {"site-packages", "test", "tests", "idle_test"} & set(path.relative_to(root).parts):
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SyntaxWarning)
-                tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue  # a template or a file in another encoding: no text for a reader
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                found.setdefault(ast.get_docstring(node) or "", None)
-    return [text for text in found if len(text) >= 40]
+    for _, texts in corpus.docstrings(Path(sysconfig.get_paths()["stdlib"])):
+        found.update(dict.fromkeys(texts))
+    return [text for text in found if len(text) >= corpus.LEAST_CHARACTERS]
 
 
 def split(texts: list[str]) -> tuple[list[str], list[str]]:
@@ -116,34 +103,14 @@ def split(texts: list[str]) -> tuple[list[str], list[str]]:
     """
     held_out = [text for text in texts if hashlib.sha256(text.encode()).digest()[0] < 26]
     training = [text for text in texts if hashlib.sha256(text.encode()).digest()[0] >= 26]
-    known = {run for text in training for run in runs_of_words(text)}
-    copied = [text for text in held_out if (own := runs_of_words(text)) and 2 * len(own & known) > len(own)]
-    return training, [text for text in held_out if text not in set(copied)]
-
-
-def runs_of_words(text: str, length: int = 12) -> set[tuple[str, ...]]:
-    """Return all runs of so many words."""
-    words = text.split()
-    return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
+    return training, corpus.without_copies(held_out, training)
 
 
 def token_blocks(block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Make training and validation blocks (N, block_size) with a byte-level BPE, trained on the training texts."""
     training, validation = split(documents())
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(training, trainer)
-
-    def blocks(texts: list[str]) -> torch.Tensor:
-        ids = [token for encoding in tokenizer.encode_batch(texts) for token in [*encoding.ids, 0]]
-        return torch.tensor(ids[: len(ids) // block_size * block_size]).view(-1, block_size)
-
-    return blocks(training), blocks(validation)
+    tokenizer = corpus.train_tokenizer(training, VOCAB_SIZE)
+    return corpus.blocks(training, tokenizer, block_size), corpus.blocks(validation, tokenizer, block_size)
 
 
 def run(job: tuple[Method, int, Training, torch.Tensor, torch.Tensor]) -> dict:

@@ -29,7 +29,7 @@ DOMAINS = {
 }
 END = "<end>"
 _HELD_OUT, _OF = 1, 16
-_LEAST_CHARACTERS = 40  # of a docstring
+LEAST_CHARACTERS = 40  # of a docstring
 _RUN = 12  # words
 
 
@@ -61,7 +61,7 @@ def docstrings(folder: Path) -> Iterator[tuple[str, list[str]]]:
             continue  # a template or a file in another encoding: no text for a reader
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         found = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
-        yield relative.as_posix(), [text for text in found if len(text) >= _LEAST_CHARACTERS]
+        yield relative.as_posix(), [text for text in found if len(text) >= LEAST_CHARACTERS]
 
 
 def documents() -> list[Document]:
@@ -70,7 +70,7 @@ def documents() -> list[Document]:
     found = []
     for document in _all_documents():
         text = "\n\n".join(_new_paragraphs(document.text, seen))
-        if len(text) >= _LEAST_CHARACTERS:
+        if len(text) >= LEAST_CHARACTERS:
             found.append(Document(document.domain, document.name, text))
     return found
 
@@ -109,11 +109,16 @@ def split(found: Iterable[Document]) -> tuple[list[Document], list[Document]]:
     held_out: list[Document] = []
     for document in found:
         (held_out if document.is_held_out else training).append(document)
-    wanted = {run for document in held_out for run in runs_of_words(document.text)}
-    known = {run for document in training for run in runs_of_words(document.text) if run in wanted}
-    own = [set(runs_of_words(document.text)) for document in held_out]
-    kept = [document for document, runs in zip(held_out, own, strict=True) if 2 * len(runs & known) <= len(runs)]
-    return training, kept
+    kept = set(without_copies([one.text for one in held_out], [one.text for one in training]))
+    return training, [document for document in held_out if document.text in kept]
+
+
+def without_copies(texts: list[str], others: list[str]) -> list[str]:
+    """Leave out the texts of which more than half of the runs of twelve words are also in one of the others."""
+    own = [set(runs_of_words(text)) for text in texts]
+    wanted: set[tuple[str, ...]] = set().union(*own)
+    known = {run for text in others for run in runs_of_words(text) if run in wanted}
+    return [text for text, runs in zip(texts, own, strict=True) if 2 * len(runs & known) <= len(runs)]
 
 
 def runs_of_words(text: str, length: int = _RUN) -> Iterator[tuple[str, ...]]:

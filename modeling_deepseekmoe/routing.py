@@ -163,7 +163,7 @@ def choose_experts(
     if statistics and (num_sequences < 1 or num_tokens % num_sequences):
         raise ValueError(f"num_sequences={num_sequences} is not allowed: it must divide the {num_tokens} tokens.")
     if expert_ids is not None:
-        _check_given_ids(expert_ids, num_tokens, options)
+        _check_given_ids(expert_ids, num_tokens, options, excluded_experts)
         return Routing(
             *route_eager(router_logits, options, None, token_mask, num_sequences, statistics, expert_ids.long())
         )
@@ -202,7 +202,11 @@ def _check_tensors(
         raise ValueError(f"correction_bias of {correction_bias.dtype} is not allowed: it must be floating point.")
 
 
-def _check_given_ids(expert_ids: torch.Tensor, num_tokens: int, options: RoutingOptions) -> None:
+def _check_given_ids(
+    expert_ids: torch.Tensor, num_tokens: int, options: RoutingOptions, excluded: torch.Tensor | None
+) -> None:
+    if excluded is not None:
+        raise ValueError("excluded_experts is not allowed with expert_ids, which are chosen already.")
     if not isinstance(expert_ids, torch.Tensor):
         raise ValueError(f"expert_ids of {type(expert_ids).__name__} are not allowed: they must be a tensor (T, K).")
     if expert_ids.shape != (num_tokens, options.top_k) or expert_ids.is_floating_point():

@@ -12,6 +12,9 @@ from .routing_options import RoutingOptions
 # What +inf counts as: next to the largest float32 number, which NaN counts as.
 _INFINITY = 3.4028232635611926e38
 
+# What an excluded expert counts as in float64: less than any other, and a group without experts as twice that.
+_EXCLUDED = -1e300
+
 # Measured on the CPU: up to so many values the number of operations counts; more than the other number are taken in
 # parts, which stay in the cache.
 _FEW_VALUES, _MANY_VALUES = 2**10, 2**17
@@ -111,7 +114,7 @@ def _choose(
             values += correction_bias.detach().to(values.dtype)
         values.nan_to_num_(nan=largest, posinf=_INFINITY, neginf=-largest)
     if excluded is not None:
-        values = values.masked_fill(excluded, -largest)
+        values = values.double().masked_fill(excluded, _EXCLUDED)
     return _highest_in_groups(values, options) if grouped else _highest(values, options.top_k)
 
 
@@ -144,8 +147,7 @@ def _highest_in_groups(values: torch.Tensor, options: RoutingOptions) -> torch.T
     else:  # the same, several times as fast for many tokens
         best, where = grouped.max(dim=-1, keepdim=True)
         group_scores = (best + grouped.scatter(-1, where, float("-inf")).amax(dim=-1, keepdim=True)).squeeze(-1)
-        largest = torch.finfo(torch.float32).max
-        group_scores.clamp_(-largest, largest)
+        group_scores.clamp_(max=torch.finfo(torch.float32).max)
     if few:
         dropped = _highest(group_scores, num_groups)[:, top_k_groups:]
         dropped = dropped.unsqueeze(-1).expand(-1, -1, size)

@@ -4,6 +4,7 @@
 Shape letters: L MoE layers, E routed experts, K chosen experts of a token.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,11 +29,11 @@ class Rise:
 
     Attributes:
         rise: the mean over the tokens.
-        error: its standard error, from the differences of the blocks; NaN for a single block.
+        error: its standard error, from the differences of the blocks; `None` for a single block.
     """
 
     rise: float
-    error: float
+    error: float | None
 
 
 class Losses:
@@ -77,7 +78,7 @@ class Losses:
         difference, weights = losses - self.base, self.weights / self.weights.sum()
         mean, count = (difference * weights).sum(), len(difference)
         variance = ((difference - mean) * weights).square().sum() * count / max(count - 1, 1)
-        return Rise(float(mean), float(variance.sqrt()) if count > 1 else float("nan"))
+        return Rise(float(mean), float(variance.sqrt()) if count > 1 else None)
 
     @property
     def why_fixed(self) -> str:
@@ -136,10 +137,10 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
     if losses.why_fixed:
         return replace(section, empty=losses.why_fixed, notes=())
     experts = losses.layers[0].num_experts
-    counts = sorted({round(ratio * experts) for ratio in ratios} - {0})
+    counts = sorted({math.floor(ratio * experts + 0.5) for ratio in ratios} - {0})
     points = [{"masked": 0, "share": 0.0, "loss": losses.loss, "rise": 0.0, "error": 0.0}]
     notes = list(losses.notes)
-    if len(counts) < len(ratios):
+    if any(ratio * experts % 1 for ratio in ratios):
         notes.append(f"Of {experts} experts {', '.join(map(str, counts)) or 'none'} are masked: shares are rounded.")
     for masked in counts:
         try:
@@ -186,7 +187,8 @@ def measure_activation(losses: Losses) -> Section:
     section = Section(
         "activation",
         "Fewer activated experts",
-        "Loss when each token uses only the best of the experts that it would use.",
+        "Loss when each token uses only the best of the experts that it would use. Their weights are normalised and "
+        "scaled as those of all K are.",
         f"{PAPER}, figure 6",
         "Where it is flat, the model could be run with fewer experts; one trained with fewer would be better still.",
         notes=losses.notes,
@@ -217,16 +219,20 @@ def measure_single_experts(losses: Losses, trace: RoutingTrace, count: int) -> S
         return replace(section, empty="Not asked for: --single-experts N measures it.", notes=())
     if losses.why_fixed:
         return replace(section, empty=losses.why_fixed, notes=())
-    rows = []
+    rows, notes = [], list(losses.notes)
     for loads, layer in zip(loads_of(trace), losses.layers, strict=True):
         shared = None if layer.shared_experts is None else losses.rise(Intervention(shared_off=True), [layer])
         experts = []
         busiest = loads.argsort(descending=True, stable=True)[:count].tolist()
         for expert in busiest if layer.index in losses.rerouters else []:
-            found = losses.rise(Intervention(expert=expert), [layer])
+            try:
+                found = losses.rise(Intervention(expert=expert), [layer])
+            except TooFewExpertsError as error:
+                notes.append(f"Layer {layer.index}, expert {expert}: {error}")
+                continue
             experts.append({"expert": expert, "share": float(loads[expert] / loads.sum()), **vars(found)})
         rows.append({"layer": layer.index, "shared_off": None if shared is None else vars(shared), "experts": experts})
-    return replace(section, figures={"layers": rows})
+    return replace(section, figures={"layers": rows}, notes=tuple(notes))
 
 
 __all__ = [

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..families.moe_layers import MoeLayer
 from ..support.models import evaluating, whole_tensor
+from .interventions import as_two_choices
 from .sections import Section
 
 _COLUMNS = 2**18  # of a stack that are widened at a time
@@ -80,6 +81,7 @@ def measure_outputs(
         batches: `torch.LongTensor`s of token ids (B, S), without padding.
         count: how many tokens are looked at, evenly spread over the text.
     """
+    count = min(count, sum(batch.numel() for batch in batches))
     section = Section(
         "outputs",
         "Similarity of outputs",
@@ -105,7 +107,6 @@ def _inputs_of(
 ) -> dict[int, torch.Tensor]:
     """Run the model and keep what the experts of every layer receive (T, D), of tokens that are evenly spread."""
     total = sum(batch.numel() for batch in batches)
-    count = min(count, total)
     wanted = torch.arange(count) * total // count
     kept: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
     rows = torch.empty(0, dtype=torch.long)
@@ -134,11 +135,9 @@ def _inputs_of(
 
 def _outputs_of(experts: nn.Module, hidden_states: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Compute what every expert gives for all tokens, (E, T, D)."""
-    ones = torch.ones((len(hidden_states), 1), dtype=hidden_states.dtype, device=hidden_states.device)
-    outputs = [
-        experts(hidden_states, torch.full_like(ones, expert, dtype=torch.long), ones) for expert in range(num_experts)
-    ]
-    return torch.stack(outputs)
+    ones = hidden_states.new_ones((len(hidden_states), 1))
+    choices = [torch.full_like(ones, expert, dtype=torch.long) for expert in range(num_experts)]
+    return torch.stack([experts(hidden_states, *as_two_choices(ids, ones)) for ids in choices])
 
 
 def _summary(table: torch.Tensor) -> dict[str, Any]:

@@ -42,6 +42,12 @@ class Intervention:
     at_most: int | None = None
     shared_off: bool = False
 
+    def __post_init__(self) -> None:
+        for name, least in (("masked", 0), ("expert", 0), ("more", 0), ("at_most", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} is not allowed: it must be an integer of at least {least}.")
+
     @property
     def excludes(self) -> bool:
         """Whether there are experts that tokens may not choose."""
@@ -96,6 +102,7 @@ class Rerouter:
 
         Raises:
             TooFewExpertsError: if a token has too few experts left.
+            ValueError: if there is no such expert.
         """
         logits, options = logits.reshape(-1, logits.shape[-1]), self.options
         bias = None if self.layer.bias is None else self.layer.bias.tensor.detach().reshape(-1).float()
@@ -112,10 +119,14 @@ class Rerouter:
     def _excluded(self, logits: torch.Tensor, bias: torch.Tensor | None, change: Intervention) -> torch.Tensor:
         """Mark the experts (T, E) that tokens may not choose."""
         excluded = torch.zeros_like(logits, dtype=torch.bool)
+        if change.masked > logits.shape[1]:
+            raise TooFewExpertsError(f"masked={change.masked} is not allowed: there are {logits.shape[1]} experts.")
         if change.masked:
             ranking = replace(self.options, top_k=change.masked, num_groups=1, top_k_groups=1)
             best = choose_experts(logits, ranking, correction_bias=bias, statistics=False).expert_ids
             excluded.scatter_(1, best, True)
+        if change.expert is not None and change.expert >= logits.shape[1]:
+            raise ValueError(f"expert={change.expert} is not allowed: {self.layer.name} has {logits.shape[1]}.")
         if change.expert is not None:
             excluded[:, change.expert] = True
         return excluded
@@ -156,15 +167,24 @@ def _rerouting_hooks(rerouter: Rerouter, change: Intervention) -> list[Any]:
     def reroute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         ids, weights = layer.choices_of(args, kwargs)
         new_ids, new_weights = rerouter.choose(latest.pop("logits"), change)
+        if new_ids.shape[1] == 1 < ids.shape[1]:
+            new_ids, new_weights = as_two_choices(new_ids, new_weights)
         given = {"top_k_index": new_ids.to(ids.device), "top_k_weights": new_weights.to(weights)}
-        if len(args) > 1:
-            return (args[0], *given.values(), *args[3:]), kwargs
-        return args, kwargs | given
+        by_place = [given.pop(name) for name in list(given)[: max(len(args) - 1, 0)]]
+        return (*args[:1], *by_place, *args[3:]), kwargs | given
 
     return [
         layer.gate.register_forward_hook(keep),
         layer.experts.register_forward_pre_hook(reroute, with_kwargs=True),
     ]
+
+
+def as_two_choices(expert_ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give tokens with one choice, (T, 1), the same expert a second time, without weight.
+
+    The experts of some families cannot compute a single choice (LongCat-Flash).
+    """
+    return expert_ids.expand(-1, 2), torch.cat([weights, torch.zeros_like(weights)], dim=1)
 
 
 def losses_of_blocks(
@@ -194,4 +214,4 @@ def losses_of_blocks(
     return torch.cat(losses)
 
 
-__all__ = ["Intervention", "Rerouter", "intervening", "losses_of_blocks"]
+__all__ = ["Intervention", "Rerouter", "as_two_choices", "intervening", "losses_of_blocks"]

@@ -27,6 +27,8 @@ from .routing_report import facts_of
 from .sections import Section
 from .texts import check_vocabulary
 
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
 
 @dataclass(frozen=True)
 class Specialisation:
@@ -84,6 +86,7 @@ def measure_specialisation(
         ValueError: if the model has no MoE layer, if one is not understood, if there is no text, if its loss is not
             finite, or if a number is not allowed.
     """
+    domains = {name: own if isinstance(own, torch.Tensor) else list(own) for name, own in domains.items()}
     _check(domains, ratios, single_experts, output_tokens)
     layers = traced_layers(model)
     batches = [batch for own in domains.values() for batch in own]
@@ -130,22 +133,26 @@ def _without_losses(
 def _check(
     domains: Mapping[str, Sequence[torch.Tensor]], ratios: Sequence[float], single_experts: int, output_tokens: int
 ) -> None:
-    if not domains or not all(domains.values()):
-        empty = [repr(name) for name, own in domains.items() if not own]
-        where = f" for {', '.join(empty)}" if empty else ""
-        raise ValueError(f"domains is not allowed: it holds no batch of tokens{where}.")
+    if not domains:
+        raise ValueError("domains is not allowed: it is empty, and at least one text is needed.")
     for name, own in domains.items():
+        if isinstance(own, torch.Tensor) or not own:
+            found = "a tensor" if isinstance(own, torch.Tensor) else "no batch"
+            raise ValueError(f"domains[{name!r}] is not allowed: it is {found}, and must be a list of batches (B, S).")
         for batch in own:
-            if batch.ndim != 2 or batch.is_floating_point() or batch.shape[1] < 2 or not len(batch):
-                raise ValueError(
-                    f"domains[{name!r}]: {batch.dtype} of shape {tuple(batch.shape)} is not allowed: it must hold "
-                    "whole numbers (B, S), S at least 2."
+            whole = isinstance(batch, torch.Tensor) and batch.dtype in _WHOLE
+            if not whole or batch.ndim != 2 or batch.shape[1] < 2 or not len(batch):
+                what = (
+                    f"{batch.dtype} of shape {tuple(batch.shape)}" if hasattr(batch, "shape") else type(batch).__name__
                 )
-    if bad := [ratio for ratio in ratios if not 0 < ratio < 1]:
-        raise ValueError(f"ratios={bad} is not allowed: they must be above 0 and below 1.")
+                raise ValueError(
+                    f"domains[{name!r}]: {what} is not allowed: it must hold whole numbers (B, S), S at least 2."
+                )
+    if not ratios or any(not 0 < ratio < 1 for ratio in ratios):
+        raise ValueError(f"ratios={list(ratios)} is not allowed: they must be numbers above 0 and below 1.")
     for name, value, least in (("single_experts", single_experts, 0), ("output_tokens", output_tokens, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value} is not allowed: it must be at least {least}.")
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} is not allowed: it must be an integer of at least {least}.")
 
 
 __all__ = ["Specialisation", "measure_specialisation"]

@@ -63,7 +63,7 @@ def _section(key: str, reports: Mapping[str, Specialisation]) -> tuple[str, str,
 
 def _curves(sections: Sections, x: str, y: str = "rise") -> dict[str, Curve]:
     return {
-        name: Curve(*([point[of] for point in section.figures["points"]] for of in (x, y, "error")))
+        name: Curve(*([point[of] or 0.0 for point in section.figures["points"]] for of in (x, y, "error")))
         for name, section in sections.items()
     }
 
@@ -72,7 +72,7 @@ def _points(sections: Sections, column: str) -> str:
     """Make a table of losses, of all models."""
     head = ["model", column, "loss (nats)", "rise", "standard error"]
     rows = [
-        [name, _short(point[column]), f"{point['loss']:.4f}", f"{point['rise']:+.4f}", f"{point['error']:.4f}"]
+        [name, _short(point[column]), f"{point['loss']:.4f}", f"{point['rise']:+.4f}", _short(point["error"])]
         for name, section in sections.items()
         for point in section.figures["points"]
     ]
@@ -80,7 +80,10 @@ def _points(sections: Sections, column: str) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Show a number that may be missing."""
+    if value is None:
+        return "not known"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _redundancy(sections: Sections) -> str:

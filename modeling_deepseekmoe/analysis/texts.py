@@ -155,12 +155,12 @@ def domain_batches(
     block_size: int,
     batch_size: int,
 ) -> tuple[dict[str, list[torch.Tensor]], list[str]]:
-    """Cut the texts of every domain into blocks of tokens of one size, as many for each as there are.
+    """Cut the texts of every domain into blocks of tokens of one size.
 
     Args:
         texts: the texts of every domain.
         tokenizer, block_size, batch_size: as for [`token_batches`].
-        max_tokens: tokens of all domains together. Each has the same share.
+        max_tokens: tokens of all domains together. Each has the same share, or fewer if it has no more.
 
     Returns:
         For every domain its batches, and the domains that are left out, with the reason: two blocks are needed.
@@ -196,10 +196,10 @@ def domain_batches(
 
 def check_vocabulary(config: PreTrainedConfig, batches: Iterable[torch.Tensor]) -> None:
     """Raise ValueError if a token is none of the model's: the tokenizer is another model's then."""
-    largest = max(int(batch.max()) for batch in batches)
-    if largest >= config.vocab_size:
+    ends = [int(end) for batch in batches for end in batch.aminmax()]
+    if odd := [token for token in (max(ends), min(ends)) if not 0 <= token < config.vocab_size]:
         raise ValueError(
-            f"The tokenizer gives token {largest}, and the model has vocab_size={config.vocab_size}: it is another "
+            f"The tokenizer gives token {odd[0]}, and the model has vocab_size={config.vocab_size}: it is another "
             "model's tokenizer."
         )
 

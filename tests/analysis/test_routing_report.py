@@ -6,13 +6,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import V3_LIKE, Golden
 from dense_models import dense_model
+from html_pages import Page
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -111,24 +111,6 @@ def test_independent_choices_have_a_co_activation_of_one() -> None:
     table = co_activation_of(trace, 0)
     off_diagonal = table[~torch.eye(12, dtype=torch.bool)]
     assert (off_diagonal - 1).abs().max() < 0.1 and abs(off_diagonal.mean().item() - 1) < 0.01
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_the_page_is_self_contained_and_escaped(tiny_model: Callable, tokenizer: object) -> None:

@@ -1,0 +1,122 @@
+"""The page of `deepseekmoe analyze`, and the command."""
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_runner import run
+from html_pages import Page
+from other_families import family
+from transformers import AutoTokenizer
+
+from modeling_deepseekmoe import measure_specialisation
+from modeling_deepseekmoe.analysis.specialisation_page import make_page
+
+GENERATOR = torch.Generator().manual_seed(3)
+DOMAINS = {name: list(torch.randint(3, 90, (2, 3, 12), generator=GENERATOR)) for name in ("<law>", "code", "talk")}
+
+
+@pytest.fixture
+def tokenizer(source: Path) -> Any:
+    return AutoTokenizer.from_pretrained(source)
+
+
+def sources(page: Page) -> list[bytes]:
+    return [base64.b64decode(address.split(",", 1)[1]) for address in page.addresses]
+
+
+def test_the_page_is_self_contained_and_escaped(tiny_model: Callable) -> None:
+    measured = measure_specialisation(tiny_model(), DOMAINS, title="<my> model", source="a&b.jsonl", single_experts=2)
+    other = measure_specialisation(
+        family("qwen3_moe").eval(), {"": DOMAINS["code"]}, title="<my> model", source="a&b.jsonl"
+    )
+    for page, images in (
+        (make_page(measured, "<{}>".format), 12),
+        (make_page(measured, str, (other, str)), 14),
+    ):
+        read = Page(page)
+        assert len(sources(read)) >= images and all(image.startswith(b"\x89PNG") for image in sources(read))
+        assert all(address.startswith("data:image/png;base64,") for address in read.addresses)
+        assert "<my>" not in page and "<law>" not in page and "<my> model" in read.text and "<law>" in read.text
+        for section in measured.sections.values():
+            assert section.heading in read.text and section.reading in read.text and section.source in read.text
+    assert "<my> model (2): The model has no shared experts." in read.text
+    assert "<my> model (2): The text has one domain" in read.text
+
+
+def test_a_page_of_empty_sections(tiny_model: Callable) -> None:
+    """One domain, one block, K = 1, no shared experts: reasons, and a page all the same."""
+    model = tiny_model(num_experts_per_tok=1, n_shared_experts=None)
+    measured = measure_specialisation(model, {"": [DOMAINS["code"][0][:1]]}, title="small", source="x")
+    text = Page(make_page(measured, str)).text
+    for reason in ("K = 1: each token uses", "has no shared experts", "has one domain", "--single-experts N"):
+        assert reason in text
+    assert "not known" in text  # the standard error of a single block
+
+
+def write_rows(path: Path, **columns: list[Any]) -> Path:
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def model(tiny_model: Callable, tokenizer: Any, tmp_path: Path) -> Path:
+    tiny_model(vocab_size=256).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_command(model: Path, tmp_path: Path) -> None:
+    texts = ["The gate chooses experts. " * 9, "def route(): return 1\n" * 9] * 2
+    data = write_rows(tmp_path / "rows.jsonl", text=texts, domain=["prose", "code"] * 2)
+    sizes = ("--block-size", "32", "--max-tokens", "256")
+    page = tmp_path / "sub" / "page.html"
+    code, output = run("analyze", model, "--data", data, "--domains", "domain", *sizes, "--output", page)
+    assert code == 0 and "model: loss" in output and "no one expert at a time: Not asked for" in output
+    assert "prose and code" in Page(page.read_text(encoding="utf-8")).text
+    code, output = run("analyze", model, "--data", data, *sizes, "--json", "--against", model, "--single-experts", "1")
+    found = json.loads(re.search(r"^\[$.*^\]$", output, re.DOTALL | re.MULTILINE)[0])
+    assert code == 0 and len(found) == 2 and found[0]["loss"] == found[1]["loss"]
+    assert "one domain" in found[0]["sections"]["domains"]["empty"]
+    assert "NaN" not in output and len(found[0]["sections"]["single"]["figures"]["layers"][0]["experts"]) == 1
+    code, output = run("analyze", model, "--data", data, *sizes, "--against", model, "--output", page)
+    assert code == 0 and "model (2)" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data", "text.txt", "--domains", "domain"), "holds no rows, and so no columns"),
+        (("--data", "nothing.jsonl"), "nothing.jsonl is no file"),
+        (("--data", "empty.txt"), "holds 0 tokens"),
+        (("--data", "empty.jsonl", "--domains", "domain"), "holds no rows"),
+        (("--data", "rows.jsonl", "--domains", "kind"), "domains='kind' is not allowed: rows.jsonl, line 1 has None"),
+        (("--data", "rows.jsonl", "--domains", "domain", "--max-tokens", "8"), "max_tokens=8 is not allowed"),
+        (("--data", "text.txt", "--output", "."), "it is a folder"),
+        (("--data", "text.txt", "--against", "nowhere"), "nowhere"),
+        (("--data", "text.txt", "--single-experts", "-1"), "single_experts=-1"),
+    ],
+)
+def test_mistakes(
+    options: tuple[str, ...], message: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("Some text of more than one token.", encoding="utf-8")
+    for name in ("empty.txt", "empty.jsonl"):
+        (tmp_path / name).write_text("", encoding="utf-8")
+    write_rows(tmp_path / "rows.jsonl", text=["some text"] * 2, domain=["a", "b"])
+    code, output = run("analyze", model, *options)
+    assert code == 2 and message in " ".join(output.split()), output
+
+
+def test_a_domain_that_is_too_short_is_named(model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", text=["many words " * 40, "more words " * 40, "few"], domain=[1, 2, 3])
+    options = ("--domains", "domain", "--block-size", "16", "--max-tokens", "300", "--json")
+    code, output = run("analyze", model, "--data", data, *options)
+    assert code == 0 and "Left out: 3: it holds fewer than two blocks of 16 tokens" in output
