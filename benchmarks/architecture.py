@@ -4,9 +4,12 @@ Every model has the same attention and the same data, for a seed in the same ord
 routed and shared, have as many parameters together, and a token uses as many of them: GShard's 16 experts, of which a
 token uses two, are cut finer step by step, and one expert becomes a shared one. Beside this ladder stand a dense model
 that computes as much, a dense one with all parameters active (the upper bound), GShard with experts of 1.5 times the
-size, DeepSeekMoE balanced by a bias instead of a loss, and that with DeepSeek-V3's gate.
+size, DeepSeekMoE balanced by a bias instead of a loss, and with other gates.
 
-The gates are the paper's (softmax, not normalised), and so is the balance loss (its factor 0.01).
+The gates are the paper's (softmax, not normalised), and so is the balance loss (its factor 0.01). One thing differs:
+the weights are multiplied by the number of routed experts, as DeepSeek-V2 multiplies its own by a factor. A chosen
+expert has a weight of about 1 at first then, whatever their number, so that an expert and all the parts it is cut into
+compute the same. Without this, finer experts begin with smaller outputs, and learn slowly in so short a training.
 
     python benchmarks/architecture.py                          # all that is missing, one on each core
     python benchmarks/architecture.py --only gshard --seeds 1  # a piece
@@ -65,7 +68,9 @@ MODEL: dict[str, Any] = {
     "eos_token_id": 0,
 }
 GATE: dict[str, Any] = {"scoring_func": "softmax", "norm_topk_prob": False, "seq_aux": False}
-V3_GATE: dict[str, Any] = {"scoring_func": "sigmoid", "norm_topk_prob": True}
+# Normalised weights add up to the scaling factor: with K they are 1 on average, as those of the others are at first.
+V3_GATE: dict[str, Any] = {"scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 7.0}
+UNSCALED: dict[str, Any] = {"routed_scaling_factor": 1.0}
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Architecture:
             return DeepseekMoeConfig(**MODEL, n_routed_experts=None, intermediate_size=self.width)
         return DeepseekMoeConfig(
             **MODEL,
-            **GATE | self.gate,
+            **GATE | {"routed_scaling_factor": float(self.routed)} | self.gate,
             intermediate_size=self.width,
             moe_intermediate_size=self.width,
             n_routed_experts=self.routed,
@@ -125,8 +130,9 @@ LADDER = (
     Architecture("shared", "+ shared expert: 1 + 1 of 15", 15, 1, 1, WIDTH),
     Architecture("fine-2", "+ fine-grained x2: 1 + 3 of 31", 31, 1, 3, WIDTH // 2),
     Architecture("fine-4", "+ fine-grained x4: 1 + 7 of 63 (DeepSeekMoE)", 63, 1, 7, WIDTH // 4),
-    Architecture("fine-4-bias", "the same, balanced by a bias", 63, 1, 7, WIDTH // 4, bias=True),
-    Architecture("fine-4-v3", "the same, and with DeepSeek-V3's gate", 63, 1, 7, WIDTH // 4, True, V3_GATE),
+    Architecture("fine-4-bias", "DeepSeekMoE, balanced by a bias", 63, 1, 7, WIDTH // 4, bias=True),
+    Architecture("fine-4-v3", "DeepSeekMoE, bias and DeepSeek-V3's gate", 63, 1, 7, WIDTH // 4, True, V3_GATE),
+    Architecture("fine-4-unscaled", "DeepSeekMoE, weights as in the paper", 63, 1, 7, WIDTH // 4, gate=UNSCALED),
     Architecture("gshard-1.5", "GShard x1.5, 2 of 16", 16, 0, 2, 3 * WIDTH // 2),
     Architecture("dense-all", "dense, all parameters active", 0, 0, 0, 16 * WIDTH),
 )
@@ -290,7 +296,7 @@ def load_results(path: Path, settings: Training, data: Corpus) -> dict[str, Any]
     """
     now = {
         "training": asdict(settings),
-        "model": MODEL | GATE | {"expert_width": WIDTH},
+        "model": MODEL | GATE | {"expert_width": WIDTH, "routed_scaling_factor": "number of routed experts"},
         "corpus_sha256": data.digest,
     }
     if path.exists():
