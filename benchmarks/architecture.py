@@ -1,10 +1,11 @@
 """Train the architectures of DeepSeekMoE's ablation (arXiv 2401.06066, section 4) from scratch, and compare them.
 
-Every model has the same attention and the same data, for a seed in the same order. The experts of every MoE model,
-routed and shared, have as many parameters together, and a token uses as many of them: GShard's 16 experts, of which a
-token uses two, are cut finer step by step, and one expert becomes a shared one. Beside this ladder stand a dense model
-that computes as much, a dense one with all parameters active (the upper bound), GShard with experts of 1.5 times the
-size, DeepSeekMoE balanced by a bias instead of a loss, and with other gates.
+For a seed every model has the same attention, the same initial weights outside of its FFNs, and the same data in the
+same order. The experts of every MoE model, routed and shared, have as many parameters together, and a token uses as
+many of them: GShard's 16 experts, of which a token uses two, are cut finer step by step, and one expert becomes a
+shared one. Beside this ladder stand a dense model that computes as much, a dense one with all parameters active (the
+upper bound), GShard with experts of 1.5 times the size, DeepSeekMoE balanced by a bias instead of a loss, and with
+other gates.
 
 The gates are the paper's (softmax, not normalised), and so is the balance loss (its factor 0.01). One thing differs:
 the weights are multiplied by the number of routed experts, as DeepSeek-V2 multiplies its own by a factor. A chosen
@@ -45,7 +46,7 @@ from measuring import RESULTS, write_results
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, max_violation, take_router_load
+from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, max_violation
 from modeling_deepseekmoe.analysis.ablations import Losses, measure_single_experts
 from modeling_deepseekmoe.analysis.evaluation import expert_load, trace_routing, traced_layers
 from modeling_deepseekmoe.analysis.inspection import report_on
@@ -132,12 +133,13 @@ LADDER = (
     Architecture("fine-4", "+ fine-grained x4: 1 + 7 of 63 (DeepSeekMoE)", 63, 1, 7, WIDTH // 4),
     Architecture("fine-4-bias", "DeepSeekMoE, balanced by a bias", 63, 1, 7, WIDTH // 4, bias=True),
     Architecture("fine-4-v3", "DeepSeekMoE, bias and DeepSeek-V3's gate", 63, 1, 7, WIDTH // 4, True, V3_GATE),
-    Architecture("fine-4-unscaled", "DeepSeekMoE, weights as in the paper", 63, 1, 7, WIDTH // 4, gate=UNSCALED),
     Architecture("gshard-1.5", "GShard x1.5, 2 of 16", 16, 0, 2, 3 * WIDTH // 2),
     Architecture("dense-all", "dense, all parameters active", 0, 0, 0, 16 * WIDTH),
+    Architecture("gshard-unscaled", "GShard, weights not multiplied", 16, 0, 2, WIDTH, gate=UNSCALED),
+    Architecture("fine-4-unscaled", "DeepSeekMoE, weights not multiplied", 63, 1, 7, WIDTH // 4, gate=UNSCALED),
 )
 BY_NAME = {one.name: one for one in LADDER}
-# What is measured of more than its loss; the last is the paper's comparison for the first.
+# Of these more is measured than the loss. The paper compares the redundancy of the second and the third.
 ENDS = ("gshard", "gshard-1.5", "fine-4", "fine-4-bias")
 MEASURED_BLOCKS, SINGLE_BLOCKS, BATCH = 100, 16, 25  # blocks of a domain, and of a batch
 
@@ -169,7 +171,9 @@ def read_corpus(block_size: int, folder: Path = RUNS) -> Corpus:
         }
         fewest = min(map(len, validation.values()))
         validation = {
-            domain: blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[:fewest]]
+            domain: blocks[
+                torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[:fewest].sort().values
+            ]
             for domain, blocks in validation.items()
         }
         own = corpus.blocks([document.text for document in training], tokenizer, block_size)
@@ -188,24 +192,22 @@ def train(job: tuple[Architecture, int, Training]) -> dict[str, Any]:
     data, config = read_corpus(settings.block_size), architecture.config(settings)
     torch.manual_seed(seed)
     model = DeepseekMoeForCausalLM(config).train()
+    same_weights(model, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = max(1, settings.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))),
     )
-    violations, losses, begin = [], [], time.perf_counter()
+    begin = time.perf_counter()
     for batch in _training_batches(data.training, settings, seed):
-        outputs = model(batch, labels=batch)
-        outputs.loss.backward()
+        model(batch, labels=batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(float(outputs.loss.detach()))
-        if architecture.routed:
-            load = update_router_bias(model, settings.update_rate) if architecture.bias else take_router_load(model)
-            violations.append(max_violation(load.tokens_per_expert).mean().item())
+        if architecture.bias:
+            update_router_bias(model, settings.update_rate)
     seconds = time.perf_counter() - begin
     save(model, data, f"{architecture.name}-{seed}")
     by_domain = {
@@ -214,18 +216,25 @@ def train(job: tuple[Architecture, int, Training]) -> dict[str, Any]:
     }
     blocks = torch.cat(list(data.validation.values()))
     loads = list(expert_load(model, blocks.split(BATCH)).values()) if architecture.routed else []
-    last = -max(1, settings.steps // 5)
     return {
         "architecture": architecture.name,
         "seed": seed,
         "loss": statistics.mean(by_domain.values()),
         "loss_by_domain": by_domain,
         "max_violation_global": max_violation(torch.stack(loads)).mean().item() if loads else None,
-        "max_violation_batch_end": statistics.mean(violations[last:]) if violations else None,
-        "training_loss_by_20_steps": [statistics.mean(losses[at : at + 20]) for at in range(0, len(losses), 20)],
         "seconds": seconds,
         "measured": measure(model, data.validation) if architecture.name in ENDS else None,
     }
+
+
+@torch.no_grad()
+def same_weights(model: DeepseekMoeForCausalLM, seed: int) -> None:
+    """Give every matrix outside of the FFNs the initial weights that it has in all models of this seed."""
+    for name, parameter in model.named_parameters():
+        if ".mlp." not in name and parameter.ndim == 2:
+            digest = hashlib.sha256(f"{name}, seed {seed}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+            parameter.normal_(0.0, model.config.initializer_range, generator=generator)
 
 
 def save(model: DeepseekMoeForCausalLM, data: Corpus, name: str) -> None:
@@ -246,13 +255,19 @@ def measure(model: DeepseekMoeForCausalLM, validation: dict[str, torch.Tensor]) 
 
     Every routed expert is masked one by one, on fewer tokens.
     """
-    domains = {name: blocks[:MEASURED_BLOCKS].split(BATCH) for name, blocks in validation.items()}
+    domains = {name: evenly(blocks, MEASURED_BLOCKS).split(BATCH) for name, blocks in validation.items()}
     found = measure_specialisation(model, domains, title="", source="")
-    few = torch.cat([blocks[:SINGLE_BLOCKS] for blocks in validation.values()]).split(BATCH)
+    few = torch.cat([evenly(blocks, SINGLE_BLOCKS) for blocks in validation.values()]).split(BATCH)
     losses = Losses(model, traced_layers(model), few)
     single = measure_single_experts(losses, trace_routing(model, few), found.trace.num_experts)
     figures = {key: section.figures for key, section in found.sections.items() if not section.empty}
     return {"loss": found.loss, **_without_tables(figures | {"single": single.figures})}
+
+
+def evenly(blocks: torch.Tensor, count: int) -> torch.Tensor:
+    """Choose so many blocks, evenly spread over the documents."""
+    count = min(count, len(blocks))
+    return blocks[torch.arange(count) * len(blocks) // count]
 
 
 def _without_tables(value: Any) -> Any:
@@ -283,7 +298,6 @@ def sizes(settings: Training) -> dict[str, dict[str, Any]]:
             "activated_parameters": report.activated_parameters,
             "expert_parameters": experts,
             "forward_flops_per_token": report.forward_flops_per_token,
-            "flops_without_gates": report.training_flops_4k,
         }
     return found
 
@@ -296,7 +310,9 @@ def load_results(path: Path, settings: Training, data: Corpus) -> dict[str, Any]
     """
     now = {
         "training": asdict(settings),
-        "model": MODEL | GATE | {"expert_width": WIDTH, "routed_scaling_factor": "number of routed experts"},
+        "model": MODEL,
+        "ladder": {one.name: asdict(one) for one in LADDER},
+        "gate": GATE,
         "corpus_sha256": data.digest,
     }
     if path.exists():
@@ -322,7 +338,7 @@ def load_results(path: Path, settings: Training, data: Corpus) -> dict[str, Any]
 
 
 def main() -> None:
-    """Train what is missing, and print the table."""
+    """Train what is missing, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(BY_NAME), default=list(BY_NAME), help="train only these")
     parser.add_argument("--steps", type=int, default=Training.steps, help="optimizer steps of a run")

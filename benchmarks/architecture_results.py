@@ -50,13 +50,13 @@ def ladder_table(figures: Figures) -> str:
                 size["label"],
                 f"{size['total_parameters'] / 1e6:.2f} M",
                 f"{size['activated_parameters'] / 1e6:.2f} M",
-                f"{size['flops_without_gates'] / 1e9:.1f} G",
+                f"{size['forward_flops_per_token'] / 1e6:.2f} M",
                 spread(losses.values()),
                 ", ".join(f"{gap:+.3f}" for gap in gaps) if name != "gshard" else "",
                 spread(violations.values(), 2) if violations else "",
             )
         )
-    header = ("architecture", "parameters", "activated", "FLOPs of 4K tokens", "validation loss (nats)",
+    header = ("architecture", "parameters", "activated", "FLOPs of a token, forward", "validation loss (nats)",
               "minus GShard's, by seed", "MaxVio_global")  # fmt: skip
     return table(header, rows)
 
@@ -75,13 +75,13 @@ def order(figures: Figures) -> str:
     return table(("step", "change of the loss (nats)", "lower in"), said)
 
 
-def points_of(figures: Figures, name: str, section: str, x: str) -> dict[float, list[float]]:
-    """Return the rises of a section of an architecture by what was changed, of all seeds."""
+def points_of(figures: Figures, name: str, section: str, x: str, y: str = "rise") -> dict[float, list[float]]:
+    """Return the losses or rises of a section of an architecture by what was changed, of all seeds."""
     found: dict[float, list[float]] = {}
     measured = of_runs(figures, name, lambda run: (run.get("measured") or {}).get(section))
     for one in measured.values():
         for point in one["points"]:
-            found.setdefault(point[x], []).append(point["rise"])
+            found.setdefault(point[x], []).append(point[y])
     return found
 
 

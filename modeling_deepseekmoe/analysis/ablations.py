@@ -12,13 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ..families.gate_rules import UnknownGateError
-from ..families.moe_layers import MoeLayer
+from ..families.moe_layers import SHARED_EXPERTS, MoeLayer
 from ..routing import TooFewExpertsError
 from .evaluation import RoutingTrace
 from .interventions import Intervention, Rerouter, intervening, losses_of_blocks
 from .routing_report import loads_of
 from .sections import Section
 
+SAME_SUM = "rise_with_the_same_sum"
+LEAST_RISE = 1e-4  # nats
 RATIOS = (1 / 16, 1 / 8, 3 / 16, 1 / 4)
 PAPER = "arXiv 2401.06066"
 
@@ -57,10 +59,14 @@ class Losses:
         self.rerouters, self.fixed = _rerouters(layers)
         self.weights = torch.cat([torch.full((len(batch),), batch.shape[1] - 1.0) for batch in batches]).double()
         self.base = losses_of_blocks(model, batches, progress)
-        if not bool(self.base.isfinite().all()):
-            raise ValueError(
-                f"The loss of {type(model).__name__} on this text is {self.loss}: nothing can be compared."
-            )
+        self._require_finite(self.base)
+        # Choosing once more, by the same rule, must not change anything. If it does, every rise has this in it.
+        self.chosen_again = self.rise(Intervention(at_most=self.top_k)) if self.rerouters else Rise(0.0, None)
+
+    def _require_finite(self, losses: torch.Tensor) -> None:
+        if not bool(losses.isfinite().all()):
+            name, found = type(self.model).__name__, float(losses[~losses.isfinite()][0])
+            raise ValueError(f"The loss of {name} on this text is {found}: nothing can be compared.")
 
     @property
     def loss(self) -> float:
@@ -75,6 +81,7 @@ class Losses:
         """
         with intervening(self.layers if layers is None else layers, self.rerouters, change):
             losses = losses_of_blocks(self.model, self.batches, self.progress)
+        self._require_finite(losses)
         difference, weights = losses - self.base, self.weights / self.weights.sum()
         mean, count = (difference * weights).sum(), len(difference)
         variance = ((difference - mean) * weights).square().sum() * count / max(count - 1, 1)
@@ -87,15 +94,28 @@ class Losses:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The layers that keep their experts, and why the first of them does."""
-        if not self.fixed:
-            return ()
-        layers = ", ".join(map(str, self.fixed))
-        return (f"Of {len(self.layers)} MoE layers {len(self.fixed)} keep their experts ({layers}): {self._reason}",)
+        """What is to be known of the rises: layers that keep their experts, and choices that are not the model's."""
+        found = []
+        if self.fixed:
+            layers = ", ".join(map(str, self.fixed))
+            found.append(
+                f"Of {len(self.layers)} MoE layers {len(self.fixed)} keep their experts ({layers}): {self._reason}"
+            )
+        if abs(self.chosen_again.rise) > LEAST_RISE:
+            found.append(
+                f"Choosing the same number of experts again moves the loss by {self.chosen_again.rise:+.4f} by itself "
+                "(rounding, ties): smaller rises mean nothing."
+            )
+        return tuple(found)
 
     @property
     def _reason(self) -> str:
         return next(iter(self.fixed.values()))
+
+    @property
+    def all_normalise(self) -> bool:
+        """Whether the weights of every token that can be sent to other experts add up to the same always."""
+        return all(one.options.normalize for one in self.rerouters.values())
 
     @property
     def top_k(self) -> int:
@@ -117,8 +137,14 @@ def _rerouters(layers: Sequence[MoeLayer]) -> tuple[dict[int, Rerouter], dict[in
 def count_passes(layers: Sequence[MoeLayer], ratios: int, single_experts: int) -> int:
     """Count how often the model reads the text at most, for so many ratios and single experts of each layer."""
     rerouters, _ = _rerouters(layers)
-    top_k = max((one.options.top_k for one in rerouters.values()), default=1)
-    return 1 + ratios + 3 + (top_k - 1) + (single_experts + 1) * len(layers) * (single_experts > 0)
+    options = [one.options for one in rerouters.values()]
+    shared = sum(layer.shared_experts is not None for layer in layers)
+    passes = 1 + (shared > 0) + (shared if single_experts else 0)
+    if options:
+        top_k, twice = max(one.top_k for one in options), 1 if all(one.normalize for one in options) else 2
+        passes += 1 + ratios * twice + 2 * (shared > 0) + top_k - 1
+        passes += min(single_experts, layers[0].num_experts) * len(rerouters)
+    return passes
 
 
 def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Section:
@@ -128,7 +154,8 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
         "Redundancy",
         "Loss when of each token the experts that its gate ranks highest are masked, in all layers, and the token "
         "goes to the next ones. The share counts routed experts. Scores are not shared out anew, unless the gate "
-        "normalises.",
+        "normalises: so the experts' outputs become smaller too. The rise with the same sum leaves that out: the "
+        "weights are multiplied so that they add up to what they did.",
         f"{PAPER}, figure 5",
         "The steeper it rises, the less the other experts know what the masked ones know: the less redundant they "
         "are.",
@@ -138,7 +165,7 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
         return replace(section, empty=losses.why_fixed, notes=())
     experts = losses.layers[0].num_experts
     counts = sorted({math.floor(ratio * experts + 0.5) for ratio in ratios} - {0})
-    points = [{"masked": 0, "share": 0.0, "loss": losses.loss, "rise": 0.0, "error": 0.0}]
+    points = [{"masked": 0, "share": 0.0, "loss": losses.loss, "rise": 0.0, "error": 0.0, SAME_SUM: 0.0}]
     notes = list(losses.notes)
     if any(ratio * experts % 1 for ratio in ratios):
         notes.append(f"Of {experts} experts {', '.join(map(str, counts)) or 'none'} are masked: shares are rounded.")
@@ -148,7 +175,16 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
         except TooFewExpertsError as error:
             notes.append(f"{masked} masked: {error}")
             continue
-        points.append({"masked": masked, "share": masked / experts, "loss": losses.loss + found.rise, **vars(found)})
+        scaled = found if losses.all_normalise else losses.rise(Intervention(masked=masked, same_sum=True))
+        points.append(
+            {
+                "masked": masked,
+                "share": masked / experts,
+                "loss": losses.loss + found.rise,
+                **vars(found),
+                SAME_SUM: scaled.rise,
+            }
+        )
     if len(points) == 1:
         return replace(section, empty=" ".join(notes), notes=())
     return replace(section, figures={"num_experts": experts, "points": points}, notes=tuple(notes))
@@ -165,7 +201,12 @@ def measure_shared(losses: Losses) -> Section:
         notes=losses.notes,
     )
     if all(layer.shared_experts is None for layer in losses.layers):
-        return replace(section, empty="The model has no shared experts.", notes=())
+        names = " or ".join(SHARED_EXPERTS)
+        return replace(
+            section,
+            empty=f"The model has no shared experts: nothing beside the routed ones is named {names}.",
+            notes=(),
+        )
     cases = {"off": losses.rise(Intervention(shared_off=True))}
     notes = list(losses.notes)
     try:
@@ -206,6 +247,7 @@ def measure_activation(losses: Losses) -> Section:
 
 def measure_single_experts(losses: Losses, trace: RoutingTrace, count: int) -> Section:
     """Mask single routed experts for all tokens, and switch off the shared ones, in one layer at a time."""
+    count = min(count, losses.layers[0].num_experts)
     section = Section(
         "single",
         "One expert at a time",

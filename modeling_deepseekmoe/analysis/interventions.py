@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..families.gate_rules import UnknownGateError, rule_of
-from ..families.moe_layers import MoeLayer
+from ..families.moe_layers import MoeLayer, unwrapped
 from ..moe import DeepseekMoeGate
 from ..routing import TooFewExpertsError, choose_experts
 from ..routing_options import RoutingOptions
@@ -33,6 +33,7 @@ class Intervention:
         expert: an expert that no token may choose.
         more: how many more experts each token uses.
         at_most: the most experts that a token uses.
+        same_sum: whether the weights of each token are multiplied so that they add up to what they did.
         shared_off: whether the shared experts give zero.
     """
 
@@ -40,6 +41,7 @@ class Intervention:
     expert: int | None = None
     more: int = 0
     at_most: int | None = None
+    same_sum: bool = False
     shared_off: bool = False
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class Intervention:
     @property
     def reroutes(self) -> bool:
         """Whether tokens may get other routed experts."""
-        return self.excludes or self.more > 0 or self.at_most is not None
+        return self.excludes or self.more > 0 or self.at_most is not None or self.same_sum
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ class Rerouter:
         """
         if layer.has_skip_class:
             raise UnknownGateError(f"{layer.gate_path} is not allowed: one of its classes is computed by no expert.")
-        if isinstance(layer.gate, DeepseekMoeGate):
-            return cls(layer, replace(layer.gate.options, implementation="auto"))
+        gate = unwrapped(layer).gate
+        if isinstance(gate, DeepseekMoeGate):
+            return cls(layer, replace(gate.options, implementation="auto"))
         rule = rule_of(layer)
         if rule.table:
             raise UnknownGateError(
@@ -140,33 +143,54 @@ def intervening(layers: Sequence[MoeLayer], rerouters: Mapping[int, Rerouter], c
         layers: the MoE layers that are changed.
         rerouters: by the index of a layer what chooses there. Layers without one keep their experts.
         change: what is changed.
+
+    Raises:
+        ValueError: at the end, if a layer was not run as modules are: nothing was changed in it.
     """
+    silent: dict[str, None] = {}  # the modules that have not been called
     with ExitStack() as stack:
         for layer in layers:
             handles = []
             if change.reroutes and layer.index in rerouters:
-                handles += _rerouting_hooks(rerouters[layer.index], change)
+                handles += _rerouting_hooks(rerouters[layer.index], change, silent)
             if change.shared_off and layer.shared_experts is not None:
-                handles.append(layer.shared_experts.register_forward_hook(_zeros))
+                handles.append(_silencing_hook(layer, silent))
             for handle in handles:
                 stack.callback(handle.remove)
         yield
+    if silent:
+        raise ValueError(
+            f"{next(iter(silent))} is not called as a module, so that nothing can be changed there. A compiled model "
+            "does that: measure it before torch.compile."
+        )
 
 
-def _zeros(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(output)
+def _silencing_hook(layer: MoeLayer, silent: dict[str, None]) -> Any:
+    assert layer.shared_experts is not None
+    name = f"the shared experts of {layer.name}"
+    silent[name] = None
+
+    def silence(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        silent.pop(name, None)
+        return torch.zeros_like(output)
+
+    return layer.shared_experts.register_forward_hook(silence)
 
 
-def _rerouting_hooks(rerouter: Rerouter, change: Intervention) -> list[Any]:
+def _rerouting_hooks(rerouter: Rerouter, change: Intervention, silent: dict[str, None]) -> list[Any]:
     layer, latest = rerouter.layer, {}
     assert layer.gate is not None
+    silent[layer.gate_path] = None
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         latest["logits"] = output[0]
 
     def reroute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        silent.pop(layer.gate_path, None)
         ids, weights = layer.choices_of(args, kwargs)
         new_ids, new_weights = rerouter.choose(latest.pop("logits"), change)
+        if change.same_sum:
+            new_weights = new_weights * (weights.sum(dim=1, keepdim=True) / new_weights.sum(dim=1, keepdim=True))
         if new_ids.shape[1] == 1 < ids.shape[1]:
             new_ids, new_weights = as_two_choices(new_ids, new_weights)
         given = {"top_k_index": new_ids.to(ids.device), "top_k_weights": new_weights.to(weights)}

