@@ -78,8 +78,8 @@ UNSCALED: dict[str, Any] = {"routed_scaling_factor": 1.0}
 class Training:
     """Settings of a run. The learning rate rises for 5% of the steps and falls to 0 as a cosine."""
 
-    steps: int = 2930
-    batch_size: int = 8
+    steps: int = 1500
+    batch_size: int = 16
     block_size: int = 128
     learning_rate: float = 3e-3
     balance_factor: float = 0.01

@@ -76,6 +76,7 @@ def route(
     scaling_factor: float = 1.0,
     bias_on: str = "scores",
     expert_ids: torch.Tensor | None = None,
+    excluded_experts: torch.Tensor | None = None,
     token_mask: torch.Tensor | None = None,
     num_sequences: int = 1,
     statistics: bool = True,
@@ -87,7 +88,7 @@ def route(
         router_logits (`torch.Tensor` of shape (T, E)): gate logits.
         top_k, score_function, num_groups, top_k_groups, group_score, normalize, epsilon, scaling_factor, bias_on,
             implementation: see [`RoutingOptions`].
-        correction_bias, expert_ids, token_mask, num_sequences, statistics: see [`choose_experts`].
+        correction_bias, expert_ids, excluded_experts, token_mask, num_sequences, statistics: see [`choose_experts`].
 
     Returns:
         [`Routing`].
@@ -112,6 +113,7 @@ def route(
         options,
         correction_bias=correction_bias,
         expert_ids=expert_ids,
+        excluded_experts=excluded_experts,
         token_mask=token_mask,
         num_sequences=num_sequences,
         statistics=statistics,
@@ -132,8 +134,7 @@ def choose_experts(
     """Choose the top-K routed experts of every token.
 
     The choice is made by score plus bias, inside the best groups if there are groups. The weights are the scores of
-    the chosen experts without the bias. They are gathered, not recovered by subtraction, so that no gradient flows
-    through the choice or the bias.
+    the chosen experts without the bias, gathered, so that no gradient flows through the choice or the bias.
 
     Args:
         router_logits (`torch.Tensor` of shape (T, E)): gate logits. float32, bfloat16 and float16 are computed in
@@ -142,11 +143,11 @@ def choose_experts(
         correction_bias (`torch.FloatTensor` of shape (E,), *optional*): the bias of auxiliary-loss-free balancing
             (2408.15664, eq. 3), finite numbers.
         expert_ids (`torch.LongTensor` of shape (T, K), *optional*): experts that are chosen already, as by token id in
-            DeepSeek-V4's first layers. They may repeat. Bias and groups have no part then, and plain torch computes.
+            DeepSeek-V4's first layers. They may repeat. Bias and groups have no part, and plain torch computes.
         excluded_experts (`torch.BoolTensor` of shape (T, E), *optional*): experts that a token must not choose. The
-            scores of the others stay as they are, and groups are ranked without them. Plain torch computes.
-        token_mask (`torch.Tensor` of shape (T,), *optional*): nonzero for real tokens. The others are routed too, but
-            are not counted.
+            scores of the others stay as they are. Groups are ranked without them, those with too few experts left
+            for their score last. Plain torch computes.
+        token_mask (`torch.Tensor` of shape (T,), *optional*): nonzero for real tokens. The others are not counted.
         num_sequences (`int`): N, a divisor of T: the number of equal runs of consecutive tokens that are counted
             apart.
         statistics (`bool`): whether `counts_by_sequence` and `score_sums` are wanted.
@@ -228,6 +229,11 @@ def _check_excluded(excluded: torch.Tensor, router_logits: torch.Tensor, options
         raise ValueError(
             f"excluded_experts as {found} is not allowed: it must be torch.bool of shape (T, E) = "
             f"{tuple(router_logits.shape)}."
+        )
+    if excluded.device != router_logits.device:
+        raise ValueError(
+            f"excluded_experts on device {excluded.device} is not allowed: router_logits are on "
+            f"{router_logits.device}."
         )
     if options.implementation == "triton":
         raise ValueError("implementation='triton' is not allowed with excluded_experts: the kernels exclude none.")

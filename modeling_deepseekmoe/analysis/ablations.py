@@ -134,17 +134,22 @@ def _rerouters(layers: Sequence[MoeLayer]) -> tuple[dict[int, Rerouter], dict[in
     return rerouters, fixed
 
 
-def count_passes(layers: Sequence[MoeLayer], ratios: int, single_experts: int) -> int:
-    """Count how often the model reads the text at most, for so many ratios and single experts of each layer."""
+def count_passes(layers: Sequence[MoeLayer], ratios: Sequence[float], single_experts: int) -> int:
+    """Count how often the model reads the text at most."""
     rerouters, _ = _rerouters(layers)
     options = [one.options for one in rerouters.values()]
     shared = sum(layer.shared_experts is not None for layer in layers)
     passes = 1 + (shared > 0) + (shared if single_experts else 0)
     if options:
         top_k, twice = max(one.top_k for one in options), 1 if all(one.normalize for one in options) else 2
-        passes += 1 + ratios * twice + 2 * (shared > 0) + top_k - 1
+        masks = len(_numbers_masked(ratios, layers[0].num_experts))
+        passes += 1 + masks * twice + 2 * (shared > 0) + top_k - 1
         passes += min(single_experts, layers[0].num_experts) * len(rerouters)
     return passes
+
+
+def _numbers_masked(ratios: Sequence[float], num_experts: int) -> list[int]:
+    return sorted({math.floor(ratio * num_experts + 0.5) for ratio in ratios} - {0})
 
 
 def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Section:
@@ -164,7 +169,7 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
     if losses.why_fixed:
         return replace(section, empty=losses.why_fixed, notes=())
     experts = losses.layers[0].num_experts
-    counts = sorted({math.floor(ratio * experts + 0.5) for ratio in ratios} - {0})
+    counts = _numbers_masked(ratios, experts)
     points = [{"masked": 0, "share": 0.0, "loss": losses.loss, "rise": 0.0, "error": 0.0, SAME_SUM: 0.0}]
     notes = list(losses.notes)
     if any(ratio * experts % 1 for ratio in ratios):

@@ -190,6 +190,11 @@ def _watched_batches(
         with evaluating(model):
             for input_ids in batches:
                 model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1)
+                if not logits:
+                    raise ValueError(
+                        f"The gates of this {type(model).__name__} are not called as modules, so that their choices "
+                        "cannot be seen. A compiled model does that: take it before torch.compile."
+                    )
                 yield input_ids
     finally:
         for handle in handles:

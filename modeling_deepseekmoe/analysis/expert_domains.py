@@ -27,7 +27,7 @@ class DomainUse:
     Attributes:
         tokens, sequences: how many there are.
         counts (`torch.LongTensor` of shape (L, E)): choices of every expert.
-        halves: the same of every second sequence, and of the others.
+        halves: the same of the first half of the sequences, and of the second.
     """
 
     tokens: int
@@ -47,8 +47,8 @@ def use_by_domain(trace: RoutingTrace, lengths: Mapping[str, Sequence[int]]) -> 
     for name, own in lengths.items():
         tokens = sum(own)
         ids = trace.expert_ids[:, begin : begin + tokens].long()
-        is_odd = torch.arange(len(own)).repeat_interleave(torch.tensor(own)) % 2 == 1
-        counts, *halves = (_counts(part, trace.num_experts) for part in (ids, ids[:, ~is_odd], ids[:, is_odd]))
+        is_second = torch.arange(len(own)).repeat_interleave(torch.tensor(own)) >= (len(own) + 1) // 2
+        counts, *halves = (_counts(part, trace.num_experts) for part in (ids, ids[:, ~is_second], ids[:, is_second]))
         found[name] = DomainUse(tokens, len(own), counts, (halves[0], halves[1]))
         begin += tokens
     return found
@@ -87,7 +87,8 @@ def measure_domains(trace: RoutingTrace, lengths: Mapping[str, Sequence[int]]) -
         "Domains",
         "The use of experts by domain: an expert's share of the choices. The distance of two domains is the "
         "Jensen-Shannon distance of their shares (0: the same, 1: no expert in common), as a mean over the layers. "
-        "Beside it stands the distance of the two halves of one domain, which is chance. Then the share of a domain's "
+        "Beside it stands the distance of the first and the second half of one domain: what different texts of the "
+        "same kind, and few tokens, make of it. Then the share of a domain's "
         "choices that go to its busiest experts, and how many of the K busiest two domains have in common.",
         "arXiv 2407.01906, figures 2 and 3",
         "Distances far above those of halves, and few experts that carry most of a domain: specialised.",

@@ -27,19 +27,31 @@ def cosines(rows: torch.Tensor) -> torch.Tensor:
     return rows @ rows.transpose(-1, -2)
 
 
-def cosines_of_weights(layer: MoeLayer) -> torch.Tensor | None:
-    """Compute the cosines (E, E) of all weights of the routed experts; `None` if they are quantised or not stacked."""
-    stacks = [
-        whole_tensor(parameter).flatten(1)
+class UnreadableWeightsError(ValueError):
+    """The weights of experts cannot be compared."""
+
+
+def cosines_of_weights(layer: MoeLayer) -> torch.Tensor:
+    """Compute the cosines (E, E) of all weights of the routed experts, without adapters.
+
+    Raises:
+        UnreadableWeightsError: if they are quantised, offloaded, or not stacked by experts.
+    """
+    named = {
+        name: whole_tensor(parameter).flatten(1)
         for name, parameter in layer.experts.named_parameters()
-        if parameter.ndim > 1 and ".lora_" not in name
-    ]
-    number = getattr(layer.experts, "num_experts", layer.num_experts)
-    are_plain = all(
-        stack.is_floating_point() and stack.element_size() > 1 and len(stack) == number for stack in stacks
-    )
-    if not stacks or not are_plain:
-        return None
+        if parameter.ndim > 1 and "lora_" not in name
+    }
+    stacks, number = list(named.values()), getattr(layer.experts, "num_experts", layer.num_experts)
+    for name, stack in named.items():
+        if stack.is_meta:
+            raise UnreadableWeightsError(f"{layer.name}.experts.{name} is offloaded to the disk or the CPU.")
+        if not stack.is_floating_point() or stack.element_size() == 1:
+            raise UnreadableWeightsError(f"{layer.name}.experts.{name} is quantised ({stack.dtype}).")
+        if len(stack) != number:
+            raise UnreadableWeightsError(f"{layer.name}.experts.{name} is not stacked by the {number} experts.")
+    if not stacks:
+        raise UnreadableWeightsError(f"{layer.name}.experts has no weights of its own.")
     products = torch.zeros(number, number, dtype=torch.float64)
     for stack in stacks:
         for part in stack.split(_COLUMNS, dim=1):
@@ -61,13 +73,15 @@ def measure_weights(layers: Sequence[MoeLayer]) -> Section:
     )
     rows = []
     for layer in layers:
-        table = cosines_of_weights(layer)
-        if table is None:
-            kind = type(layer.experts).__name__
-            reason = f"The weights of {layer.name}.experts ({kind}) are quantised, or not stacked by experts."
-            return replace(section, empty=reason)
+        try:
+            table = cosines_of_weights(layer)
+        except UnreadableWeightsError as error:
+            return replace(section, empty=str(error))
         rows.append({"layer": layer.index, **_summary(table)})
-    return replace(section, figures={"layers": rows})
+    adapted = any("lora_" in name for layer in layers for name, _ in layer.experts.named_parameters())
+    return replace(
+        section, figures={"layers": rows}, notes=("Adapters are left out: these are the base's.",) * adapted
+    )
 
 
 def measure_outputs(

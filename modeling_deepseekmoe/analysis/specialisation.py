@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..families.moe_layers import MoeLayer
+from ..support.models import is_sharded
 from .ablations import (
     RATIOS,
     Losses,
@@ -26,8 +28,6 @@ from .expert_similarity import measure_outputs, measure_weights
 from .routing_report import facts_of
 from .sections import Section
 from .texts import check_vocabulary
-
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def measure_specialisation(
 ) -> Specialisation:
     """Measure how specialised the routed and the shared experts of a model are.
 
-    The model reads the text once for every change, about K + 8 times for K chosen experts, and with `single_experts`
-    `single_experts + 1` times more for every MoE layer.
+    The model reads the text once for every change: about K + 10 times for K chosen experts (K + 14 if the gate does
+    not normalise), and with `single_experts` `single_experts + 1` times more for every MoE layer.
 
     Args:
         model: a causal language model with MoE layers, of this family or another one.
@@ -89,16 +89,18 @@ def measure_specialisation(
     domains = {name: own if isinstance(own, torch.Tensor) else list(own) for name, own in domains.items()}
     _check(domains, ratios, single_experts, output_tokens)
     layers = traced_layers(model)
-    batches = [batch for own in domains.values() for batch in own]
+    _refuse_expert_parallelism(model, layers)
+    batches = [batch.long() for own in domains.values() for batch in own]
     check_vocabulary(model.config.get_text_config(), batches)
     tokens = sum(batch.numel() for batch in batches)
-    total, done = (count_passes(layers, len(ratios), single_experts) + 1) * tokens, 0
+    total, done = (count_passes(layers, ratios, single_experts) + 2) * tokens, 0  # and two for trace and outputs
 
     def tell(more: int) -> None:
         nonlocal done
         done += more
         progress(done, total)
 
+    weights = measure_weights(layers)  # first, since it may fail
     trace = trace_routing(model, batches)
     tell(tokens)
     losses = Losses(model, layers, batches, tell)
@@ -107,7 +109,8 @@ def measure_specialisation(
         measure_shared(losses),
         measure_single_experts(losses, trace, single_experts),
         measure_activation(losses),
-        *_without_losses(model, domains, trace),
+        *_by_choices(domains, trace),
+        weights,
         measure_outputs(model, layers, batches, output_tokens),
     ]
     progress(total, total)
@@ -119,15 +122,22 @@ def measure_specialisation(
     return Specialisation(title, facts, losses.loss, {section.key: section for section in sections}, trace)
 
 
-def _without_losses(
-    model: PreTrainedModel, domains: Mapping[str, Sequence[torch.Tensor]], trace: RoutingTrace
-) -> list[Section]:
+def _by_choices(domains: Mapping[str, Sequence[torch.Tensor]], trace: RoutingTrace) -> list[Section]:
     lengths = {name: [batch.shape[1] for batch in own for _ in batch] for name, own in domains.items()}
     return [
         measure_domains(trace, lengths),
         measure_effective_experts(trace, [length for own in lengths.values() for length in own]),
-        measure_weights(traced_layers(model)),
     ]
+
+
+def _refuse_expert_parallelism(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> None:
+    for layer in layers:
+        own = getattr(layer.experts, "num_experts", layer.num_experts)
+        if is_sharded(model) and own < layer.num_experts and not layer.has_skip_class:
+            raise ValueError(
+                f"{layer.name}.experts holds {own} of the {layer.num_experts} experts, which ranks share: load the "
+                "model without expert parallelism."
+            )
 
 
 def _check(
@@ -140,7 +150,7 @@ def _check(
             found = "a tensor" if isinstance(own, torch.Tensor) else "no batch"
             raise ValueError(f"domains[{name!r}] is not allowed: it is {found}, and must be a list of batches (B, S).")
         for batch in own:
-            whole = isinstance(batch, torch.Tensor) and batch.dtype in _WHOLE
+            whole = isinstance(batch, torch.Tensor) and not batch.is_floating_point() and batch.dtype != torch.bool
             if not whole or batch.ndim != 2 or batch.shape[1] < 2 or not len(batch):
                 what = (
                     f"{batch.dtype} of shape {tuple(batch.shape)}" if hasattr(batch, "shape") else type(batch).__name__

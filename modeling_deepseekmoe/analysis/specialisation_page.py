@@ -61,9 +61,10 @@ def _section(key: str, reports: Mapping[str, Specialisation]) -> tuple[str, str,
     return first.heading, note, content + remarks
 
 
-def _curves(sections: Sections, x: str, y: str = "rise") -> dict[str, Curve]:
+def _curves(sections: Sections, x: str) -> dict[str, Curve]:
+    """Return the rises of every model by what was changed."""
     return {
-        name: Curve(*([point[of] or 0.0 for point in section.figures["points"]] for of in (x, y, "error")))
+        name: Curve(*([_number(point[of]) for point in section.figures["points"]] for of in (x, "rise", "error")))
         for name, section in sections.items()
     }
 
@@ -77,6 +78,11 @@ def _points(sections: Sections, column: str) -> str:
         for point in section.figures["points"]
     ]
     return as_table(head, rows)
+
+
+def _number(value: float | None) -> float:
+    """Return a number that is not drawn for one that is missing."""
+    return float("nan") if value is None else value
 
 
 def _short(value: Any) -> str:
@@ -136,7 +142,7 @@ def _distances(figures: Mapping[str, Any]) -> str:
     names = [one["domain"] for one in figures["domains"]]
     table = [[0.0] * len(names) for _ in names]
     for place, one in enumerate(figures["domains"]):
-        table[place][place] = one["halves"] or 0.0
+        table[place][place] = _number(one["halves"])
     for pair in figures["pairs"]:
         row, column = (names.index(domain) for domain in pair["domains"])
         table[row][column] = table[column][row] = pair["distance"]

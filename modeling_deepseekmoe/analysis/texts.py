@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 _ROWS = (".jsonl", ".json", ".csv", ".parquet")  # files that hold rows
 # A dataset may have no end, and a column with more values is none of domains.
@@ -127,6 +130,7 @@ def read_domains(
     characters: dict[str, int] = {}
     for number, (where, row) in enumerate(read_rows(data, split=split, subset=subset)):
         if number == MOST_ROWS:
+            logger.warning(f"{data}: only the first {MOST_ROWS:,} rows are read, and the domains in them.")
             break
         text = _text_of(row, column, where)
         domain = row.get(domains)
@@ -179,16 +183,14 @@ def domain_batches(
     found, left_out = {}, []
     for name, own in texts.items():
         try:
-            batches = token_batches(
-                iter(own), tokenizer, max_tokens=share, block_size=block_size, batch_size=batch_size
-            )
+            rows = token_batches(iter(own), tokenizer, max_tokens=share, block_size=block_size, batch_size=1)
         except ValueError as error:
             left_out.append(f"{name}: {error}")
             continue
-        if batches[0].shape[1] < block_size or sum(map(len, batches)) < 2:
+        if len(rows) < 2 or rows[0].shape[1] < block_size:
             left_out.append(f"{name}: it holds fewer than two blocks of {block_size} tokens.")
         else:
-            found[name] = batches
+            found[name] = list(torch.cat(rows).split(batch_size))
     if not found:
         raise ValueError(f"No domain has two blocks of block_size={block_size} tokens. {' '.join(left_out)}")
     return found, left_out

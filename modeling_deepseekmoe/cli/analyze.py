@@ -40,7 +40,8 @@ def analyze(options: AnalyzeOptions) -> None:
         check_file(options.output)
     models = [options, *([] if options.against is None else [replace(options, model=options.against, tokenizer=None)])]
     texts = _texts_by_domain(options)
-    measured = [_measure(one, texts) for one in models]
+    block_size = _check_models(models)
+    measured = [_measure(replace(one, block_size=block_size), texts) for one in models]
     if options.as_json:
         numbers = [one.to_dict() for one, _ in measured]
         typer.echo(json.dumps(numbers[0] if options.against is None else numbers, indent=2))
@@ -72,6 +73,31 @@ def _texts_by_domain(options: AnalyzeOptions) -> dict[str, list[str]] | None:
     )
 
 
+def _check_models(models: list[AnalyzeOptions]) -> int:
+    """Look at the configs of the models before the first is measured, and return the tokens of a sequence.
+
+    Raises:
+        ValueError: if one has no MoE layers, or none that can be measured.
+    """
+    from transformers import AutoConfig
+
+    from ..analysis.evaluation import traced_layers
+    from ..analysis.meta_models import meta_model
+    from ..integrations.registration import register
+
+    block_size = models[0].block_size
+    register(override_native=True)
+    for options in models:
+        options.check()
+        config = AutoConfig.from_pretrained(options.model)
+        traced_layers(meta_model(config))
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None) or block_size
+        if longest < block_size:
+            block_size = longest
+            typer.echo(f"Sequences have {longest} tokens: {options.model} takes no longer ones.", err=True)
+    return block_size
+
+
 def _title(model: str) -> str:
     """Name a model: a folder without its path."""
     path = Path(model)
@@ -87,7 +113,7 @@ def _measure(options: AnalyzeOptions, texts: dict[str, list[str]] | None) -> tup
     model, tokenizer = options.load()
     sizes: dict[str, Any] = {
         "max_tokens": options.max_tokens,
-        "block_size": min(options.block_size, model.config.get_text_config().max_position_embeddings),
+        "block_size": options.block_size,
         "batch_size": options.batch_size,
     }
     left_out: list[str] = []

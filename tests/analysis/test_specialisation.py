@@ -24,6 +24,11 @@ from modeling_deepseekmoe.analysis.specialisation import Specialisation, measure
 from modeling_deepseekmoe.analysis.texts import domain_batches, read_domains
 from modeling_deepseekmoe.routing import TooFewExpertsError
 
+NO_SHARED = (
+    "The model has no shared experts: nothing beside the routed ones is named shared_experts or shared_expert or "
+    "shared_mlp."
+)
+
 
 def measure(model: nn.Module, text: Mapping[str, Sequence[torch.Tensor]] = TEXT, **more: Any) -> Specialisation:
     return measure_specialisation(model, text, **({"title": "model", "source": "random"} | more))
@@ -39,6 +44,11 @@ def prepared(name: str) -> tuple[nn.Module, Loop, Specialisation]:
 def changing(model: nn.Module, **change: Any) -> AbstractContextManager[None]:
     layers = traced_layers(model)
     return intervening(layers, {layer.index: Rerouter.of(layer) for layer in layers}, Intervention(**change))
+
+
+def in_halves(rows: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    middle = (len(rows) + 1) // 2
+    return rows[:middle], rows[middle:]
 
 
 EVERY_CASE = pytest.mark.parametrize("name", CASES)
@@ -66,14 +76,12 @@ def test_losses_against_loops(name: str) -> None:
     assert [point["activated"] for point in fewer] == [3, 2, 1]
     for point in masks:
         check(point, Change(masked=point["masked"]))
+        scaled = (loop.losses(BLOCKS, Change(masked=point["masked"], same_sum=True)) - base).mean().item()
+        assert point["rise_with_the_same_sum"] == pytest.approx(scaled, abs=tolerance)
     for point in fewer:
         check(point, Change(top_k=point["activated"]))
     if name == "qwen3_moe":
-        assert (
-            sections["shared"].empty
-            == "The model has no shared experts: nothing beside the routed ones is named shared_experts or shared_expert or shared_mlp."
-            and not sections["shared"].figures
-        )
+        assert sections["shared"].empty == NO_SHARED and not sections["shared"].figures
     else:
         points = {point["shared experts"]: point for point in sections["shared"].figures["points"]}
         assert list(points) == ["on", "off", "off, one more routed", "on, one more routed"]
@@ -124,7 +132,7 @@ def test_use_of_experts_against_loops(name: str) -> None:
     for of in domains["domains"]:
         own = rows[of["domain"]]
         assert (of["tokens"], of["sequences"]) == (9 * len(own), len(own))
-        halves.append(mean(lambda index, own=own: distance(count(index, own[::2]), count(index, own[1::2]))))
+        halves.append(mean(lambda index, own=own: distance(*(count(index, half) for half in in_halves(own)))))
         assert of["halves"] == pytest.approx(halves[-1], abs=DOUBLE)
         for place, carried in enumerate(of["carried"], start=1):
             share = lambda index, n=place, own=own: sum(sorted(count(index, own))[-n:]) / (27 * len(own))  # noqa: E731

@@ -45,7 +45,7 @@ def test_the_page_is_self_contained_and_escaped(tiny_model: Callable) -> None:
         assert "<my>" not in page and "<law>" not in page and "<my> model" in read.text and "<law>" in read.text
         for section in measured.sections.values():
             assert section.heading in read.text and section.reading in read.text and section.source in read.text
-    assert "<my> model (2): The model has no shared experts." in read.text
+    assert "<my> model (2): The model has no shared experts" in read.text
     assert "<my> model (2): The text has one domain" in read.text
 
 

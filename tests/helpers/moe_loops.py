@@ -53,6 +53,7 @@ class Change:
     masked: int = 0
     expert: int | None = None
     top_k: int = 3
+    same_sum: bool = False
     shared: bool = True
     layer: int | None = None
 
@@ -147,6 +148,9 @@ class Loop:
         excluded = () if change.expert is None else (change.expert,)
         for row, token in enumerate(tokens):
             ids, weights, out = choose(logits[row], self.rule, added, change.top_k, change.masked, excluded)
+            if change.same_sum:
+                _, before, _ = choose(logits[row], self.rule, added, 3)
+                weights = [weight * sum(before) / sum(weights) for weight in weights]
             for expert, weight in zip(ids, weights, strict=True):
                 outputs[row] += weight * output_of(block.experts, expert, token)
             self.seen[index].append((token, ids, weights, out))
