@@ -21,7 +21,8 @@ from page_sections import SECTIONS, Figures, Section, mtp_table, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
-README, MTP_PAGE, WHY_PAGE = ROOT / "README.md", ROOT / "docs" / "mtp.md", ROOT / "docs" / "why-deepseekmoe.md"
+README = ROOT / "README.md"
+MTP_PAGE, WHY_PAGE, UPCYCLING_PAGE = (ROOT / "docs" / f"{name}.md" for name in ("mtp", "why-deepseekmoe", "upcycling"))
 BEGIN, END = "<!-- figures{name}, by benchmarks/make_page.py -->\n", "<!-- end of the figures -->"
 WIDTH = 120
 # Under which names the results hold versions and sizes of the machine.
@@ -124,7 +125,8 @@ def headline() -> str:
 
 def tables() -> dict[Path, dict[str, str]]:
     """Make the tables that stand on other pages, between marks: by the names in these, "" if a page has only one."""
-    found = {README: {"": headline()}, WHY_PAGE: architecture_results.tables()}
+    made = architecture_results.tables()
+    found = {README: {"": headline()}, UPCYCLING_PAGE: {"": made.pop("upcycling")}, WHY_PAGE: made}
     if (RESULTS / "mtp.json").exists():
         found[MTP_PAGE] = {"": mtp_table(load("mtp")) + "\n"}
     return found
