@@ -93,17 +93,12 @@ def measure_specialisation(
     batches = [batch.long() for own in domains.values() for batch in own]
     check_vocabulary(model.config.get_text_config(), batches)
     tokens = sum(batch.numel() for batch in batches)
-    total, done = (count_passes(layers, ratios, single_experts) + 2) * tokens, 0  # and two for trace and outputs
-
-    def tell(more: int) -> None:
-        nonlocal done
-        done += more
-        progress(done, total)
-
+    total = (count_passes(layers, ratios, single_experts) + 2) * tokens  # two for the trace and the outputs
+    done = _Done(progress, total)
     weights = measure_weights(layers)  # first, since it may fail
     trace = trace_routing(model, batches)
-    tell(tokens)
-    losses = Losses(model, layers, batches, tell)
+    done.add(tokens)
+    losses = Losses(model, layers, batches, done.add)
     sections = [
         measure_redundancy(losses, ratios),
         measure_shared(losses),
@@ -120,6 +115,17 @@ def measure_specialisation(
         "loss": f"{losses.loss:.4f} nats",
     }
     return Specialisation(title, facts, losses.loss, {section.key: section for section in sections}, trace)
+
+
+class _Done:
+    """The tokens that were read so far, of all."""
+
+    def __init__(self, progress: Callable[[int, int], None], total: int) -> None:
+        self.progress, self.total, self.tokens = progress, total, 0
+
+    def add(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.progress(self.tokens, self.total)
 
 
 def _by_choices(domains: Mapping[str, Sequence[torch.Tensor]], trace: RoutingTrace) -> list[Section]:
