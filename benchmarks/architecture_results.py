@@ -51,14 +51,21 @@ def ladder_table(figures: Figures) -> str:
                 f"{size['total_parameters'] / 1e6:.2f} M",
                 f"{size['activated_parameters'] / 1e6:.2f} M",
                 f"{size['forward_flops_per_token'] / 1e6:.2f} M",
+                str(len(losses)),
                 spread(losses.values()),
                 ", ".join(f"{gap:+.3f}" for gap in gaps) if name != "gshard" else "",
                 spread(violations.values(), 2) if violations else "",
             )
         )
-    header = ("architecture", "parameters", "activated", "FLOPs of a token, forward", "validation loss (nats)",
-              "minus GShard's, by seed", "MaxVio_global")  # fmt: skip
-    return table(header, rows)
+    header = ("architecture", "parameters", "activated", "FLOPs of a token, forward", "seeds",
+              "validation loss (nats)", "minus GShard's, by seed", "MaxVio_global")  # fmt: skip
+    training = figures["training"]
+    tokens = training["steps"] * training["batch_size"] * training["block_size"]
+    return (
+        f"{tokens / 1e6:.2f} M training tokens in {training['steps']:,} steps, "
+        f"{figures['passes_over_the_corpus']:.2f} of a pass over {figures['corpus_tokens'] / 1e6:.2f} M tokens; "
+        f"learning rate {training['learning_rate']:g}.\n\n{table(header, rows)}"
+    )
 
 
 def order(figures: Figures) -> str:
@@ -86,16 +93,18 @@ def points_of(figures: Figures, name: str, section: str, x: str, y: str = "rise"
 
 
 def redundancy_table(figures: Figures) -> str:
-    """Compare what masking the experts costs that each token ranks highest."""
-    names = [name for name in DOMAIN_MEASURES if points_of(figures, name, "redundancy", "share")]
-    points = {name: points_of(figures, name, "redundancy", "share") for name in names}
+    """Compare what masking the best experts of each token costs: as the gates weigh, and with equal sums."""
     rows = []
-    for place in range(1, max((len(one) for one in points.values()), default=0)):
-        cells = [
-            spread(list(points[name].values())[place], sign="+") if place < len(points[name]) else "" for name in names
-        ]
-        rows.append((f"{place}/16", *cells))
-    return table(("masked", *(figures["sizes"][name]["label"] for name in names)), rows)
+    for same_sum in (False, True):
+        y = "rise_with_the_same_sum" if same_sum else "rise"
+        points = {name: points_of(figures, name, "redundancy", "share", y) for name in DOMAIN_MEASURES}
+        for place in range(1, max(map(len, points.values()), default=0)):
+            cells = [
+                spread(list(own.values())[place], sign="+") if place < len(own) else "not measured"
+                for own in points.values()
+            ]
+            rows.append((f"{place}/16{', same sum of weights' if same_sum else ''}", *cells))
+    return table(("masked", *(figures["sizes"][name]["label"] for name in DOMAIN_MEASURES)), rows)
 
 
 def shared_table(figures: Figures) -> str:
@@ -121,14 +130,14 @@ def shared_table(figures: Figures) -> str:
 
 
 def activation_table(figures: Figures) -> str:
-    """Compare what fewer activated experts cost."""
-    points = {name: points_of(figures, name, "activation", "activated") for name in DOMAIN_MEASURES}
+    """Compare the loss with fewer activated experts, of the ends of the ladder."""
+    points = {name: points_of(figures, name, "activation", "activated", "loss") for name in DOMAIN_MEASURES}
     counts = sorted({count for one in points.values() for count in one}, reverse=True)
     names = [name for name in DOMAIN_MEASURES if points[name]]
     rows = [
         (
             str(count),
-            *(spread(points[name][count], sign="+") if count in points[name] else "" for name in names),
+            *(spread(points[name][count]) if count in points[name] else "" for name in names),
         )
         for count in counts
     ]
@@ -160,7 +169,7 @@ def domains_table(figures: Figures) -> str:
                 spread(violations.values(), 2),
             )
         )
-    header = ("architecture", "distance of domains", "of halves of one (chance)", "share of the experts in a sequence",
+    header = ("architecture", "distance of domains", "of the halves of one", "share of the experts in a sequence",
               "cosine of two experts' outputs", "MaxVio_global")  # fmt: skip
     return table(header, rows)
 

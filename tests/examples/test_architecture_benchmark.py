@@ -100,7 +100,10 @@ def test_a_run(
 
 
 def run_of(name: str, seed: int, loss: float, rise: float) -> dict[str, Any]:
-    points = [{"masked": n, "share": n / 16, "loss": loss, "rise": rise * n, "error": 0.0} for n in range(3)]
+    points = [
+        {"masked": n, "share": n / 16, "loss": loss, "rise": rise * n, "error": 0.0, "rise_with_the_same_sum": n * 1.0}
+        for n in range(3)
+    ]
     return {
         "architecture": name, "seed": seed, "loss": loss, "max_violation_global": 0.25,
         "measured": {"redundancy": {"points": points}} if name in ("gshard", "fine-4") else None,
@@ -115,13 +118,17 @@ def test_tables(architecture: ModuleType, script: Callable[[str], ModuleType], t
         for name, own in losses.items()
         for seed, loss in enumerate(own)
     ]
-    figures = {"runs": runs, "sizes": architecture.sizes(architecture.Training()), "model": {"num_hidden_layers": 3}}
+    figures = {"runs": runs, "sizes": architecture.sizes(architecture.Training()), "model": {"num_hidden_layers": 3},
+               "training": {"steps": 10, "batch_size": 10, "block_size": 100, "learning_rate": 0.5},
+               "corpus_tokens": 20_000, "passes_over_the_corpus": 0.5}  # fmt: skip
     ladder = results.ladder_table(figures)
+    assert ladder.startswith("0.01 M training tokens in 10 steps, 0.50 of a pass over 0.02 M tokens")
     assert "| 3.100 (3.000 to 3.200) | | 0.25 (0.25 to 0.25) |" in ladder and "-0.300, -0.300" in ladder
     order = results.order(figures)
     assert "+0.050 (-0.100 to +0.200) | 1 of 2 seeds" in order and "-0.300 (-0.300 to -0.300) | 2 of 2 seeds" in order
     redundancy = results.redundancy_table(figures)
-    assert "| 2/16 | +0.600 (+0.600 to +0.600) | +0.200 (+0.200 to +0.200) |" in redundancy
+    assert "| 2/16 | +0.600 (+0.600 to +0.600) | not measured | +0.200 (+0.200 to +0.200) |" in redundancy
+    assert "| 2/16, same sum of weights | +2.000 (+2.000 to +2.000) |" in redundancy
     results.draw(figures, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"architecture_ladder.png", "architecture_redundancy.png"}
 
