@@ -28,7 +28,6 @@ Under five hours on two cores; `architecture_results.py` draws and prints the re
 import argparse
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -43,6 +42,7 @@ import corpus
 import torch
 import transformers
 from measuring import RESULTS, write_results
+from small_training import training_steps
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -76,7 +76,7 @@ UNSCALED: dict[str, Any] = {"routed_scaling_factor": 1.0}
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of a run. The learning rate rises for 5% of the steps and falls to 0 as a cosine."""
+    """Settings of a run, see [`training_steps`]."""
 
     steps: int = 1500
     batch_size: int = 16
@@ -193,19 +193,8 @@ def train(job: tuple[Architecture, int, Training]) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = DeepseekMoeForCausalLM(config).train()
     same_weights(model, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    warmup = max(1, settings.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))),
-    )
-    begin = time.perf_counter()
-    for batch in _training_batches(data.training, settings, seed):
-        model(batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    begin, batches = time.perf_counter(), _training_batches(data.training, settings, seed)
+    for _ in training_steps(model, batches, steps=settings.steps, learning_rate=settings.learning_rate):
         if architecture.bias:
             update_router_bias(model, settings.update_rate)
     seconds = time.perf_counter() - begin

@@ -14,7 +14,6 @@ has one thread and one core. Under an hour on two cores; `--steps 20 --seeds 1` 
 import argparse
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -29,6 +28,7 @@ from typing import Any
 import corpus
 import torch
 import transformers
+from small_training import training_steps
 
 from modeling_deepseekmoe import DeepseekMoeConfig, DeepseekMoeForCausalLM, max_violation, take_router_load
 from modeling_deepseekmoe.analysis.evaluation import expert_load, perplexity
@@ -61,7 +61,7 @@ MODEL = {
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of a run. The learning rate rises for 5% of the steps and falls to 0 as a cosine."""
+    """Settings of a run, see [`training_steps`]."""
 
     steps: int = 1200
     batch_size: int = 8
@@ -127,21 +127,12 @@ def run(job: tuple[Method, int, Training, torch.Tensor, torch.Tensor]) -> dict:
         sequence_balance_alpha=method.sequence_alpha,
     )
     model = DeepseekMoeForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    warmup = max(1, settings.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))),
-    )
     order = torch.Generator().manual_seed(seed)
+    batches = (
+        training[torch.randint(len(training), (settings.batch_size,), generator=order)] for _ in range(settings.steps)
+    )
     batch_violations, begin = [], time.perf_counter()
-    for _ in range(settings.steps):
-        batch = training[torch.randint(len(training), (settings.batch_size,), generator=order)]
-        model(batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    for _ in training_steps(model, batches, steps=settings.steps, learning_rate=settings.learning_rate):
         load = update_router_bias(model, settings.update_rate) if method.bias else take_router_load(model)
         batch_violations.append(max_violation(load.tokens_per_expert).mean().item())
     loads = expert_load(model, validation.split(32))

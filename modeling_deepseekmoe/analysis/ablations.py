@@ -7,6 +7,7 @@ Shape letters: L MoE layers, E routed experts, K chosen experts of a token.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel
@@ -38,6 +39,9 @@ class Rise:
     error: float | None
 
 
+NO_RISE = Rise(0.0, 0.0)
+
+
 class Losses:
     """The loss of a model, block by block, as it is and under changes.
 
@@ -56,17 +60,46 @@ class Losses:
         progress: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self.model, self.layers, self.batches, self.progress = model, layers, batches, progress
-        self.rerouters, self.fixed = _rerouters(layers)
+        self.rerouters: dict[int, Rerouter] = {}
+        self.fixed: dict[int, str] = {}  # why the other layers keep their experts
+        for layer in layers:
+            try:
+                self.rerouters[layer.index] = Rerouter.of(layer)
+            except UnknownGateError as error:
+                self.fixed[layer.index] = str(error)
         self.weights = torch.cat([torch.full((len(batch),), batch.shape[1] - 1.0) for batch in batches]).double()
-        self.base = losses_of_blocks(model, batches, progress)
-        self._require_finite(self.base)
-        # Choosing once more, by the same rule, must not change anything. If it does, every rise has this in it.
-        self.chosen_again = self.rise(Intervention(at_most=self.top_k)) if self.rerouters else Rise(0.0, None)
 
-    def _require_finite(self, losses: torch.Tensor) -> None:
+    @cached_property
+    def base(self) -> torch.Tensor:
+        """The loss of every block, with nothing changed."""
+        return self._read()
+
+    @cached_property
+    def chosen_again(self) -> Rise:
+        """What choosing once more by the same rule adds: nothing, or every rise has it in it."""
+        return self.rise(Intervention(at_most=self.top_k)) if self.rerouters else NO_RISE
+
+    def _read(self) -> torch.Tensor:
+        losses = losses_of_blocks(self.model, self.batches, self.progress)
         if not bool(losses.isfinite().all()):
             name, found = type(self.model).__name__, float(losses[~losses.isfinite()][0])
             raise ValueError(f"The loss of {name} on this text is {found}: nothing can be compared.")
+        return losses
+
+    def count_passes(self, ratios: Sequence[float], single_experts: int) -> int:
+        """Count how often the model reads the text at most."""
+        shared = sum(layer.shared_experts is not None for layer in self.layers)
+        passes = 1 + (shared > 0) + (shared if single_experts else 0)
+        if self.rerouters:
+            experts = self.layers[0].num_experts
+            masks = len(_numbers_masked(ratios, experts)) * (1 if self.all_normalise else 2)
+            passes += 1 + masks + 2 * (shared > 0) + self.top_k - 1
+            passes += min(single_experts, experts) * len(self.rerouters)
+        return passes
+
+    def point(self, found: Rise) -> dict[str, float | None]:
+        """Return the loss with a rise, the rise and its error, as sections show them."""
+        return {"loss": self.loss + found.rise, **vars(found)}
 
     @property
     def loss(self) -> float:
@@ -79,10 +112,10 @@ class Losses:
         Raises:
             TooFewExpertsError: if a token has too few experts left.
         """
+        base = self.base  # read first: a compiled model keeps what it was when it was first run
         with intervening(self.layers if layers is None else layers, self.rerouters, change):
-            losses = losses_of_blocks(self.model, self.batches, self.progress)
-        self._require_finite(losses)
-        difference, weights = losses - self.base, self.weights / self.weights.sum()
+            losses = self._read()
+        difference, weights = losses - base, self.weights / self.weights.sum()
         mean, count = (difference * weights).sum(), len(difference)
         variance = ((difference - mean) * weights).square().sum() * count / max(count - 1, 1)
         return Rise(float(mean), float(variance.sqrt()) if count > 1 else None)
@@ -123,31 +156,6 @@ class Losses:
         return max(one.options.top_k for one in self.rerouters.values())
 
 
-def _rerouters(layers: Sequence[MoeLayer]) -> tuple[dict[int, Rerouter], dict[int, str]]:
-    """Return what chooses again in every layer, and of the others why nothing can."""
-    rerouters, fixed = {}, {}
-    for layer in layers:
-        try:
-            rerouters[layer.index] = Rerouter.of(layer)
-        except UnknownGateError as error:
-            fixed[layer.index] = str(error)
-    return rerouters, fixed
-
-
-def count_passes(layers: Sequence[MoeLayer], ratios: Sequence[float], single_experts: int) -> int:
-    """Count how often the model reads the text at most."""
-    rerouters, _ = _rerouters(layers)
-    options = [one.options for one in rerouters.values()]
-    shared = sum(layer.shared_experts is not None for layer in layers)
-    passes = 1 + (shared > 0) + (shared if single_experts else 0)
-    if options:
-        top_k, twice = max(one.top_k for one in options), 1 if all(one.normalize for one in options) else 2
-        masks = len(_numbers_masked(ratios, layers[0].num_experts))
-        passes += 1 + masks * twice + 2 * (shared > 0) + top_k - 1
-        passes += min(single_experts, layers[0].num_experts) * len(rerouters)
-    return passes
-
-
 def _numbers_masked(ratios: Sequence[float], num_experts: int) -> list[int]:
     return sorted({math.floor(ratio * num_experts + 0.5) for ratio in ratios} - {0})
 
@@ -170,7 +178,7 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
         return replace(section, empty=losses.why_fixed, notes=())
     experts = losses.layers[0].num_experts
     counts = _numbers_masked(ratios, experts)
-    points = [{"masked": 0, "share": 0.0, "loss": losses.loss, "rise": 0.0, "error": 0.0, SAME_SUM: 0.0}]
+    points = [{"masked": 0, "share": 0.0, **losses.point(NO_RISE), SAME_SUM: 0.0}]
     notes = list(losses.notes)
     if any(ratio * experts % 1 for ratio in ratios):
         notes.append(f"Of {experts} experts {', '.join(map(str, counts)) or 'none'} are masked: shares are rounded.")
@@ -181,15 +189,7 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
             notes.append(f"{masked} masked: {error}")
             continue
         scaled = found if losses.all_normalise else losses.rise(Intervention(masked=masked, same_sum=True))
-        points.append(
-            {
-                "masked": masked,
-                "share": masked / experts,
-                "loss": losses.loss + found.rise,
-                **vars(found),
-                SAME_SUM: scaled.rise,
-            }
-        )
+        points.append({"masked": masked, "share": masked / experts, **losses.point(found), SAME_SUM: scaled.rise})
     if len(points) == 1:
         return replace(section, empty=" ".join(notes), notes=())
     return replace(section, figures={"num_experts": experts, "points": points}, notes=tuple(notes))
@@ -212,20 +212,17 @@ def measure_shared(losses: Losses) -> Section:
             empty=f"The model has no shared experts: nothing beside the routed ones is named {names}.",
             notes=(),
         )
-    cases = {"off": losses.rise(Intervention(shared_off=True))}
-    notes = list(losses.notes)
-    try:
-        if losses.why_fixed:
-            raise TooFewExpertsError(losses.why_fixed)
-        cases["off, one more routed"] = losses.rise(Intervention(shared_off=True, more=1))
-        cases["on, one more routed"] = losses.rise(Intervention(more=1))
-    except TooFewExpertsError as error:
-        notes.append(f"No case with one more routed expert: {error}")
-    points = [{"shared experts": "on", "loss": losses.loss, "rise": 0.0, "error": 0.0}]
-    points += [
-        {"shared experts": case, "loss": losses.loss + found.rise, **vars(found)} for case, found in cases.items()
-    ]
-    return replace(section, figures={"points": points}, notes=tuple(notes))
+    cases = {"on": NO_RISE, "off": losses.rise(Intervention(shared_off=True))}
+    missing = losses.why_fixed
+    if not missing:
+        try:
+            cases["off, one more routed"] = losses.rise(Intervention(shared_off=True, more=1))
+            cases["on, one more routed"] = losses.rise(Intervention(more=1))
+        except TooFewExpertsError as error:
+            missing = str(error)
+    notes = (*losses.notes, *([f"No case with one more routed expert: {missing}"] if missing else []))
+    points = [{"shared experts": case, **losses.point(found)} for case, found in cases.items()]
+    return replace(section, figures={"points": points}, notes=notes)
 
 
 def measure_activation(losses: Losses) -> Section:
@@ -243,10 +240,9 @@ def measure_activation(losses: Losses) -> Section:
         return replace(section, empty=losses.why_fixed, notes=())
     if losses.top_k == 1:
         return replace(section, empty="K = 1: each token uses one routed expert already.", notes=())
-    points = [{"activated": losses.top_k, "loss": losses.loss, "rise": 0.0, "error": 0.0}]
+    points = [{"activated": losses.top_k, **losses.point(NO_RISE)}]
     for top_k in range(losses.top_k - 1, 0, -1):
-        found = losses.rise(Intervention(at_most=top_k))
-        points.append({"activated": top_k, "loss": losses.loss + found.rise, **vars(found)})
+        points.append({"activated": top_k, **losses.point(losses.rise(Intervention(at_most=top_k)))})
     return replace(section, figures={"points": points})
 
 
@@ -286,7 +282,6 @@ __all__ = [
     "RATIOS",
     "Losses",
     "Rise",
-    "count_passes",
     "measure_activation",
     "measure_redundancy",
     "measure_shared",

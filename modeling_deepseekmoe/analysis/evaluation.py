@@ -64,8 +64,9 @@ class RoutingTrace:
 
 @dataclass(frozen=True)
 class Choices:
-    """What one layer did with one batch: gate logits (T, E), expert ids (T, K) and weights (T, K)."""
+    """What one layer did with one batch: hidden states (T, D), gate logits (T, E), expert ids and weights (T, K)."""
 
+    hidden_states: torch.Tensor
     logits: torch.Tensor
     expert_ids: torch.Tensor
     weights: torch.Tensor
@@ -90,7 +91,7 @@ def expert_load(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict
         counts = count_tokens(choices.expert_ids, layer.num_experts, None).cpu()
         loads[layer.index] = loads[layer.index] + counts if layer.index in loads else counts
 
-    for _ in _watched_batches(model, batches, count):
+    for _ in watched_batches(model, batches, count):
         pass
     return loads
 
@@ -119,7 +120,7 @@ def trace_routing(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> Ro
         entropy = float("nan") if score is None else float(sum_of_entropies(affinities(choices.logits, score), None))
         entropies[layer.index] += entropy
 
-    tokens = [input_ids.flatten().cpu() for input_ids in _watched_batches(model, batches, keep)]
+    tokens = [input_ids.flatten().cpu() for input_ids in watched_batches(model, batches, keep)]
     if not tokens:
         raise ValueError("batches is empty: at least one batch of tokens is needed.")
     token_ids = torch.cat(tokens)
@@ -166,7 +167,7 @@ def score_function_of(layer: MoeLayer) -> str | None:
         return None
 
 
-def _watched_batches(
+def watched_batches(
     model: PreTrainedModel, batches: Iterable[torch.Tensor], watch: Callable[[MoeLayer, Choices], None]
 ) -> Iterator[torch.Tensor]:
     """Run the model on every batch and yield the batch. Call `watch` with every layer and its choices."""
@@ -178,7 +179,8 @@ def _watched_batches(
 
         def see(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = logits[layer.index].reshape(-1, logits[layer.index].shape[-1])
-            watch(layer, Choices(found, *layer.choices_of(args, kwargs)))
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            watch(layer, Choices(hidden_states.flatten(0, -2), found, *layer.choices_of(args, kwargs)))
 
         if layer.gate is None:
             raise ValueError(f"{layer.name} is not allowed: there is no gate beside its experts.")
@@ -201,4 +203,13 @@ def _watched_batches(
             handle.remove()
 
 
-__all__ = ["RoutingTrace", "expert_load", "perplexity", "score_function_of", "trace_routing", "traced_layers"]
+__all__ = [
+    "Choices",
+    "RoutingTrace",
+    "expert_load",
+    "perplexity",
+    "score_function_of",
+    "trace_routing",
+    "traced_layers",
+    "watched_batches",
+]

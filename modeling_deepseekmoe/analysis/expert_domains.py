@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from ..auxiliary_losses import max_violation
-from ..router_load import count_tokens
 from .evaluation import RoutingTrace
-from .routing_report import loads_of
+from .routing_report import count_loads, loads_of
 from .sections import Section
 
 BUSIEST = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
@@ -46,16 +45,14 @@ def use_by_domain(trace: RoutingTrace, lengths: Mapping[str, Sequence[int]]) -> 
     found, begin = {}, 0
     for name, own in lengths.items():
         tokens = sum(own)
-        ids = trace.expert_ids[:, begin : begin + tokens].long()
+        ids = trace.expert_ids[:, begin : begin + tokens]
         is_second = torch.arange(len(own)).repeat_interleave(torch.tensor(own)) >= (len(own) + 1) // 2
-        counts, *halves = (_counts(part, trace.num_experts) for part in (ids, ids[:, ~is_second], ids[:, is_second]))
+        counts, *halves = (
+            count_loads(part, trace.num_experts) for part in (ids, ids[:, ~is_second], ids[:, is_second])
+        )
         found[name] = DomainUse(tokens, len(own), counts, (halves[0], halves[1]))
         begin += tokens
     return found
-
-
-def _counts(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    return torch.stack([count_tokens(own, num_experts, None) for own in ids])
 
 
 def jensen_shannon(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -101,7 +98,7 @@ def measure_domains(trace: RoutingTrace, lengths: Mapping[str, Sequence[int]]) -
     pairs = [
         {
             "domains": [one, other],
-            "distance": _mean_of_layers(by_layer := jensen_shannon(use[one].counts, use[other].counts)),
+            "distance": float((by_layer := jensen_shannon(use[one].counts, use[other].counts)).mean()),
             "by_layer": by_layer.tolist(),
             "common_busiest": _common_busiest(use[one].counts, use[other].counts, trace.expert_ids.shape[-1]),
         }
@@ -124,20 +121,16 @@ def measure_domains(trace: RoutingTrace, lengths: Mapping[str, Sequence[int]]) -
 def _figures_of(name: str, use: DomainUse, trace: RoutingTrace) -> dict[str, Any]:
     shares = use.counts.double() / use.counts.sum(dim=1, keepdim=True)
     ordered = shares.sort(dim=1, descending=True).values.cumsum(dim=1).mean(dim=0)
-    counts = {ratio: max(1, round(ratio * trace.num_experts)) for ratio in BUSIEST}
+    counts = sorted({max(1, round(ratio * trace.num_experts)) for ratio in BUSIEST})
     return {
         "domain": name,
         "tokens": use.tokens,
         "sequences": use.sequences,
-        "halves": None if use.sequences < 2 else _mean_of_layers(jensen_shannon(*use.halves)),
-        "busiest": [{"experts": count, "share": float(ordered[count - 1])} for count in sorted(set(counts.values()))],
+        "halves": None if use.sequences < 2 else float(jensen_shannon(*use.halves).mean()),
+        "busiest": [{"experts": count, "share": float(ordered[count - 1])} for count in counts],
         "carried": ordered.tolist(),
         "shares": shares.tolist(),
     }
-
-
-def _mean_of_layers(values: torch.Tensor) -> float:
-    return float(values.mean())
 
 
 def _common_busiest(one: torch.Tensor, other: torch.Tensor, top_k: int) -> float:
@@ -167,8 +160,7 @@ def measure_effective_experts(trace: RoutingTrace, lengths: Sequence[int]) -> Se
     rows = []
     loads = loads_of(trace)
     for place, layer in enumerate(trace.layers):
-        sequences = trace.expert_ids[place].long().split(list(lengths))
-        counts = torch.stack([count_tokens(ids, trace.num_experts, None) for ids in sequences])
+        counts = count_loads(trace.expert_ids[place].split(list(lengths)), trace.num_experts)
         rows.append(
             {
                 "layer": layer,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..families.moe_layers import MoeLayer
 from ..support.models import evaluating, whole_tensor
+from .evaluation import Choices, watched_batches
 from .interventions import as_two_choices
 from .sections import Section
 
@@ -104,8 +105,7 @@ def measure_outputs(
         "",
         "Near 0: the experts compute different things. Near 1: one could stand in for the other.",
     )
-    experts_by_layer = {layer.index: getattr(layer.experts, "num_experts", None) for layer in layers}
-    if missing := [layer for layer in layers if not isinstance(experts_by_layer[layer.index], int)]:
+    if missing := [layer for layer in layers if not isinstance(getattr(layer.experts, "num_experts", None), int)]:
         return replace(section, empty=f"{missing[0].name}.experts does not say how many experts it has.")
     inputs = _inputs_of(model, layers, batches, count)
     rows = []
@@ -120,30 +120,18 @@ def _inputs_of(
     model: PreTrainedModel, layers: Sequence[MoeLayer], batches: Sequence[torch.Tensor], count: int
 ) -> dict[int, torch.Tensor]:
     """Run the model and keep what the experts of every layer receive (T, D), of tokens that are evenly spread."""
-    total = sum(batch.numel() for batch in batches)
-    wanted = torch.arange(count) * total // count
+    wanted = torch.arange(count) * sum(batch.numel() for batch in batches) // count
     kept: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
-    rows = torch.empty(0, dtype=torch.long)
+    read = dict.fromkeys(kept, 0)
 
-    def hook(index: int) -> Any:
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            kept[index].append(hidden.flatten(0, -2)[rows.to(hidden.device)].clone())
+    def keep(layer: MoeLayer, choices: Choices) -> None:
+        begin, hidden = read[layer.index], choices.hidden_states
+        rows = wanted[(wanted >= begin) & (wanted < begin + len(hidden))] - begin
+        kept[layer.index].append(hidden[rows.to(hidden.device)].clone())
+        read[layer.index] = begin + len(hidden)
 
-        return keep
-
-    handles = [layer.experts.register_forward_pre_hook(hook(layer.index), with_kwargs=True) for layer in layers]
-    try:
-        with evaluating(model):
-            begin = 0
-            for batch in batches:
-                rows = wanted[(wanted >= begin) & (wanted < begin + batch.numel())] - begin
-                begin += batch.numel()
-                if len(rows):
-                    model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for _ in watched_batches(model, batches, keep):
+        pass
     return {index: torch.cat(parts) for index, parts in kept.items()}
 
 

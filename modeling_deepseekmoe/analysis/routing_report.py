@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Compute the routing report of a model: what its gates do with a text, in numbers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,19 @@ _LEAST_EXPECTED = 5
 
 
 def loads_of(trace: RoutingTrace) -> torch.Tensor:
-    """Count the tokens of every expert (L, E)."""
-    return _loads(trace.expert_ids, trace.num_experts)
+    """Count the tokens of every expert in every layer (L, E)."""
+    return count_loads(trace.expert_ids, trace.num_experts)
 
 
-def _loads(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+def count_loads(expert_ids: Iterable[torch.Tensor], num_experts: int) -> torch.Tensor:
+    """Count the tokens of every expert (N, E) among N tensors of choices (T, K), which may differ in T."""
     return torch.stack([count_tokens(ids.long(), num_experts, None) for ids in expert_ids])
 
 
 def batch_violations_of(trace: RoutingTrace) -> torch.Tensor:
     """Compute MaxVio of every batch (batches, L)."""
     parts = trace.expert_ids.split(list(trace.batch_lengths), dim=1)
-    return torch.stack([max_violation(_loads(part, trace.num_experts)) for part in parts])
+    return torch.stack([max_violation(count_loads(part, trace.num_experts)) for part in parts])
 
 
 def co_activation_of(trace: RoutingTrace, layer: int) -> torch.Tensor:
@@ -227,4 +228,4 @@ def _describe_gate(layer: MoeLayer) -> str:
     return f"{type(layer.gate).__name__}: {score}{' plus bias' if layer.bias is not None else ''}"
 
 
-__all__ = ["RoutingReport", "facts_of", "make_report", "shown_token"]
+__all__ = ["RoutingReport", "count_loads", "facts_of", "make_report", "shown_token"]

@@ -16,7 +16,6 @@ from ..support.models import is_sharded
 from .ablations import (
     RATIOS,
     Losses,
-    count_passes,
     measure_activation,
     measure_redundancy,
     measure_shared,
@@ -93,12 +92,13 @@ def measure_specialisation(
     batches = [batch.long() for own in domains.values() for batch in own]
     check_vocabulary(model.config.get_text_config(), batches)
     tokens = sum(batch.numel() for batch in batches)
-    total = (count_passes(layers, ratios, single_experts) + 2) * tokens  # two for the trace and the outputs
-    done = _Done(progress, total)
+    losses = Losses(model, layers, batches)
+    # Two more passes are for the trace and the outputs.
+    done = _Done(progress, (losses.count_passes(ratios, single_experts) + 2) * tokens)
+    losses.progress = done.add
     weights = measure_weights(layers)  # first, since it may fail
     trace = trace_routing(model, batches)
     done.add(tokens)
-    losses = Losses(model, layers, batches, done.add)
     sections = [
         measure_redundancy(losses, ratios),
         measure_shared(losses),
@@ -108,12 +108,9 @@ def measure_specialisation(
         weights,
         measure_outputs(model, layers, batches, output_tokens),
     ]
-    progress(total, total)
-    facts = facts_of(model, layers, trace) | {
-        "data": source,
-        "tokens": f"{tokens:,}",
-        "loss": f"{losses.loss:.4f} nats",
-    }
+    progress(done.total, done.total)
+    own = {"data": source, "tokens": f"{tokens:,}", "loss": f"{losses.loss:.4f} nats"}
+    facts = facts_of(model, layers, trace) | own
     return Specialisation(title, facts, losses.loss, {section.key: section for section in sections}, trace)
 
 
@@ -137,9 +134,9 @@ def _by_choices(domains: Mapping[str, Sequence[torch.Tensor]], trace: RoutingTra
 
 
 def _refuse_expert_parallelism(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> None:
-    for layer in layers:
+    for layer in layers if is_sharded(model) else []:
         own = getattr(layer.experts, "num_experts", layer.num_experts)
-        if is_sharded(model) and own < layer.num_experts and not layer.has_skip_class:
+        if own < layer.num_experts and not layer.has_skip_class:
             raise ValueError(
                 f"{layer.name}.experts holds {own} of the {layer.num_experts} experts, which ranks share: load the "
                 "model without expert parallelism."

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .ablations import SAME_SUM
 from .pages import Html, as_image, as_page, as_table
 from .plots import plot_expert_load
 from .routing_page import TYPICAL_TOKENS, spread, tokens_of_layer
@@ -61,22 +62,27 @@ def _section(key: str, reports: Mapping[str, Specialisation]) -> tuple[str, str,
     return first.heading, note, content + remarks
 
 
-def _curves(sections: Sections, x: str) -> dict[str, Curve]:
-    """Return the rises of every model by what was changed."""
-    return {
+def _rises(sections: Sections, x: str, column: str, *, title: str, xlabel: str, descending: bool = False) -> str:
+    """Draw the rises of all models by what was changed, and make their table."""
+    curves = {
         name: Curve(*([_number(point[of]) for point in section.figures["points"]] for of in (x, "rise", "error")))
         for name, section in sections.items()
     }
+    labels = {"title": title, "xlabel": xlabel, "ylabel": "rise of the loss (nats)"}
+    plot = partial(plot_measures, curves, **labels, descending=descending)
+    return as_image(plot, title) + _points(sections, column)
 
 
 def _points(sections: Sections, column: str) -> str:
     """Make a table of losses, of all models."""
-    head = ["model", column, "loss (nats)", "rise", "standard error"]
-    rows = [
-        [name, _short(point[column]), f"{point['loss']:.4f}", f"{point['rise']:+.4f}", _short(point["error"])]
-        for name, section in sections.items()
-        for point in section.figures["points"]
-    ]
+    has_same_sum = any(SAME_SUM in point for section in sections.values() for point in section.figures["points"])
+    head = ["model", column, "loss (nats)", "rise", "standard error", *(["rise with the same sum"] * has_same_sum)]
+    rows = []
+    for name, section in sections.items():
+        for point in section.figures["points"]:
+            same_sum = [f"{point[SAME_SUM]:+.4f}"] if has_same_sum else []
+            figures = [f"{point['loss']:.4f}", f"{point['rise']:+.4f}", _short(point["error"]), *same_sum]
+            rows.append([name, _short(point[column]), *figures])
     return as_table(head, rows)
 
 
@@ -93,14 +99,9 @@ def _short(value: Any) -> str:
 
 
 def _redundancy(sections: Sections) -> str:
-    plot = partial(
-        plot_measures,
-        _curves(sections, "share"),
-        title="Redundancy",
-        xlabel="share of the routed experts that are masked",
-        ylabel="rise of the loss (nats)",
+    return _rises(
+        sections, "share", "masked", title="Redundancy", xlabel="share of the routed experts that are masked"
     )
-    return as_image(plot, "loss by masked experts") + _points(sections, "masked")
 
 
 def _shared(sections: Sections) -> str:
@@ -120,15 +121,8 @@ def _single(sections: Sections) -> str:
 
 
 def _activation(sections: Sections) -> str:
-    plot = partial(
-        plot_measures,
-        _curves(sections, "activated"),
-        title="Fewer activated experts",
-        xlabel="routed experts for each token",
-        ylabel="rise of the loss (nats)",
-        descending=True,
-    )
-    return as_image(plot, "loss by activated experts") + _points(sections, "activated")
+    labels = {"title": "Fewer activated experts", "xlabel": "routed experts for each token"}
+    return _rises(sections, "activated", "activated", **labels, descending=True)
 
 
 def _domains(sections: Sections) -> str:
@@ -147,14 +141,14 @@ def _distances(figures: Mapping[str, Any]) -> str:
         row, column = (names.index(domain) for domain in pair["domains"])
         table[row][column] = table[column][row] = pair["distance"]
     plot = partial(plot_tables, {"": table}, title="Distance of domains", names=names, label="Jensen-Shannon distance")
-    chance = figures["mean_distance_of_halves"]
+    halves = figures["mean_distance_of_halves"]
     rows = [
         [" and ".join(pair["domains"]), f"{pair['distance']:.3f}", f"{pair['common_busiest']:.2f}"]
         for pair in figures["pairs"]
     ]
     return (
         f"<p>Mean distance of two domains <b>{figures['mean_distance']:.3f}</b>, of the halves of one "
-        f"{'not known' if chance is None else f'{chance:.3f}'} (on the diagonal).</p>"
+        f"{'not known' if halves is None else f'{halves:.3f}'} (on the diagonal).</p>"
         + as_image(plot, "distance of domains")
         + _folded(as_table(["domains", "distance", "common among the K busiest"], rows))
     )

@@ -135,8 +135,8 @@ def test_use_of_experts_against_loops(name: str) -> None:
         halves.append(mean(lambda index, own=own: distance(*(count(index, half) for half in in_halves(own)))))
         assert of["halves"] == pytest.approx(halves[-1], abs=DOUBLE)
         for place, carried in enumerate(of["carried"], start=1):
-            share = lambda index, n=place, own=own: sum(sorted(count(index, own))[-n:]) / (27 * len(own))  # noqa: E731
-            assert carried == pytest.approx(mean(share), abs=DOUBLE)
+            share = mean(lambda index, n=place, own=own: sum(sorted(count(index, own))[-n:]) / (27 * len(own)))
+            assert carried == pytest.approx(share, abs=DOUBLE)
         assert all(few["share"] == of["carried"][few["experts"] - 1] for few in of["busiest"])
     assert domains["mean_distance_of_halves"] == pytest.approx(sum(halves) / 2, abs=DOUBLE)
 

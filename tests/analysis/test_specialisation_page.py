@@ -46,6 +46,7 @@ def test_the_page_is_self_contained_and_escaped(tiny_model: Callable) -> None:
         for section in measured.sections.values():
             assert section.heading in read.text and section.reading in read.text and section.source in read.text
     assert "<my> model (2): The model has no shared experts" in read.text
+    assert "rise with the same sum" in read.text
     assert "<my> model (2): The text has one domain" in read.text
 
 
