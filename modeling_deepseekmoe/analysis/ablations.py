@@ -5,9 +5,10 @@ Shape letters: L MoE layers, E routed experts, K chosen experts of a token.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,7 +21,8 @@ from .interventions import Intervention, Rerouter, intervening, losses_of_blocks
 from .routing_report import loads_of
 from .sections import Section
 
-SAME_SUM = "rise_with_the_same_sum"
+SAME_SUM, SAME_SUM_ERROR = "rise_with_the_same_sum", "error_with_the_same_sum"
+FEW_SEQUENCES = 8
 LEAST_RISE = 1e-4  # nats
 RATIOS = (1 / 16, 1 / 8, 3 / 16, 1 / 4)
 PAPER = "arXiv 2401.06066"
@@ -127,8 +129,14 @@ class Losses:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be known of the rises: layers that keep their experts, and choices that are not the model's."""
+        """What is to be known of the rises: few sequences, layers that keep their experts, choices that are not the
+        model's.
+        """
         found = []
+        if len(self.weights) < FEW_SEQUENCES:
+            found.append(
+                f"The text has {_counted(len(self.weights), 'sequence')} only: rises and their errors mean little."
+            )
         if self.fixed:
             layers = ", ".join(map(str, self.fixed))
             found.append(
@@ -156,6 +164,15 @@ class Losses:
         return max(one.options.top_k for one in self.rerouters.values())
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _rises(points: Sequence[Mapping[str, Any]], what: str) -> str:
+    """Say in a few words what some changes add to the loss."""
+    return ", ".join(f"{point['rise']:+.4f} with {what.format(**point)}" for point in points)
+
+
 def _numbers_masked(ratios: Sequence[float], num_experts: int) -> list[int]:
     return sorted({math.floor(ratio * num_experts + 0.5) for ratio in ratios} - {0})
 
@@ -165,10 +182,11 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
     section = Section(
         "redundancy",
         "Redundancy",
-        "Loss when of each token the experts that its gate ranks highest are masked, in all layers, and the token "
-        "goes to the next ones. The share counts routed experts. Scores are not shared out anew, unless the gate "
-        "normalises: so the experts' outputs become smaller too. The rise with the same sum leaves that out: the "
-        "weights are multiplied so that they add up to what they did.",
+        "For each token the experts that its gate ranks highest are masked, in all layers, and the token goes to the "
+        "next ones: the loss then. The share is that of all routed experts, so that K masked experts are all that the "
+        "token would have chosen. Scores are not shared out anew, unless the gate normalises: so the experts' outputs "
+        "become smaller too. The rise with the same sum leaves that out: there the weights are multiplied, so that "
+        "they add up to what they did before.",
         f"{PAPER}, figure 5",
         "The steeper it rises, the less the other experts know what the masked ones know: the less redundant they "
         "are.",
@@ -178,7 +196,7 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
         return replace(section, empty=losses.why_fixed, notes=())
     experts = losses.layers[0].num_experts
     counts = _numbers_masked(ratios, experts)
-    points = [{"masked": 0, "share": 0.0, **losses.point(NO_RISE), SAME_SUM: 0.0}]
+    points = [{"masked": 0, "share": 0.0, **losses.point(NO_RISE), SAME_SUM: 0.0, SAME_SUM_ERROR: 0.0}]
     notes = list(losses.notes)
     if any(ratio * experts % 1 for ratio in ratios):
         notes.append(f"Of {experts} experts {', '.join(map(str, counts)) or 'none'} are masked: shares are rounded.")
@@ -189,10 +207,14 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
             notes.append(f"{masked} masked: {error}")
             continue
         scaled = found if losses.all_normalise else losses.rise(Intervention(masked=masked, same_sum=True))
-        points.append({"masked": masked, "share": masked / experts, **losses.point(found), SAME_SUM: scaled.rise})
+        same_sum = {SAME_SUM: scaled.rise, SAME_SUM_ERROR: scaled.error}
+        points.append({"masked": masked, "share": masked / experts, **losses.point(found), **same_sum})
     if len(points) == 1:
         return replace(section, empty=" ".join(notes), notes=())
-    return replace(section, figures={"num_experts": experts, "points": points}, notes=tuple(notes))
+    figures = {"num_experts": experts, "top_k": losses.top_k, "points": points}
+    rises = _rises(points[1:], "{masked} masked")
+    summary = f"Each token uses {losses.top_k} of {experts}. The loss changes by {rises}."
+    return replace(section, figures=figures, summary=summary, notes=tuple(notes))
 
 
 def measure_shared(losses: Losses) -> Section:
@@ -222,7 +244,8 @@ def measure_shared(losses: Losses) -> Section:
             missing = str(error)
     notes = (*losses.notes, *([f"No case with one more routed expert: {missing}"] if missing else []))
     points = [{"shared experts": case, **losses.point(found)} for case, found in cases.items()]
-    return replace(section, figures={"points": points}, notes=notes)
+    summary = f"The loss changes by {_rises(points[1:], 'the shared {shared experts}')}."
+    return replace(section, figures={"points": points}, summary=summary, notes=notes)
 
 
 def measure_activation(losses: Losses) -> Section:
@@ -230,10 +253,12 @@ def measure_activation(losses: Losses) -> Section:
     section = Section(
         "activation",
         "Fewer activated experts",
-        "Loss when each token uses only the best of the experts that it would use. Their weights are normalised and "
-        "scaled as those of all K are.",
+        "Loss when each token uses only the best of the experts that it would use, as if K were smaller. A gate that "
+        "normalises gives them the weight of those left out; with one that does not, the experts' outputs become "
+        "smaller too.",
         f"{PAPER}, figure 6",
-        "Where it is flat, the model could be run with fewer experts; one trained with fewer would be better still.",
+        "Where it is flat, the model can be run with fewer experts (`num_experts_per_tok` of most configs), which "
+        "computes less and takes the same memory; one trained with fewer would be better still.",
         notes=losses.notes,
     )
     if losses.why_fixed:
@@ -243,17 +268,23 @@ def measure_activation(losses: Losses) -> Section:
     points = [{"activated": losses.top_k, **losses.point(NO_RISE)}]
     for top_k in range(losses.top_k - 1, 0, -1):
         points.append({"activated": top_k, **losses.point(losses.rise(Intervention(at_most=top_k)))})
-    return replace(section, figures={"points": points})
+    summary = f"The loss changes by {_rises(points[1:], '{activated}')}, of {losses.top_k} for each token."
+    return replace(section, figures={"points": points}, summary=summary)
 
 
 def measure_single_experts(losses: Losses, trace: RoutingTrace, count: int) -> Section:
     """Mask single routed experts for all tokens, and switch off the shared ones, in one layer at a time."""
-    count = min(count, losses.layers[0].num_experts)
+    of_layer = losses.layers[0].num_experts
+    count = min(count, of_layer)
     section = Section(
         "single",
         "One expert at a time",
-        f"Rise of the loss when one routed expert of one layer is masked for all tokens, for the {count} busiest of "
-        "each layer; and when the shared experts of that layer give zero.",
+        "Rise of the loss when one routed expert of one layer is masked for all tokens, and when the shared experts "
+        "of that layer give zero. "
+        + (
+            f"The routed experts are {'all' if count == of_layer else f'the {count} busiest'} of each layer."
+            * (count > 0)
+        ),
         "",
         "A shared expert that carries common knowledge is missed more than any routed one.",
         notes=losses.notes,
@@ -262,7 +293,8 @@ def measure_single_experts(losses: Losses, trace: RoutingTrace, count: int) -> S
         return replace(section, empty="Not asked for: --single-experts N measures it.", notes=())
     if losses.why_fixed:
         return replace(section, empty=losses.why_fixed, notes=())
-    rows, notes = [], list(losses.notes)
+    rows: list[dict[str, Any]] = []
+    notes = list(losses.notes)
     for loads, layer in zip(loads_of(trace), losses.layers, strict=True):
         shared = None if layer.shared_experts is None else losses.rise(Intervention(shared_off=True), [layer])
         experts = []
@@ -275,7 +307,24 @@ def measure_single_experts(losses: Losses, trace: RoutingTrace, count: int) -> S
                 continue
             experts.append({"expert": expert, "share": float(loads[expert] / loads.sum()), **vars(found)})
         rows.append({"layer": layer.index, "shared_off": None if shared is None else vars(shared), "experts": experts})
-    return replace(section, figures={"layers": rows}, notes=tuple(notes))
+    figures = {"tried": count, "layers": rows}
+    return replace(section, figures=figures, summary=_worth_of_shared(rows, count), notes=tuple(notes))
+
+
+def _worth_of_shared(rows: Sequence[Mapping[str, Any]], tried: int) -> str:
+    """Say in how many layers the shared experts are missed more than any routed one that was tried."""
+    pairs = [
+        (row["shared_off"]["rise"], max(one["rise"] for one in row["experts"]))
+        for row in rows
+        if row["shared_off"] is not None and row["experts"]
+    ]
+    if not pairs:
+        return ""
+    more, (shared, routed) = sum(one > other for one, other in pairs), map(sum, zip(*pairs, strict=True))
+    return (
+        f"In {more} of {_counted(len(pairs), 'layer')} the shared experts are missed more than any of {tried} routed "
+        f"ones ({shared / len(pairs):+.4f} against {routed / len(pairs):+.4f} for the most missed, on average)."
+    )
 
 
 __all__ = [

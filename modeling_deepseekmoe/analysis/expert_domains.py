@@ -84,38 +84,60 @@ def measure_domains(trace: RoutingTrace, lengths: Mapping[str, Sequence[int]]) -
         "Domains",
         "The use of experts by domain: an expert's share of the choices. The distance of two domains is the "
         "Jensen-Shannon distance of their shares (0: the same, 1: no expert in common), as a mean over the layers. "
-        "Beside it stands the distance of the first and the second half of one domain: what different texts of the "
-        "same kind, and few tokens, make of it. Then the share of a domain's "
-        "choices that go to its busiest experts, and how many of the K busiest two domains have in common.",
+        "Few tokens, and different texts of one kind, make distances too. So every domain is cut in two: the distance "
+        "of the two halves of one domain, and that of halves of two domains, which have as few tokens. Then the share "
+        "of a domain's choices that its busiest experts carry, and how many of its K busiest experts are also among "
+        "those of another domain.",
         "arXiv 2407.01906, figures 2 and 3",
-        "Distances far above those of halves, and few experts that carry most of a domain: specialised.",
+        "Halves of two domains far more distant than the halves of one, and few experts that carry most of a domain: "
+        "specialised. If they are not, the domains have too little text, or the experts do not tell them apart.",
     )
     if len(lengths) < 2:
-        return replace(
-            section, empty="The text has one domain: --domains COLUMN names the column of the rows that tells them."
-        )
+        name = next(iter(lengths))
+        how = f"All of it is {name}" if name else "--domains COLUMN names the column of the rows that tells domains"
+        return replace(section, empty=f"The text has one domain: {how}.")
     use = use_by_domain(trace, lengths)
-    pairs = [
-        {
-            "domains": [one, other],
-            "distance": float((by_layer := jensen_shannon(use[one].counts, use[other].counts)).mean()),
-            "by_layer": by_layer.tolist(),
-            "common_busiest": _common_busiest(use[one].counts, use[other].counts, trace.expert_ids.shape[-1]),
-        }
-        for one, other in combinations(use, 2)
-    ]
+    pairs = [_figures_of_pair(one, other, use, trace.expert_ids.shape[-1]) for one, other in combinations(use, 2)]
     domains = [_figures_of(name, own, trace) for name, own in use.items()]
     short = [name for name, own in use.items() if own.sequences < 2]
     notes = [f"{name} has one sequence: there are no halves to compare." for name in short]
-    floors = [of["halves"] for of in domains if of["halves"] is not None]
+    mean = sum(pair["distance"] for pair in pairs) / len(pairs)
+    between = mean_of([pair["halves"] for pair in pairs])
+    within = mean_of([of["halves"] for of in domains])
     figures: dict[str, Any] = {
         "layers": list(trace.layers),
-        "mean_distance": sum(pair["distance"] for pair in pairs) / len(pairs),
-        "mean_distance_of_halves": sum(floors) / len(floors) if floors else None,
+        "mean_distance": mean,
+        "mean_distance_between_halves": between,
+        "mean_distance_of_halves": within,
+        "even_share": 1 / trace.num_experts,
+        "common_by_chance": trace.expert_ids.shape[-1] ** 2 / trace.num_experts,
         "pairs": pairs,
         "domains": domains,
     }
-    return replace(section, figures=figures, notes=tuple(notes))
+    summary = f"Mean distance of two domains {mean:.3f}"
+    if between is not None and within is not None:
+        summary += f"; of halves of two domains {between:.3f}, of the halves of one {within:.3f}"
+    return replace(section, figures=figures, summary=f"{summary}.", notes=tuple(notes))
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Return the mean of those that are known, or `None` if there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _figures_of_pair(one: str, other: str, use: Mapping[str, DomainUse], top_k: int) -> dict[str, Any]:
+    of_one, of_other = use[one], use[other]
+    by_layer = jensen_shannon(of_one.counts, of_other.counts)
+    has_halves = min(of_one.sequences, of_other.sequences) > 1
+    halves = [float(jensen_shannon(half, of).mean()) for half in of_one.halves for of in of_other.halves]
+    return {
+        "domains": [one, other],
+        "distance": float(by_layer.mean()),
+        "halves": mean_of(halves) if has_halves else None,
+        "by_layer": by_layer.tolist(),
+        "common_busiest": _common_busiest(of_one.counts, of_other.counts, top_k),
+    }
 
 
 def _figures_of(name: str, use: DomainUse, trace: RoutingTrace) -> dict[str, Any]:
@@ -154,8 +176,9 @@ def measure_effective_experts(trace: RoutingTrace, lengths: Sequence[int]) -> Se
         "mean over the sequences; of all choices. Equal shares of n experts give n. MaxVio is the largest load over "
         "the mean, minus 1 (arXiv 2408.15664).",
         "",
-        "A sequence that uses far fewer experts than the whole text has found its specialists. A token that uses "
-        "fewer than K could do with fewer.",
+        "If a sequence uses far fewer experts than the whole text, its experts are specialists for such text; but a "
+        "short sequence has few choices, and so uses fewer in any case. A token whose number is far below K could do "
+        "with fewer experts.",
     )
     rows = []
     loads = loads_of(trace)
@@ -170,9 +193,13 @@ def measure_effective_experts(trace: RoutingTrace, lengths: Sequence[int]) -> Se
                 "max_violation": float(max_violation(loads[place : place + 1])),
             }
         )
-    return replace(
-        section, figures={"top_k": trace.expert_ids.shape[-1], "num_experts": trace.num_experts, "layers": rows}
+    figures = {"top_k": trace.expert_ids.shape[-1], "num_experts": trace.num_experts, "layers": rows}
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in ("by_token", "by_sequence", "by_text")}
+    summary = (
+        f"Of {trace.num_experts} routed experts a token uses {means['by_token']:.1f}, a sequence "
+        f"{means['by_sequence']:.1f}, the text {means['by_text']:.1f}."
     )
+    return replace(section, figures=figures, summary=summary)
 
 
 def effective_number(shares: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@
 Shape letters: T tokens, E routed experts, D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,10 +67,11 @@ def measure_weights(layers: Sequence[MoeLayer]) -> Section:
     section = Section(
         "weights",
         "Similarity of weights",
-        "Cosine of all weights of two routed experts of a layer, in the order in which they lie.",
+        "Cosine of all weights of two routed experts of a layer, in the order in which they lie: the mean of all "
+        "pairs, and of every expert's cosine with the expert that is most like it.",
         "",
         "Near 0 for experts that were trained from scratch: the same function may have its neurons in another order. "
-        "Near 1 right after upcycling; it falls as they part.",
+        "Upcycled copies of one shard begin at 1, and part as they are trained.",
     )
     rows = []
     for layer in layers:
@@ -81,7 +82,10 @@ def measure_weights(layers: Sequence[MoeLayer]) -> Section:
         rows.append({"layer": layer.index, **_summary(table)})
     adapted = any("lora_" in name for layer in layers for name, _ in layer.experts.named_parameters())
     return replace(
-        section, figures={"layers": rows}, notes=("Adapters are left out: these are the base's.",) * adapted
+        section,
+        figures={"layers": rows},
+        summary=_sentence(rows),
+        notes=("Adapters are left out: these are the base's.",) * adapted,
     )
 
 
@@ -101,7 +105,8 @@ def measure_outputs(
         "outputs",
         "Similarity of outputs",
         f"Cosine of what two routed experts of a layer give for the same token, whichever the token chose, as a mean "
-        f"over {count} tokens.",
+        f"over {count} tokens: the mean of all pairs, and of every expert's cosine with the expert that is most like "
+        "it. A token for which an expert gives zero is left out of its pairs.",
         "",
         "Near 0: the experts compute different things. Near 1: one could stand in for the other.",
     )
@@ -112,8 +117,18 @@ def measure_outputs(
     with evaluating(model):
         for layer in layers:
             outputs = _outputs_of(layer.experts, inputs[layer.index], layer.experts.num_experts)
-            rows.append({"layer": layer.index, **_summary(cosines(outputs.transpose(0, 1)).mean(dim=0))})
-    return replace(section, figures={"tokens": len(inputs[layers[0].index]), "layers": rows})
+            rows.append({"layer": layer.index, **_summary(mean_cosines(outputs))})
+    figures = {"tokens": len(inputs[layers[0].index]), "layers": rows}
+    return replace(section, figures=figures, summary=_sentence(rows))
+
+
+def mean_cosines(outputs: torch.Tensor) -> torch.Tensor:
+    """Compute the mean cosines (E, E) over the tokens of outputs (E, T, D), without those where one of a pair is 0.
+
+    They are 0 where no token is left.
+    """
+    given = (outputs != 0).any(dim=-1).double()
+    return cosines(outputs.transpose(0, 1)).sum(dim=0) / (given @ given.T).clamp(min=1)
 
 
 def _inputs_of(
@@ -142,6 +157,14 @@ def _outputs_of(experts: nn.Module, hidden_states: torch.Tensor, num_experts: in
     return torch.stack([experts(hidden_states, *as_two_choices(ids, ones)) for ids in choices])
 
 
+def _sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say how alike experts are, as a mean over the layers."""
+    if any(row["mean"] is None for row in rows):
+        return ""
+    mean, nearest = (sum(row[key] for row in rows) / len(rows) for key in ("mean", "nearest"))
+    return f"Mean cosine of two experts {mean:.3f}, of an expert and the one most like it {nearest:.3f}."
+
+
 def _summary(table: torch.Tensor) -> dict[str, Any]:
     """Return a table of cosines, the mean of the pairs, and the mean over the experts of the one most alike."""
     off = ~torch.eye(len(table), dtype=torch.bool, device=table.device)
@@ -154,4 +177,4 @@ def _summary(table: torch.Tensor) -> dict[str, Any]:
     }
 
 
-__all__ = ["cosines", "cosines_of_weights", "measure_outputs", "measure_weights"]
+__all__ = ["cosines", "cosines_of_weights", "mean_cosines", "measure_outputs", "measure_weights"]

@@ -91,10 +91,14 @@ def tokens_of_layer(trace: RoutingTrace, loads: torch.Tensor, layer: int, show: 
     rows = []
     for expert, entries in enumerate(top_tokens_of(trace, layer)):
         shown = " ".join(
-            f"<code>{html.escape(visible(show(entry['token_id'])))}</code> {entry['share']:.0%}" for entry in entries
+            f"<code>{html.escape(visible(show(entry['token_id'])))}</code> {entry['share']:.0%} of "
+            f"{round(entry['count'] / entry['share']):,}"
+            for entry in entries
         )
         rows.append([expert, f"{int(loads[expert]):,}", Html(shown or "none")])
-    table = as_table(["expert", "tokens", "typical tokens, share of their occurrences"], rows)
+    table = as_table(
+        ["expert", "choices", "typical tokens, with the share of their occurrences that chose the expert"], rows
+    )
     return f"<details><summary>layer {layer}</summary>{table}</details>"
 
 

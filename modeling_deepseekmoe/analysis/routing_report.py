@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Compute the routing report of a model: what its gates do with a text, in numbers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,14 @@ def top_tokens_of(trace: RoutingTrace, layer: int, count: int = 5) -> list[list[
     ]
 
 
+def shown_top_tokens(trace: RoutingTrace, layer: int, show: Callable[[int], str] | None) -> list[list[dict[str, Any]]]:
+    """Return [`top_tokens_of`], each entry with the text of its token if `show` makes some."""
+    found = top_tokens_of(trace, layer)
+    if show is None:
+        return found
+    return [[{"token": show(entry["token_id"]), **entry} for entry in entries] for entries in found]
+
+
 class RoutingReport:
     """The numbers of a trace. [`make_page`] makes a page of them.
 
@@ -142,10 +150,7 @@ class RoutingReport:
                     "entropy": None if self.trace.entropy[idx].isnan() else float(self.trace.entropy[idx]),
                     "gate_weight_quantiles": {"levels": [0.1, 0.5, 0.9], "by_rank": quantiles.tolist()},
                     "most_co_activated": self.most_co_activated(layer),
-                    "top_tokens": [
-                        [{"token": self.show(entry["token_id"]), **entry} for entry in entries]
-                        for entries in top_tokens_of(self.trace, layer)
-                    ],
+                    "top_tokens": shown_top_tokens(self.trace, layer, self.show),
                 }
             )
         return {"title": self.title, "facts": self.facts, "tokens": len(self.trace.token_ids), "layers": layers}
@@ -228,4 +233,4 @@ def _describe_gate(layer: MoeLayer) -> str:
     return f"{type(layer.gate).__name__}: {score}{' plus bias' if layer.bias is not None else ''}"
 
 
-__all__ = ["RoutingReport", "count_loads", "facts_of", "make_report", "shown_token"]
+__all__ = ["RoutingReport", "count_loads", "facts_of", "make_report", "shown_token", "shown_top_tokens"]

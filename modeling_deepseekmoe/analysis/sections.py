@@ -16,6 +16,7 @@ class Section:
         source: the paper that it comes from, or "".
         reading: a sentence on how to read it.
         figures: plain numbers, strings, lists and dicts.
+        summary: the main figures in a sentence; "" if there are none.
         empty: why there are no figures; "" if there are.
         notes: what the figures leave out.
     """
@@ -26,6 +27,7 @@ class Section:
     source: str
     reading: str
     figures: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
     empty: str = ""
     notes: tuple[str, ...] = ()
 

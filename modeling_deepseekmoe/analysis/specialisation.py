@@ -24,7 +24,7 @@ from .ablations import (
 from .evaluation import RoutingTrace, trace_routing, traced_layers
 from .expert_domains import measure_domains, measure_effective_experts
 from .expert_similarity import measure_outputs, measure_weights
-from .routing_report import facts_of
+from .routing_report import facts_of, shown_top_tokens
 from .sections import Section
 from .texts import check_vocabulary
 
@@ -48,10 +48,22 @@ class Specialisation:
     sections: dict[str, Section]
     trace: RoutingTrace = field(repr=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all numbers, with what they mean and, of empty sections, the reason."""
-        sections = {key: section.to_dict() for key, section in self.sections.items()}
-        return {"title": self.title, "facts": self.facts, "loss": self.loss, "sections": sections}
+    def to_dict(self, show: Callable[[int], str] | None = None) -> dict[str, Any]:
+        """Return all numbers, with what they mean and, of empty sections, the reason.
+
+        Args:
+            show: makes text of a token id, for the typical tokens of every expert. Without it they have ids alone.
+        """
+        return {
+            "title": self.title,
+            "facts": self.facts,
+            "loss": self.loss,
+            "tokens": len(self.trace.token_ids),
+            "sections": {key: section.to_dict() for key, section in self.sections.items()},
+            "typical_tokens": [
+                {"layer": layer, "experts": shown_top_tokens(self.trace, layer, show)} for layer in self.trace.layers
+            ],
+        }
 
 
 def measure_specialisation(
@@ -85,7 +97,7 @@ def measure_specialisation(
         ValueError: if the model has no MoE layer, if one is not understood, if there is no text, if its loss is not
             finite, or if a number is not allowed.
     """
-    domains = {name: own if isinstance(own, torch.Tensor) else list(own) for name, own in domains.items()}
+    domains = _read_again_and_again(domains)
     _check(domains, ratios, single_experts, output_tokens)
     layers = traced_layers(model)
     _refuse_expert_parallelism(model, layers)
@@ -109,9 +121,30 @@ def measure_specialisation(
         measure_outputs(model, layers, batches, output_tokens),
     ]
     progress(done.total, done.total)
-    own = {"data": source, "tokens": f"{tokens:,}", "loss": f"{losses.loss:.4f} nats"}
-    facts = facts_of(model, layers, trace) | own
+    facts = facts_of(model, layers, trace) | _facts_of_text(model, source, batches)
+    facts["loss"] = f"{losses.loss:.4f} nats"
     return Specialisation(title, facts, losses.loss, {section.key: section for section in sections}, trace)
+
+
+def _read_again_and_again(domains: Any) -> dict[str, Any]:
+    """Make lists of batches that may be generators."""
+    if not isinstance(domains, Mapping):
+        kind = type(domains).__name__
+        raise ValueError(f"domains of type {kind} is not allowed: it must be a dict, as {{'': batches}}.")
+    return {name: own if isinstance(own, torch.Tensor) else list(own) for name, own in domains.items()}
+
+
+def _facts_of_text(model: PreTrainedModel, source: str, batches: Sequence[torch.Tensor]) -> dict[str, str]:
+    tokens, sequences, longest = (
+        sum(map(torch.numel, batches)),
+        sum(map(len, batches)),
+        max(b.shape[1] for b in batches),
+    )
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "data": source,
+        "tokens": f"{tokens:,} in {sequences:,} sequences of at most {longest:,}",
+    }
 
 
 class _Done:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .ablations import SAME_SUM
+from .ablations import SAME_SUM, SAME_SUM_ERROR
 from .pages import Html, as_image, as_page, as_table
 from .plots import plot_expert_load
 from .routing_page import TYPICAL_TOKENS, spread, tokens_of_layer
@@ -54,7 +54,12 @@ def _section(key: str, reports: Mapping[str, Specialisation]) -> tuple[str, str,
     source = f" Source: {html.escape(first.source)}." if first.source else ""
     note = Html(f"{html.escape(first.definition)}{source}<br><b>How to read it:</b> {html.escape(first.reading)}")
     full = {name: section for name, section in sections.items() if not section.empty}
-    content = _CONTENT[key](full) if full else ""
+    findings = "".join(
+        f"<p><b>{html.escape(name)}</b>: {html.escape(section.summary)}</p>"
+        for name, section in full.items()
+        if section.summary
+    )
+    content = findings + _CONTENT[key](full) if full else ""
     said = [
         (name, text) for name, one in sections.items() for text in (*([one.empty] if one.empty else []), *one.notes)
     ]
@@ -62,7 +67,9 @@ def _section(key: str, reports: Mapping[str, Specialisation]) -> tuple[str, str,
     return first.heading, note, content + remarks
 
 
-def _rises(sections: Sections, x: str, column: str, *, title: str, xlabel: str, descending: bool = False) -> str:
+def _rises(
+    sections: Sections, x: str, columns: Sequence[str], *, title: str, xlabel: str, descending: bool = False
+) -> str:
     """Draw the rises of all models by what was changed, and make their table."""
     curves = {
         name: Curve(*([_number(point[of]) for point in section.figures["points"]] for of in (x, "rise", "error")))
@@ -70,19 +77,20 @@ def _rises(sections: Sections, x: str, column: str, *, title: str, xlabel: str, 
     }
     labels = {"title": title, "xlabel": xlabel, "ylabel": "rise of the loss (nats)"}
     plot = partial(plot_measures, curves, **labels, descending=descending)
-    return as_image(plot, title) + _points(sections, column)
+    return as_image(plot, title) + _points(sections, columns)
 
 
-def _points(sections: Sections, column: str) -> str:
+def _points(sections: Sections, columns: Sequence[str]) -> str:
     """Make a table of losses, of all models."""
     has_same_sum = any(SAME_SUM in point for section in sections.values() for point in section.figures["points"])
-    head = ["model", column, "loss (nats)", "rise", "standard error", *(["rise with the same sum"] * has_same_sum)]
+    same_sum_head = ["rise with the same sum", "its standard error"] * has_same_sum
+    head = ["model", *columns, "loss (nats)", "rise", "standard error", *same_sum_head]
     rows = []
     for name, section in sections.items():
         for point in section.figures["points"]:
-            same_sum = [f"{point[SAME_SUM]:+.4f}"] if has_same_sum else []
+            same_sum = [f"{point[SAME_SUM]:+.4f}", _short(point[SAME_SUM_ERROR])] if has_same_sum else []
             figures = [f"{point['loss']:.4f}", f"{point['rise']:+.4f}", _short(point["error"]), *same_sum]
-            rows.append([name, _short(point[column]), *figures])
+            rows.append([name, *(_short(point[column]) for column in columns), *figures])
     return as_table(head, rows)
 
 
@@ -99,13 +107,12 @@ def _short(value: Any) -> str:
 
 
 def _redundancy(sections: Sections) -> str:
-    return _rises(
-        sections, "share", "masked", title="Redundancy", xlabel="share of the routed experts that are masked"
-    )
+    xlabel = "share of the routed experts that are masked"
+    return _rises(sections, "share", ["masked", "share"], title="Redundancy", xlabel=xlabel)
 
 
 def _shared(sections: Sections) -> str:
-    return _points(sections, "shared experts")
+    return _points(sections, ["shared experts"])
 
 
 def _single(sections: Sections) -> str:
@@ -114,15 +121,21 @@ def _single(sections: Sections) -> str:
     for name, layers in models.items():
         for row in layers:
             best = max(row["experts"], key=lambda one: one["rise"], default=None)
-            cells = ["none" if one is None else f"{one['rise']:+.4f}" for one in (row["shared_off"], best)]
-            rows.append([name, row["layer"], *cells, "" if best is None else best["expert"]])
-    head = ["model", "layer", "shared experts off", "the routed expert that is missed most", "which"]
+            cells = [
+                cell
+                for one in (row["shared_off"], best)
+                for cell in (("none", "") if one is None else (f"{one['rise']:+.4f}", _short(one["error"])))
+            ]
+            tried = sections[name].figures["tried"]
+            rows.append([name, row["layer"], *cells, "" if best is None else best["expert"], tried])
+    head = ["model", "layer", "shared experts off", "standard error", "most missed of the routed experts tried",
+            "standard error", "its number", "tried"]  # fmt: skip
     return as_image(partial(plot_single_experts, models), "one expert at a time") + as_table(head, rows)
 
 
 def _activation(sections: Sections) -> str:
-    labels = {"title": "Fewer activated experts", "xlabel": "routed experts for each token"}
-    return _rises(sections, "activated", "activated", **labels, descending=True)
+    title, xlabel = "Fewer activated experts", "routed experts for each token"
+    return _rises(sections, "activated", ["activated"], title=title, xlabel=xlabel, descending=True)
 
 
 def _domains(sections: Sections) -> str:
@@ -140,18 +153,22 @@ def _distances(figures: Mapping[str, Any]) -> str:
     for pair in figures["pairs"]:
         row, column = (names.index(domain) for domain in pair["domains"])
         table[row][column] = table[column][row] = pair["distance"]
-    plot = partial(plot_tables, {"": table}, title="Distance of domains", names=names, label="Jensen-Shannon distance")
-    halves = figures["mean_distance_of_halves"]
+    label = "Jensen-Shannon distance"
+    limits = (0.0, max([0.1, *(value for row in table for value in row if value == value)]))
+    title = "Distance of domains; on the diagonal that of the halves of one"
+    plot = partial(plot_tables, {"": table}, title=title, names=names, label=label, limits=limits)
+    head = ["domains", "distance", "of their halves",
+            f"common among the K busiest (by chance {figures['common_by_chance']:.2f})"]  # fmt: skip
     rows = [
-        [" and ".join(pair["domains"]), f"{pair['distance']:.3f}", f"{pair['common_busiest']:.2f}"]
+        [
+            " and ".join(pair["domains"]),
+            f"{pair['distance']:.3f}",
+            _short(pair["halves"]),
+            f"{pair['common_busiest']:.2f}",
+        ]
         for pair in figures["pairs"]
     ]
-    return (
-        f"<p>Mean distance of two domains <b>{figures['mean_distance']:.3f}</b>, of the halves of one "
-        f"{'not known' if halves is None else f'{halves:.3f}'} (on the diagonal).</p>"
-        + as_image(plot, "distance of domains")
-        + _folded(as_table(["domains", "distance", "common among the K busiest"], rows))
-    )
+    return as_image(plot, "distance of domains") + _folded(as_table(head, rows))
 
 
 def _carried(figures: Mapping[str, Any]) -> str:
@@ -164,12 +181,14 @@ def _carried(figures: Mapping[str, Any]) -> str:
         xlabel="share of the routed experts, the busiest first",
         ylabel="share of the domain's choices",
     )
-    head = ["domain", "tokens", "distance of halves", *(f"busiest {one['experts']}" for one in domains[0]["busiest"])]
+    even = figures["even_share"]
+    busiest = [f"busiest {one['experts']} (of even use {one['experts'] * even:.1%})" for one in domains[0]["busiest"]]
+    head = ["domain", "tokens", "distance of its halves", *busiest]
     rows = [
         [
             one["domain"],
             f"{one['tokens']:,}",
-            "" if one["halves"] is None else f"{one['halves']:.3f}",
+            _short(one["halves"]),
             *(f"{busy['share']:.1%}" for busy in one["busiest"]),
         ]
         for one in domains
@@ -218,7 +237,13 @@ def _similarity(sections: Sections) -> str:
         title = f"{heading}, {name}"
         images += as_image(partial(plot_tables, tables, title=title, label="cosine", limits=(-0.2, 1.0)), title)
     lines = partial(plot_measures, curves, title=heading, xlabel="layer", ylabel="cosine")
-    return as_image(lines, heading) + _folded(images, "Every pair of experts")
+    rows = [
+        [name, row["layer"], _short(row["mean"]), _short(row["nearest"])]
+        for name, section in sections.items()
+        for row in section.figures["layers"]
+    ]
+    table = as_table(["model", "layer", "mean of the pairs", "nearest other expert"], rows)
+    return as_image(lines, heading) + _folded(table) + _folded(images, "Every pair of experts")
 
 
 def _folded(content: str, summary: str = "As a table") -> str:

@@ -3,10 +3,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .plots import Target, new_axes, new_figure
 
 _MARKERS = "os^Dv"
+_MOST_WRITTEN = 10  # rows of a table whose values are written into it
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ def plot_measures(
         marker = _MARKERS[idx % len(_MARKERS)]
         axes.errorbar(curve.x, curve.y, yerr=error, marker=marker, markersize=5, linewidth=1.4, capsize=3, label=name)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if all(float(value).is_integer() for curve in curves.values() for value in curve.x):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if descending:
         axes.invert_xaxis()
@@ -95,6 +99,8 @@ def plot_tables(
         if names:
             panel.set_xticks(range(len(names)), names, rotation=45, ha="right")
             panel.set_yticks(range(len(names)), names)
+            if len(names) <= _MOST_WRITTEN:
+                _write_values(panel, table, limits)
         else:
             panel.locator_params(nbins=4, integer=True)
     for panel in panels.flat[len(tables) :]:
@@ -102,6 +108,15 @@ def plot_tables(
     figure.suptitle(title)
     figure.colorbar(image, ax=panels, label=label, shrink=0.8)
     figure.savefig(target, format="png")
+
+
+def _write_values(panel: Any, table: Sequence[Sequence[float]], limits: tuple[float, float]) -> None:
+    """Write the values of a table into its cells."""
+    middle = sum(limits) / 2
+    for row, values in enumerate(table):
+        for column, value in enumerate(values):
+            colour = "black" if value > middle else "white"  # viridis ends in yellow
+            panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="small")
 
 
 __all__ = ["Curve", "plot_measures", "plot_single_experts", "plot_tables"]

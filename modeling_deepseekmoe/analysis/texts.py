@@ -30,12 +30,15 @@ def read_texts(
         max_characters: the most characters that are read of a plain text.
 
     Raises:
-        ValueError: if the file is no text, or has no such column.
+        ValueError: if the file is no text, or has no such column, split or subset.
         OSError: if there is no such file or dataset.
         ImportError: if `datasets` is needed and missing.
     """
     path = Path(data)
+    _refuse_unused(path, split, subset)
     if path.is_file() and path.suffix not in _ROWS:
+        if column != "text":
+            raise ValueError(f"column={column!r} is not allowed for {data}: a plain text has no columns.")
         try:
             with path.open(encoding="utf-8-sig") as file:
                 yield file.read(max_characters)
@@ -55,11 +58,12 @@ def read_rows(data: str, *, split: str = "train", subset: str | None = None) -> 
         split, subset: split of a dataset, and its configuration if it has several.
 
     Raises:
-        ValueError: if a line is no JSON, or the file no text.
+        ValueError: if a line is no JSON, the file no text, or has no such split or subset.
         OSError: if there is no such file or dataset.
         ImportError: if `datasets` is needed and missing.
     """
     path = Path(data)
+    _refuse_unused(path, split, subset)
     if path.suffix in (".txt", *_ROWS) and not path.is_file():
         raise FileNotFoundError(f"{data} is no file, and a name that ends in {path.suffix} is no dataset's.")
     if path.suffix == ".jsonl":
@@ -71,6 +75,15 @@ def read_rows(data: str, *, split: str = "train", subset: str | None = None) -> 
     else:
         for number, row in enumerate(_load_dataset(path, data, split, subset), start=1):
             yield f"{data}, row {number}", row
+
+
+def _refuse_unused(path: Path, split: str, subset: str | None) -> None:
+    """Refuse what would be ignored: a file has neither splits nor subsets."""
+    for name, value, default in (("split", split, "train"), ("subset", subset, None)):
+        if value != default and path.is_file():
+            raise ValueError(
+                f"{name}={value!r} is not allowed for {path}: it belongs to a dataset, and this is a file."
+            )
 
 
 def _rows_of_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
@@ -133,11 +146,15 @@ def read_domains(
             logger.warning(f"{data}: only the first {MOST_ROWS:,} rows are read, and the domains in them.")
             break
         text = _text_of(row, column, where)
-        domain = row.get(domains)
+        if domains not in row:
+            raise ValueError(
+                f"domains={domains!r} is not allowed: {where} has no such field, but {', '.join(map(repr, row))}."
+            )
+        domain = row[domains]
         if isinstance(domain, bool | float) or not isinstance(domain, str | int):
             raise ValueError(
                 f"domains={domains!r} is not allowed: {where} has {domain!r} there, and it must be a string or a "
-                f"whole number. Its columns are {', '.join(map(repr, row))}."
+                "whole number."
             )
         own = found.setdefault(str(domain), [])
         if len(found) > MOST_DOMAINS:
@@ -193,6 +210,9 @@ def domain_batches(
             found[name] = list(torch.cat(rows).split(batch_size))
     if not found:
         raise ValueError(f"No domain has two blocks of block_size={block_size} tokens. {' '.join(left_out)}")
+    if left_out:  # the others share its tokens
+        rest = {name: texts[name] for name in found}
+        found, _ = domain_batches(rest, tokenizer, max_tokens=max_tokens, block_size=block_size, batch_size=batch_size)
     return found, left_out
 
 

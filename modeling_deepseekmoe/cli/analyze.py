@@ -9,19 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import ModelOptions, TextOptions, check_file, takes
+from .options import ModelOptions, PageOptions, TextOptions, named, takes, write_page
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyzeOptions(TextOptions, ModelOptions):
+class AnalyzeOptions(TextOptions, PageOptions, ModelOptions):
     """Options of `deepseekmoe analyze`: which models read which text, what is measured, and where the page goes."""
 
     domains: Annotated[str | None, typer.Option(help="Field of the rows that names the domain of the text.")] = None
     against: Annotated[str | None, typer.Option(help="Another model, beside the first on the same page.")] = None
-    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("specialisation.html")
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing the page.")] = False
     max_tokens: Annotated[int, typer.Option(help="Tokens to read, of all domains together.")] = 16384
-    block_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 512
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4
     single_experts: Annotated[
         int, typer.Option(help="Mask so many experts of each layer one by one; a pass for each.")
@@ -32,30 +30,25 @@ class AnalyzeOptions(TextOptions, ModelOptions):
 @takes(AnalyzeOptions)
 def analyze(options: AnalyzeOptions) -> None:
     """Show how specialised the experts are: what the model loses without them, their domains, how alike they are."""
-    from ..analysis.plots import require_matplotlib
-
-    options.check()
-    if not options.as_json:
-        require_matplotlib()
-        check_file(options.output)
+    output = options.check_page("specialisation.html")
     models = [options, *([] if options.against is None else [replace(options, model=options.against, tokenizer=None)])]
-    texts = _texts_by_domain(options)
     block_size = _check_models(models)
-    measured = [_measure(replace(one, block_size=block_size), texts) for one in models]
+    texts = _texts_by_domain(options)
+    titles = _titles([one.model for one in models])
+    sized = [replace(one, block_size=block_size) for one in models]
+    measured = [_measure(one, title, texts) for one, title in zip(sized, titles, strict=True)]
     if options.as_json:
-        numbers = [one.to_dict() for one, _ in measured]
+        numbers = [one.to_dict(show) for one, show in measured]
         typer.echo(json.dumps(numbers[0] if options.against is None else numbers, indent=2))
         return
     from ..analysis.specialisation_page import make_page
 
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(make_page(*measured[0], *measured[1:]), encoding="utf-8")
+    write_page(make_page(*measured[0], *measured[1:]), output)
     for one, _ in measured:
-        empty = [
-            f"no {section.heading.lower()}: {section.empty}" for section in one.sections.values() if section.empty
-        ]
-        typer.echo("\n  ".join([f"{one.title}: loss {one.loss:.4f} nats", *empty]))
-    typer.echo(f"{options.output} is written.")
+        typer.echo(f"{one.title}: loss {one.loss:.4f} nats")
+        for section in one.sections.values():
+            typer.echo(f"  {section.heading}: {section.empty or section.summary}")
+    typer.echo(f"{output} is written.")
 
 
 def _texts_by_domain(options: AnalyzeOptions) -> dict[str, list[str]] | None:
@@ -77,7 +70,8 @@ def _check_models(models: list[AnalyzeOptions]) -> int:
     """Look at the configs of the models before the first is measured, and return the tokens of a sequence.
 
     Raises:
-        ValueError: if one has no MoE layers, or none that can be measured.
+        ValueError: if one cannot be loaded, or has no MoE layers, or none that can be measured.
+        OSError: if there is no such folder or repository.
     """
     from transformers import AutoConfig
 
@@ -89,8 +83,9 @@ def _check_models(models: list[AnalyzeOptions]) -> int:
     register(override_native=True)
     for options in models:
         options.check()
-        config = AutoConfig.from_pretrained(options.model)
-        traced_layers(meta_model(config))
+        with named(options.model):
+            config = AutoConfig.from_pretrained(options.model)
+            traced_layers(meta_model(config))
         longest = getattr(config.get_text_config(), "max_position_embeddings", None) or block_size
         if longest < block_size:
             block_size = longest
@@ -98,13 +93,13 @@ def _check_models(models: list[AnalyzeOptions]) -> int:
     return block_size
 
 
-def _title(model: str) -> str:
-    """Name a model: a folder without its path."""
-    path = Path(model)
-    return path.resolve().name if path.is_dir() else model
+def _titles(models: list[str]) -> list[str]:
+    """Name models: folders without their paths, unless the names are the same then."""
+    short = [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
+    return short if len(set(short)) == len(short) else models
 
 
-def _measure(options: AnalyzeOptions, texts: dict[str, list[str]] | None) -> tuple[Any, Any]:
+def _measure(options: AnalyzeOptions, title: str, texts: dict[str, list[str]] | None) -> tuple[Any, Any]:
     """Load a model and measure it. Return the result, and what makes text of its token ids."""
     from ..analysis.routing_report import shown_token
     from ..analysis.specialisation import measure_specialisation
@@ -121,9 +116,10 @@ def _measure(options: AnalyzeOptions, texts: dict[str, list[str]] | None) -> tup
         batches = {"": token_batches(options.texts(), tokenizer, **sizes)}
     else:
         batches, left_out = domain_batches(texts, tokenizer, **sizes)
-    for domain in left_out:
-        typer.echo(f"Left out: {domain}", err=True)
-    with typer.progressbar(length=1, label=options.model, file=sys.stderr) as bar:
+    notes = tuple(f"Left out: {domain}" for domain in left_out)
+    for note in notes:
+        typer.echo(note, err=True)
+    with typer.progressbar(length=1, label=title, file=sys.stderr) as bar:
 
         def show(done: int, total: int) -> None:
             bar.length = total
@@ -132,12 +128,14 @@ def _measure(options: AnalyzeOptions, texts: dict[str, list[str]] | None) -> tup
         measured = measure_specialisation(
             model,
             batches,
-            title=_title(options.model),
+            title=title,
             source=options.source,
             single_experts=options.single_experts,
             output_tokens=options.output_tokens,
             progress=show,
         )
+    by_domain = measured.sections["domains"]
+    measured.sections["domains"] = replace(by_domain, notes=(*by_domain.notes, *notes))
     return measured, lambda token_id: shown_token(tokenizer, token_id)
 
 

@@ -32,10 +32,25 @@ class ModelOptions:
     device_map: Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda, ...")] = "auto"
 
     def check(self) -> None:
-        """Raise ValueError if no model can be loaded in the dtype."""
+        """Look at what can be known before a model is loaded.
+
+        Raises:
+            ValueError: if no model can be loaded in the dtype, or on the device, or if it is an adapter.
+            FileNotFoundError: if it is a folder's name, and there is no such folder.
+        """
         allowed = ("auto", "float32", "bfloat16", "float16")
         if self.dtype not in allowed:
             raise ValueError(f"dtype={self.dtype!r} is not allowed: it must be one of {', '.join(allowed)}.")
+        if self.device_map.startswith("cuda") and not cuda_is_available():
+            raise ValueError(f"device_map={self.device_map!r} is not allowed: torch finds no CUDA device here.")
+        path = Path(self.model)
+        if not path.exists() and (path.is_absolute() or self.model.startswith(".") or len(path.parts) > 2):
+            raise FileNotFoundError(f"{self.model}: there is no such folder.")
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            raise ValueError(
+                f"{self.model} is not allowed: it is an adapter. `deepseekmoe merge BASE {self.model} FOLDER` makes a "
+                "model of both."
+            )
 
     def load(self) -> tuple[Any, Any]:
         """Load the model with this package's classes, and its tokenizer. The checkpoint may be of any generation."""
@@ -48,10 +63,61 @@ class ModelOptions:
 
         self.check()
         register(override_native=True)
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, device_map=self.device_map)
+        with named(self.model):
+            model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, device_map=self.device_map)
         if getattr(model.config, "added_balancing_bias", False):
             add_balancing_bias(model, local_folder(self.model))
         return model, load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
+
+
+@contextmanager
+def named(model: str) -> Iterator[None]:
+    """Say in an error which model it is about, if it does not."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if model in str(error):
+            raise
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(f"{model} is not allowed: {error}") from error
+
+
+def cuda_is_available() -> bool:
+    """Tell whether torch finds a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """Options for a command that writes a page of HTML, or prints its numbers."""
+
+    output: Annotated[Path | None, typer.Option(help="HTML file to write; one in this folder by default.")] = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing the page.")] = False
+
+    def check_page(self, default: str) -> Path:
+        """Look before the work begins whether the page can be made, and return its file.
+
+        Raises:
+            ValueError: if the file is a folder, or if no page was asked for.
+            ImportError: if matplotlib is missing.
+        """
+        output = self.output or Path(default)
+        if self.as_json and self.output is not None:
+            raise ValueError(f"--output {self.output}: not allowed with --json, which writes no page.")
+        if not self.as_json:
+            from ..analysis.plots import require_matplotlib
+
+            require_matplotlib()
+            check_file(output)
+        return output
+
+
+def write_page(page: str, path: Path) -> None:
+    """Write a page, and the folder that it goes to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +227,7 @@ __all__ = [
     "Destination",
     "FailedCheck",
     "ModelOptions",
+    "PageOptions",
     "Resume",
     "ShardSize",
     "TextOptions",
@@ -168,5 +235,7 @@ __all__ = [
     "bytes_bar",
     "check_file",
     "exit_codes",
+    "named",
     "takes",
+    "write_page",
 ]

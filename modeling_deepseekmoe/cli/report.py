@@ -3,20 +3,17 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import ModelOptions, TextOptions, check_file, takes
+from .options import ModelOptions, PageOptions, TextOptions, takes, write_page
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions(TextOptions, ModelOptions):
+class ReportOptions(TextOptions, PageOptions, ModelOptions):
     """Options of `deepseekmoe report`: which model reads which text, and where the page goes."""
 
-    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("routing_report.html")
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing the page.")] = False
     max_tokens: Annotated[int, typer.Option(help="Tokens to look at.")] = 32768
     block_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4
@@ -25,14 +22,11 @@ class ReportOptions(TextOptions, ModelOptions):
 @takes(ReportOptions)
 def report(options: ReportOptions) -> None:
     """Show what the gates do with a text: load, imbalance, co-activation, weights, typical tokens."""
-    from ..analysis.plots import require_matplotlib
     from ..analysis.routing_page import make_page
     from ..analysis.routing_report import make_report
 
     options.check()
-    if not options.as_json:
-        require_matplotlib()
-        check_file(options.output)
+    output = options.check_page("routing_report.html")
     result = make_report(
         *options.load(),
         options.texts(),
@@ -45,10 +39,9 @@ def report(options: ReportOptions) -> None:
     if options.as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
         return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(make_page(result), encoding="utf-8")
+    write_page(make_page(result), output)
     violation = sum(result.global_violation) / len(result.global_violation)
-    typer.echo(f"{options.output}: {len(result.trace.layers)} layers, MaxVio_global {violation:.3f} on average.")
+    typer.echo(f"{output}: {len(result.trace.layers)} layers, MaxVio_global {violation:.3f} on average.")
 
 
 __all__ = ["ReportOptions", "report"]

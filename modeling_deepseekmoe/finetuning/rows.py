@@ -84,16 +84,10 @@ def load_rows(data: str, *, column: str | None = None, split: str = "train", sub
     """
     path = Path(data)
     name = path.name if path.exists() else data
-    of_dataset = {"split": (split, "train"), "subset": (subset, None)}
-    for field, (value, default) in of_dataset.items():
-        if path.is_file() and value != default:
-            raise ValueError(
-                f"{field}={value!r} is not allowed for {data}: it belongs to a dataset, and this is a file."
-            )
     if path.is_file() and path.suffix not in (".jsonl", ".json", ".csv", ".parquet"):
         if column is not None:
             raise ValueError(f"column={column!r} is not allowed for {data}: a plain text has no columns.")
-        texts = [text for text in read_texts(data) if text.strip()]
+        texts = [text for text in read_texts(data, split=split, subset=subset) if text.strip()]
         if not texts:
             raise ValueError(f"{data} is empty: there is nothing to train on.")
         return Rows(name, "text", tuple(Row(name, text=text) for text in texts), ())
@@ -117,7 +111,7 @@ def load_rows(data: str, *, column: str | None = None, split: str = "train", sub
 def _read(data: str, split: str, subset: str | None) -> Iterator[tuple[str, Any]]:
     """Read rows. What `datasets` says of a file that it cannot read becomes a ValueError."""
     if Path(data).suffix == ".jsonl":
-        yield from read_rows(data)
+        yield from read_rows(data, split=split, subset=subset)
         return
     rows = read_rows(data, split=split, subset=subset)
     number = 0

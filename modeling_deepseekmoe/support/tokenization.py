@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 SETTINGS_NAME, TOKENIZER_NAME = "tokenizer_config.json", "tokenizer.json"
 _FLAGS = {"add_bos_token": "bos_token", "add_eos_token": "eos_token"}
+_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "tekken.json")  # at least one of them makes a tokenizer
 _OF_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 
 
@@ -31,6 +32,9 @@ def load_tokenizer(name_or_folder: str | Path, **kwargs: Any) -> Any:
     Raises:
         ValueError, OSError: as AutoTokenizer does; also a ValueError if there is no tokenizer.
     """
+    folder = Path(name_or_folder, kwargs.get("subfolder") or "")
+    if folder.is_dir() and not any(file for pattern in _FILES for file in folder.glob(pattern)):
+        raise _no_tokenizer(name_or_folder)
     of_hub = {key: value for key, value in kwargs.items() if key in _OF_HUB}
     settings, tokenizer = (_content(name_or_folder, name, of_hub) for name in (SETTINGS_NAME, TOKENIZER_NAME))
     flags = {}
@@ -38,10 +42,14 @@ def load_tokenizer(name_or_folder: str | Path, **kwargs: Any) -> Any:
         flags = {flag: settings.get(flag) is True or _adds(settings, tokenizer, flag) for flag in _FLAGS}
     found = AutoTokenizer.from_pretrained(name_or_folder, **{**flags, **kwargs})
     if len(found) < 2:  # transformers makes an empty one of nothing
-        raise ValueError(
-            f"{str(name_or_folder)!r} is not allowed: it holds no tokenizer. Give a folder or a repository with one."
-        )
+        raise _no_tokenizer(name_or_folder)
     return found
+
+
+def _no_tokenizer(name_or_folder: str | Path) -> ValueError:
+    return ValueError(
+        f"{str(name_or_folder)!r} is not allowed: it holds no tokenizer. Give a folder or a repository with one."
+    )
 
 
 def unheeded_flags(settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from modeling_deepseekmoe.analysis.evaluation import traced_layers
 from modeling_deepseekmoe.analysis.expert_domains import effective_number, jensen_shannon
+from modeling_deepseekmoe.analysis.expert_similarity import mean_cosines
 from modeling_deepseekmoe.analysis.interventions import Intervention, Rerouter, intervening, losses_of_blocks
 from modeling_deepseekmoe.analysis.specialisation import Specialisation, measure_specialisation
 from modeling_deepseekmoe.analysis.texts import domain_batches, read_domains
@@ -76,8 +77,10 @@ def test_losses_against_loops(name: str) -> None:
     assert [point["activated"] for point in fewer] == [3, 2, 1]
     for point in masks:
         check(point, Change(masked=point["masked"]))
-        scaled = (loop.losses(BLOCKS, Change(masked=point["masked"], same_sum=True)) - base).mean().item()
-        assert point["rise_with_the_same_sum"] == pytest.approx(scaled, abs=tolerance)
+        scaled = loop.losses(BLOCKS, Change(masked=point["masked"], same_sum=True)) - base
+        assert point["rise_with_the_same_sum"] == pytest.approx(scaled.mean().item(), abs=tolerance)
+        error = scaled.numpy().std(ddof=1) / len(base) ** 0.5
+        assert point["error_with_the_same_sum"] == pytest.approx(error, abs=tolerance)
     for point in fewer:
         check(point, Change(top_k=point["activated"]))
     if name == "qwen3_moe":
@@ -139,6 +142,14 @@ def test_use_of_experts_against_loops(name: str) -> None:
             assert carried == pytest.approx(share, abs=DOUBLE)
         assert all(few["share"] == of["carried"][few["experts"] - 1] for few in of["busiest"])
     assert domains["mean_distance_of_halves"] == pytest.approx(sum(halves) / 2, abs=DOUBLE)
+    crossed = [
+        mean(lambda index, one=one, other=other: distance(count(index, one), count(index, other)))
+        for one in in_halves(rows["prose"])
+        for other in in_halves(rows["code"])
+    ]
+    assert len(crossed) == 4 and pair["halves"] == pytest.approx(sum(crossed) / 4, abs=DOUBLE)
+    assert domains["mean_distance_between_halves"] == pair["halves"]
+    assert domains["even_share"] == 1 / experts and domains["common_by_chance"] == pytest.approx(9 / experts)
 
     for row in found.sections["effective"].figures["layers"]:
         index = row["layer"]
@@ -233,6 +244,19 @@ def test_blocks_of_different_lengths_and_a_single_one() -> None:
     assert found.sections["redundancy"].figures["points"][1]["loss"] == pytest.approx(masked, abs=DOUBLE)
     point = measure(model, {"": [BLOCKS[1]]}, ratios=(1 / 8,)).sections["redundancy"].figures["points"][-1]
     assert point["error"] is None and math.isfinite(point["rise"])
+    section = measure(model, {"": [BLOCKS[1][:1]]}).sections["redundancy"]
+    assert section.notes[0] == "The text has 1 sequence only: rises and their errors mean little."
+
+
+def test_tokens_for_which_an_expert_gives_zero() -> None:
+    """Two experts that compute the same are at 1, also if a token makes both of them zero."""
+    outputs = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).repeat(3, 1, 1)
+    outputs[2] = -outputs[2]
+    outputs[:, 1:3], outputs[1, 4] = 0, 0
+    table = mean_cosines(outputs)
+    expected = torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]], dtype=torch.float64)
+    torch.testing.assert_close(table, expected, rtol=0, atol=DOUBLE)
+    assert mean_cosines(outputs[:, 1:3]).tolist() == [[0.0] * 3] * 3
 
 
 @pytest.mark.parametrize(
@@ -247,6 +271,7 @@ def test_blocks_of_different_lengths_and_a_single_one() -> None:
         ({"a": [PROSE + 50]}, {}, "vocab_size=96"),
         ({"a": [PROSE - 50]}, {}, "vocab_size=96"),
         (TEXT, {"ratios": (0.5, 0.0, 1.0, math.nan)}, r"ratios=\[0\.5, 0\.0, 1\.0, nan\] is not allowed"),
+        (BLOCKS, {}, "domains of type list is not allowed: it must be a dict"),
         (TEXT, {"ratios": ()}, r"ratios=\[\] is not allowed"),
         (TEXT, {"single_experts": -1}, "single_experts=-1 is not allowed: it must be an integer of at least 0"),
         (TEXT, {"single_experts": 1.5}, "single_experts=1.5 is not allowed"),
@@ -285,10 +310,10 @@ def test_empty_sections_say_why(fields: dict[str, Any], key: str, more: dict[str
 
 def test_what_few_experts_leave_out_is_noted() -> None:
     found = measure(model_of("v1", n_routed_experts=4), ratios=(0.25, 0.5)).sections["redundancy"]
-    assert [point["masked"] for point in found.figures["points"]] == [0, 1] and "2 masked" in found.notes[0]
+    assert [point["masked"] for point in found.figures["points"]] == [0, 1] and "2 masked" in found.notes[-1]
     shared = measure(model_of("v1", n_routed_experts=3)).sections["shared"]
     assert [point["shared experts"] for point in shared.figures["points"]] == ["on", "off"]
-    assert "No case with one more routed expert" in shared.notes[0]
+    assert "No case with one more routed expert" in shared.notes[-1]
     one = measure(prepared("v1")[0], {"a": [PROSE[:1]], "b": [CODE]}).sections["domains"]
     assert one.figures["domains"][0]["halves"] is None and "a has one sequence" in one.notes[0]
 
@@ -330,9 +355,13 @@ def test_domains_of_rows(tmp_path: Path) -> None:
     assert read_domains(data, "of", max_characters=3) == {"b": ["one"], "7": ["two"]}
     for bad in (None, 1.5, True, ["b"]):
         broken = rows_in(tmp_path / "bad.jsonl", [*rows, {"text": "four", "of": bad}])
-        with pytest.raises(ValueError, match=r"domains='of' is not allowed: .*bad\.jsonl, line 5 has .* 'text', 'of'"):
+        with pytest.raises(
+            ValueError, match=r"domains='of' is not allowed: .*bad\.jsonl, line 5 has .* there, and it"
+        ):
             read_domains(broken, "of")
-    with pytest.raises(ValueError, match=r"domains='topic' is not allowed: .* line 1 has None there"):
+    with pytest.raises(
+        ValueError, match=r"domains='topic' is not allowed: .* line 1 has no such field, but 'text', 'of'"
+    ):
         read_domains(data, "topic")
     with pytest.raises(ValueError, match="column='body' is not allowed"):
         read_domains(data, "of", column="body")
@@ -349,7 +378,9 @@ def test_batches_of_domains() -> None:
     sizes = {"max_tokens": 4 * 32, "block_size": 8, "batch_size": 2}
     texts = {"a": ["x" * 60, "y" * 60], "b": ["z" * 40], "short": ["v" * 14], "none": []}
     found, left_out = domain_batches(texts, tokenizer(), **sizes)
-    assert [tuple(batch.shape) for batch in (*found["a"], *found["b"])] == [(2, 8)] * 4 and len(found) == 2
+    # Two of the four are left, and share the 128 tokens: 64 of one, and the whole blocks of the other.
+    shapes = {name: [tuple(batch.shape) for batch in own] for name, own in found.items()}
+    assert shapes == {"a": [(2, 8)] * 4, "b": [(2, 8)] * 2 + [(1, 8)]}
     assert len(left_out) == 2 and "short: it holds fewer than two blocks of 8 tokens" in left_out[0]
     assert left_out[1].startswith("none: ") and "at least two are needed" in left_out[1]
     with pytest.raises(ValueError, match=r"max_tokens=63 is not allowed: 4 domains .* need at least 64"):

@@ -79,15 +79,19 @@ def test_command(model: Path, tmp_path: Path) -> None:
     sizes = ("--block-size", "32", "--max-tokens", "256")
     page = tmp_path / "sub" / "page.html"
     code, output = run("analyze", model, "--data", data, "--domains", "domain", *sizes, "--output", page)
-    assert code == 0 and "model: loss" in output and "no one expert at a time: Not asked for" in output
-    assert "prose and code" in Page(page.read_text(encoding="utf-8")).text
+    assert code == 0 and "model: loss" in output and "One expert at a time: Not asked for" in output
+    shown = Page(page.read_text(encoding="utf-8")).text
+    assert "prose and code" in shown and "256 in 8 sequences of at most 32" in shown and "by chance" in shown
+    summary = re.search(r"Domains: (Mean distance of two domains .*)$", output, re.MULTILINE)
+    assert summary is not None and summary[1] in shown  # what is printed stands on the page too
     code, output = run("analyze", model, "--data", data, *sizes, "--json", "--against", model, "--single-experts", "1")
     found = json.loads(re.search(r"^\[$.*^\]$", output, re.DOTALL | re.MULTILINE)[0])
     assert code == 0 and len(found) == 2 and found[0]["loss"] == found[1]["loss"]
     assert "one domain" in found[0]["sections"]["domains"]["empty"]
     assert "NaN" not in output and len(found[0]["sections"]["single"]["figures"]["layers"][0]["experts"]) == 1
+    assert all(isinstance(one["token"], str) for one in found[0]["typical_tokens"][0]["experts"][0])
     code, output = run("analyze", model, "--data", data, *sizes, "--against", model, "--output", page)
-    assert code == 0 and "model (2)" in page.read_text(encoding="utf-8")
+    assert code == 0 and f"{model} (2)" in page.read_text(encoding="utf-8")  # two of one name have their paths
 
 
 @pytest.mark.parametrize(
@@ -97,21 +101,45 @@ def test_command(model: Path, tmp_path: Path) -> None:
         (("--data", "nothing.jsonl"), "nothing.jsonl is no file"),
         (("--data", "empty.txt"), "holds 0 tokens"),
         (("--data", "empty.jsonl", "--domains", "domain"), "holds no rows"),
-        (("--data", "rows.jsonl", "--domains", "kind"), "domains='kind' is not allowed: rows.jsonl, line 1 has None"),
+        (("--data", "rows.jsonl", "--domains", "kind"), "line 1 has no such field, but 'text', 'domain'"),
+        (("--data", "rows.jsonl", "--split", "test"), "split='test' is not allowed for rows.jsonl"),
+        (("--data", "text.txt", "--subset", "en"), "subset='en' is not allowed for text.txt"),
+        (("--data", "text.txt", "--column", "body"), "column='body' is not allowed for text.txt"),
+        (("--data", "text.txt", "--json", "--output", "page.html"), "not allowed with --json"),
+        (("--data", "text.txt", "--block-size", "1"), "Invalid value for '--block-size'"),
+        (("--data", "text.txt", "--device-map", "cuda"), "torch finds no CUDA device"),
+        (
+            ("--data", "text.txt", "--against", "dense"),
+            "dense is not allowed: DeepseekMoeForCausalLM has no MoE layer",
+        ),
+        (
+            ("--data", "text.txt", "--against", "adapter"),
+            "adapter is not allowed: it is an adapter. `deepseekmoe merge",
+        ),
+        (("--data", "text.txt", "--against", "./nowhere"), "./nowhere: there is no such folder"),
+        (("--data", "text.txt", "--tokenizer", "adapter"), "it holds no tokenizer"),
         (("--data", "rows.jsonl", "--domains", "domain", "--max-tokens", "8"), "max_tokens=8 is not allowed"),
         (("--data", "text.txt", "--output", "."), "it is a folder"),
-        (("--data", "text.txt", "--against", "nowhere"), "nowhere"),
+        (("--data", "text.txt", "--against", "nowhere"), "Error: nowhere is not allowed: "),
         (("--data", "text.txt", "--single-experts", "-1"), "single_experts=-1"),
     ],
 )
 def test_mistakes(
-    options: tuple[str, ...], message: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...],
+    message: str,
+    model: Path,
+    tiny_model: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Some text of more than one token.", encoding="utf-8")
     for name in ("empty.txt", "empty.jsonl"):
         (tmp_path / name).write_text("", encoding="utf-8")
     write_rows(tmp_path / "rows.jsonl", text=["some text"] * 2, domain=["a", "b"])
+    tiny_model(n_routed_experts=None).save_pretrained(tmp_path / "dense")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
     code, output = run("analyze", model, *options)
     assert code == 2 and message in " ".join(output.split()), output
 
@@ -120,4 +148,9 @@ def test_a_domain_that_is_too_short_is_named(model: Path, tmp_path: Path) -> Non
     data = write_rows(tmp_path / "rows.jsonl", text=["many words " * 40, "more words " * 40, "few"], domain=[1, 2, 3])
     options = ("--domains", "domain", "--block-size", "16", "--max-tokens", "300", "--json")
     code, output = run("analyze", model, "--data", data, *options)
-    assert code == 0 and "Left out: 3: it holds fewer than two blocks of 16 tokens" in output
+    reason = "Left out: 3: it holds fewer than two blocks of 16 tokens."
+    found = json.loads(re.search(r"^\{$.*^\}$", output, re.DOTALL | re.MULTILINE)[0])
+    assert code == 0 and output.count(reason) == 2  # said, and in the result
+    assert found["sections"]["domains"]["notes"] == [reason]
+    sizes = [one["tokens"] for one in found["sections"]["domains"]["figures"]["domains"]]
+    assert sizes == [144, 144]  # 300 / 2 each, not 300 / 3
