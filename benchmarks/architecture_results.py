@@ -17,6 +17,8 @@ from modeling_deepseekmoe.analysis.specialisation_plots import Curve, plot_measu
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 STEPS = (("gshard", "shared"), ("shared", "fine-2"), ("fine-2", "fine-4"), ("gshard", "fine-4"), ("switch", "gshard"))
+# Of models with 2 B parameters on the Pile: arXiv 2401.06066, tables 1 and 2.
+PAPER = {"dense": 2.060, "switch": 1.881, "gshard": 1.867, "fine-4": 1.808, "gshard-1.5": 1.808, "dense-all": 1.806}
 DOMAIN_MEASURES = ("fine-4", "fine-4-bias", "gshard", "gshard-1.5")
 
 
@@ -55,10 +57,11 @@ def ladder_table(figures: Figures) -> str:
                 spread(losses.values()),
                 ", ".join(f"{gap:+.3f}" for gap in gaps) if name != "gshard" else "",
                 spread(violations.values(), 2) if violations else "",
+                f"{PAPER[name]:.3f}" if name in PAPER else "",
             )
         )
     header = ("architecture", "parameters", "activated", "FLOPs of a token, forward", "seeds",
-              "validation loss (nats)", "minus GShard's, by seed", "MaxVio_global")  # fmt: skip
+              "validation loss (nats)", "minus GShard's, by seed", "MaxVio_global", "the paper's loss")  # fmt: skip
     training = figures["training"]
     tokens = training["steps"] * training["batch_size"] * training["block_size"]
     return (
@@ -169,8 +172,9 @@ def domains_table(figures: Figures) -> str:
                 spread(violations.values(), 2),
             )
         )
-    header = ("architecture", "distance of domains", "of the halves of one", "share of the experts in a sequence",
-              "cosine of two experts' outputs", "MaxVio_global")  # fmt: skip
+    header = ("architecture", "distance of domains", "of the halves of one",
+              "share of the experts that a sequence uses", "cosine of two experts' outputs",
+              "MaxVio_global")  # fmt: skip
     return table(header, rows)
 
 

@@ -244,7 +244,7 @@ def measure_shared(losses: Losses) -> Section:
             missing = str(error)
     notes = (*losses.notes, *([f"No case with one more routed expert: {missing}"] if missing else []))
     points = [{"shared experts": case, **losses.point(found)} for case, found in cases.items()]
-    summary = f"The loss changes by {_rises(points[1:], 'the shared {shared experts}')}."
+    summary = f"The loss changes by {_rises(points[1:], 'the shared experts {shared experts}')}."
     return replace(section, figures={"points": points}, summary=summary, notes=notes)
 
 
@@ -257,7 +257,7 @@ def measure_activation(losses: Losses) -> Section:
         "normalises gives them the weight of those left out; with one that does not, the experts' outputs become "
         "smaller too.",
         f"{PAPER}, figure 6",
-        "Where it is flat, the model can be run with fewer experts (`num_experts_per_tok` of most configs), which "
+        "Where it is flat, the model can be run with fewer experts (num_experts_per_tok in most configs), which "
         "computes less and takes the same memory; one trained with fewer would be better still.",
         notes=losses.notes,
     )

@@ -182,7 +182,7 @@ def _carried(figures: Mapping[str, Any]) -> str:
         ylabel="share of the domain's choices",
     )
     even = figures["even_share"]
-    busiest = [f"busiest {one['experts']} (of even use {one['experts'] * even:.1%})" for one in domains[0]["busiest"]]
+    busiest = [f"busiest {one['experts']} (even use: {one['experts'] * even:.1%})" for one in domains[0]["busiest"]]
     head = ["domain", "tokens", "distance of its halves", *busiest]
     rows = [
         [
