@@ -183,11 +183,11 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
         "redundancy",
         "Redundancy",
         "For each token the experts that its gate ranks highest are masked, in all layers, and the token goes to the "
-        "next ones: the loss then. The share is that of all routed experts, so that K masked experts are all that the "
-        "token would have chosen. Scores are not shared out anew, unless the gate normalises: so the experts' outputs "
+        "next ones: the loss then. The share is that of all routed experts; once K are masked, the token has none of "
+        "its own choices left. Scores are not shared out anew, unless the gate normalises: so the experts' outputs "
         "become smaller too. The rise with the same sum leaves that out: there the weights are multiplied, so that "
         "they add up to what they did before.",
-        f"{PAPER}, figure 5",
+        f"{PAPER}, figure 4",
         "The steeper it rises, the less the other experts know what the masked ones know: the less redundant they "
         "are.",
         notes=losses.notes,
@@ -256,7 +256,7 @@ def measure_activation(losses: Losses) -> Section:
         "Loss when each token uses only the best of the experts that it would use, as if K were smaller. A gate that "
         "normalises gives them the weight of those left out; with one that does not, the experts' outputs become "
         "smaller too.",
-        f"{PAPER}, figure 6",
+        f"{PAPER}, figure 5",
         "Where it is flat, the model can be run with fewer experts (num_experts_per_tok in most configs), which "
         "computes less and takes the same memory; one trained with fewer would be better still.",
         notes=losses.notes,
@@ -308,23 +308,25 @@ def measure_single_experts(losses: Losses, trace: RoutingTrace, count: int) -> S
             experts.append({"expert": expert, "share": float(loads[expert] / loads.sum()), **vars(found)})
         rows.append({"layer": layer.index, "shared_off": None if shared is None else vars(shared), "experts": experts})
     figures = {"tried": count, "layers": rows}
-    return replace(section, figures=figures, summary=_worth_of_shared(rows, count), notes=tuple(notes))
+    return replace(section, figures=figures, summary=_most_missed(rows), notes=tuple(notes))
 
 
-def _worth_of_shared(rows: Sequence[Mapping[str, Any]], tried: int) -> str:
-    """Say in how many layers the shared experts are missed more than any routed one that was tried."""
+def _most_missed(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say which routed expert is missed most, and in how many layers the shared ones are missed more than any."""
+    found = [(one["rise"], row["layer"], one["expert"]) for row in rows for one in row["experts"]]
+    if not found:
+        return ""
+    rise, layer, expert = max(found)
+    said = f"The routed expert missed most, of {len(found)} tried, is {expert} in layer {layer} ({rise:+.4f})."
     pairs = [
         (row["shared_off"]["rise"], max(one["rise"] for one in row["experts"]))
         for row in rows
         if row["shared_off"] is not None and row["experts"]
     ]
-    if not pairs:
-        return ""
-    more, (shared, routed) = sum(one > other for one, other in pairs), map(sum, zip(*pairs, strict=True))
-    return (
-        f"In {more} of {_counted(len(pairs), 'layer')} the shared experts are missed more than any of {tried} routed "
-        f"ones ({shared / len(pairs):+.4f} against {routed / len(pairs):+.4f} for the most missed, on average)."
-    )
+    if pairs:
+        more = sum(shared > routed for shared, routed in pairs)
+        said += f" In {more} of {_counted(len(pairs), 'layer')} the shared ones are missed more than any of them."
+    return said
 
 
 __all__ = [

@@ -94,8 +94,8 @@ def measure_domains(trace: RoutingTrace, lengths: Mapping[str, Sequence[int]]) -
     )
     if len(lengths) < 2:
         name = next(iter(lengths))
-        how = f"All of it is {name}" if name else "--domains COLUMN names the column of the rows that tells domains"
-        return replace(section, empty=f"The text has one domain: {how}.")
+        why = "The text has no domains: --domains COLUMN names the column of the rows that tells them."
+        return replace(section, empty=f"There is one domain, {name}, and none to compare it with." if name else why)
     use = use_by_domain(trace, lengths)
     pairs = [_figures_of_pair(one, other, use, trace.expert_ids.shape[-1]) for one, other in combinations(use, 2)]
     domains = [_figures_of(name, own, trace) for name, own in use.items()]

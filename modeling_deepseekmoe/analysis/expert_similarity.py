@@ -125,10 +125,10 @@ def measure_outputs(
 def mean_cosines(outputs: torch.Tensor) -> torch.Tensor:
     """Compute the mean cosines (E, E) over the tokens of outputs (E, T, D), without those where one of a pair is 0.
 
-    They are 0 where no token is left.
+    They are NaN where no token is left.
     """
     given = (outputs != 0).any(dim=-1).double()
-    return cosines(outputs.transpose(0, 1)).sum(dim=0) / (given @ given.T).clamp(min=1)
+    return cosines(outputs.transpose(0, 1)).sum(dim=0) / (given @ given.T)
 
 
 def _inputs_of(
@@ -166,14 +166,17 @@ def _sentence(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _summary(table: torch.Tensor) -> dict[str, Any]:
-    """Return a table of cosines, the mean of the pairs, and the mean over the experts of the one most alike."""
-    off = ~torch.eye(len(table), dtype=torch.bool, device=table.device)
-    nearest = table.masked_fill(~off, float("-inf")).amax(dim=1)
-    several = len(table) > 1
+    """Return a table of cosines, the mean of the pairs, and the mean over the experts of the one most alike.
+
+    Pairs that are NaN have no part, and are `None`.
+    """
+    known = ~torch.eye(len(table), dtype=torch.bool, device=table.device) & ~table.isnan()
+    nearest = table.masked_fill(~known, float("-inf")).amax(dim=1)
+    several = bool(known.any())
     return {
-        "mean": float(table[off].mean()) if several else None,
-        "nearest": float(nearest.mean()) if several else None,
-        "table": [[round(value, 4) for value in row] for row in table.tolist()],
+        "mean": float(table[known].mean()) if several else None,
+        "nearest": float(nearest[known.any(dim=1)].mean()) if several else None,
+        "table": [[None if value != value else round(value, 4) for value in row] for row in table.tolist()],
     }
 
 

@@ -152,10 +152,10 @@ def _distances(figures: Mapping[str, Any]) -> str:
         table[place][place] = _number(one["halves"])
     for pair in figures["pairs"]:
         row, column = (names.index(domain) for domain in pair["domains"])
-        table[row][column] = table[column][row] = pair["distance"]
+        table[row][column] = table[column][row] = _number(pair["halves"])
     label = "Jensen-Shannon distance"
     limits = (0.0, max([0.1, *(value for row in table for value in row if value == value)]))
-    title = "Distance of domains; on the diagonal that of the halves of one"
+    title = "Distance of halves of two domains; on the diagonal, of the halves of one"
     plot = partial(plot_tables, {"": table}, title=title, names=names, label=label, limits=limits)
     head = ["domains", "distance", "of their halves",
             f"common among the K busiest (by chance {figures['common_by_chance']:.2f})"]  # fmt: skip
@@ -231,8 +231,8 @@ def _similarity(sections: Sections) -> str:
         rows = section.figures["layers"]
         layers = [row["layer"] for row in rows]
         for key, label in (("mean", "mean of the pairs"), ("nearest", "nearest other expert")):
-            curves[f"{name}: {label}"] = Curve(layers, [row[key] for row in rows])
-        by_layer = {row["layer"]: row["table"] for row in rows}
+            curves[f"{name}: {label}"] = Curve(layers, [_number(row[key]) for row in rows])
+        by_layer = {row["layer"]: [[*map(_number, cells)] for cells in row["table"]] for row in rows}
         tables = {f"layer {layer}": by_layer[layer] for layer in spread(tuple(by_layer), _MAX_PANELS)}
         title = f"{heading}, {name}"
         images += as_image(partial(plot_tables, tables, title=title, label="cosine", limits=(-0.2, 1.0)), title)

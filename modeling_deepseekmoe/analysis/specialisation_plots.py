@@ -115,6 +115,8 @@ def _write_values(panel: Any, table: Sequence[Sequence[float]], limits: tuple[fl
     middle = sum(limits) / 2
     for row, values in enumerate(table):
         for column, value in enumerate(values):
+            if value != value:
+                continue  # NaN: not known
             colour = "black" if value > middle else "white"  # viridis ends in yellow
             panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="small")
 

@@ -36,7 +36,10 @@ def analyze(options: AnalyzeOptions) -> None:
     texts = _texts_by_domain(options)
     titles = _titles([one.model for one in models])
     sized = [replace(one, block_size=block_size) for one in models]
-    measured = [_measure(one, title, texts) for one, title in zip(sized, titles, strict=True)]
+    measured = []
+    for one, title in zip(sized, titles, strict=True):
+        with named(one.model):
+            measured.append(_measure(one, title, texts))
     if options.as_json:
         numbers = [one.to_dict(show) for one, show in measured]
         typer.echo(json.dumps(numbers[0] if options.against is None else numbers, indent=2))
@@ -47,7 +50,8 @@ def analyze(options: AnalyzeOptions) -> None:
     for one, _ in measured:
         typer.echo(f"{one.title}: loss {one.loss:.4f} nats")
         for section in one.sections.values():
-            typer.echo(f"  {section.heading}: {section.empty or section.summary}")
+            if said := section.empty or section.summary:
+                typer.echo(f"  {section.heading}: {said}")
     typer.echo(f"{output} is written.")
 
 
@@ -55,6 +59,7 @@ def _texts_by_domain(options: AnalyzeOptions) -> dict[str, list[str]] | None:
     from ..analysis.texts import read_domains
 
     if options.domains is None:
+        options.texts()  # for a mistake to show; every model reads them anew
         return None
     return read_domains(
         options.data,
@@ -84,13 +89,24 @@ def _check_models(models: list[AnalyzeOptions]) -> int:
     for options in models:
         options.check()
         with named(options.model):
-            config = AutoConfig.from_pretrained(options.model)
+            config = AutoConfig.from_pretrained(_base_of(options.model))
             traced_layers(meta_model(config))
         longest = getattr(config.get_text_config(), "max_position_embeddings", None) or block_size
         if longest < block_size:
             block_size = longest
             typer.echo(f"Sequences have {longest} tokens: {options.model} takes no longer ones.", err=True)
     return block_size
+
+
+def _base_of(model: str) -> str:
+    """Return the base of an adapter's folder, which has no config, or the model itself."""
+    file = Path(model) / "adapter_config.json"
+    if not file.exists() or (Path(model) / "config.json").exists():
+        return model
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError("it is an adapter, and does not name its base: merge both with `deepseekmoe merge`.")
+    return str(base)
 
 
 def _titles(models: list[str]) -> list[str]:

@@ -39,9 +39,10 @@ def esft_select(options: EsftSelectOptions) -> None:
     files = [path for path in (options.out, options.scores) if path is not None]
     for path in files:
         check_file(path)
+    texts = options.texts()
     model, tokenizer = options.load()
     batches = token_batches(
-        options.texts(),
+        texts,
         tokenizer,
         max_tokens=options.max_tokens,
         block_size=min(options.block_size, model.config.max_position_embeddings),

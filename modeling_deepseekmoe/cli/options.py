@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -35,7 +36,7 @@ class ModelOptions:
         """Look at what can be known before a model is loaded.
 
         Raises:
-            ValueError: if no model can be loaded in the dtype, or on the device, or if it is an adapter.
+            ValueError: if no model can be loaded in the dtype, or on the device.
             FileNotFoundError: if it is a folder's name, and there is no such folder.
         """
         allowed = ("auto", "float32", "bfloat16", "float16")
@@ -44,13 +45,8 @@ class ModelOptions:
         if self.device_map.startswith("cuda") and not cuda_is_available():
             raise ValueError(f"device_map={self.device_map!r} is not allowed: torch finds no CUDA device here.")
         path = Path(self.model)
-        if not path.exists() and (path.is_absolute() or self.model.startswith(".") or len(path.parts) > 2):
+        if not path.exists() and (path.is_absolute() or str(self.model).startswith(".") or len(path.parts) > 2):
             raise FileNotFoundError(f"{self.model}: there is no such folder.")
-        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-            raise ValueError(
-                f"{self.model} is not allowed: it is an adapter. `deepseekmoe merge BASE {self.model} FOLDER` makes a "
-                "model of both."
-            )
 
     def load(self) -> tuple[Any, Any]:
         """Load the model with this package's classes, and its tokenizer. The checkpoint may be of any generation."""
@@ -72,14 +68,14 @@ class ModelOptions:
 
 @contextmanager
 def named(model: str) -> Iterator[None]:
-    """Say in an error which model it is about, if it does not."""
+    """Say in an error which model it is about, if it does not begin with that."""
     try:
         yield
     except (ValueError, OSError) as error:
-        if model in str(error):
+        if str(error).startswith(f"{model}: "):
             raise
         kind = ValueError if isinstance(error, ValueError) else OSError
-        raise kind(f"{model} is not allowed: {error}") from error
+        raise kind(f"{model}: {error}") from error
 
 
 def cuda_is_available() -> bool:
@@ -136,10 +132,11 @@ class TextOptions:
         return path.name if path.exists() else self.data
 
     def texts(self) -> Iterator[str]:
-        """Read the texts."""
+        """Read the first text, for a mistake to show before a model is loaded, and the others as they are needed."""
         from ..analysis.texts import read_texts
 
-        return read_texts(self.data, split=self.split, column=self.column, subset=self.subset)
+        texts = read_texts(self.data, split=self.split, column=self.column, subset=self.subset)
+        return chain([next(texts, "")], texts)
 
 
 class FailedCheck(Exception):

@@ -114,15 +114,12 @@ def _measure_routing(options: PushCommandOptions) -> Any:
         others = set(options.context.params) - {"column", "max_tokens"}
         allow_only(options.context, "without --data", *others)
         return None
-    from itertools import chain
-
     from ..analysis.plots import require_matplotlib
     from ..analysis.routing_report import make_report
 
     require_matplotlib()
     text = TextOptions(data=options.data, column=options.column)
     texts = text.texts()
-    texts = chain([next(texts, "")], texts)  # a mistake shows before the model is loaded
     return make_report(
         *ModelOptions(model=options.folder).load(),
         texts,

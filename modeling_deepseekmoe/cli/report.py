@@ -27,9 +27,10 @@ def report(options: ReportOptions) -> None:
 
     options.check()
     output = options.check_page("routing_report.html")
+    texts = options.texts()
     result = make_report(
         *options.load(),
-        options.texts(),
+        texts,
         title=options.model,
         source=options.source,
         max_tokens=options.max_tokens,

@@ -33,7 +33,8 @@ def load_tokenizer(name_or_folder: str | Path, **kwargs: Any) -> Any:
         ValueError, OSError: as AutoTokenizer does; also a ValueError if there is no tokenizer.
     """
     folder = Path(name_or_folder, kwargs.get("subfolder") or "")
-    if folder.is_dir() and not any(file for pattern in _FILES for file in folder.glob(pattern)):
+    in_files = folder.is_dir() and "gguf_file" not in kwargs
+    if in_files and not any(file for pattern in _FILES for file in folder.glob(pattern)):
         raise _no_tokenizer(name_or_folder)
     of_hub = {key: value for key, value in kwargs.items() if key in _OF_HUB}
     settings, tokenizer = (_content(name_or_folder, name, of_hub) for name in (SETTINGS_NAME, TOKENIZER_NAME))

@@ -256,7 +256,7 @@ def test_tokens_for_which_an_expert_gives_zero() -> None:
     table = mean_cosines(outputs)
     expected = torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]], dtype=torch.float64)
     torch.testing.assert_close(table, expected, rtol=0, atol=DOUBLE)
-    assert mean_cosines(outputs[:, 1:3]).tolist() == [[0.0] * 3] * 3
+    assert bool(mean_cosines(outputs[:, 1:3]).isnan().all())  # nothing is known of them
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_models_that_are_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "key", "more", "reason"),
     [
-        ({}, "domains", {}, "one domain"),
+        ({}, "domains", {}, "The text has no domains: --domains COLUMN"),
         ({"n_shared_experts": None}, "shared", {}, "no shared experts"),
         ({"num_experts_per_tok": 1}, "activation", {}, "K = 1"),
         ({}, "single", {"single_experts": 0}, "Not asked for"),

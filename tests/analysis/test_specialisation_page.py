@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 from cli_runner import run
 from html_pages import Page
 from other_families import family
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_deepseekmoe import measure_specialisation
+from modeling_deepseekmoe.analysis.evaluation import perplexity
 from modeling_deepseekmoe.analysis.specialisation_page import make_page
+from modeling_deepseekmoe.analysis.texts import token_batches
 
 GENERATOR = torch.Generator().manual_seed(3)
 DOMAINS = {name: list(torch.randint(3, 90, (2, 3, 12), generator=GENERATOR)) for name in ("<law>", "code", "talk")}
@@ -47,7 +51,7 @@ def test_the_page_is_self_contained_and_escaped(tiny_model: Callable) -> None:
             assert section.heading in read.text and section.reading in read.text and section.source in read.text
     assert "<my> model (2): The model has no shared experts" in read.text
     assert "rise with the same sum" in read.text
-    assert "<my> model (2): The text has one domain" in read.text
+    assert "<my> model (2): The text has no domains" in read.text
 
 
 def test_a_page_of_empty_sections(tiny_model: Callable) -> None:
@@ -55,7 +59,7 @@ def test_a_page_of_empty_sections(tiny_model: Callable) -> None:
     model = tiny_model(num_experts_per_tok=1, n_shared_experts=None)
     measured = measure_specialisation(model, {"": [DOMAINS["code"][0][:1]]}, title="small", source="x")
     text = Page(make_page(measured, str)).text
-    for reason in ("K = 1: each token uses", "has no shared experts", "has one domain", "--single-experts N"):
+    for reason in ("K = 1: each token uses", "has no shared experts", "has no domains", "--single-experts N"):
         assert reason in text
     assert "not known" in text  # the standard error of a single block
 
@@ -87,7 +91,7 @@ def test_command(model: Path, tmp_path: Path) -> None:
     code, output = run("analyze", model, "--data", data, *sizes, "--json", "--against", model, "--single-experts", "1")
     found = json.loads(re.search(r"^\[$.*^\]$", output, re.DOTALL | re.MULTILINE)[0])
     assert code == 0 and len(found) == 2 and found[0]["loss"] == found[1]["loss"]
-    assert "one domain" in found[0]["sections"]["domains"]["empty"]
+    assert "no domains" in found[0]["sections"]["domains"]["empty"]
     assert "NaN" not in output and len(found[0]["sections"]["single"]["figures"]["layers"][0]["experts"]) == 1
     assert all(isinstance(one["token"], str) for one in found[0]["typical_tokens"][0]["experts"][0])
     code, output = run("analyze", model, "--data", data, *sizes, "--against", model, "--output", page)
@@ -110,17 +114,17 @@ def test_command(model: Path, tmp_path: Path) -> None:
         (("--data", "text.txt", "--device-map", "cuda"), "torch finds no CUDA device"),
         (
             ("--data", "text.txt", "--against", "dense"),
-            "dense is not allowed: DeepseekMoeForCausalLM has no MoE layer",
+            "dense: DeepseekMoeForCausalLM has no MoE layer",
         ),
         (
             ("--data", "text.txt", "--against", "adapter"),
-            "adapter is not allowed: it is an adapter. `deepseekmoe merge",
+            "adapter: it is an adapter, and does not name its base",
         ),
         (("--data", "text.txt", "--against", "./nowhere"), "./nowhere: there is no such folder"),
         (("--data", "text.txt", "--tokenizer", "adapter"), "it holds no tokenizer"),
         (("--data", "rows.jsonl", "--domains", "domain", "--max-tokens", "8"), "max_tokens=8 is not allowed"),
         (("--data", "text.txt", "--output", "."), "it is a folder"),
-        (("--data", "text.txt", "--against", "nowhere"), "Error: nowhere is not allowed: "),
+        (("--data", "text.txt", "--against", "nowhere"), "Error: nowhere: "),
         (("--data", "text.txt", "--single-experts", "-1"), "single_experts=-1"),
     ],
 )
@@ -133,6 +137,7 @@ def test_mistakes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "text.txt").write_text("Some text of more than one token.", encoding="utf-8")
     for name in ("empty.txt", "empty.jsonl"):
         (tmp_path / name).write_text("", encoding="utf-8")
@@ -154,3 +159,45 @@ def test_a_domain_that_is_too_short_is_named(model: Path, tmp_path: Path) -> Non
     assert found["sections"]["domains"]["notes"] == [reason]
     sizes = [one["tokens"] for one in found["sections"]["domains"]["figures"]["domains"]]
     assert sizes == [144, 144]  # 300 / 2 each, not 300 / 3
+
+
+def test_an_adapter_over_its_base(model: Path, tmp_path: Path) -> None:
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1.0, generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "text.txt").write_text("The gate chooses experts. " * 9, encoding="utf-8")
+    options = ("--data", tmp_path / "text.txt", "--block-size", "16", "--json")
+    losses = []
+    for name in ("model", "adapter"):
+        code, output = run("analyze", tmp_path / name, *options, "--tokenizer", model)
+        losses.append(json.loads(re.search(r"^\{$.*^\}$", output, re.DOTALL | re.MULTILINE)[0])["loss"])
+        assert code == 0
+    batches = token_batches(iter(["The gate chooses experts. " * 9]), AutoTokenizer.from_pretrained(model),
+                            max_tokens=16384, block_size=16, batch_size=4)  # fmt: skip
+    own = math.log(perplexity(adapted, batches))
+    assert losses[1] == pytest.approx(own, abs=1e-5) and abs(losses[0] - own) > 1e-3
+
+
+@pytest.mark.parametrize("command", ["report", "analyze", "esft-select"])
+def test_ignored_options_are_refused_before_a_model_is_loaded(command: str, model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (tmp_path / "text.txt").write_text("some text", encoding="utf-8")
+    data = ("--data", tmp_path / "text.txt")
+    for options, message in (
+        (("--split", "test"), "split='test' is not allowed"),
+        (("--column", "body"), "a plain text has no columns"),
+        *([(("--json", "--output", "x.html"), "not allowed with --json")] * (command != "esft-select")),
+    ):
+        code, output = run(command, model, *data, *options)
+        assert code == 2 and message in " ".join(output.split()), output
+
+
+def test_a_page_of_single_experts_without_shared_ones(tiny_model: Callable) -> None:
+    found = measure_specialisation(tiny_model(n_shared_experts=None), DOMAINS, title="m", source="x", single_experts=2)
+    single = found.sections["single"]
+    rises = {(row["layer"], one["expert"]): one["rise"] for row in single.figures["layers"] for one in row["experts"]}
+    layer, expert = max(rises, key=rises.__getitem__)
+    assert f"missed most, of {len(rises)} tried, is {expert} in layer {layer}" in single.summary
+    assert "shared" not in single.summary and single.summary in Page(make_page(found, str)).text

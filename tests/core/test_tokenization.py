@@ -192,3 +192,11 @@ def test_what_is_published(kind: str, tmp_path: Path) -> None:
     assert "names PreTrainedTokenizerFast instead of TokenizersBackend: which transformers 4 reads too" in note
     (folder / "tokenizer_config.json").write_bytes(pushed.files["tokenizer_config.json"])
     assert tokens(AutoTokenizer.from_pretrained(folder)) == [BEGIN, "hello", "Ġdo", "Ġyou"]
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(OSError, match=r"model-q4\.gguf"):  # a GGUF file holds one: it is looked for
+        load_tokenizer(tmp_path, gguf_file="model-q4.gguf")
