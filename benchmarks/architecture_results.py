@@ -17,7 +17,7 @@ from modeling_deepseekmoe.analysis.specialisation_plots import Curve, plot_measu
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 STEPS = (("gshard", "shared"), ("shared", "fine-2"), ("fine-2", "fine-4"), ("gshard", "fine-4"), ("switch", "gshard"))
-# Of models with 2 B parameters on the Pile: arXiv 2401.06066, tables 1 and 2.
+# Losses on the Pile: arXiv 2401.06066, tables 1 and 2.
 PAPER = {"dense": 2.060, "switch": 1.881, "gshard": 1.867, "fine-4": 1.808, "gshard-1.5": 1.808, "dense-all": 1.806}
 DOMAIN_MEASURES = ("fine-4", "fine-4-bias", "gshard", "gshard-1.5")
 

@@ -35,8 +35,8 @@ def read_texts(
         ImportError: if `datasets` is needed and missing.
     """
     path = Path(data)
-    _refuse_unused(path, split, subset)
     if path.is_file() and path.suffix not in _ROWS:
+        _refuse_unused(path, split, subset)
         if column != "text":
             raise ValueError(f"column={column!r} is not allowed for {data}: a plain text has no columns.")
         try:

@@ -39,10 +39,12 @@ class ModelOptions:
             ValueError: if no model can be loaded in the dtype, or on the device.
             FileNotFoundError: if it is a folder's name, and there is no such folder.
         """
+        import torch
+
         allowed = ("auto", "float32", "bfloat16", "float16")
         if self.dtype not in allowed:
             raise ValueError(f"dtype={self.dtype!r} is not allowed: it must be one of {', '.join(allowed)}.")
-        if self.device_map.startswith("cuda") and not cuda_is_available():
+        if self.device_map.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device_map={self.device_map!r} is not allowed: torch finds no CUDA device here.")
         path = Path(self.model)
         if not path.exists() and (path.is_absolute() or str(self.model).startswith(".") or len(path.parts) > 2):
@@ -76,13 +78,6 @@ def named(model: str) -> Iterator[None]:
             raise
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(f"{model}: {error}") from error
-
-
-def cuda_is_available() -> bool:
-    """Tell whether torch finds a CUDA device."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 @dataclass(frozen=True, kw_only=True)
