@@ -4,8 +4,8 @@ For a seed every model has the same attention, the same initial weights outside 
 same order. The experts of every MoE model, routed and shared, have as many parameters together, and a token uses as
 many of them: GShard's 16 experts, of which a token uses two, are cut finer step by step, and one expert becomes a
 shared one. Beside this ladder stand a dense model that computes as much, a dense one with all parameters active (the
-upper bound), GShard with experts of 1.5 times the size, DeepSeekMoE balanced by a bias instead of a loss, and with
-other gates.
+upper bound), GShard with experts of 1.5 times the size, DeepSeekMoE without its shared expert, and balanced by a bias
+instead of a loss, and two models with the weights of the paper.
 
 The gates are the paper's (softmax, not normalised), and so is the balance loss (its factor 0.01). One thing differs:
 the weights are multiplied by the number of routed experts, as DeepSeek-V2 multiplies its own by a factor. A chosen
@@ -69,8 +69,6 @@ MODEL: dict[str, Any] = {
     "eos_token_id": 0,
 }
 GATE: dict[str, Any] = {"scoring_func": "softmax", "norm_topk_prob": False, "seq_aux": False}
-# Normalised weights add up to the scaling factor: with K they are 1 on average, as those of the others are at first.
-V3_GATE: dict[str, Any] = {"scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 7.0}
 UNSCALED: dict[str, Any] = {"routed_scaling_factor": 1.0}
 
 
@@ -132,7 +130,7 @@ LADDER = (
     Architecture("fine-2", "+ fine-grained x2: 1 + 3 of 31", 31, 1, 3, WIDTH // 2),
     Architecture("fine-4", "+ fine-grained x4: 1 + 7 of 63 (DeepSeekMoE)", 63, 1, 7, WIDTH // 4),
     Architecture("fine-4-bias", "DeepSeekMoE, balanced by a bias", 63, 1, 7, WIDTH // 4, bias=True),
-    Architecture("fine-4-v3", "DeepSeekMoE, bias and DeepSeek-V3's gate", 63, 1, 7, WIDTH // 4, True, V3_GATE),
+    Architecture("fine-4-alone", "fine-grained x4, no shared expert: 8 of 64", 64, 0, 8, WIDTH // 4),
     Architecture("gshard-1.5", "GShard x1.5, 2 of 16", 16, 0, 2, 3 * WIDTH // 2),
     Architecture("dense-all", "dense, all parameters active", 0, 0, 0, 16 * WIDTH),
     Architecture("gshard-unscaled", "GShard, weights not multiplied", 16, 0, 2, WIDTH, gate=UNSCALED),
@@ -295,7 +293,7 @@ def load_results(path: Path, settings: Training, data: Corpus) -> dict[str, Any]
     """Read what was measured before, or begin.
 
     Raises:
-        ValueError: if it was measured with other settings or another text.
+        ValueError: if it was measured with other settings, another text, or other models of the same names.
     """
     now = {
         "training": asdict(settings),
@@ -306,6 +304,9 @@ def load_results(path: Path, settings: Training, data: Corpus) -> dict[str, Any]
     }
     if path.exists():
         figures = json.loads(path.read_text(encoding="utf-8"))
+        measured = {run["architecture"] for run in figures["runs"]}
+        # Others may come and go.
+        figures["ladder"] = now["ladder"] | {name: figures["ladder"][name] for name in measured}
         if changed := [name for name, value in now.items() if figures[name] != value]:
             raise ValueError(
                 f"{path} was measured with other {', '.join(changed)}: choose another --output, or delete the file."

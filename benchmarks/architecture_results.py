@@ -16,7 +16,8 @@ from modeling_deepseekmoe.analysis.plots import new_axes
 from modeling_deepseekmoe.analysis.specialisation_plots import Curve, plot_measures
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-STEPS = (("gshard", "shared"), ("shared", "fine-2"), ("fine-2", "fine-4"), ("gshard", "fine-4"), ("switch", "gshard"))
+STEPS = (("gshard", "shared"), ("shared", "fine-2"), ("fine-2", "fine-4"), ("gshard", "fine-4"), ("switch", "gshard"),
+         ("gshard", "fine-4-alone"), ("fine-4-alone", "fine-4"))  # fmt: skip
 # Losses on the Pile: arXiv 2401.06066, tables 1 and 2.
 PAPER = {"dense": 2.060, "switch": 1.881, "gshard": 1.867, "fine-4": 1.808, "gshard-1.5": 1.808, "dense-all": 1.806}
 DOMAIN_MEASURES = ("fine-4", "fine-4-bias", "gshard", "gshard-1.5")
@@ -96,18 +97,21 @@ def points_of(figures: Figures, name: str, section: str, x: str, y: str = "rise"
 
 
 def redundancy_table(figures: Figures) -> str:
-    """Compare what masking the best experts of each token costs: as the gates weigh, and with equal sums."""
-    rows = []
+    """Compare what masking the best experts of each token costs: as the gates weigh, and with equal sums.
+
+    The last column is what the paper compares, DeepSeekMoE with GShard x1.5.
+    """
+    labels, rows = {name: figures["sizes"][name]["label"] for name in DOMAIN_MEASURES}, []
     for same_sum in (False, True):
         y = "rise_with_the_same_sum" if same_sum else "rise"
         points = {name: points_of(figures, name, "redundancy", "share", y) for name in DOMAIN_MEASURES}
         for place in range(1, max(map(len, points.values()), default=0)):
-            cells = [
-                spread(list(own.values())[place], sign="+") if place < len(own) else "not measured"
-                for own in points.values()
-            ]
-            rows.append((f"{place}/16{', same sum of weights' if same_sum else ''}", *cells))
-    return table(("masked", *(figures["sizes"][name]["label"] for name in DOMAIN_MEASURES)), rows)
+            rises = {name: list(own.values())[place] for name, own in points.items() if place < len(own)}
+            cells = [spread(rises.get(name, ()), sign="+") for name in DOMAIN_MEASURES]
+            pairs = zip(rises.get("fine-4", ()), rises.get("gshard-1.5", ()), strict=False)
+            gaps = ", ".join(f"{one - other:+.3f}" for one, other in pairs)
+            rows.append((f"{place}/16{', same sum of weights' if same_sum else ''}", *cells, gaps))
+    return table(("masked", *labels.values(), "the first minus the last, by seed"), rows)
 
 
 def shared_table(figures: Figures) -> str:

@@ -28,7 +28,7 @@ def architecture(script: Callable[[str], ModuleType]) -> ModuleType:
 def test_the_ladder_is_equal_in_parameters_and_computation(architecture: ModuleType, tmp_path: Path) -> None:
     settings = architecture.Training()
     sizes = architecture.sizes(settings)
-    equal = ("switch", "gshard", "shared", "fine-2", "fine-4", "fine-4-bias", "fine-4-v3", "fine-4-unscaled")
+    equal = ("switch", "gshard", "shared", "fine-2", "fine-4", "fine-4-bias", "fine-4-alone", "fine-4-unscaled")
     for name in equal:
         of_gate = (sizes[name]["total_parameters"] - sizes["gshard"]["total_parameters"]) * 2  # FLOPs; biases too
         figures = {
@@ -69,6 +69,13 @@ def test_results_of_other_settings_are_refused(architecture: ModuleType, tmp_pat
     other = architecture.Corpus(data.training + 1, data.validation, "")
     with pytest.raises(ValueError, match="other corpus_sha256"):
         architecture.load_results(path, settings, other)
+    # A model may be changed as long as it was not measured.
+    figures["ladder"]["gshard"]["top_k"] = 3
+    path.write_text(json.dumps(figures))
+    assert architecture.load_results(path, settings, data)["ladder"]["gshard"]["top_k"] == 2
+    path.write_text(json.dumps(figures | {"runs": [{"architecture": "gshard", "seed": 0}]}))
+    with pytest.raises(ValueError, match="other ladder"):
+        architecture.load_results(path, settings, data)
 
 
 @pytest.mark.parametrize("name", ["fine-4-bias", "dense"])
