@@ -16,8 +16,10 @@ from modeling_deepseekmoe.analysis.plots import new_axes
 from modeling_deepseekmoe.analysis.specialisation_plots import Curve, plot_measures
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-STEPS = (("gshard", "shared"), ("shared", "fine-2"), ("fine-2", "fine-4"), ("gshard", "fine-4"), ("switch", "gshard"),
-         ("gshard", "fine-4-alone"), ("fine-4-alone", "fine-4"))  # fmt: skip
+STEPS = (
+    ("dense", "switch"), ("dense", "gshard"), ("gshard", "gshard-1.5"), ("gshard", "shared"), ("shared", "fine-2"),
+    ("fine-2", "fine-4"), ("gshard", "fine-4"), ("gshard", "fine-4-alone"), ("fine-4-alone", "fine-4"),
+)  # fmt: skip
 # Losses on the Pile: arXiv 2401.06066, tables 1 and 2.
 PAPER = {"dense": 2.060, "switch": 1.881, "gshard": 1.867, "fine-4": 1.808, "gshard-1.5": 1.808, "dense-all": 1.806}
 DOMAIN_MEASURES = ("fine-4", "fine-4-bias", "gshard", "gshard-1.5")
@@ -99,7 +101,7 @@ def points_of(figures: Figures, name: str, section: str, x: str, y: str = "rise"
 def redundancy_table(figures: Figures) -> str:
     """Compare what masking the best experts of each token costs: as the gates weigh, and with equal sums.
 
-    The last column is what the paper compares, DeepSeekMoE with GShard x1.5.
+    The last columns compare DeepSeekMoE with GShard, and with GShard x1.5 as the paper does.
     """
     labels, rows = {name: figures["sizes"][name]["label"] for name in DOMAIN_MEASURES}, []
     for same_sum in (False, True):
@@ -108,10 +110,18 @@ def redundancy_table(figures: Figures) -> str:
         for place in range(1, max(map(len, points.values()), default=0)):
             rises = {name: list(own.values())[place] for name, own in points.items() if place < len(own)}
             cells = [spread(rises.get(name, ()), sign="+") for name in DOMAIN_MEASURES]
-            pairs = zip(rises.get("fine-4", ()), rises.get("gshard-1.5", ()), strict=False)
-            gaps = ", ".join(f"{one - other:+.3f}" for one, other in pairs)
-            rows.append((f"{place}/16{', same sum of weights' if same_sum else ''}", *cells, gaps))
-    return table(("masked", *labels.values(), "the first minus the last, by seed"), rows)
+            gaps = []
+            for base in ("gshard", "gshard-1.5"):
+                pairs = zip(rises.get("fine-4", ()), rises.get(base, ()), strict=False)
+                gaps.append(", ".join(f"{one - other:+.3f}" for one, other in pairs))
+            rows.append((f"{place}/16{', same sum of weights' if same_sum else ''}", *cells, *gaps))
+    header = (
+        "masked",
+        *labels.values(),
+        "DeepSeekMoE minus GShard, by seed",
+        "DeepSeekMoE minus GShard x1.5, by seed",
+    )
+    return table(header, rows)
 
 
 def shared_table(figures: Figures) -> str:
@@ -121,19 +131,25 @@ def shared_table(figures: Figures) -> str:
         label = figures["sizes"][name]["label"]
         cases = points_of(figures, name, "shared", "shared experts")
         rows += [
-            (label, "all layers", f"shared {case}", spread(rises, sign="+"), "")
+            (label, "all layers", f"shared {case}", spread(rises, sign="+"), "", "")
             for case, rises in cases.items()
             if case != "on"
         ]
         single = of_runs(figures, name, lambda run: (run.get("measured") or {}).get("single"))
         for place in range(figures["model"]["num_hidden_layers"]):
             layers = [one["layers"][place] for one in single.values()]
-            best = [max(one["rise"] for one in layer["experts"]) for layer in layers]
+            best = [max(layer["experts"], key=lambda one: one["rise"]) for layer in layers]
             shared = [layer["shared_off"]["rise"] for layer in layers if layer["shared_off"] is not None]
             if layers:
                 cell = spread(shared, sign="+") if shared else "none"
-                rows.append((label, f"layer {place}", "one expert off", cell, spread(best, sign="+")))
-    return table(("architecture", "where", "what", "rise: shared", "rise: the routed expert missed most"), rows)
+                rise = spread((one["rise"] for one in best), sign="+")
+                top_k = figures["ladder"][name]["top_k"]  # a share is that of the choices
+                used = [100 * top_k * one["share"] for one in best]
+                by = f"{min(used):.0f}% to {max(used):.0f}%"
+                rows.append((label, f"layer {place}", "one expert off", cell, rise, by))
+    header = ("architecture", "where", "what", "rise: shared", "rise: the routed expert missed most",
+              "which so many tokens use")  # fmt: skip
+    return table(header, rows)
 
 
 def activation_table(figures: Figures) -> str:
@@ -159,10 +175,15 @@ def domains_table(figures: Figures) -> str:
         if not domains:
             continue
         effective = of_runs(figures, name, lambda run: run["measured"]["effective"])
-        shares = [
-            statistics.mean(layer["by_sequence"] for layer in one["layers"]) / one["num_experts"]
-            for one in effective.values()
-        ]
+        shares = {
+            text: spread(
+                (
+                    statistics.mean(layer[text] for layer in one["layers"]) / one["num_experts"]
+                    for one in effective.values()
+                ),
+            )
+            for text in ("by_sequence", "by_text")
+        }
         outputs = of_runs(figures, name, lambda run: run["measured"]["outputs"])
         alike = [statistics.mean(layer["mean"] for layer in one["layers"]) for one in outputs.values()]
         violations = of_runs(figures, name, lambda run: run["max_violation_global"])
@@ -171,14 +192,14 @@ def domains_table(figures: Figures) -> str:
                 figures["sizes"][name]["label"],
                 spread(one["mean_distance"] for one in domains.values()),
                 spread(one["mean_distance_of_halves"] for one in domains.values()),
-                spread(shares, 2),
+                *shares.values(),
                 spread(alike),
                 spread(violations.values(), 2),
             )
         )
     header = ("architecture", "distance of domains", "of the halves of one",
-              "share of the experts that a sequence uses", "cosine of two experts' outputs",
-              "MaxVio_global")  # fmt: skip
+              "share of the experts that a sequence uses", "that the whole text uses",
+              "cosine of two experts' outputs", "MaxVio_global")  # fmt: skip
     return table(header, rows)
 
 

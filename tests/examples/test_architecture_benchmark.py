@@ -135,6 +135,7 @@ def test_tables(architecture: ModuleType, script: Callable[[str], ModuleType], t
     assert "+0.050 (-0.100 to +0.200) | 1 of 2 seeds" in order and "-0.300 (-0.300 to -0.300) | 2 of 2 seeds" in order
     redundancy = results.redundancy_table(figures)
     assert "| 2/16 | +0.600 (+0.600 to +0.600) | not measured | +0.200 (+0.200 to +0.200) |" in redundancy
+    assert "| not measured | +0.400, +0.400 | |\n| 1/16, same" in redundancy
     assert "| 2/16, same sum of weights | +2.000 (+2.000 to +2.000) |" in redundancy
     results.draw(figures, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"architecture_ladder.png", "architecture_redundancy.png"}
