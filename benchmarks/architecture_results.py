@@ -217,7 +217,7 @@ def upcycling_table(figures: Figures) -> str:
         for name, row in sorted(figures["rows"].items(), key=lambda item: item[1]["perplexity"])
     ]
     header = ("shards x copies, width of the shared experts", "parameters", "perplexity before", "after",
-              "training loss, last 10 steps", "MaxVio_global")  # fmt: skip
+              "training loss with balance loss, last 10 steps", "MaxVio_global")  # fmt: skip
     return table(header, rows)
 
 
