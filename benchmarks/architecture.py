@@ -295,7 +295,7 @@ def load_results(path: Path, settings: Training, data: Corpus) -> dict[str, Any]
     Raises:
         ValueError: if it was measured with other settings, another text, or other models of the same names.
     """
-    now = {
+    now: dict[str, Any] = {
         "training": asdict(settings),
         "model": MODEL,
         "ladder": {one.name: asdict(one) for one in LADDER},
