@@ -189,7 +189,7 @@ def measure_redundancy(losses: Losses, ratios: Sequence[float] = RATIOS) -> Sect
         "they add up to what they did before.",
         f"{PAPER}, figure 4",
         "The steeper it rises, the less the other experts know what the masked ones know: the less redundant they "
-        "are.",
+        "are. Where it falls again, groups of experts stand in for one another, as copies in an upcycled model do.",
         notes=losses.notes,
     )
     if losses.why_fixed:

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling-deepseekmoe authors. Licensed under the Apache License, Version 2.0.
 """Draw how specialised experts are as PNG files: of one model, or of several side by side."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,8 @@ def plot_tables(
     """
     columns = min(4, len(tables))
     rows = -(-len(tables) // columns)
-    figure = new_figure(1.6 + (3.0 + 0.6 * bool(names)) * columns, 1.1 + 2.9 * rows)
+    width = 1.6 + (3.0 + 0.6 * bool(names)) * columns
+    figure = new_figure(width, 1.1 + 2.9 * rows)
     panels = figure.subplots(rows, columns, squeeze=False)
     image = None
     for panel, (heading, table) in zip(panels.flat, tables.items(), strict=False):
@@ -105,7 +107,7 @@ def plot_tables(
             panel.locator_params(nbins=4, integer=True)
     for panel in panels.flat[len(tables) :]:
         panel.set_axis_off()
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, int(9 * width)))  # letters to the inch
     figure.colorbar(image, ax=panels, label=label, shrink=0.8)
     figure.savefig(target, format="png")
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from cli_runner import run
 from html_pages import Page
+from matplotlib.text import Text
 from other_families import family
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_deepseekmoe import measure_specialisation
+from modeling_deepseekmoe.analysis import specialisation_plots
 from modeling_deepseekmoe.analysis.evaluation import perplexity
 from modeling_deepseekmoe.analysis.specialisation_page import make_page
 from modeling_deepseekmoe.analysis.texts import token_batches
@@ -32,6 +34,18 @@ def tokenizer(source: Path) -> Any:
 
 def sources(page: Page) -> list[bytes]:
     return [base64.b64decode(address.split(",", 1)[1]) for address in page.addresses]
+
+
+def test_headings_fit_into_their_plots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn, make = [], specialisation_plots.new_figure
+    monkeypatch.setattr(specialisation_plots, "new_figure", lambda *size: drawn.append(make(*size)) or drawn[-1])
+    title = "Distance of halves of two domains; on the diagonal, of the halves of one"
+    table = [[0.1, 0.2], [0.2, 0.1]]
+    specialisation_plots.plot_tables({"": table}, tmp_path / "a.png", title=title, label="distance", names=("a", "b"))
+    (figure,) = drawn
+    heading = next(text for text in figure.findobj(Text) if text.get_text().replace("\n", " ") == title)
+    extent = heading.get_window_extent()
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.x1
 
 
 def test_the_page_is_self_contained_and_escaped(tiny_model: Callable) -> None:
