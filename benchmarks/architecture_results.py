@@ -41,6 +41,16 @@ def spread(values: Iterable[float], digits: int = 3, sign: str = "") -> str:
     return f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
+def gaps_by_seed(one: dict[int, float], base: dict[int, float]) -> list[float]:
+    """Subtract what belongs to the same seed, in the order of the seeds that both have."""
+    return [one[seed] - base[seed] for seed in sorted(one) if seed in base]
+
+
+def in_a_row(gaps: Iterable[float]) -> str:
+    """Show differences one behind the other."""
+    return ", ".join(f"{gap:+.3f}" for gap in gaps)
+
+
 def ladder_table(figures: Figures) -> str:
     """Compare the architectures: sizes, loss, imbalance, and the difference from GShard by seed."""
     base, rows = of_runs(figures, "gshard", lambda run: run["loss"]), []
@@ -49,7 +59,6 @@ def ladder_table(figures: Figures) -> str:
         if not losses:
             continue
         violations = of_runs(figures, name, lambda run: run["max_violation_global"])
-        gaps = [losses[seed] - base[seed] for seed in sorted(losses) if seed in base]
         rows.append(
             (
                 size["label"],
@@ -58,7 +67,7 @@ def ladder_table(figures: Figures) -> str:
                 f"{size['forward_flops_per_token'] / 1e6:.2f} M",
                 str(len(losses)),
                 spread(losses.values()),
-                ", ".join(f"{gap:+.3f}" for gap in gaps) if name != "gshard" else "",
+                in_a_row(gaps_by_seed(losses, base)) if name != "gshard" else "",
                 spread(violations.values(), 2) if violations else "",
                 f"{PAPER[name]:.3f}" if name in PAPER else "",
             )
@@ -79,7 +88,7 @@ def order(figures: Figures) -> str:
     labels, said = {name: size["label"].lstrip("+ ") for name, size in figures["sizes"].items()}, []
     for before, after in STEPS:
         one, other = (of_runs(figures, name, lambda run: run["loss"]) for name in (before, after))
-        gaps = [other[seed] - one[seed] for seed in sorted(one) if seed in other]
+        gaps = gaps_by_seed(other, one)
         if gaps:
             lower = sum(gap < 0 for gap in gaps)
             said.append(
@@ -88,13 +97,13 @@ def order(figures: Figures) -> str:
     return table(("step", "change of the loss (nats)", "lower in"), said)
 
 
-def points_of(figures: Figures, name: str, section: str, x: str, y: str = "rise") -> dict[float, list[float]]:
-    """Return the losses or rises of a section of an architecture by what was changed, of all seeds."""
-    found: dict[float, list[float]] = {}
+def points_of(figures: Figures, name: str, section: str, x: str, y: str = "rise") -> dict[Any, dict[int, float]]:
+    """Return the losses or rises of a section of an architecture, by what was changed and by seed."""
+    found: dict[Any, dict[int, float]] = {}
     measured = of_runs(figures, name, lambda run: (run.get("measured") or {}).get(section))
-    for one in measured.values():
+    for seed, one in measured.items():
         for point in one["points"]:
-            found.setdefault(point[x], []).append(point[y])
+            found.setdefault(point[x], {})[seed] = point[y]
     return found
 
 
@@ -103,25 +112,18 @@ def redundancy_table(figures: Figures) -> str:
 
     The last columns compare DeepSeekMoE with GShard, and with GShard x1.5 as the paper does.
     """
-    labels, rows = {name: figures["sizes"][name]["label"] for name in DOMAIN_MEASURES}, []
+    rows = []
     for same_sum in (False, True):
         y = "rise_with_the_same_sum" if same_sum else "rise"
         points = {name: points_of(figures, name, "redundancy", "share", y) for name in DOMAIN_MEASURES}
         for place in range(1, max(map(len, points.values()), default=0)):
-            rises = {name: list(own.values())[place] for name, own in points.items() if place < len(own)}
-            cells = [spread(rises.get(name, ()), sign="+") for name in DOMAIN_MEASURES]
-            gaps = []
-            for base in ("gshard", "gshard-1.5"):
-                pairs = zip(rises.get("fine-4", ()), rises.get(base, ()), strict=False)
-                gaps.append(", ".join(f"{one - other:+.3f}" for one, other in pairs))
+            rises = {name: list(own.values())[place] if place < len(own) else {} for name, own in points.items()}
+            cells = [spread(own.values(), sign="+") for own in rises.values()]
+            gaps = [in_a_row(gaps_by_seed(rises["fine-4"], rises[base])) for base in ("gshard", "gshard-1.5")]
             rows.append((f"{place}/16{', same sum of weights' if same_sum else ''}", *cells, *gaps))
-    header = (
-        "masked",
-        *labels.values(),
-        "DeepSeekMoE minus GShard, by seed",
-        "DeepSeekMoE minus GShard x1.5, by seed",
-    )
-    return table(header, rows)
+    labels = (figures["sizes"][name]["label"] for name in DOMAIN_MEASURES)
+    gaps_of = (f"DeepSeekMoE minus {name}, by seed" for name in ("GShard", "GShard x1.5"))
+    return table(("masked", *labels, *gaps_of), rows)
 
 
 def shared_table(figures: Figures) -> str:
@@ -131,7 +133,7 @@ def shared_table(figures: Figures) -> str:
         label = figures["sizes"][name]["label"]
         cases = points_of(figures, name, "shared", "shared experts")
         rows += [
-            (label, "all layers", f"shared {case}", spread(rises, sign="+"), "", "")
+            (label, "all layers", f"shared {case}", spread(rises.values(), sign="+"), "", "")
             for case, rises in cases.items()
             if case != "on"
         ]
@@ -160,7 +162,7 @@ def activation_table(figures: Figures) -> str:
     rows = [
         (
             str(count),
-            *(spread(points[name][count]) if count in points[name] else "" for name in names),
+            *(spread(points[name][count].values()) if count in points[name] else "" for name in names),
         )
         for count in counts
     ]
@@ -175,15 +177,13 @@ def domains_table(figures: Figures) -> str:
         if not domains:
             continue
         effective = of_runs(figures, name, lambda run: run["measured"]["effective"])
-        shares = {
-            text: spread(
-                (
-                    statistics.mean(layer[text] for layer in one["layers"]) / one["num_experts"]
-                    for one in effective.values()
-                ),
+        shares = [
+            spread(
+                statistics.mean(layer[of] for layer in one["layers"]) / one["num_experts"]
+                for one in effective.values()
             )
-            for text in ("by_sequence", "by_text")
-        }
+            for of in ("by_sequence", "by_text")
+        ]
         outputs = of_runs(figures, name, lambda run: run["measured"]["outputs"])
         alike = [statistics.mean(layer["mean"] for layer in one["layers"]) for one in outputs.values()]
         violations = of_runs(figures, name, lambda run: run["max_violation_global"])
@@ -192,7 +192,7 @@ def domains_table(figures: Figures) -> str:
                 figures["sizes"][name]["label"],
                 spread(one["mean_distance"] for one in domains.values()),
                 spread(one["mean_distance_of_halves"] for one in domains.values()),
-                *shares.values(),
+                *shares,
                 spread(alike),
                 spread(violations.values(), 2),
             )
@@ -260,9 +260,10 @@ def curves_of(figures: Figures, section: str, x: str, names: Sequence[str]) -> d
     curves = {}
     for name in names:
         points = points_of(figures, name, section, x)
-        spreads = [statistics.stdev(rises) if len(rises) > 1 else 0.0 for rises in points.values()]
+        rises = [list(by_seed.values()) for by_seed in points.values()]
+        spreads = [statistics.stdev(own) if len(own) > 1 else 0.0 for own in rises]
         if points:
-            means = [statistics.mean(rises) for rises in points.values()]
+            means = [statistics.mean(own) for own in rises]
             curves[figures["sizes"][name]["label"]] = Curve(list(points), means, spreads)
     return curves
 
